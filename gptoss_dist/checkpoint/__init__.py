@@ -1,0 +1,5 @@
+"""Sharded, resumable checkpoints."""
+
+from gptoss_dist.checkpoint.store import checkpoints, load_state, load_weights, read_info, resolve, restore_rng, save
+
+__all__ = ["checkpoints", "load_state", "load_weights", "read_info", "resolve", "restore_rng", "save"]

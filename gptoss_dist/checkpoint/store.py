@@ -1,0 +1,215 @@
+"""Checkpoints: a directory that either is complete or does not exist.
+
+    step_00000100/
+      shard-*.safetensors   tensors of each rank, with their place in the whole tensor (torch DCP plans and reshards)
+      rng_00000.json        random generators of each rank
+      checkpoint.json       step, samples consumed, settings, versions, MLflow run id: written last
+      tokenizer files
+
+Nothing is pickled. Everything is written to `step_N.tmp` and renamed when all ranks are done and the disk has it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+INFO = "checkpoint.json"
+FORMAT = 1
+
+
+def save(
+    folder: str | Path,
+    step: int,
+    state: dict[str, Tensor],
+    info: dict,
+    *,
+    keep: int = 0,
+    extra_files: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write `folder/step_N` from all ranks; collective.
+
+    Args:
+        folder: the run's checkpoint folder; created if missing.
+        step: optimizer steps done.
+        state: tensors by name; DTensors are written as the shards they are.
+        info: JSON values stored with them.
+        keep: afterwards delete all but this many newest checkpoints; 0 keeps all.
+        extra_files: called on rank 0 with the unfinished directory, to add files to it.
+
+    Returns:
+        The finished directory.
+
+    Raises:
+        OSError: the folder cannot be written; what was there before is untouched.
+    """
+    rank = dist.get_rank()
+    folder = Path(folder)
+    final = folder / f"step_{step:08d}"
+    if final.exists():
+        return final
+    partial = final.with_name(final.name + ".tmp")
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    _write(partial / f"rng_{rank:05d}.json", json.dumps(rng_state()))
+    dist.barrier()
+    if rank == 0:
+        if extra_files is not None:
+            extra_files(partial)
+        info = {"format": FORMAT, "step": step, "world_size": dist.get_world_size(), "torch": torch.__version__, **info}
+        for path in partial.iterdir():
+            _sync(path)
+        _write(partial / INFO, json.dumps(info, indent=1))
+        _sync(partial)
+        partial.rename(final)
+        _sync(folder)
+        for old in checkpoints(folder)[:-keep] if keep else []:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Complete checkpoints in `folder`, oldest first."""
+    folder = Path(folder)
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(p for p in found if re.fullmatch(r"step_\d{8,}", p.name) and (p / INFO).is_file())
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint meant by a checkpoint directory, a folder of checkpoints or a run's folder.
+
+    Raises:
+        ValueError: there is no complete checkpoint.
+    """
+    path = Path(path)
+    if (path / INFO).is_file():
+        return path
+    for folder in (path, path / "checkpoints"):
+        if found := checkpoints(folder):
+            return found[-1]
+    raise ValueError(f"no complete checkpoint in {path}; expected step_*/{INFO} there or in its checkpoints/ folder")
+
+
+def read_info(checkpoint: str | Path) -> dict:
+    """The JSON values stored with a checkpoint.
+
+    Raises:
+        ValueError: it is not a checkpoint, or of a newer format.
+    """
+    path = Path(checkpoint) / INFO
+    try:
+        info = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from None
+    if info.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {info.get('format')}, this version reads {FORMAT}")
+    return info
+
+
+def load_state(checkpoint: str | Path, state: dict[str, Tensor]) -> None:
+    """Fill the tensors of `state` in place, from any number of ranks that wrote it; collective.
+
+    Raises:
+        ValueError: names or shapes differ, or a file is damaged.
+    """
+    try:
+        reader = HuggingFaceStorageReader(str(checkpoint))
+        stored = reader.read_metadata().state_dict_metadata
+        problems = [f"{name} is missing" for name in state if name not in stored]
+        problems += [f"{name} is not expected" for name in stored if name not in state]
+        problems += [
+            f"{name} has shape {tuple(stored[name].size)}, expected {tuple(tensor.shape)}"
+            for name, tensor in state.items()
+            if name in stored and stored[name].size != tensor.shape
+        ]
+        if problems:
+            raise ValueError(f"checkpoint {checkpoint} does not fit the model: " + "; ".join(problems))
+        dcp.load(state, storage_reader=reader)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def load_weights(checkpoint: str | Path, weights: dict[str, Tensor]) -> None:
+    """Fill a plain model state dict from a training checkpoint, in one process without a process group.
+
+    Raises:
+        ValueError: as `load_state`; optimizer state in the checkpoint is ignored.
+    """
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    stored = reader.read_metadata().state_dict_metadata
+    wanted = {f"model.{name}": tensor for name, tensor in weights.items()}
+    have = {name for name in stored if name.startswith("model.")}
+    if problems := sorted(set(wanted) ^ have):
+        raise ValueError(f"checkpoint {checkpoint} does not fit the model: missing or unexpected {problems}")
+    dcp.load(wanted, storage_reader=reader, no_dist=True)
+
+
+def rng_state() -> dict:
+    """States of python's, numpy's and torch's generators as JSON values."""
+    version, keys, gauss = random.getstate()
+    name, array, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": [version, list(keys), gauss],
+        "numpy": [name, array.tolist(), position, has_gauss, cached],
+        "torch": _encode(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = _encode(torch.cuda.get_rng_state())
+    return state
+
+
+def restore_rng(checkpoint: str | Path, rank: int) -> bool:
+    """Restore this rank's generators; False if the checkpoint has none for it (another number of ranks wrote it)."""
+    path = Path(checkpoint) / f"rng_{rank:05d}.json"
+    if not path.is_file():
+        return False
+    state = json.loads(path.read_text())
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(_decode(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_decode(state["cuda"]))
+    return True
+
+
+def _encode(tensor: Tensor) -> str:
+    return base64.b64encode(tensor.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

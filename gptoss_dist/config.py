@@ -1,0 +1,273 @@
+"""The one tree of settings that YAML files and the command line fill. Each field is documented here only."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from gptoss_dist.model.config import ModelConfig, RopeScaling
+
+__all__ = ["Config", "ModelConfig", "RopeScaling", "load_config", "parse_arguments"]
+
+
+@dataclass
+class RunConfig:
+    """Identity of the run. Everything it writes goes to one folder."""
+
+    name: str = "run"
+    """Name in MLflow, and of the folder."""
+    dir: str | None = None
+    """The run's folder (config, metrics, checkpoints, plots, samples, log); null means runs/<name>."""
+    seed: int = 0
+    """Seeds the weights, the data order, and python, numpy and torch."""
+
+
+@dataclass
+class DataConfig:
+    """Token shards made by `python -m data_pipeline.prepare`."""
+
+    path: str = "data/pystdlib"
+    """Folder with manifest.json."""
+    seq_len: int = 1024
+    """Tokens per sample."""
+    document_mask: bool = False
+    """Keep attention within documents of a packed sample, and do not predict across their borders."""
+    prefetch: int = 2
+    """Optimizer steps read ahead by the background thread."""
+
+
+@dataclass
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = 1000
+    """Optimizer steps in all, including those before a resume."""
+    micro_batch_size: int = 8
+    """Samples per process and forward pass."""
+    gradient_accumulation: int = 1
+    """Forward-backward passes per optimizer step."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute type. Master weights, optimizer state and gradient reduction are always float32."""
+    activation_checkpointing: int = 0
+    """Recompute every n-th block in the backward pass: 0 none, 1 every block, 3 every third."""
+    compile: bool = False
+    """torch.compile each block (needs a C++ compiler on CPU)."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    deterministic: bool = False
+    """Refuse operations without a deterministic implementation (torch.use_deterministic_algorithms)."""
+    max_skipped_steps: int = 5
+    """Stop after this many steps in a row with a non-finite loss or gradient; each such step is skipped."""
+    log_every_s: float = 10.0
+    """Seconds between progress lines where there is no terminal."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule. Norms, biases, sinks and embeddings are not decayed."""
+
+    lr: float = 4e-4
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a share of the peak."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """`wsd`: warm-up, stable, then decay over the last `decay_steps` (MiniCPM, arXiv:2404.06395)."""
+    decay_steps: int = 0
+    """Length of the final decay of `wsd`."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    """Limit of the global gradient norm; 0 switches clipping off."""
+
+
+@dataclass
+class LossConfig:
+    """Auxiliary losses of the router. Each is logged by itself and never counted into the reported loss."""
+
+    aux_coef: float = 0.01
+    """Weight of the load-balancing loss; 0 switches it off."""
+    z_coef: float = 0.0
+    """Weight of the router z-loss; 0 switches it off."""
+    router_jitter: float = 0.0
+    """Relative size of the noise on the router's input while training; 0 switches it off."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is laid out over processes."""
+
+    experts: Literal["megablocks", "plain"] = "megablocks"
+    """Token dispatch: megablocks (needs launch/install.sh), or the plain one of model/moe.py."""
+    reshard_after_forward: bool = True
+    """Free gathered parameters after the forward pass (ZeRO-3); false keeps them until the backward pass (ZeRO-2)."""
+
+
+@dataclass
+class EngineConfig:
+    """Who owns the sharded parameters."""
+
+    kind: Literal["fsdp"] = "fsdp"
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: int = 500
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: int = 3
+    """Newest checkpoints to keep; 0 keeps all."""
+    dir: str | None = None
+    """Folder of the checkpoints; null means <run.dir>/checkpoints."""
+
+
+@dataclass
+class ValidationConfig:
+    """Loss on the held-out split."""
+
+    every: int = 500
+    """Steps between validations; 0 switches them off. The first is before the first step."""
+    samples: int = 256
+    """Samples of the validation split to use, always the same ones."""
+
+
+@dataclass
+class SamplingConfig:
+    """Text written by the model while it trains."""
+
+    every: int = 0
+    """Steps between samples; 0 switches them off. A last one follows the last step."""
+    prompts: list[str] = field(default_factory=list)
+    max_new_tokens: int = 64
+    temperature: float = 0.8
+    top_k: int = 50
+
+
+@dataclass
+class TrackingConfig:
+    """MLflow. metrics.jsonl in the run's folder is always written."""
+
+    mlflow: bool = True
+    experiment: str = "gptoss_dist"
+    uri: str | None = None
+    """Tracking server; null means $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db."""
+    plots: bool = True
+    """Draw the run's plots at each validation and at the end."""
+
+
+@dataclass
+class Config:
+    """A complete run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    resume: str | None = None
+    """`auto` continues the newest complete checkpoint of this run if there is one; or a checkpoint's path."""
+
+    def __post_init__(self) -> None:
+        if self.run.dir is None:
+            self.run.dir = os.path.join("runs", self.run.name)
+        if self.checkpoint.dir is None:
+            self.checkpoint.dir = os.path.join(self.run.dir, "checkpoints")
+        positive = ("data.seq_len", "data.prefetch", "train.steps", "train.micro_batch_size")
+        positive += ("train.gradient_accumulation", "train.max_skipped_steps", "optim.eps", "validation.samples")
+        for key in positive:
+            _require(self[key] > 0, key, self[key], "must be positive")
+        zero_or_more = ("train.activation_checkpointing", "optim.lr", "optim.warmup_steps", "optim.decay_steps")
+        zero_or_more += ("optim.weight_decay", "optim.clip_norm", "loss.aux_coef", "loss.z_coef")
+        zero_or_more += ("checkpoint.every", "checkpoint.keep", "validation.every", "sampling.every")
+        for key in zero_or_more:
+            _require(self[key] >= 0, key, self[key], "must be 0 or more")
+        _require(0 <= self.optim.min_lr_ratio <= 1, "optim.min_lr_ratio", self.optim.min_lr_ratio, "must be in [0, 1]")
+        _require(0 <= self.loss.router_jitter < 1, "loss.router_jitter", self.loss.router_jitter, "must be in [0, 1)")
+        _require(
+            len(self.optim.betas) == 2 and all(0 <= b < 1 for b in self.optim.betas),
+            "optim.betas",
+            self.optim.betas,
+            "must be two numbers in [0, 1)",
+        )
+        _require(
+            self.data.seq_len <= self.model.max_position_embeddings,
+            "data.seq_len",
+            self.data.seq_len,
+            f"exceeds model.max_position_embeddings={self.model.max_position_embeddings}",
+        )
+        _require(
+            self.optim.schedule != "wsd" or 0 < self.optim.decay_steps <= self.train.steps,
+            "optim.decay_steps",
+            self.optim.decay_steps,
+            f"must be in [1, train.steps={self.train.steps}] for optim.schedule=wsd",
+        )
+
+    def __getitem__(self, key: str):
+        section, name = key.split(".")
+        return getattr(getattr(self, section), name)
+
+    def to_dict(self) -> dict:
+        """Nested plain values, ready for YAML or JSON."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved settings as YAML; `load_config` reads them back."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+def _require(condition: bool, key: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"{key}={value} {remedy}")
+
+
+def build_parser(**kwargs):
+    """A jsonargparse parser with `--config` and one option per field; later values win."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, **kwargs)
+    parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
+    parser.add_class_arguments(Config, sub_configs=True)
+    return parser
+
+
+def parse_arguments(argv: list[str], parser=None) -> tuple[Config, dict]:
+    """Settings from `--config` files and `--section.field value` options, and what `parser` adds to them.
+
+    Raises:
+        ValueError: an unknown key, a wrong type or an impossible value; one line that names it.
+    """
+    import jsonargparse
+
+    parser = parser or build_parser()
+    names = {f.name for f in dataclasses.fields(Config)}
+    try:
+        values = vars(parser.instantiate(parser.parse_args(argv)))
+    except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    return Config(**{k: values[k] for k in names}), {k: v for k, v in values.items() if k not in names | {"config"}}
+
+
+def load_config(*paths: str | Path, overrides: dict[str, object] | None = None) -> Config:
+    """Read YAML files, later ones winning, then apply `{"section.field": value}`.
+
+    Raises:
+        ValueError: as `parse_arguments`.
+    """
+    argv = [part for path in paths for part in ("--config", str(path))]
+    argv += [f"--{key}={'null' if value is None else value}" for key, value in (overrides or {}).items()]
+    return parse_arguments(argv)[0]

@@ -1,0 +1,42 @@
+"""AdamW over sharded float32 master weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from gptoss_dist.config import OptimConfig
+
+
+def is_decayed(name: str) -> bool:
+    """Weight decay acts on matrices that multiply activations: not on norms, biases, sinks or embeddings."""
+    leaf = name.rsplit(".", 2)[-2:]
+    return not ("norm" in leaf[0] or "bias" in leaf[-1] or leaf[-1] == "sinks" or leaf[0] in ("embed_tokens", "sinks"))
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW (arXiv:1711.05101) with its state already allocated, so that a checkpoint can be loaded into it."""
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[is_decayed(name)].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": ps, "weight_decay": config.weight_decay if decay else 0.0} for decay, ps in groups.items() if ps],
+        lr=config.lr,
+        betas=tuple(config.betas),
+        eps=config.eps,
+        fused=True,
+    )
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+    return optimizer
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

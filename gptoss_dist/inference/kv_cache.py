@@ -1,0 +1,84 @@
+"""Keys and values of earlier tokens: sliding layers keep a window, full layers keep everything.
+
+Shapes: B batch, K key/value heads, C head_dim, T new tokens, S tokens to attend to.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gptoss_dist.model.config import SLIDING, ModelConfig
+
+
+class KVCache:
+    """Cache of a whole model. `length` is the number of tokens seen, which the model advances after each forward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.length = 0
+        self.layers: list[FullCache | SlidingCache] = [
+            SlidingCache(config.sliding_window) if kind == SLIDING else FullCache() for kind in config.layer_types
+        ]
+
+    def nbytes(self) -> int:
+        """Bytes held now, over all layers."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+
+class FullCache:
+    """All keys and values so far, in buffers that double when they are full, so that appending costs O(T)."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.buffers: tuple[Tensor, Tensor] | None = None
+
+    def append(self, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store; return all keys and values and which are visible [T, S], or None where plain causal is exact."""
+        old, self.length = self.length, self.length + k_BKTC.shape[2]
+        if self.buffers is None or self.length > self.buffers[0].shape[2]:
+            self.buffers = tuple(
+                self._grown(new, held, old) for new, held in zip((k_BKTC, v_BKTC), self.buffers or (None, None))
+            )
+        for buffer, new in zip(self.buffers, (k_BKTC, v_BKTC)):
+            buffer[:, :, old : self.length] = new
+        if old == 0:
+            return k_BKTC, v_BKTC, None
+        k_BKSC, v_BKSC = (buffer[:, :, : self.length] for buffer in self.buffers)
+        query_T1 = torch.arange(old, self.length, device=k_BKTC.device)[:, None]
+        return k_BKSC, v_BKSC, torch.arange(self.length, device=k_BKTC.device) <= query_T1
+
+    def _grown(self, new: Tensor, held: Tensor | None, old: int) -> Tensor:
+        B, K, _, C = new.shape
+        buffer = new.new_empty(B, K, max(64, 2 * self.length), C)
+        if held is not None:
+            buffer[:, :, :old] = held[:, :, :old]
+        return buffer
+
+    def nbytes(self) -> int:
+        return sum(b.nbytes for b in self.buffers or ())
+
+
+class SlidingCache:
+    """The last `window` keys and values: a query never sees an older one."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.held: tuple[Tensor, Tensor] | None = None
+
+    def append(self, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `FullCache.append`. The new tokens see the held ones *before* these are dropped."""
+        first = self.held is None
+        if not first:
+            k_BKTC, v_BKTC = (torch.cat(pair, dim=2) for pair in zip(self.held, (k_BKTC, v_BKTC)))
+        S = k_BKTC.shape[2]
+        visible_TS = None
+        if not first:
+            held = self.held[0].shape[2]
+            distance_TS = torch.arange(held, S, device=k_BKTC.device)[:, None] - torch.arange(S, device=k_BKTC.device)
+            visible_TS = (distance_TS >= 0) & (distance_TS < self.window)
+        # clone: a view of the prefill would keep all of it alive
+        self.held = tuple(x[:, :, -self.window :].clone() for x in (k_BKTC, v_BKTC))
+        return k_BKTC, v_BKTC, visible_TS
+
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.held or ())

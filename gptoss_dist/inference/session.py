@@ -1,0 +1,71 @@
+"""A trained model with its tokenizer: text in, text out."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from data_pipeline import Tokenizer
+from gptoss_dist.checkpoint import load_weights, read_info, resolve
+from gptoss_dist.inference.generate import generate
+from gptoss_dist.model import GptOss, ModelConfig
+
+
+class Session:
+    """Holds model, tokenizer and random state between prompts."""
+
+    def __init__(self, model: GptOss, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.generator = torch.Generator()
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str | None = None) -> Session:
+        """Load the newest checkpoint under `path`, in float32 on CPU and bfloat16 on CUDA.
+
+        Raises:
+            ValueError: there is no complete checkpoint, or it does not fit.
+        """
+        checkpoint = resolve(path)
+        config = ModelConfig.from_dict(read_info(checkpoint)["config"]["model"])
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        with torch.device("meta"):
+            model = GptOss(config)
+        if device.type == "cuda":
+            model = model.to(torch.bfloat16)
+        model.to_empty(device=device)
+        model.tie()
+        load_weights(checkpoint, dict(model.named_parameters()))
+        return cls(model.eval(), Tokenizer.load(checkpoint))
+
+    def seed(self, seed: int) -> None:
+        """Restart the random generator."""
+        self.generator.manual_seed(seed)
+
+    def write(self, prompt: str, *, on_text: Callable[[str], None] | None = None, **settings) -> str:
+        """Continue `prompt`; an empty one starts a document. `settings` as in `generate`.
+
+        Args:
+            on_text: called with pieces of text as they are written, cut at whole characters.
+        """
+        ids = self.tokenizer.encode(prompt).tolist() or [self.tokenizer.eot_id]
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+        def stream(next_B: torch.Tensor) -> None:
+            if on_text is not None and next_B[0] != self.tokenizer.eot_id:
+                on_text(decoder.decode(self.tokenizer.decode_bytes([int(next_B[0])])))
+
+        device = self.model.lm_head.weight.device
+        output = generate(
+            self.model,
+            torch.tensor([ids], device=device),
+            eos_id=self.tokenizer.eot_id,
+            vocab_size=self.tokenizer.n_vocab,
+            generator=self.generator,
+            on_token=stream,
+            **settings,
+        )
+        new = output[0, len(ids) :].tolist()
+        return self.tokenizer.decode(new[: new.index(self.tokenizer.eot_id)] if self.tokenizer.eot_id in new else new)

@@ -1,0 +1,73 @@
+"""Grouped-query attention with learned sinks, sliding or full.
+
+Shapes: B batch, T query tokens, S key tokens, D hidden_size, H query heads, K key/value heads, C head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gptoss_dist.model.config import SLIDING, ModelConfig
+from gptoss_dist.model.rope import apply_rotary
+from gptoss_dist.ops.sink_attention import masked_sink_attention, sink_attention
+
+
+class LayerCache(Protocol):
+    """What attention needs of a key/value cache for one layer (see `inference/kv_cache.py`)."""
+
+    def append(self, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store new keys and values; return those to attend to, [B, K, S, C], and which are visible, bool [T, S].
+
+        A visibility of None means that nothing was cached before, so that plain causal attention is exact.
+        """
+
+
+class Attention(nn.Module):
+    """Projections, rotary embedding, sink attention. The scale is 1 / sqrt(head_dim)."""
+
+    def __init__(self, config: ModelConfig, layer_index: int) -> None:
+        super().__init__()
+        D, C, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.head_dim = C
+        self.window = config.sliding_window if config.layer_types[layer_index] == SLIDING else None
+        self.sink_clamp = config.sink_clamp
+        self.backend = "auto"
+        self.q_proj = nn.Linear(D, config.num_attention_heads * C, bias=bias)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * C, bias=bias)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * C, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * C, D, bias=bias)
+        self.sinks = nn.Parameter(torch.empty(config.num_attention_heads))
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        document_ids_BT: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        B, T, _ = x_BTD.shape
+        q_BHTC = apply_rotary(self.q_proj(x_BTD).view(B, T, -1, self.head_dim), *rotary).transpose(1, 2)
+        k_BKTC = apply_rotary(self.k_proj(x_BTD).view(B, T, -1, self.head_dim), *rotary).transpose(1, 2)
+        v_BKTC = self.v_proj(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
+        sinks_H = self.sinks if self.sink_clamp is None else self.sinks.clamp(*self.sink_clamp)
+        scale = self.head_dim**-0.5
+        visible_TS = None
+        if cache is not None:
+            k_BKTC, v_BKTC, visible_TS = cache.append(k_BKTC, v_BKTC)
+        if visible_TS is not None:
+            o_BHTC = masked_sink_attention(q_BHTC, k_BKTC, v_BKTC, sinks_H, visible_TS, scale=scale)
+        else:
+            o_BHTC = sink_attention(
+                q_BHTC,
+                k_BKTC,
+                v_BKTC,
+                sinks_H,
+                scale=scale,
+                window=self.window,
+                document_ids_BT=document_ids_BT,
+                backend=self.backend,
+            )
+        return self.o_proj(o_BHTC.transpose(1, 2).reshape(B, T, -1))

@@ -1,0 +1,159 @@
+"""The architecture as data: every variant of the model is a set of these fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclass
+class RopeScaling:
+    """YaRN context extension (Peng et al. 2023, arXiv:2309.00071) as GPT-OSS uses it."""
+
+    rope_type: Literal["yarn"] = "yarn"
+    factor: float = 32.0
+    """How many times longer than the original context."""
+    original_max_position_embeddings: int = 4096
+    """Context of the unscaled rotary embedding, in tokens."""
+    beta_fast: float = 32.0
+    """Dimensions turning more often than this over the original context are not interpolated."""
+    beta_slow: float = 1.0
+    """Dimensions turning less often than this are fully interpolated."""
+    truncate: bool = False
+    """Round the ramp's borders to whole dimensions (GPT-OSS does not)."""
+
+
+@dataclass
+class ModelConfig:
+    """Architecture. Field names are those of `transformers.GptOssConfig`; the defaults are exact GPT-OSS.
+
+    Fields that transformers does not have (from `router_bias` down) default to GPT-OSS behaviour.
+    """
+
+    vocab_size: int = 201088
+    hidden_size: int = 2880
+    intermediate_size: int = 2880
+    """Width of one expert."""
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 64
+    num_key_value_heads: int = 8
+    head_dim: int = 64
+    num_local_experts: int = 32
+    """Experts per layer, over all ranks."""
+    num_experts_per_tok: int = 4
+    """Experts that each token is routed to (top-k)."""
+    sliding_window: int = 128
+    """Keys visible to a query on sliding layers, counting the query's own."""
+    layer_types: list[str] | None = None
+    """`sliding_attention` or `full_attention` per layer; null alternates, starting with sliding."""
+    max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 150000.0
+    rope_scaling: RopeScaling | None = field(default_factory=RopeScaling)
+    initializer_range: float = 0.02
+    """Standard deviation of the normal weight initialisation."""
+    tie_word_embeddings: bool = False
+    attention_bias: bool = True
+    """Biases on the q, k, v and o projections."""
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
+    router_bias: bool = True
+    expert_bias: bool = True
+    expert_activation: Literal["gpt_oss", "silu"] = "gpt_oss"
+    """`gpt_oss`: clamped gate * sigmoid(alpha * gate) * (up + 1); `silu`: plain silu(gate) * up."""
+    num_shared_experts: int = 0
+    """Experts of width `intermediate_size` that every token passes, besides the routed ones."""
+    sink_init: Literal["normal", "zero"] = "normal"
+    sink_clamp: list[float] | None = None
+    """[low, high] limits of the sink logits; null leaves them free, as GPT-OSS does."""
+    rope_pruned_fraction: float = 0.0
+    """Share of rotary dimensions, slowest first, left unrotated on full layers (p-RoPE, arXiv:2410.06205)."""
+
+    def __post_init__(self) -> None:
+        if self.layer_types is None:
+            self.layer_types = [FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers)]
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "num_local_experts",
+            "num_experts_per_tok",
+            "sliding_window",
+            "max_position_embeddings",
+        ):
+            _require(getattr(self, key) > 0, f"model.{key}={getattr(self, key)} must be positive")
+        _require(
+            len(self.layer_types) == self.num_hidden_layers,
+            f"model.layer_types has {len(self.layer_types)} entries for num_hidden_layers={self.num_hidden_layers}; "
+            "give one per layer, or null to alternate",
+        )
+        bad = sorted(set(self.layer_types) - {SLIDING, FULL})
+        _require(not bad, f"model.layer_types holds {bad}; use {SLIDING!r} or {FULL!r}")
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"model.num_attention_heads={self.num_attention_heads} must be a multiple of "
+            f"num_key_value_heads={self.num_key_value_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} must be even for rotary embeddings")
+        _require(
+            self.num_experts_per_tok <= self.num_local_experts,
+            f"model.num_experts_per_tok={self.num_experts_per_tok} exceeds num_local_experts={self.num_local_experts}",
+        )
+        _require(
+            0.0 <= self.rope_pruned_fraction < 1.0,
+            f"model.rope_pruned_fraction={self.rope_pruned_fraction} must be in [0, 1)",
+        )
+        _require(
+            self.sink_clamp is None or (len(self.sink_clamp) == 2 and self.sink_clamp[0] < self.sink_clamp[1]),
+            f"model.sink_clamp={self.sink_clamp} must be [low, high] with low < high, or null",
+        )
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> ModelConfig:
+        """Read an architecture file such as `configs/model/gptoss_20b.yaml`.
+
+        Raises:
+            ValueError: the file is missing, not YAML, or has a key or type that is not a field's.
+        """
+        import jsonargparse
+
+        if not Path(path).is_file():
+            raise ValueError(f"model config {path} does not exist; see configs/model/ for the shipped ones")
+        parser = jsonargparse.ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls)
+        try:
+            namespace = parser.parse_path(str(path))
+        except jsonargparse.ArgumentError as error:
+            raise ValueError(f"model config {path}: {error}") from None
+        return cls(**parser.instantiate_classes(namespace).as_dict())
+
+    def to_dict(self) -> dict:
+        """Plain values only: safe to write as YAML or JSON, and `from_dict` restores it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> ModelConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is not a field.
+        """
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        _require(not unknown, f"model config has unknown keys {unknown}")
+        values = dict(values)
+        if isinstance(values.get("rope_scaling"), dict):
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        return cls(**values)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,70 @@
+"""Rotary position embedding with YaRN, as GPT-OSS applies it.
+
+Shapes: B batch, H heads, T tokens, C head_dim, R = C / 2 rotated pairs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gptoss_dist.model.config import FULL, ModelConfig
+
+
+def inverse_frequencies(config: ModelConfig, layer_type: str) -> tuple[Tensor, float]:
+    """Radians per token of each rotated pair, [R] float32 on CPU, and the factor on cos and sin (YaRN's mscale).
+
+    Long wavelengths are interpolated by `factor`, short ones are kept, with a linear ramp between the dimensions that
+    turn `beta_fast` and `beta_slow` times over the original context (YaRN, arXiv:2309.00071, section 3.2). On full
+    layers the slowest `rope_pruned_fraction` of the pairs does not turn at all (p-RoPE, arXiv:2410.06205).
+    """
+    pairs = config.head_dim // 2
+    exponent_R = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    extrapolated_R = 1.0 / config.rope_theta**exponent_R
+    scaling, factor = config.rope_scaling, 1.0
+    inverse_R = extrapolated_R
+    if scaling is not None:
+
+        def dimension(rotations: float) -> float:
+            turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
+            return config.head_dim * math.log(turns) / (2 * math.log(config.rope_theta))
+
+        low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, config.head_dim - 1)
+        span = (high - low) or 0.001
+        ramp_R = ((torch.arange(pairs, dtype=torch.float32) - low) / span).clamp(0, 1)
+        inverse_R = extrapolated_R / scaling.factor * ramp_R + extrapolated_R * (1 - ramp_R)
+        if scaling.factor > 1:
+            factor = 0.1 * math.log(scaling.factor) + 1.0
+    pruned = round(config.rope_pruned_fraction * pairs) if layer_type == FULL else 0
+    if pruned:
+        inverse_R = inverse_R.clone()
+        inverse_R[pairs - pruned :] = 0.0
+    return inverse_R, factor
+
+
+class RotaryTables:
+    """cos and sin per layer type, computed once per forward pass for the positions at hand."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.frequencies = {kind: inverse_frequencies(config, kind) for kind in sorted(set(config.layer_types))}
+
+    def __call__(self, position_T: Tensor, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+        """{layer_type: (cos [T, R], sin [T, R])} in `dtype`, on the positions' device."""
+        tables = {}
+        for kind, (inverse_R, factor) in self.frequencies.items():
+            angle_TR = position_T.float()[:, None] * inverse_R.to(position_T.device)
+            # An unrotated pair keeps mscale as well: the factor belongs to the attention logits, not to the rotation.
+            tables[kind] = ((angle_TR.cos() * factor).to(dtype), (angle_TR.sin() * factor).to(dtype))
+        return tables
+
+
+def apply_rotary(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Rotate pairs (i, i + R) of the last dimension; [B, T, H, C] in and out."""
+    cos, sin = cos_TR[:, None, :], sin_TR[:, None, :]
+    first, second = x_BTHC.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,157 @@
+"""The GPT-OSS transformer, top to bottom. Parallelism is applied from outside (`parallel/parallelize.py`).
+
+Module tree and parameter layouts are those of `transformers.GptOssForCausalLM`: a state dict is a Hugging Face one.
+Shapes: B batch, T tokens, D hidden_size, V vocab_size, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gptoss_dist.model.attention import Attention
+from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.model.losses import balance_loss, z_loss
+from gptoss_dist.model.moe import MoE, RouterStats
+from gptoss_dist.model.rope import RotaryTables
+from gptoss_dist.ops.cross_entropy import linear_cross_entropy
+from gptoss_dist.ops.rms_norm import rms_norm
+
+if TYPE_CHECKING:
+    from gptoss_dist.inference.kv_cache import KVCache
+
+IGNORE_INDEX = -100
+"""Label of a token that carries no loss (the convention of torch and transformers)."""
+
+
+class LossSums(NamedTuple):
+    """What a forward pass with labels returns: sums that add up over micro-batches and ranks."""
+
+    token_loss: Tensor
+    """Sum of the token losses in nats, float32."""
+    stats: RouterStats
+    """Router sums with a leading layer dimension: counts [L, E], probability [L, E], z [L], entropy [L]."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight in float32 (arXiv:1910.07467); the product with the weight is rounded once, as in GPT-OSS."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return rms_norm(x_BTD, self.weight, self.eps)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and mixture of experts, each with a residual connection."""
+
+    def __init__(self, config: ModelConfig, layer_index: int) -> None:
+        super().__init__()
+        self.layer_type = config.layer_types[layer_index]
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config)
+
+    def forward(self, x_BTD: Tensor, rotary, document_ids_BT=None, cache=None) -> tuple[Tensor, RouterStats]:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, document_ids_BT, cache)
+        y_BTD, stats = self.mlp(self.post_attention_layernorm(x_BTD))
+        return x_BTD + y_BTD, stats
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_tables = RotaryTables(config)
+
+    def forward(self, input_ids_BT, document_ids_BT=None, cache: KVCache | None = None) -> tuple[Tensor, RouterStats]:
+        x_BTD = self.embed_tokens(input_ids_BT)
+        start = cache.length if cache is not None else 0
+        position_T = torch.arange(start, start + input_ids_BT.shape[1], device=input_ids_BT.device)
+        rotary = self.rotary_tables(position_T, x_BTD.dtype)
+        layer_stats = []
+        for index, layer in enumerate(self.layers):
+            layer_cache = cache.layers[index] if cache is not None else None
+            x_BTD, stats = layer(x_BTD, rotary[layer.layer_type], document_ids_BT, layer_cache)
+            layer_stats.append(stats)
+        if cache is not None:
+            cache.length += input_ids_BT.shape[1]
+        return self.norm(x_BTD), RouterStats(*(torch.stack(column) for column in zip(*layer_stats)))
+
+
+class GptOss(nn.Module):
+    """A GPT-OSS language model with its head.
+
+    Weights are left uninitialised (build it on the meta device for large models): call
+    `gptoss_dist.model.init.initialize(model, seed)` or load a state dict.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Share the embedding with the head where the config says so; needed again after `to_empty`."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        *,
+        document_ids_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor | LossSums:
+        """Logits, or with labels the sums that a loss is made of, never holding all logits at once.
+
+        Args:
+            input_ids_BT: token ids [B, T], int64.
+            labels_BT: the token to predict *at* each position (already shifted), [B, T]; -100 carries no loss.
+            document_ids_BT: attention stays within equal ids; non-decreasing along T.
+            cache: keys and values of earlier tokens, extended in place.
+            last_only: logits of the last position only.
+
+        Returns:
+            Logits [B, T or 1, V] in the compute dtype, or `LossSums`.
+        """
+        x_BTD, stats = self.model(input_ids_BT, document_ids_BT, cache)
+        if labels_BT is None:
+            return self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
+        loss = linear_cross_entropy(
+            x_BTD.flatten(0, 1), self.lm_head.weight, labels_BT.flatten(), ignore_index=IGNORE_INDEX
+        )
+        return LossSums(loss, stats)
+
+    def loss(self, input_ids_BT: Tensor, labels_BT: Tensor, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean token loss in nats, and the unweighted auxiliary terms {"aux": balance loss, "z": router z-loss}.
+
+        The token loss never contains the auxiliary terms. Arguments as in `forward`.
+        """
+        sums = self(input_ids_BT, labels_BT, **kwargs)
+        tokens, valid = input_ids_BT.numel(), (labels_BT != IGNORE_INDEX).sum()
+        auxiliary = {
+            "aux": balance_loss(sums.stats, sums.stats.counts_E, tokens, self.config.num_experts_per_tok),
+            "z": z_loss(sums.stats, tokens),
+        }
+        return sums.token_loss / valid, auxiliary
+
+    def generate(self, input_ids_BT: Tensor, **kwargs) -> Tensor:
+        """Continue token ids [B, T]; arguments and result as in `gptoss_dist.inference.generate.generate`."""
+        from gptoss_dist.inference.generate import generate
+
+        return generate(self, input_ids_BT, **kwargs)

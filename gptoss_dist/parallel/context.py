@@ -1,0 +1,94 @@
+"""The processes of a run: who this one is, on which device, and how the others are reached."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class Context:
+    """One process of the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+    """One dimension, `shard`, over all processes: parameters are sharded and data is split over it."""
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the only process that prints, tracks and writes common files."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add `tensor` over all ranks, in place; no host synchronisation."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def start(timeout_s: float = 1800.0) -> Context:
+    """Join the run started by `torchrun`, or be a run of one process if there is no launcher.
+
+    Raises:
+        ValueError: fewer GPUs than processes on this machine.
+    """
+    launched = "RANK" in os.environ
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"LOCAL_RANK={local_rank} but this machine has {torch.cuda.device_count()} GPUs; "
+                "start at most one process per GPU (torchrun --nproc_per_node)"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    dist.init_process_group(
+        backend,
+        store=None if launched else dist.HashStore(),
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+    mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    return Context(rank, local_rank, world_size, device, mesh)
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed python, numpy and torch; each rank differently, because they draw noise for different samples."""
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
+def finish(exit_code: int = 0) -> None:
+    """Leave together and end the process without running destructors.
+
+    gloo's background threads sometimes abort the interpreter's tear-down after all work is done, which would turn a
+    finished run into a failed one.
+    """
+    if dist.is_initialized():
+        if exit_code == 0:
+            dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

@@ -1,0 +1,50 @@
+"""Wraps a plain model for training, from outside: experts -> activation checkpointing -> compile -> shard."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from gptoss_dist.config import Config
+from gptoss_dist.model import GptOss
+
+
+def parallelize(model: GptOss, config: Config, mesh: DeviceMesh) -> GptOss:
+    """Prepare `model` (on the meta device, or materialised) for training on `mesh`; in place.
+
+    Parameter names do not change at any step. Afterwards every parameter is a DTensor sharded on dimension 0, and the
+    gradients of the ranks are *summed*: the loss of each rank is a share of the global loss.
+    """
+    if config.parallel.experts == "megablocks":
+        from gptoss_dist.parallel.experts import use_megablocks
+
+        use_megablocks(model)
+    layers = model.model.layers
+    if every := config.train.activation_checkpointing:
+        for layer in layers[every - 1 :: every]:
+            # partial binds this layer's own forward; a closure over the loop variable would recompute the last one.
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    if config.train.compile:
+        for layer in layers:
+            layer.compile(mode=config.train.compile_mode)
+    shard = functools.partial(
+        fully_shard,
+        mesh=mesh,
+        reshard_after_forward=config.parallel.reshard_after_forward,
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if config.train.precision == "bf16" else None, reduce_dtype=torch.float32
+        ),
+    )
+    for layer in layers:
+        shard(layer)
+    shard(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # Without this gloo is asked for a pre-multiplied sum, which it does not have.
+            module.set_force_sum_reduction_for_comms(True)
+    return model

@@ -1,0 +1,54 @@
+"""Requests to stop, and steps that went wrong."""
+
+from __future__ import annotations
+
+import logging
+import signal
+
+log = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is for the user, and checkpoints are intact."""
+
+
+class StopRequest:
+    """Turns SIGTERM and Ctrl-C into a flag, so that the step is finished and saved. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, number: int, _frame) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def close(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class SkipGuard:
+    """Counts steps whose update was skipped, and gives up after too many in a row."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.total, self.in_a_row = limit, 0, 0
+
+    def observe(self, step: int, skipped: bool, loss: float, grad_norm: float) -> None:
+        """Note the outcome of a step.
+
+        Raises:
+            TrainingError: `limit` steps in a row were skipped.
+        """
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if not skipped:
+            return
+        self.total += 1
+        log.warning("step %d skipped: loss %s, gradient norm %s", step, loss, grad_norm)
+        if self.in_a_row >= self.limit:
+            raise TrainingError(
+                f"{self.in_a_row} steps in a row had a non-finite loss or gradient (last: step {step}, loss {loss}); "
+                "the last checkpoint is intact: lower optim.lr, or inspect the data"
+            )

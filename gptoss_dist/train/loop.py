@@ -1,0 +1,224 @@
+"""The training loop. It knows neither which engine it drives nor how the model is sharded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from data_pipeline import BatchLoader, TokenDataset, validation_batches
+from gptoss_dist import checkpoint
+from gptoss_dist.config import Config
+from gptoss_dist.engine import FsdpEngine
+from gptoss_dist.inference import generate
+from gptoss_dist.parallel.context import Context, seed_everything, start
+from gptoss_dist.train.faults import SkipGuard, StopRequest, TrainingError
+from gptoss_dist.train.metrics import StepTimer
+from gptoss_dist.train.report import Report
+from gptoss_dist.train.schedule import learning_rate
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> int:
+    """Train as `config` says, in every process of the launcher. Returns the exit code: 0, or 2 for a user's mistake."""
+    try:
+        context = start()
+        if config.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        _open_folder(config, context)
+        train(config, context)
+    except (ValueError, TrainingError) as error:
+        # Every rank meets the same mistake; one of them says so.
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+        log.error("%s", error)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def train(config: Config, context: Context) -> None:
+    """Train to the last step, or until asked to stop; then save.
+
+    Raises:
+        ValueError: settings, data and model do not fit each other.
+        TrainingError: too many steps in a row had to be skipped.
+    """
+    settings = config.train
+    dataset = _open_data(config, "train")
+    validation = _open_data(config, "validation") if config.validation.every else None
+    seed_everything(config.run.seed, context.rank)
+    engine = FsdpEngine(config, context)
+
+    first, consumed, run_id = 0, 0, None
+    if (path := _checkpoint_to_resume(config)) is not None:
+        info = checkpoint.read_info(path)
+        first, consumed, run_id = info["step"], info["samples_consumed"], info["mlflow_run_id"]
+        state = engine.state()
+        checkpoint.load_state(path, state)
+        engine.load(state)
+        if not checkpoint.restore_rng(path, context.rank):
+            seed_everything(config.run.seed + first, context.rank)
+    loader = BatchLoader(
+        dataset,
+        micro_batch_size=settings.micro_batch_size,
+        accumulation=settings.gradient_accumulation,
+        rank=context.rank,
+        world_size=context.world_size,
+        samples_consumed=consumed,
+        document_mask=config.data.document_mask,
+        prefetch=config.data.prefetch,
+    )
+    report = None
+    if context.is_main:
+        report = Report(config, context, dataset, start=first, tokens=consumed * config.data.seq_len, run_id=run_id)
+        report.message(f"resumed {path} at step {first}" if path else f"training {config.run.name} in {config.run.dir}")
+
+    timer, stop, guard = StepTimer(context.device), StopRequest(), SkipGuard(settings.max_skipped_steps)
+
+    def every(interval: int, step: int) -> bool:
+        return interval > 0 and step % interval == 0
+
+    def read_back(pending) -> bool:
+        """Report a step that was launched earlier; true if any rank was asked to stop."""
+        if pending is None:
+            return False
+        step, result, lr, timing = pending
+        guard.observe(step, bool(result.skipped), float(result.loss), float(result.grad_norm))
+        if report:
+            report.step(step, result, lr, timing, guard.total)
+        return bool(result.stop)
+
+    def validate(step: int) -> None:
+        batches = validation_batches(
+            validation, settings.micro_batch_size, context.rank, context.world_size, config.validation.samples
+        )
+        loss = engine.evaluate(batches)
+        if report:
+            report.validation(step, loss)
+
+    def save(step: int) -> None:
+        checkpoint.save(
+            config.checkpoint.dir,
+            step,
+            engine.state(),
+            {
+                "samples_consumed": loader.samples_consumed,
+                "config": config.to_dict(),
+                "data": {"path": config.data.path, "manifest_sha256": dataset.manifest_sha256},
+                "mlflow_run_id": report.tracker.run_id if report else None,
+            },
+            keep=config.checkpoint.keep,
+            extra_files=dataset.tokenizer.save,
+        )
+
+    step, pending, saved, status = first, None, first, "FAILED"
+    try:
+        if validation and first == 0:
+            validate(0)
+        while step < settings.steps:
+            timer.start()
+            with timer.phase("data"):
+                batches = next(loader)
+            with timer.phase("compute"):
+                engine.forward_backward(batches)
+            with timer.phase("optimizer"):
+                lr = learning_rate(step, settings.steps, config.optim)
+                result = engine.update(lr, stop.requested)
+            step += 1
+            # Reading results one step late keeps the device busy meanwhile.
+            stopping, pending = read_back(pending), (step, result, lr, timer.stop())
+            boundary = every(config.checkpoint.every, step) or every(config.validation.every, step)
+            if boundary or every(config.sampling.every, step) or step == settings.steps or stopping:
+                stopping |= read_back(pending)
+                pending = None
+            if stopping:
+                break
+            if validation and every(config.validation.every, step):
+                validate(step)
+            if config.sampling.prompts and every(config.sampling.every, step):
+                _write_samples(config, context, engine, dataset, report, step)
+            if every(config.checkpoint.every, step):
+                save(step)
+                saved = step
+        if saved != step:
+            save(step)
+        status = "FINISHED" if step == settings.steps else "KILLED"
+        if report:
+            report.message(f"{'finished' if status == 'FINISHED' else 'stopped as asked'} at step {step}, saved")
+    finally:
+        stop.close()
+        loader.close()
+        if report:
+            report.close(status)
+
+
+def _write_samples(config: Config, context: Context, engine, dataset: TokenDataset, report, step: int) -> None:
+    """All ranks generate the same text in step, since each holds only a part of the weights."""
+    texts, tokenizer, settings = [], dataset.tokenizer, config.sampling
+    for index, prompt in enumerate(settings.prompts):
+        ids = torch.tensor([tokenizer.encode(prompt).tolist() or [tokenizer.eot_id]], device=context.device)
+        output = generate(
+            engine.model,
+            ids,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            vocab_size=tokenizer.n_vocab,
+            generator=torch.Generator().manual_seed(config.run.seed + index),
+        )
+        texts.append(tokenizer.decode(output[0].tolist()))
+    if report:
+        report.samples(step, texts)
+
+
+def _open_data(config: Config, split: str) -> TokenDataset:
+    dataset = TokenDataset(config.data.path, seq_len=config.data.seq_len, split=split, seed=config.run.seed)
+    if dataset.n_vocab > config.model.vocab_size:
+        raise ValueError(
+            f"data.path={config.data.path} was made with a tokenizer of {dataset.n_vocab} ids, more than "
+            f"model.vocab_size={config.model.vocab_size}; set --model.vocab_size {dataset.n_vocab} or more, or "
+            "prepare the data with a smaller tokenizer"
+        )
+    return dataset
+
+
+def _open_folder(config: Config, context: Context) -> None:
+    """Create the run's folder on rank 0 and start log.txt; refuse to mix two runs in one folder."""
+    folder = Path(config.run.dir)
+    if context.is_main:
+        if config.resume is None and checkpoint.checkpoints(config.checkpoint.dir):
+            raise ValueError(
+                f"checkpoint.dir={config.checkpoint.dir} holds checkpoints already; continue with --resume auto, or "
+                "choose another run.name"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            Path(config.checkpoint.dir).mkdir(parents=True, exist_ok=True)
+            config.save(folder / "config.yaml")
+            handler = logging.FileHandler(folder / "log.txt")
+        except OSError as error:
+            raise ValueError(
+                f"run.dir={folder} cannot be written ({error.strerror}); choose another --run.dir"
+            ) from None
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root = logging.getLogger("gptoss_dist")
+        root.addHandler(handler)
+        root.setLevel(logging.INFO)
+        if shutil.disk_usage(folder).free < 2**30:
+            log.warning("less than 1 GiB is free for %s", folder)
+    context.barrier()
+
+
+def _checkpoint_to_resume(config: Config) -> Path | None:
+    if config.resume is None:
+        return None
+    if config.resume == "auto":
+        found = checkpoint.checkpoints(config.checkpoint.dir)
+        return found[-1] if found else None
+    return checkpoint.resolve(config.resume)

@@ -1,0 +1,97 @@
+"""What a run will cost, from its settings alone: `launch/train.py --dry-run`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from gptoss_dist.config import Config
+from gptoss_dist.model import GptOss, ModelConfig
+from gptoss_dist.train.flops import flops_per_token
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Number of weights; a tied head counts once."""
+
+    total: int
+    active: int
+    """Used by one token: top-k of the experts; the input embedding only if it is also the head (the convention of
+    OpenAI's GPT-OSS model card)."""
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Exact counts, from the model built on the meta device."""
+    with torch.device("meta"):
+        model = GptOss(config)
+    total = active = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        if ".experts." in name:
+            active += parameter.numel() * config.num_experts_per_tok // config.num_local_experts
+        elif "embed_tokens" not in name or config.tie_word_embeddings:
+            active += parameter.numel()
+    return ParameterCount(total, active)
+
+
+def memory_estimate(config: Config, world_size: int) -> dict[str, float]:
+    """Bytes per process of the parts that grow with model and batch; fragmentation and buffers come on top.
+
+    Weights, gradients and Adam's moments are float32 and sharded. Activations are those that the backward pass needs,
+    per token: the residual stream, norms, projections, and K rows of each expert stage.
+    """
+    model, compute = config.model, 2 if config.train.precision == "bf16" else 4
+    parameters = count_parameters(model).total
+    block = (parameters - 2 * model.vocab_size * model.hidden_size) / model.num_hidden_layers
+    gathered = parameters if not config.parallel.reshard_after_forward else 2 * block + 2 * _head(config)
+    tokens = config.train.micro_batch_size * config.data.seq_len
+    D, I, K = model.hidden_size, model.intermediate_size, model.num_experts_per_tok  # noqa: E741
+    q, kv = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
+    width = 6 * D + 3 * q + 2 * kv + K * (2 * D + 3 * I) + 4 * model.num_shared_experts * I
+    every = config.train.activation_checkpointing
+    kept = model.num_hidden_layers - (model.num_hidden_layers // every if every else 0)
+    recomputed = model.num_hidden_layers - kept
+    return {
+        "weights, float32": 4 * parameters / world_size,
+        "gradients, float32": 4 * parameters / world_size,
+        "AdamW moments, float32": 8 * parameters / world_size,
+        f"gathered weights, {config.train.precision}": compute * max(gathered, 0),
+        "activations": compute * tokens * (width * max(kept, 1) + D * recomputed),
+        "head, one chunk of logits": 3 * 4 * min(tokens, 1024) * model.vocab_size,
+    }
+
+
+def _head(config: Config) -> int:
+    return config.model.vocab_size * config.model.hidden_size
+
+
+def describe(config: Config, world_size: int | None = None) -> str:
+    """The text of a dry run: parameters, tokens, FLOPs, memory and layout."""
+    world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
+    train, count, flops = (
+        config.train,
+        count_parameters(config.model),
+        flops_per_token(config.model, config.data.seq_len),
+    )
+    batch = train.micro_batch_size * train.gradient_accumulation * world_size
+    tokens = batch * config.data.seq_len
+    memory = memory_estimate(config, world_size)
+    lines = [
+        f"run          {config.run.name} in {config.run.dir}",
+        f"parameters   {count.total:,} total, {count.active:,} active per token",
+        f"batch        {batch:,} samples x {config.data.seq_len:,} tokens = {tokens:,} tokens per step "
+        f"({train.micro_batch_size} x {train.gradient_accumulation} accumulated x {world_size} processes)",
+        f"tokens       {tokens * train.steps:,} in {train.steps:,} steps",
+        f"compute      {flops}, {flops.training * tokens * train.steps:.3e} FLOP in all",
+        f"layout       {config.engine.kind}, shard {world_size}, experts {config.parallel.experts}, {train.precision}, "
+        f"activation checkpointing {train.activation_checkpointing or 'off'}, "
+        f"compile {'on' if train.compile else 'off'}",
+        "memory per process, estimated:",
+        *(f"  {name:<28}{size / GIB:9.2f} GiB" for name, size in memory.items()),
+        f"  {'sum':<28}{sum(memory.values()) / GIB:9.2f} GiB",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,63 @@
+#!/bin/sh
+# From nothing to a trained toy model and text from it: install, prepare data, train, generate. Needs no account and no
+# GPU, and no network beyond the package index. Safe to repeat: finished steps are skipped, training resumes.
+#
+#   sh launch/quickstart.sh
+set -eu
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+venv=${VIRTUAL_ENV:-$root/.venv}
+run=runs/quickstart
+cd "$root"
+
+step() { printf '\n== %s\n' "$*"; }
+die() {
+    printf 'quickstart: error: %s\n' "$*" >&2
+    exit 1
+}
+
+step "1/4 install"
+sh launch/install.sh --venv "$venv" || die "the install failed; see the message above"
+PATH=$venv/bin:$PATH
+
+step "2/4 prepare data: the Python standard library's own source code"
+python -m data_pipeline.prepare pystdlib --output data/pystdlib --tokenizer builtin ||
+    die "the data could not be prepared; see the message above"
+
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+if [ "$gpus" -gt 0 ] && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    processes=$gpus
+    step "3/4 train on $processes GPU(s)"
+else
+    processes=2
+    # Two processes share the cores: more threads than cores would make them wait for each other.
+    threads=$(($(getconf _NPROCESSORS_ONLN) / processes))
+    OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+    export OMP_NUM_THREADS
+    step "3/4 train on the CPU: $processes processes, $OMP_NUM_THREADS thread(s) each"
+fi
+torchrun --standalone --nproc_per_node "$processes" launch/train.py --config configs/quickstart.yaml --resume auto ||
+    die "training failed; the reason is above and in $run/log.txt. Repeating this script resumes from the last checkpoint"
+
+step "4/4 generate"
+unset OMP_NUM_THREADS
+for prompt in 'def ' 'import os
+'; do
+    python launch/generate.py --checkpoint "$run" --prompt "$prompt" || die "generating from $run failed; see above"
+done
+
+cat <<END
+
+== done
+  run          $run            (config.yaml, metrics.jsonl, log.txt, samples/)
+  plots        $run/plots/
+  checkpoints  $run/checkpoints/
+  MLflow       mlflow.db
+
+Next:
+  . $venv/bin/activate
+  python launch/generate.py --checkpoint $run                       # type prompts yourself
+  mlflow ui --backend-store-uri sqlite:///mlflow.db                 # curves in the browser, http://127.0.0.1:5000
+  python launch/evaluate.py --checkpoint $run                       # perplexity on held-out data
+  torchrun --standalone --nproc_per_node $processes launch/train.py --config configs/quickstart.yaml --resume auto --train.steps 2000
+                                                                    # train on from the last checkpoint
+END

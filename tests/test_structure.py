@@ -1,0 +1,66 @@
+"""The import rule of docs/design.md: launch -> train -> engine -> parallel -> model -> ops."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# What each room may import of this project.
+ALLOWED = {
+    "data_pipeline": set(),
+    "gptoss_dist.ops": set(),
+    "gptoss_dist.model": {"ops", "inference"},  # GptOss.generate is the one call upward, at run time
+    "gptoss_dist.inference": {"model", "ops", "checkpoint", "data_pipeline"},
+    "gptoss_dist.checkpoint": {"model"},
+    "gptoss_dist.parallel": {"model", "ops", "config"},
+    "gptoss_dist.engine": {"parallel", "model", "ops", "config"},
+    "gptoss_dist.train": {
+        "engine", "parallel", "model", "ops", "config", "checkpoint", "inference", "data_pipeline"
+    },
+}  # fmt: skip
+
+
+def imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (name.split(".") for name in names)
+
+
+def test_imports_point_down():
+    wrong, seen = [], 0
+    for room, allowed in ALLOWED.items():
+        own = room.split(".")[-1]
+        for path in (ROOT / room.replace(".", "/")).rglob("*.py"):
+            for parts in imports(path):
+                seen += 1
+                if parts[0] == "gptoss_dist" and len(parts) > 1:
+                    target = parts[1]
+                elif parts[0] in ("data_pipeline", "launch"):
+                    target = parts[0]
+                else:
+                    continue
+                if target not in allowed | {own}:
+                    wrong.append(f"{path.relative_to(ROOT)} imports {'.'.join(parts)}")
+    assert seen > 100
+    assert not wrong, wrong
+
+
+def test_the_model_knows_nothing_of_ranks():
+    for room in ("model", "ops"):
+        for path in (ROOT / "gptoss_dist" / room).rglob("*.py"):
+            assert not any(parts[:2] == ["torch", "distributed"] for parts in imports(path)), path
+
+
+def test_files_are_readable_in_one_sitting():
+    long = {
+        str(path.relative_to(ROOT)): count
+        for folder in ("gptoss_dist", "data_pipeline", "launch")
+        for path in (ROOT / folder).rglob("*.py")
+        if (count := len(path.read_text().splitlines())) > 500
+    }
+    assert not long

@@ -1,0 +1,139 @@
+"""Step timing without waiting for the device, expert load, throughput and memory."""
+
+import math
+import time
+
+import pytest
+import torch
+
+from gptoss_dist.train.flops import FlopCount, Peak
+from gptoss_dist.train.metrics import (
+    StepTimer,
+    Throughput,
+    expert_load,
+    loss_metrics,
+    memory_metrics,
+)
+
+
+def test_perplexity_is_capped_and_keeps_nan():
+    assert loss_metrics("train", 2.0) == {"loss/train": 2.0, "loss/train_ppl": math.exp(2)}
+    assert loss_metrics("val", 900.0)["loss/val_ppl"] == math.exp(20)
+    assert loss_metrics("val", math.inf)["loss/val_ppl"] == math.exp(20)
+    assert math.isnan(loss_metrics("train", math.nan)["loss/train_ppl"])
+
+
+def test_cpu_timer_adds_repeated_phases():
+    timer = StepTimer("cpu")
+    timer.start()
+    for _ in range(2):
+        with timer.phase("data"):
+            time.sleep(0.01)
+        with timer.phase("compute"):
+            time.sleep(0.03)
+    with timer.phase("optimizer"):
+        pass
+    result = timer.stop()
+    assert set(result) == {"perf/data_ms", "perf/compute_ms", "perf/optimizer_ms", "perf/step_ms"}
+    assert result["perf/data_ms"] >= 20 and result["perf/compute_ms"] >= 60
+    parts = result["perf/data_ms"] + result["perf/compute_ms"] + result["perf/optimizer_ms"]
+    assert parts <= result["perf/step_ms"]
+    timer.start()
+    assert set(timer.stop()) == {"perf/step_ms"}, "nothing carries over into the next step"
+
+
+def test_cuda_timer_reads_late_and_never_synchronizes(monkeypatch):
+    device_clock = 0.0  # ms that the device has worked through
+    recorded = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.at = None
+
+        def record(self):
+            self.at = 10.0 * (len(recorded) + 1)  # one event each 10 ms of device time
+            recorded.append(self)
+
+        def query(self):
+            return self.at <= device_clock
+
+        def elapsed_time(self, end):
+            assert self.query() and end.query(), "read before the device got there"
+            return end.at - self.at
+
+        def synchronize(self):
+            raise AssertionError("the host waited for the device")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", Event.synchronize)
+    timer = StepTimer("cuda")
+
+    def step():
+        timer.start()
+        with timer.phase("data"):
+            pass
+        for _ in range(2):
+            with timer.phase("compute"):
+                pass
+        return timer.stop()
+
+    assert step() == {}, "the device has not finished the first step"
+    device_clock = 80.0  # the first step's eight events have passed
+    assert step() == {"perf/data_ms": 10.0, "perf/compute_ms": 20.0, "perf/step_ms": 70.0}
+    assert step() == {}
+    device_clock = 1e9
+    assert step()["perf/step_ms"] == 70.0
+    assert len(timer._pending) == 0, "late steps are dropped rather than piled up"
+
+
+def test_expert_load_against_hand_numbers():
+    counts_LE = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0], [0, 0, 0, 0]])
+    load = expert_load(counts_LE, torch.tensor([math.log(4), 0.0, 0.0]))
+    assert [load[f"moe/load_cv/layer_{i}"] for i in range(3)] == pytest.approx([0, math.sqrt(3), 0])
+    assert [load[f"moe/load_max_over_mean/layer_{i}"] for i in range(3)] == [1, 4, 0]
+    assert [load[f"moe/dead_experts/layer_{i}"] for i in range(3)] == [0, 3, 4]
+    assert load["moe/entropy/layer_0"] == pytest.approx(math.log(4))
+    assert load["moe/load_cv"] == pytest.approx(math.sqrt(3) / 3)
+    assert (load["moe/load_max_over_mean"], load["moe/dead_experts"]) == (4, 7)
+    assert load["moe/router_entropy"] == pytest.approx(math.log(4) / 3)
+    assert not any("entropy" in name for name in expert_load(counts_LE))
+    with pytest.raises(ValueError, match=r"\[L, E\]"):
+        expert_load(counts_LE[0])
+
+
+def test_throughput_windows_pauses_and_mfu():
+    now = 100.0
+    meter = Throughput(
+        4,
+        tokens=1000,
+        flops=FlopCount(0, 0, 0, 1e6, 0, 0),
+        peak=Peak(1e9, "test", "test"),
+        clock=lambda: now,
+    )
+    assert meter.read() == {"progress/tokens": 1000}, "no time has passed: no rate"
+    meter.update(500)
+    now += 2
+    with meter.paused():
+        now += 3
+    meter.update(500)
+    now += 2
+    metrics = meter.read()
+    assert metrics["perf/tokens_per_s"] == 250
+    assert metrics["perf/tokens_per_s_per_device"] == 62.5
+    assert metrics["perf/tokens_per_s_cumulative"] == pytest.approx(1000 / 7)
+    assert metrics["perf/mfu"] == pytest.approx(62.5 * 3e6 / 1e9)
+    assert metrics["progress/tokens"] == 2000
+    meter.update(100)
+    now += 1
+    assert meter.read()["perf/tokens_per_s"] == 100, "a new window"
+
+
+def test_memory_sees_an_allocation():
+    before = memory_metrics("cpu")
+    block = torch.ones(2**28, dtype=torch.uint8)  # 0.25 GiB, touched
+    after = memory_metrics("cpu")
+    assert after["perf/memory_rss_gib"] - before["perf/memory_rss_gib"] == pytest.approx(
+        block.numel() / 2**30, abs=0.05
+    )
+    assert after["perf/memory_peak_rss_gib"] >= 0.99 * after["perf/memory_rss_gib"]
