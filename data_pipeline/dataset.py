@@ -55,8 +55,8 @@ class TokenDataset:
         self.samples_per_epoch = (self.tokens_total - 1) // seq_len
         if self.samples_per_epoch < 1:
             raise ValueError(
-                f"{path}: split {split!r} has {self.tokens_total} tokens, too few for one sample of seq_len + 1 = {seq_len + 1}; "
-                f"prepare more text, a larger validation fraction, or use a shorter seq_len"
+                f"{path}: split {split!r} has {self.tokens_total} tokens, too few for one sample of seq_len + 1 = "
+                f"{seq_len + 1}; prepare more text or a larger validation fraction, or use a shorter seq_len"
             )
 
     @cached_property

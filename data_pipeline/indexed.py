@@ -120,7 +120,8 @@ class IndexedReader:
         expected = _HEADER.size + 12 * sequences + 8 * document_index_length
         if len(index) != expected:
             raise ValueError(
-                f"{index_file}: truncated or damaged index, {len(index)} bytes where {sequences} sequences need {expected}"
+                f"{index_file}: truncated or damaged index, {len(index)} bytes where {sequences} sequences "
+                f"need {expected}"
             )
         self.dtype = DTYPE_CODES[code]
         self.lengths = np.frombuffer(index, "<i4", sequences, _HEADER.size)
@@ -129,8 +130,8 @@ class IndexedReader:
         self.n_tokens = int(self.lengths.sum(dtype=np.int64))
         if len(self.tokens) != self.n_tokens * self.dtype.itemsize:
             raise ValueError(
-                f"{data_file}: truncated or damaged, {len(self.tokens)} bytes where its index counts {self.n_tokens} {self.dtype.name} "
-                f"tokens = {self.n_tokens * self.dtype.itemsize} bytes"
+                f"{data_file}: truncated or damaged, {len(self.tokens)} bytes where its index counts "
+                f"{self.n_tokens} {self.dtype.name} tokens = {self.n_tokens * self.dtype.itemsize} bytes"
             )
         self.tokens = self.tokens.view(self.dtype)
         ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize

@@ -27,10 +27,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """tokenizer: name, sha256, n_vocab and eot_id. splits: shards by split name, in order. dropped: documents left out,
-    by reason.
-    irregular: documents that the tokenizer had to treat, by reason (see `Tokenizer`). content_sha256: of everything the
-        tokens depend on.
+    """What `prepare` wrote.
+
+    tokenizer: name, sha256, n_vocab and eot_id. splits: shards by split name, in order. dropped: documents left out, by
+    reason. irregular: documents that the tokenizer had to treat, by reason (see `Tokenizer`).
     """
 
     tokenizer: dict
@@ -43,6 +43,7 @@ class Manifest:
 
     @property
     def content_sha256(self) -> str:
+        """Of the tokens and what they mean: equal for equal text, tokenizer and shard size, on any machine."""
         shards = {split: [shard.sha256 for shard in shards] for split, shards in self.splits.items()}
         content = [self.tokenizer["sha256"], self.tokenizer["eot_id"], self.dtype, shards]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

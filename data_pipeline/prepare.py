@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -252,6 +253,7 @@ _worker_tokenizer: Tokenizer | None = None
 
 def _start_worker(directory: Path) -> None:
     global _worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     _worker_tokenizer = Tokenizer.load(directory)
 
 
@@ -269,26 +271,31 @@ def _encoder(staging: Path, tokenizer: Tokenizer, workers: int) -> Iterator[Call
         yield lambda batches: ((batch, _encode(tokenizer, batch.texts)) for batch in batches)
         return
 
+    # Not fork: pyarrow and datasets run threads here. Not multiprocessing.Pool: it waits for ever when a worker is
+    # killed.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(staging,))
+
     def encode(batches: Iterable[_Batch]) -> Iterator[tuple[_Batch, _Encoded]]:
         pending: deque = deque()
         for batch in batches:
-            pending.append((batch, pool.submit(_encode_in_worker, batch.texts)))
+            try:
+                pending.append((batch, pool.submit(_encode_in_worker, batch.texts)))
+            except Exception as error:  # a pool that is just breaking fails in several ways, by its own closed pipes
+                raise BrokenProcessPool(str(error)) from error
             if len(pending) > 2 * workers:
                 done, future = pending.popleft()
                 yield done, future.result()
         for done, future in pending:
             yield done, future.result()
 
-    # Not fork: pyarrow and datasets run threads here. Not multiprocessing.Pool: it waits for ever when a worker is
-    # killed.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(staging,))
     try:
         yield encode
     except BrokenProcessPool as error:
         raise ValueError("a tokenizing process died (out of memory?); try fewer workers") from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        with contextlib.suppress(OSError):  # the same pipe
+            pool.shutdown(cancel_futures=True)
 
 
 class _SplitWriter:
@@ -368,8 +375,8 @@ def main(argv: list[str] | None = None) -> int:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="pystdlib, installed, synthetic[:documents=N,seed=S]; files, globs or directories of .txt .md .jsonl .parquet (.gz .zst); "
-        "or a Hugging Face dataset name",
+        help="pystdlib, installed, synthetic[:documents=N,seed=S]; files, globs or directories of .txt .md .jsonl "
+        ".parquet (.gz .zst); or a Hugging Face dataset name",
     )
     parser.add_argument("--output", required=True, help="directory to create")
     parser.add_argument(

@@ -25,8 +25,7 @@ def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     assert positions.size == 0 or (positions.min() >= 0 and positions.max() < n)
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    digest = hashlib.sha256(f"{seed}:{epoch}".encode()).digest() + hashlib.sha256(f"{epoch}:{seed}".encode()).digest()
-    keys = np.frombuffer(digest, "<u8")[:_ROUNDS]
+    keys = np.frombuffer(hashlib.sha512(f"{seed}:{epoch}".encode()).digest(), "<u8")[:_ROUNDS]
 
     values = positions.astype(np.uint64).ravel()
     outside = np.arange(values.size)

@@ -77,7 +77,7 @@ def open_source(
     return _huggingface(spec, spec, text_column, split, config_name)
 
 
-# --- named corpora ---------------------------------------------------------------------------------------------------------------------
+# --- named corpora --------------------------------------------------------------------------------
 
 
 def _pystdlib(spec: str) -> Source:
@@ -154,7 +154,7 @@ _PLACES = ("in the morning", "behind the mill", "without a sound", "near the har
 
 
 def _synthetic(spec: str, parameters: str) -> Source:
-    """Small English-like documents of sentences and sums: learnable, and the same on every machine and Python version."""
+    """Small documents of sentences and sums: learnable, and the same on every machine and Python version."""
     values = {"documents": 1000, "seed": 0}
     for item in filter(None, parameters.split(",")):
         key, _, value = item.partition("=")
@@ -184,7 +184,7 @@ def _synthetic(spec: str, parameters: str) -> Source:
     return Source(spec, "synthetic", description, json.dumps(values, sort_keys=True), documents)
 
 
-# --- local files -----------------------------------------------------------------------------------------------------------------------
+# --- local files ----------------------------------------------------------------------------------
 
 
 def _local(spec: str, path: Path, text_column: str) -> Source:
@@ -202,7 +202,8 @@ def _local(spec: str, path: Path, text_column: str) -> Source:
             file.suffix in COMPRESSIONS and _content_suffix(file) == ".parquet"
         ):
             raise ValueError(
-                f"source {spec!r}: {file} is of no known kind; known are {kinds}, all but .parquet also with .gz or .zst"
+                f"source {spec!r}: {file} is of no known kind; known are {kinds}, all but .parquet also "
+                f"with .gz or .zst"
             )
 
     def documents() -> Iterator[str]:
@@ -312,7 +313,7 @@ class _ZstdStream(io.RawIOBase):
         super().close()
 
 
-# --- Hugging Face datasets -------------------------------------------------------------------------------------------------------------
+# --- Hugging Face datasets ------------------------------------------------------------------------
 
 
 def _huggingface(spec: str, path: str, text_column: str, split: str | None, config_name: str | None) -> Source:
@@ -324,8 +325,8 @@ def _huggingface(spec: str, path: str, text_column: str, split: str | None, conf
         dataset = datasets.load_dataset(path, name=config_name, split=split, streaming=True)
     except Exception as error:  # the library raises many kinds, some of them bare Exception subclasses
         raise ValueError(
-            f"source {spec!r} is no built-in corpus (pystdlib, installed, synthetic) and no local file, and cannot be opened as {label}: "
-            f"{_first_line(error)}"
+            f"source {spec!r} is no built-in corpus (pystdlib, installed, synthetic) and no local file, and cannot "
+            f"be opened as {label}: {_first_line(error)}"
         ) from error
     names = dataset.column_names
     if names is not None and text_column not in names:
@@ -333,20 +334,22 @@ def _huggingface(spec: str, path: str, text_column: str, split: str | None, conf
 
     def documents() -> Iterator[str]:
         row = 0
-        try:
-            for batch in dataset.select_columns([text_column]).iter(batch_size=1000):
-                for text in batch[text_column]:
-                    row += 1
-                    yield _checked_text(text, text_column, f"{label}, row {row}")
-        except ValueError:
-            raise
-        except Exception as error:
-            raise ValueError(f"{label}: reading failed after row {row}: {_first_line(error)}") from error
+        batches = dataset.select_columns([text_column]).iter(batch_size=1000)
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                raise ValueError(f"{label}: reading failed after row {row}: {_first_line(error)}") from error
+            if batch is None:
+                return
+            for text in batch[text_column]:
+                row += 1
+                yield _checked_text(text, text_column, f"{label}, row {row}")
 
     return Source(spec, "huggingface", label, json.dumps([path, config_name, split, text_column]), documents)
 
 
-# --- shared by all ---------------------------------------------------------------------------------------------------------------------
+# --- shared by all --------------------------------------------------------------------------------
 
 
 def _fingerprint(files: list[Path], text_column: str = "") -> str:

@@ -31,8 +31,8 @@ _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 PATTERNS = {
     "o200k": "|".join(
         (
-            rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{_CONTRACTION}?",
-            rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{_CONTRACTION}?",
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _CONTRACTION + "?",
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _CONTRACTION + "?",
             r"\p{N}{1,3}",
             r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
             r"\s*[\r\n]+",
@@ -40,12 +40,14 @@ PATTERNS = {
             r"\s+",
         )
     ),
-    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
-    "llama3": rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    "llama3": _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
     "bytes": r"(?s:.{1,256})",
 }
 
+_PROBE = "Word's 123 ,;\t\n \r\n\0\x7f \u00e9\u4e2d\u0301\U0001f600 "
 _LLAMA3_RANKS = 128_000
 _FILE_NAME = "tokenizer.gptoss.json"
 _RANKS_FILE_NAME = "tokenizer.tiktoken"
@@ -55,13 +57,11 @@ _FORMAT = "gptoss_dist tokenizer"
 class Tokenizer:
     """Text to token ids and back, exactly.
 
-    name: for people; two tokenizers are the same when their `sha256` are (pattern, ranks, special tokens, end-of-text
-        token).
+    name: for people; what makes two tokenizers the same is `sha256`, of pattern, ranks, special tokens, end of text.
     ranks: {token bytes: id}; must hold the 256 single bytes. pattern: regular expression that cuts text into words.
     special_tokens: {text: id}, never produced from text by `encode`. eot_token: the special token that ends a document.
-    irregular: counts of documents that `encode` had to treat: "split" (too long a run for the regular expression
-    engine, so tokens cannot cross the cuts) and "repaired" (lone surrogates, which are not Unicode text, became
-    U+FFFD).
+    irregular: counts of documents that `encode` had to treat: "split" (a run too long for the regular expression
+        engine; no token crosses the cuts) and "repaired" (lone surrogates, which are not Unicode text, became U+FFFD).
     """
 
     def __init__(
@@ -86,8 +86,10 @@ class Tokenizer:
             )
         except ValueError as error:
             raise ValueError(f"tokenizer {name}: pattern {pattern!r} is not accepted: {error}") from error
-        self._ranks_sha256 = hashlib.sha256(format_ranks(ranks)).hexdigest()
-        identity = [pattern, self._ranks_sha256, sorted(self.special_tokens.items()), eot_token]
+        if self.decode(self.encode(_PROBE)) != _PROBE:
+            raise ValueError(f"tokenizer {name}: pattern {pattern!r} leaves out some characters, so text would be lost")
+        ranks_sha256 = hashlib.sha256(format_ranks(ranks)).hexdigest()
+        identity = [pattern, ranks_sha256, sorted(self.special_tokens.items()), eot_token]
         self.sha256 = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
@@ -97,11 +99,7 @@ class Tokenizer:
         except UnicodeEncodeError:
             self.irregular["repaired"] += 1
             # Through UTF-16, halves of a pair that belong together become the character they mean.
-            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        except ValueError:
-            pass
-        try:
-            return self._encode_once(text)
+            return self.encode(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
         except ValueError:
             self.irregular["split"] += 1
             return np.concatenate(self._encode_halves(text))
@@ -232,8 +230,8 @@ def _from_rank_file(path: Path, pattern: str | None) -> Tokenizer:
         return Tokenizer(path.name, ranks, pattern, _after(ranks, _llama3_specials()), "<|end_of_text|>")
     if pattern is None:
         raise ValueError(
-            f"{path}: the pattern of this vocabulary of {len(ranks)} ranks is not known; pass pattern, one of {', '.join(PATTERNS)} or "
-            f"a regular expression"
+            f"{path}: the pattern of this vocabulary of {len(ranks)} ranks is not known; pass pattern, one of "
+            f"{', '.join(PATTERNS)} or a regular expression"
         )
     return Tokenizer(path.name, ranks, PATTERNS.get(pattern, pattern), _after(ranks, HARMONY_SPECIALS))
 
@@ -242,7 +240,8 @@ def _shortened(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     keep = vocab_size - len(tokenizer.special_tokens)
     if keep < 256 or vocab_size > tokenizer.n_vocab:
         raise ValueError(
-            f"vocab_size {vocab_size}: tokenizer {tokenizer.name} can have {256 + len(tokenizer.special_tokens)} to {tokenizer.n_vocab} ids"
+            f"vocab_size {vocab_size}: tokenizer {tokenizer.name} can have {256 + len(tokenizer.special_tokens)} to "
+            f"{tokenizer.n_vocab} ids"
         )
     ranks = {token: rank for token, rank in tokenizer._ranks.items() if rank < keep}
     specials = sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.__getitem__)
@@ -286,7 +285,8 @@ _FIM_SPECIALS = {
     "<|fim_suffix|>": 100260,
     "<|endofprompt|>": 100276,
 }
-_PUBLISHED = {  # name: published ranks, pattern, token that ends a document, special tokens; from tiktoken's openai_public.py
+# name: published ranks, pattern, token that ends a document, special tokens; from tiktoken's openai_public.py
+_PUBLISHED = {
     "o200k_harmony": ("o200k_base", "o200k", END_OF_TEXT, _harmony_specials()),
     "o200k_base": ("o200k_base", "o200k", END_OF_TEXT, {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
     "cl100k_base": ("cl100k_base", "cl100k", END_OF_TEXT, {END_OF_TEXT: 100257} | _FIM_SPECIALS),

@@ -96,11 +96,12 @@ def find_ranks(name: str, *, vocab_file: str | Path | None = None, download: boo
             return _download(name)
         except (OSError, ValueError) as error:
             reason = f"{_url(name)} cannot be downloaded ({error})"
+    install = "" if name == "r50k_base" else "`pip install bpe-openai`; or "  # which does not have that one
     raise ValueError(
-        f"The vocabulary {name} is not on this machine and {reason}. Do one of: (1) `pip install bpe-openai`; (2) copy {name}.tiktoken to "
-        f"{cache_directory() / (name + '.tiktoken')}; (3) `python -m data_pipeline.vocabulary {name} --from FILE` with that file or with a wheel "
-        f"or npm tarball that contains it (litellm, llama-index-core, gpt-tokenizer); (4) use --tokenizer builtin, whose ids are different. "
-        f"Looked in: {'; '.join(looked)}"
+        f"The vocabulary {name} is not on this machine and {reason}. Either {install}copy {name}.tiktoken to "
+        f"{_cache_path(name)}; or run `python -m data_pipeline.vocabulary {name} --from FILE` with that file or with a "
+        f"wheel or npm tarball that contains it (litellm, llama-index-core, gpt-tokenizer); or use --tokenizer "
+        f"builtin, whose ids are different. Looked in: {'; '.join(looked)}"
     )
 
 
@@ -141,8 +142,12 @@ def _tiktoken_cache_name(name: str) -> str:
     return hashlib.sha1(_url(name).encode()).hexdigest()
 
 
+def _cache_path(name: str) -> Path:
+    return cache_directory() / f"{name}.tiktoken"
+
+
 def _candidates(name: str) -> Iterator[Path]:
-    yield cache_directory() / f"{name}.tiktoken"
+    yield _cache_path(name)
     for package, relative in (
         ("bpe_openai", f"data/{name}.tiktoken.gz"),
         ("litellm", f"litellm_core_utils/tokenizers/{_tiktoken_cache_name(name)}"),
@@ -191,7 +196,7 @@ def _download(name: str) -> bytes:
 
 
 def _store(name: str, data: bytes) -> None:
-    path = cache_directory() / f"{name}.tiktoken"
+    path = _cache_path(name)
     try:
         write_file_atomically(path, data)
     except OSError as error:
@@ -205,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", choices=sorted(SHA256))
     parser.add_argument("--from", dest="vocab_file", help="rank file, or wheel, zip or npm tarball that contains it")
     arguments = parser.parse_args(argv)
-    path = cache_directory() / f"{arguments.name}.tiktoken"
+    path = _cache_path(arguments.name)
     try:
         write_file_atomically(path, find_ranks(arguments.name, vocab_file=arguments.vocab_file))
     except (ValueError, OSError) as error:

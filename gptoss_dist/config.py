@@ -82,8 +82,11 @@ class OptimConfig:
     decay_steps: int = 0
     """Length of the final decay of `wsd`."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of Adam's two moments."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.1
+    """Decoupled weight decay of the decayed parameters."""
     clip_norm: float = 1.0
     """Limit of the global gradient norm; 0 switches clipping off."""
 
@@ -115,6 +118,7 @@ class EngineConfig:
     """Who owns the sharded parameters."""
 
     kind: Literal["fsdp"] = "fsdp"
+    """`fsdp`: torch FSDP2."""
 
 
 @dataclass
@@ -146,9 +150,13 @@ class SamplingConfig:
     every: int = 0
     """Steps between samples; 0 switches them off. A last one follows the last step."""
     prompts: list[str] = field(default_factory=list)
+    """Texts to continue."""
     max_new_tokens: int = 64
+    """Tokens to write per prompt."""
     temperature: float = 0.8
+    """0 takes the most likely token."""
     top_k: int = 50
+    """Sample from this many most likely tokens; 0 is all."""
 
 
 @dataclass
@@ -156,7 +164,9 @@ class TrackingConfig:
     """MLflow. metrics.jsonl in the run's folder is always written."""
 
     mlflow: bool = True
+    """Mirror metrics, parameters, plots and samples to MLflow."""
     experiment: str = "gptoss_dist"
+    """MLflow experiment."""
     uri: str | None = None
     """Tracking server; null means $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db."""
     plots: bool = True
@@ -167,8 +177,9 @@ class TrackingConfig:
 class Config:
     """A complete run."""
 
+    model: ModelConfig
+    """A file such as configs/model/tiny.yaml (relative to the file that names it), or its fields."""
     run: RunConfig = field(default_factory=RunConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -239,6 +250,8 @@ def build_parser(**kwargs):
     """A jsonargparse parser with `--config` and one option per field; later values win."""
     import jsonargparse
 
+    # Help texts come from the strings below the fields.
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, **kwargs)
     parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
     parser.add_class_arguments(Config, sub_configs=True)

@@ -60,7 +60,9 @@ pip_setting() { "$python" -m pip config list 2>/dev/null | sed -n "s/^[^=]*\.$1=
 
 # uv is faster but does not read pip's settings: hand them on where uv has none of its own.
 configure_uv() {
-    uv=$(command -v uv) || { uv=; return 0; }
+    uv=$(command -v uv || true)
+    [ -z "$(pip_setting no-index)" ] || uv=
+    [ -n "$uv" ] || return 0
     first() { pip_setting "$1" | head -n 1; }
     words() { pip_setting "$1" | tr -s ' ' '\n' | sed '/^$/d' | sort -u | paste -s -d "$2" -; }
     : "${UV_FIND_LINKS:=$(words find-links ,)}" "${UV_INDEX:=$(words extra-index-url ' ')}"
@@ -148,9 +150,9 @@ install_megablocks() {
     else
         say "installing $MEGABLOCKS"
     fi
-    # An unsuitable toolkit must be hidden from its setup.py, which takes any that it finds.
+    # Its setup.py compiles with whatever toolkit it finds, suitable or not: hide them all.
     hide=$(mktemp -d)
-    echo 'import torch.utils.cpp_extension as c; c.CUDA_HOME = None' >"$hide/sitecustomize.py"
+    [ -z "$torch_cuda" ] || echo 'import torch.utils.cpp_extension as c; c.CUDA_HOME = None' >"$hide/sitecustomize.py"
     status=0
     PYTHONPATH=$hide pip_install "$@" || status=$?
     rm -r "$hide"
@@ -198,6 +200,6 @@ else
     echo "$torch" >"$venv/.megablocks-torch"
 fi
 "$python" -c 'from gptoss_dist.parallel.megablocks_compat import load_megablocks; load_megablocks()' ||
-    die "megablocks is installed but cannot be imported; see the message above"
+    die "everything is installed but does not import; see the message above"
 write_stamp
 say "done: . $venv/bin/activate"

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 INFO = "checkpoint.json"
 FORMAT = 1
@@ -66,7 +66,11 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    try:
+        dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    except CheckpointException as error:
+        reasons = sorted({str(reason) for reason, _ in error.failures.values()})
+        raise OSError(f"checkpoint {final} not written: {'; '.join(reasons)}") from error
     _write(partial / f"rng_{rank:05d}.json", json.dumps(rng_state()))
     dist.barrier()
     if rank == 0:

@@ -35,13 +35,19 @@ class ModelConfig:
     """
 
     vocab_size: int = 201088
+    """Rows of the embedding and of the head."""
     hidden_size: int = 2880
+    """Width of the residual stream."""
     intermediate_size: int = 2880
     """Width of one expert."""
     num_hidden_layers: int = 24
+    """Number of blocks."""
     num_attention_heads: int = 64
+    """Query heads."""
     num_key_value_heads: int = 8
+    """Key/value heads; divides the query heads."""
     head_dim: int = 64
+    """Width of one head."""
     num_local_experts: int = 32
     """Experts per layer, over all ranks."""
     num_experts_per_tok: int = 4
@@ -51,23 +57,33 @@ class ModelConfig:
     layer_types: list[str] | None = None
     """`sliding_attention` or `full_attention` per layer; null alternates, starting with sliding."""
     max_position_embeddings: int = 131072
+    """Longest sequence, in tokens."""
     rms_norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
     rope_theta: float = 150000.0
+    """Base of the rotary wavelengths."""
     rope_scaling: RopeScaling | None = field(default_factory=RopeScaling)
+    """YaRN; null for plain rotary embedding."""
     initializer_range: float = 0.02
     """Standard deviation of the normal weight initialisation."""
     tie_word_embeddings: bool = False
+    """Use the embedding as the head."""
     attention_bias: bool = True
     """Biases on the q, k, v and o projections."""
     swiglu_alpha: float = 1.702
+    """Gain inside the sigmoid of the `gpt_oss` activation."""
     swiglu_limit: float = 7.0
+    """Clamp of gate (above) and up (both sides) in the `gpt_oss` activation."""
     router_bias: bool = True
+    """Bias on the router."""
     expert_bias: bool = True
+    """Biases on the expert projections."""
     expert_activation: Literal["gpt_oss", "silu"] = "gpt_oss"
     """`gpt_oss`: clamped gate * sigmoid(alpha * gate) * (up + 1); `silu`: plain silu(gate) * up."""
     num_shared_experts: int = 0
     """Experts of width `intermediate_size` that every token passes, besides the routed ones."""
     sink_init: Literal["normal", "zero"] = "normal"
+    """Initial values of the attention sinks."""
     sink_clamp: list[float] | None = None
     """[low, high] limits of the sink logits; null leaves them free, as GPT-OSS does."""
     rope_pruned_fraction: float = 0.0

@@ -21,7 +21,9 @@ def inverse_frequencies(config: ModelConfig, layer_type: str) -> tuple[Tensor, f
     layers the slowest `rope_pruned_fraction` of the pairs does not turn at all (p-RoPE, arXiv:2410.06205).
     """
     pairs = config.head_dim // 2
-    exponent_R = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    # Named explicitly: the model may be under construction on the meta device.
+    index_R = torch.arange(pairs, dtype=torch.float32, device="cpu")
+    exponent_R = 2 * index_R / config.head_dim
     extrapolated_R = 1.0 / config.rope_theta**exponent_R
     scaling, factor = config.rope_scaling, 1.0
     inverse_R = extrapolated_R
@@ -36,7 +38,7 @@ def inverse_frequencies(config: ModelConfig, layer_type: str) -> tuple[Tensor, f
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, config.head_dim - 1)
         span = (high - low) or 0.001
-        ramp_R = ((torch.arange(pairs, dtype=torch.float32) - low) / span).clamp(0, 1)
+        ramp_R = ((index_R - low) / span).clamp(0, 1)
         inverse_R = extrapolated_R / scaling.factor * ramp_R + extrapolated_R * (1 - ramp_R)
         if scaling.factor > 1:
             factor = 0.1 * math.log(scaling.factor) + 1.0
@@ -57,7 +59,10 @@ class RotaryTables:
         """{layer_type: (cos [T, R], sin [T, R])} in `dtype`, on the positions' device."""
         tables = {}
         for kind, (inverse_R, factor) in self.frequencies.items():
-            angle_TR = position_T.float()[:, None] * inverse_R.to(position_T.device)
+            if inverse_R.device != position_T.device:  # once: a copy at every step would make the host wait
+                inverse_R = inverse_R.to(position_T.device)
+                self.frequencies[kind] = (inverse_R, factor)
+            angle_TR = position_T.float()[:, None] * inverse_R
             # An unrotated pair keeps mscale as well: the factor belongs to the attention logits, not to the rotation.
             tables[kind] = ((angle_TR.cos() * factor).to(dtype), (angle_TR.sin() * factor).to(dtype))
         return tables

@@ -9,8 +9,6 @@ the exact number of visible pairs instead of `12 L H Q T`).
 from __future__ import annotations
 
 import dataclasses
-import functools
-import logging
 import re
 import time
 from dataclasses import dataclass
@@ -20,8 +18,6 @@ import torch
 
 if TYPE_CHECKING:
     from gptoss_dist.model.config import ModelConfig
-
-logger = logging.getLogger(__name__)
 
 MFU_CONVENTION = "model FLOPs: 3 x forward matmuls, exact visible attention pairs, no recomputation"
 BACKWARD_OVER_FORWARD = 2
@@ -165,7 +161,7 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> Peak | None:
     has no figure worth quoting, so its matmul rate is measured (about 0.3 s, at the current number of threads).
 
     Returns:
-        None where the device or dtype is unknown, after one warning: MFU is then left out, never guessed.
+        None where the device or dtype is unknown: MFU is then left out, which the caller says once, never guessed.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -175,9 +171,7 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> Peak | None:
     return _datasheet_peak(name, dtype, tf32)
 
 
-@functools.cache
 def _datasheet_peak(name: str, dtype: torch.dtype, tf32: bool) -> Peak | None:
-    """Cached, so that an unknown device is reported once however often it is asked for."""
     column, label = {
         torch.bfloat16: ("bf16", "bf16"),
         torch.float16: ("bf16", "fp16"),
@@ -189,7 +183,6 @@ def _datasheet_peak(name: str, dtype: torch.dtype, tf32: bool) -> Peak | None:
             if re.search(rf"\b{accelerator.pattern}\b", name):
                 rate = getattr(accelerator, column) * 1e12
                 return Peak(rate, f"dense {label} peak of {name}", accelerator.source)
-    logger.warning("no peak FLOP/s known for %s with %s: MFU is left out", name, dtype)
     return None
 
 

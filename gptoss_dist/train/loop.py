@@ -96,26 +96,28 @@ def train(config: Config, context: Context) -> None:
 
     def validate(step: int) -> None:
         batches = validation_batches(
-            validation, settings.micro_batch_size, context.rank, context.world_size, config.validation.samples
+            validation,
+            micro_batch_size=settings.micro_batch_size,
+            rank=context.rank,
+            world_size=context.world_size,
+            max_samples=config.validation.samples,
         )
         loss = engine.evaluate(batches)
         if report:
             report.validation(step, loss)
 
     def save(step: int) -> None:
-        checkpoint.save(
-            config.checkpoint.dir,
-            step,
-            engine.state(),
-            {
-                "samples_consumed": loader.samples_consumed,
-                "config": config.to_dict(),
-                "data": {"path": config.data.path, "manifest_sha256": dataset.manifest_sha256},
-                "mlflow_run_id": report.tracker.run_id if report else None,
-            },
-            keep=config.checkpoint.keep,
-            extra_files=dataset.tokenizer.save,
-        )
+        info = {
+            "samples_consumed": loader.samples_consumed,
+            "config": config.to_dict(),
+            "data": {"path": config.data.path, "manifest_sha256": dataset.manifest_sha256},
+            "mlflow_run_id": report.tracker.run_id if report else None,
+        }
+        folder, keep = config.checkpoint.dir, config.checkpoint.keep
+        try:
+            checkpoint.save(folder, step, engine.state(), info, keep=keep, extra_files=dataset.tokenizer.save)
+        except OSError as error:
+            raise TrainingError(f"{error}; earlier checkpoints are intact") from error
 
     step, pending, saved, status = first, None, first, "FAILED"
     try:

@@ -175,7 +175,7 @@ class Shipper:
                 break
             offset = end
             metrics += [
-                Metric(_metric_key(key), value, _milliseconds(record), record["step"])
+                Metric(_key(key), value, _milliseconds(record), record["step"])
                 for key, value in values.items()
                 if math.isfinite(value)
             ]
@@ -202,7 +202,7 @@ class Shipper:
         try:
             match record["op"]:
                 case "tag":
-                    self._client.set_tag(run_id, record["key"], record["value"][:_MAX_VALUE])
+                    self._client.set_tag(run_id, _key(record["key"]), record["value"][:_MAX_VALUE])
                 case "artifact":
                     self._upload(self._run_dir / record["path"], record["folder"])
                 case "end":
@@ -229,7 +229,7 @@ class Shipper:
             tags["resumed_from_step"] = str(record["resumed_step"])
 
         present = client.get_run(run_id).data.params
-        params = {key[:_MAX_KEY]: value[:_MAX_VALUE] for key, value in record["params"].items()}
+        params = {_key(key): value[:_MAX_VALUE] for key, value in record["params"].items()}
         for key in present.keys() & params.keys():
             if present[key] != params[key]:
                 tags[f"resume.{record['resume']}.{key}"] = params[key]
@@ -243,7 +243,7 @@ class Shipper:
             source = json.dumps({"uri": str(dataset["source"])})
             entity = Dataset(str(dataset["name"]), digest[:_MAX_DIGEST], "local", source)
             client.log_inputs(run_id, datasets=[DatasetInput(entity)])
-        entities = [RunTag(key[:_MAX_KEY], value[:_MAX_VALUE]) for key, value in tags.items()]
+        entities = [RunTag(_key(key), value[:_MAX_VALUE]) for key, value in tags.items()]
         for i in range(0, len(entities), _KEYS_PER_REQUEST):
             client.log_batch(run_id, tags=entities[i : i + _KEYS_PER_REQUEST], synchronous=True)
 
@@ -291,16 +291,19 @@ def _milliseconds(record: dict) -> int:
     return round(1000 * record["time"])
 
 
-def _metric_key(key: str) -> str:
+def _key(key: str) -> str:
+    """A name that MLflow takes for a metric, parameter or tag; one bad name would have it refuse the whole request."""
     return re.sub(r"[^\w\-. :/]", "_", key)[:_MAX_KEY]
 
 
 def prepare_environment() -> None:
+    """Have MLflow fail fast and stay quiet, unless the user has set otherwise. Call before mlflow is imported."""
     for key, value in _MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
 
 
 def resolve_uri(uri: str | None, recorded: str | None) -> str:
+    """The tracking URI: as given, else from the environment, else as recorded, else a database in this directory."""
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or recorded or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
     database = _sqlite_path(uri)
     return f"sqlite:///{database}" if database else uri

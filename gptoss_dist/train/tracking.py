@@ -60,7 +60,7 @@ class Tracker:
         uri: tracking URI. Without it `MLFLOW_TRACKING_URI`, then (on resume) the run's earlier one, then
             `sqlite:///<working directory>/mlflow.db`.
         enabled: mirror to MLflow; the local files are written in any case, so `sync` works later either way.
-        params: the run's configuration; nested dicts become dotted keys.
+        params: the run's configuration, flat; values are recorded as text.
         tags: further properties, such as the commit or the device.
         dataset: `name`, `digest` (the manifest's hash) and `source` of the training data.
         resume_run_id: MLflow's id of the run to continue, from the checkpoint; without it the one last used in
@@ -108,7 +108,7 @@ class Tracker:
             uid=starts[0]["uid"] if starts else uuid.uuid4().hex,
             run_name=run_name,
             experiment=experiment,
-            params=_flatten(params or {}),
+            params={key: str(value) for key, value in (params or {}).items()},
             tags={key: str(value) for key, value in (tags or {}).items()},
             dataset=dataset,
             resume=1 + sum(start["resume"] > 0 for start in starts) if resumed else 0,
@@ -280,16 +280,6 @@ def _encode(value: float) -> float | str:
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def _flatten(values: dict, prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
 
 
 def _set_aside(run_dir: Path) -> None:

@@ -32,7 +32,7 @@ def test_distribution_and_independence():
     assert all((values[n] == 0).all() for n in values if "bias" in n and "router" not in n)
     drawn = torch.cat([p.flatten() for n, p in values.items() if p.ndim > 1 and "bias" not in n])
     assert abs(drawn.std() - CONFIG.initializer_range) < 0.02 * CONFIG.initializer_range
-    assert abs(drawn.mean()) < 1e-4
+    assert abs(drawn.mean()) < 4 * CONFIG.initializer_range / len(drawn) ** 0.5
     # no two experts, layers or seeds share their weights
     experts = values["model.layers.0.mlp.experts.down_proj"]
     assert not torch.equal(experts[0], experts[1])

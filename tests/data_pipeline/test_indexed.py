@@ -1,0 +1,61 @@
+"""Megatron's file layout, read here with nothing but `struct`, and every way it can be broken."""
+
+import struct
+
+import numpy as np
+import pytest
+
+from data_pipeline.indexed import IndexedReader, IndexedWriter, token_dtype
+
+DOCUMENTS = [[1, 2, 3], [65_534], [7] * 5]
+
+
+def write(prefix, n_vocab):
+    with IndexedWriter(prefix, token_dtype(n_vocab)) as writer:
+        for document in DOCUMENTS:
+            writer.add_document(np.array(document))
+    return writer
+
+
+@pytest.mark.parametrize(("n_vocab", "code", "letter", "size"), [(65_535, 8, "H", 2), (65_536, 4, "i", 4)])
+def test_the_layout_is_megatrons(tmp_path, n_vocab, code, letter, size):
+    writer = write(tmp_path / "shard", n_vocab)
+    assert (writer.tokens, writer.documents) == (9, 3)
+    expected = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, 3, 4)
+    expected += struct.pack("<3i", 3, 1, 5) + struct.pack("<3q", 0, 3 * size, 4 * size) + struct.pack("<4q", 0, 1, 2, 3)
+    assert (tmp_path / "shard.idx").read_bytes() == expected
+    flat = [token for document in DOCUMENTS for token in document]
+    assert (tmp_path / "shard.bin").read_bytes() == struct.pack(f"<9{letter}", *flat)
+
+    reader = IndexedReader(tmp_path / "shard")
+    assert [reader[i].tolist() for i in range(len(reader))] == DOCUMENTS and reader.tokens.tolist() == flat
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "message"),
+    [
+        (".bin", lambda b: b[:-1], r"shard\.bin: truncated"),
+        (".bin", lambda b: b"", r"shard\.bin: truncated"),
+        (".bin", lambda b: b + b"\0\0", r"shard\.bin: truncated or damaged"),
+        (".bin", None, r"shard\.bin: cannot be opened"),
+        (".idx", lambda b: b[:20], r"shard\.idx: truncated"),
+        (".idx", lambda b: b[:-3], r"shard\.idx: truncated"),
+        (".idx", lambda b: b"", r"shard\.idx: truncated"),
+        (".idx", lambda b: b"X" + b[1:], r"shard\.idx: not a Megatron index"),
+        (".idx", lambda b: b[:9] + b"\2" + b[10:], r"shard\.idx: index version 2"),
+        (".idx", lambda b: b[:17] + b"\7" + b[18:], r"shard\.idx: dtype code 7"),
+        (".idx", lambda b: b[:17] + b"\4" + b[18:], r"shard\.bin: truncated or damaged"),
+        (".idx", lambda b: b[:46] + b"\2" + b[47:], r"shard\.idx: damaged index, its pointers"),
+        (".idx", None, r"shard\.idx: cannot be opened"),
+    ],
+)
+def test_damage_is_one_clear_line_naming_the_file(tmp_path, suffix, change, message):
+    write(tmp_path / "shard", 1000)
+    path = tmp_path / f"shard{suffix}"
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=message) as error:
+        IndexedReader(tmp_path / "shard")
+    assert "\n" not in str(error.value)

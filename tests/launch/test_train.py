@@ -1,0 +1,163 @@
+"""Training as a user starts it: resume, layouts, signals, mistakes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+import yaml
+from ranks import command, environment, losses, run
+
+from gptoss_dist.checkpoint import checkpoints, load_weights, resolve
+
+MODEL = {
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 16,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def settings(tmp_path, corpus):
+    """A tiny run's YAML; jitter makes the result depend on the random generators' state."""
+    values = {
+        "run": {"name": "tiny", "dir": str(tmp_path / "tiny")},
+        "model": MODEL,
+        "data": {"path": str(corpus), "seq_len": 48},
+        "train": {"steps": 12, "micro_batch_size": 2, "gradient_accumulation": 2, "precision": "fp32"},
+        "optim": {"lr": 3e-3, "warmup_steps": 3},
+        "loss": {"aux_coef": 0.01, "z_coef": 0.001},
+        "checkpoint": {"every": 4, "keep": 2},
+        "validation": {"every": 6, "samples": 6},
+        "tracking": {"mlflow": False, "plots": False},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    from gptoss_dist import GptOss, ModelConfig
+
+    tensors = dict(GptOss(ModelConfig(**MODEL)).named_parameters())
+    load_weights(resolve(folder), tensors)
+    return tensors
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_interrupted_and_resumed_is_bit_identical(settings, tmp_path, processes):
+    options = ["--config", str(settings), "--loss.router_jitter", "0.05"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run("launch/train.py", *options, "--run.dir", str(whole), "--checkpoint.keep", "0", processes=processes)
+    assert [p.name for p in checkpoints(whole / "checkpoints")] == [f"step_{n:08d}" for n in (4, 8, 12)]
+    # What a kill in step 11 leaves behind: two checkpoints, an unfinished one, and rows of lost steps.
+    shutil.copytree(whole, parts)
+    (parts / "checkpoints" / "step_00000012").rename(parts / "checkpoints" / "step_00000012.tmp")
+    lines = (parts / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = next(i for i, line in enumerate(lines) if json.loads(line).get("step") == 10)
+    (parts / "metrics.jsonl").write_text("".join(lines[: kept + 1]) + lines[kept + 1][:20])
+
+    run("launch/train.py", *options, "--run.dir", str(parts), "--resume", "auto", processes=processes)
+    assert losses(whole) == losses(parts)
+    assert sorted(losses(whole)) == list(range(1, 13))
+    a, b = weights(whole), weights(parts)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert losses(whole, "loss/val") == losses(parts, "loss/val")
+    assert [p.name for p in checkpoints(parts / "checkpoints")] == ["step_00000008", "step_00000012"]
+
+
+def test_layout_does_not_change_the_losses(settings, tmp_path):
+    options = ["--config", str(settings), "--train.steps", "20", "--validation.every", "10"]
+    run("launch/train.py", *options, "--run.dir", str(tmp_path / "one"), "--train.micro_batch_size", "4")
+    run("launch/train.py", *options, "--run.dir", str(tmp_path / "two"), processes=2)
+    one = losses(tmp_path / "one")
+    assert len(one) == 20 and one[20] < one[1]
+    for name in ("loss/train", "loss/aux", "loss/z", "loss/val", "optim/grad_norm"):
+        a, b = losses(tmp_path / "one", name), losses(tmp_path / "two", name)
+        assert a.keys() == b.keys() and len(a) >= 3
+        assert max(abs(a[step] - b[step]) for step in a) <= 1e-5 * max(1.0, max(a.values())), name
+
+
+def test_sigterm_saves_and_leaves(settings, tmp_path):
+    folder = tmp_path / "stopped"
+    line = command("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000",
+                   "--checkpoint.every", "0", "--validation.every", "0", processes=2)  # fmt: skip
+    process = subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True)
+    metrics, deadline = folder / "metrics.jsonl", time.time() + 120
+    while time.time() < deadline and not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    (saved,) = checkpoints(folder / "checkpoints")
+    info = json.loads((saved / "checkpoint.json").read_text())
+    assert info["step"] == max(losses(folder))
+    assert info["samples_consumed"] == info["step"] * 8
+
+
+def test_non_finite_steps_are_skipped_then_fatal(settings, tmp_path):
+    folder = tmp_path / "diverging"
+    done = run("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--optim.lr", "1e30",
+               "--optim.warmup_steps", "0", "--train.max_skipped_steps", "3", "--checkpoint.every", "1",
+               expect=1)  # fmt: skip
+    assert "3 steps in a row had a non-finite loss" in done.stderr
+    assert "Traceback" not in done.stderr
+    skipped = losses(folder, "optim/skipped_steps")
+    assert max(skipped.values()) >= 1
+    assert checkpoints(folder / "checkpoints")
+
+
+MISTAKES = {
+    "wrong key": (["--train.stepz", "3"], "stepz"),
+    "wrong type": (["--train.steps", "many"], "train.steps"),
+    "impossible value": (["--train.steps", "-1"], "train.steps=-1"),
+    "missing data": (["--data.path", "nowhere/at/all"], "nowhere/at/all"),
+    "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "small vocabulary": (["--model.vocab_size", "100"], "--model.vocab_size 26"),
+    "unwritable folder": (["--run.dir", "/proc/nothing"], "/proc/nothing"),
+    "missing checkpoint": (["--resume", "nowhere"], "nowhere"),
+    "long sequence": (["--data.seq_len", "4096"], "data.seq_len=4096"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_give_one_clear_line(settings, name):
+    options, expected = MISTAKES[name]
+    done = run("launch/train.py", "--config", str(settings), *options, expect=2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == 1 and expected in lines[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_truncated_shard_is_refused(settings, tmp_path, corpus):
+    broken = tmp_path / "broken"
+    shutil.copytree(corpus, broken)
+    shard = sorted(broken.rglob("*.bin"))[0]
+    with open(shard, "r+b") as file:
+        file.truncate(os.path.getsize(shard) // 2)
+    done = run("launch/train.py", "--config", str(settings), "--data.path", str(broken), expect=2)
+    assert shard.name in done.stderr and "Traceback" not in done.stderr
+
+
+def test_folder_with_checkpoints_is_not_overwritten(settings, tmp_path):
+    options = ["--config", str(settings), "--train.steps", "2", "--validation.every", "0"]
+    run("launch/train.py", *options)
+    done = run("launch/train.py", *options, expect=2)
+    assert "--resume auto" in done.stderr
+
+
+def test_dry_run_prints_the_plan(tmp_path):
+    done = run("launch/train.py", "--config", "configs/pretrain_502m_a100.yaml", "--dry-run", cwd=None)
+    for expected in ("501,836,640", "247,032,672", "131,072 tokens per step", "7,995,392,000", "GiB"):
+        assert expected in done.stdout

@@ -1,0 +1,46 @@
+"""Running the project's commands as a user does, in one or several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(script: str, *arguments: str, processes: int = 1) -> list[str]:
+    """A command line for `script`, under torchrun if there are several processes."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*launcher, str(ROOT / script), *arguments]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+
+
+def run(
+    script: str, *arguments: str, processes: int = 1, cwd: Path | None = None, expect: int | None = 0, **extra: str
+) -> subprocess.CompletedProcess:
+    """Run to the end; fail with its output unless it exits with `expect`."""
+    done = subprocess.run(
+        command(script, *arguments, processes=processes),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=cwd,
+        env=environment(**extra),
+    )
+    if expect is not None and done.returncode != expect:
+        raise AssertionError(f"exit code {done.returncode}, expected {expect}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def losses(folder: Path, name: str = "loss/train") -> dict[int, float]:
+    """{step: value} of a metric of a run, the last written row of each step."""
+    from gptoss_dist.train.tracking import read_metrics
+
+    return {row["step"]: row["metrics"][name] for row in read_metrics(folder) if name in row["metrics"]}
+
+
