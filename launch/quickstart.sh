@@ -40,10 +40,8 @@ torchrun --standalone --nproc_per_node "$processes" launch/train.py --config con
 
 step "4/4 generate"
 unset OMP_NUM_THREADS
-for prompt in 'def ' 'import os
-'; do
-    python launch/generate.py --checkpoint "$run" --prompt "$prompt" || die "generating from $run failed; see above"
-done
+python launch/generate.py --checkpoint "$run" --prompt 'def ' --prompt 'import os
+' || die "generating from $run failed; see the message above"
 
 cat <<END
 
@@ -57,7 +55,6 @@ Next:
   . $venv/bin/activate
   python launch/generate.py --checkpoint $run                       # type prompts yourself
   mlflow ui --backend-store-uri sqlite:///mlflow.db                 # curves in the browser, http://127.0.0.1:5000
-  python launch/evaluate.py --checkpoint $run                       # perplexity on held-out data
   torchrun --standalone --nproc_per_node $processes launch/train.py --config configs/quickstart.yaml --resume auto --train.steps 2000
                                                                     # train on from the last checkpoint
 END

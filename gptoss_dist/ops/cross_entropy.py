@@ -1,10 +1,10 @@
 """Cross entropy of a linear head, without ever holding the logits of all tokens.
 
-``chunked`` takes the tokens a few hundred at a time and, while a chunk's probabilities are at hand, already computes that chunk's
-gradients: ``d_logits = softmax(logits) - onehot(label)`` needs nothing from later layers but a scalar factor, which backward
-applies. So the head costs its three GEMMs and one fp32 softmax, and no logits survive the forward pass. The idea is Liger Kernel's
-fused linear cross entropy (Hsu et al., arXiv:2410.10989); compare Cut Cross-Entropy (Wijmans et al., arXiv:2411.09009), which
-recomputes the logits in backward instead.
+``chunked`` takes the tokens a few hundred at a time and, while a chunk's probabilities are at hand, already computes
+that chunk's gradients: ``d_logits = softmax(logits) - onehot(label)`` needs nothing from later layers but a scalar
+factor, which backward applies. So the head costs its three GEMMs and one fp32 softmax, and no logits survive the
+forward pass. The idea is Liger Kernel's fused linear cross entropy (Hsu et al., arXiv:2410.10989); compare Cut
+Cross-Entropy (Wijmans et al., arXiv:2411.09009), which recomputes the logits in backward instead.
 
 Shape legend: N tokens, C tokens of one chunk, D hidden size, V vocabulary.
 """
@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 BACKENDS = ("auto", "reference", "chunked")
 
-# Elements of a 16-bit weight gradient product awaiting its addition in fp32: in cache on the CPU, elsewhere just bounded (128 MiB).
+# Elements of a 16-bit weight gradient product awaiting its addition in fp32: in cache on the CPU, elsewhere merely
+# bounded (128 MiB).
 _PRODUCT_ELEMENTS_CPU = 1 << 19
 _PRODUCT_ELEMENTS = 1 << 26
 
@@ -31,20 +32,23 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Sum over tokens of ``-log softmax(hidden @ weight.T + bias)[label]``, in nats: an fp32 scalar. The caller divides.
+    """Sum over tokens of ``-log softmax(hidden @ weight.T + bias)[label]``, in nats: an fp32 scalar.
+
+    The caller divides.
 
     Args:
         hidden_ND, weight_VD, bias: of one floating dtype; ``bias`` is [V] or None.
         labels_N: int64 token ids; tokens labelled ``ignore_index`` carry neither loss nor gradient.
-        backend: ``reference`` is ``F.cross_entropy`` on all N x V logits (in fp32), under plain autograd. ``chunked`` is described
-            above; ``auto`` takes it.
-        chunk_tokens: C. By default about D, so that a chunk's C x V logits take no more room than the V x D weight, and reading
-            and writing the weight's gradient once per chunk stays cheap beside the chunk's GEMMs.
+        backend: ``reference`` is ``F.cross_entropy`` on all N x V logits (in fp32), under plain autograd. ``chunked``
+            is described above; ``auto`` takes it.
+        chunk_tokens: C. By default D, within 512 and 4096: a chunk's C x V logits take no more room than the V x D
+            weight (if D is not below 512), and reading and writing the weight's gradient once per chunk stays cheap
+            beside the chunk's GEMMs.
 
-    With ``chunked``, gradients are ready after forward and kept until backward (``hidden``'s, and ``weight``'s in fp32 whatever its
-    dtype, so that chunks do not round away each other's contributions): do not place it under activation checkpointing, which
-    would compute them twice. The logits of 16-bit operands are rounded to 16 bits, as ``F.linear`` does; softmax, loss and the
-    label's subtraction are fp32.
+    With ``chunked``, gradients are ready after forward and kept until backward (``hidden``'s, and ``weight``'s in fp32
+    whatever its dtype, so that chunks do not round away each other's contributions): do not place it under activation
+    checkpointing, which would compute them twice. The logits of 16-bit operands are rounded to 16 bits, as ``F.linear``
+    does; softmax, loss and the label's subtraction are fp32.
 
     Raises:
         ValueError: inconsistent shapes or dtypes, ``chunk_tokens`` below 1, or an unknown backend.
@@ -69,15 +73,19 @@ def linear_cross_entropy(
                 f"labels span [{labels_N.min()}, {labels_N.max()}] but the vocabulary has {weight_VD.shape[0]} entries"
             )
     needs_grad = torch.is_grad_enabled()
-    chunk_tokens = chunk_tokens or min(max(hidden_ND.shape[1], 128), 4096)
+    chunk_tokens = chunk_tokens or min(max(hidden_ND.shape[1], 512), 4096)
     return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias, labels_N, ignore_index, chunk_tokens, needs_grad)
 
 
 def _check_operands(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, bias: Tensor | None) -> None:
     if hidden_ND.dim() != 2 or labels_N.shape != hidden_ND.shape[:1]:
-        raise ValueError(f"hidden {tuple(hidden_ND.shape)} and labels {tuple(labels_N.shape)} must be [N, D] and [N]; flatten them")
+        raise ValueError(
+            f"hidden {tuple(hidden_ND.shape)} and labels {tuple(labels_N.shape)} must be [N, D] and [N]; flatten them"
+        )
     if weight_VD.dim() != 2 or weight_VD.shape[1] != hidden_ND.shape[1]:
-        raise ValueError(f"weight has shape {tuple(weight_VD.shape)}; hidden size {hidden_ND.shape[1]} asks for [V, {hidden_ND.shape[1]}]")
+        raise ValueError(
+            f"weight has shape {tuple(weight_VD.shape)}; hidden size {hidden_ND.shape[1]} must be its second"
+        )
     if bias is not None and bias.shape != weight_VD.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; the vocabulary asks for ({weight_VD.shape[0]},)")
     for name, tensor in (("weight", weight_VD), ("bias", bias)):
@@ -91,11 +99,13 @@ def _upcast(tensor: Tensor) -> Tensor:
 
 def _softmax_(logits_CV: Tensor) -> Tensor:
     """Softmax over V; on the CPU in place (its kernel finishes reading a row before writing it)."""
-    return torch.softmax(logits_CV, -1, out=logits_CV) if logits_CV.device.type == "cpu" else torch.softmax(logits_CV, -1)
+    return (
+        torch.softmax(logits_CV, -1, out=logits_CV) if logits_CV.device.type == "cpu" else torch.softmax(logits_CV, -1)
+    )
 
 
 def _add_weight_gradient(d_weight_VD: Tensor, d_logits_CV: Tensor, hidden_CD: Tensor) -> None:
-    """``d_weight += d_logits.T @ hidden``, where 16-bit products are added in fp32, a block of rows at a time to bound their room."""
+    """``d_weight += d_logits.T @ hidden``. 16-bit products are added in fp32, by blocks of rows to bound their room."""
     if d_weight_VD.dtype == d_logits_CV.dtype:
         d_weight_VD.addmm_(d_logits_CV.t(), hidden_CD)
         return
@@ -107,7 +117,9 @@ def _add_weight_gradient(d_weight_VD: Tensor, d_logits_CV: Tensor, hidden_CD: Te
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, ignore_index: int, chunk_tokens: int, needs_grad: bool) -> Tensor:
+    def forward(
+        ctx, hidden_ND, weight_VD, bias_V, labels_N, ignore_index: int, chunk_tokens: int, needs_grad: bool
+    ) -> Tensor:
         (N, D), V = hidden_ND.shape, weight_VD.shape[0]
         need_hidden, need_weight, need_bias = (needs_grad and needed for needed in ctx.needs_input_grad[:3])
         exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
@@ -134,8 +146,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits_CV.copy_(rounded_CV)
             max_C1, label_logit_C1 = logits_CV.amax(-1, keepdim=True), logits_CV.gather(1, labels_C1)
             probs_CV = _softmax_(logits_CV)
-            # log-sum-exp from the likeliest token, whose probability is at least 1/V: no second pass of exponentials, and unlike
-            # log(probs[label]) nothing underflows.
+            # log-sum-exp from the likeliest token, whose probability is at least 1/V: no second pass of exponentials,
+            # and unlike in log(probs[label]) nothing underflows.
             losses_C1 = max_C1 - probs_CV.amax(-1, keepdim=True).log_() - label_logit_C1
             loss += losses_C1.masked_fill_(ignored_C1, 0).sum()
             if not (need_hidden or need_weight or need_bias):
@@ -144,7 +156,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             d_logits_CV = probs_CV.scatter_add_(1, labels_C1, probs_CV.new_full((), -1.0).expand_as(labels_C1))
             if rounded:
                 d_logits_CV = rounded_CV.copy_(d_logits_CV)
-            # Ignored tokens are masked at width D, not V: in d_hidden directly, in d_weight through their rows of hidden.
+            # Ignored tokens are masked at width D, not V: in d_hidden directly, in d_weight through rows of hidden.
             if need_hidden:
                 torch.mm(d_logits_CV, weight_VD, out=d_hidden_ND[chunk]).masked_fill_(ignored_C1, 0)
             if need_weight:

@@ -6,12 +6,14 @@
 Every back end computes this function and its gradients:
 
 - ``loop``: one expert at a time under plain autograd. The reference; needs the row counts on the host.
-- ``grouped_mm``: ``torch.nn.functional.grouped_mm``, two grouped GEMMs. Never synchronises the host itself, so it is the CUDA choice.
+- ``grouped_mm``: ``torch.nn.functional.grouped_mm``, two grouped GEMMs, and no host synchronisation of ours: for CUDA.
 - ``blocked``: hand-written forward and backward for the CPU. Each expert's hidden states are computed *transposed*,
-  ``h_Fn = W_DF^T x_nD^T``: BLAS transposes for free, and then the interleaved gate and up columns of ``h_nF`` are the even and odd
-  *rows* of ``h_Fn``. Every elementwise pass reads contiguous memory and vectorises, with no weight or activation ever de-interleaved.
+  ``h_Fn = W_DF^T x_nD^T``: BLAS transposes almost for free, and then the interleaved gate and up columns of ``h_nF``
+  are the even and odd *rows* of ``h_Fn``. Every elementwise pass reads contiguous memory and vectorises, and neither
+  weights nor activations are ever de-interleaved.
 
-Shape legend: N rows (token copies) of all experts, n rows of one expert, E experts, D hidden size, I intermediate size, F = 2 * I.
+Shape legend: N rows (token copies) of all experts, n rows of one expert, E experts, D hidden size, I intermediate size,
+F = 2 * I.
 """
 
 import math
@@ -25,13 +27,13 @@ from torch.autograd.function import once_differentiable
 ACTIVATIONS = ("gpt_oss", "silu")
 BACKENDS = ("auto", "loop", "grouped_mm", "blocked")
 
-# Elements of gate (and of up) per elementwise pass on the CPU: enough to amortise the dispatch of an operation (microseconds),
-# few enough that the scratch (4 MiB) stays in cache. Measured flat from 2^17 to 2^19.
+# Elements of gate (and of up) per elementwise pass on the CPU: enough to amortise the dispatch of an operation
+# (microseconds), few enough that the scratch (4 MiB) stays in cache. Measured flat from 2^17 to 2^19.
 _CHUNK_ELEMENTS = 1 << 18
 
 
 class _Gating(NamedTuple):
-    """``act = g * sigmoid(alpha * g) * u`` with g = min(gate, limit) and u = clip(up, -limit, limit) (+ 1 if ``plus_one``)."""
+    """``act = g * sigmoid(alpha * g) * u``; g = min(gate, limit), u = clip(up, -limit, limit) (+ 1 if ``plus_one``)."""
 
     alpha: float
     limit: float
@@ -59,7 +61,7 @@ def grouped_experts(
     limit: float = 7.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Apply expert e's MLP to its ``tokens_per_expert_E[e]`` consecutive rows of ``x_ND``; returns ``y_ND`` in x's dtype.
+    """Apply expert e's MLP to its ``tokens_per_expert_E[e]`` consecutive rows of ``x_ND``: ``y_ND``, in x's dtype.
 
     Args:
         x_ND: rows sorted by expert; ``tokens_per_expert_E`` (integers) must sum to N. Experts may have no rows: their
@@ -68,15 +70,16 @@ def grouped_experts(
         gate_up_proj_bias_EF, down_proj_bias_ED: biases, either may be None.
         activation: ``gpt_oss`` (clamped SwiGLU of the GPT-OSS reference, with ``alpha`` and ``limit``) or ``silu``
             (``silu(gate) * up``; ignores both).
-        backend: see the module docstring. ``auto`` takes ``blocked`` on CPU, and elsewhere ``grouped_mm`` where its dtype and
-            alignment limits allow, else ``loop``.
+        backend: see the module docstring. ``auto`` takes ``blocked`` on CPU, and elsewhere ``grouped_mm`` where its
+            dtype and alignment limits allow, else ``loop``.
 
-    In bf16 and fp16 ``blocked`` adds biases inside the GEMM (before its one rounding) and evaluates the activation in fp32, so it
-    is closer to exact than ``loop`` and ``grouped_mm``, which round after every operation as the Hugging Face model does.
+    In bf16 and fp16 each GEMM's result is rounded before its bias is added, as in the Hugging Face model: a fused
+    addition is more exact, but moves pre-activations across the clamp. The activation is evaluated in fp32 and rounded
+    once, save by ``loop``, which rounds after every operation.
 
     Raises:
-        ValueError: unknown names, inconsistent shapes or dtypes, row counts that do not sum to N (where the host can tell
-            without waiting for a device), or ``backend="grouped_mm"`` with sizes it cannot align.
+        ValueError: unknown names, inconsistent shapes or dtypes, row counts that do not sum to N (``loop`` and
+            ``blocked``; ``grouped_mm`` would have to wait for the device), or sizes ``grouped_mm`` cannot align.
     """
     _check_operands(x_ND, tokens_per_expert_E, gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
     gating = _gating(activation, alpha, limit)
@@ -93,15 +96,17 @@ def grouped_experts(
 
     counts = tokens_per_expert_E.tolist()
     if sum(counts) != x_ND.shape[0]:
-        raise ValueError(f"tokens_per_expert sums to {sum(counts)} but x has {x_ND.shape[0]} rows; every row needs an expert")
+        raise ValueError(
+            f"tokens_per_expert sums to {sum(counts)} but x has {x_ND.shape[0]} rows; every row needs an expert"
+        )
     return _loop(counts, gating, *operands) if backend == "loop" else _Blocked.apply(counts, gating, *operands)
 
 
 def swiglu(h: Tensor, activation: str, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
-    """The experts' activation alone: ``[..., 2 * I]`` with gate and up interleaved -> ``[..., I]`` in h's dtype, computed in fp32.
+    """The experts' activation alone: ``[..., 2 * I]``, gate and up interleaved -> ``[..., I]`` in h's dtype, via fp32.
 
-    Keeps only ``h`` for backward. A dense MLP that must be fast on CPU is better served by ``grouped_experts`` with one expert,
-    whose GEMM delivers gate and up de-interleaved.
+    Keeps only ``h`` for backward. A dense MLP that must be fast on CPU is better served by ``grouped_experts`` with one
+    expert, whose GEMM delivers gate and up de-interleaved.
     """
     return _Swiglu.apply(h, _gating(activation, alpha, limit))
 
@@ -117,10 +122,19 @@ def _check_operands(x_ND, tokens_E, w1_EDF, b1_EF, w2_EID, b2_ED) -> None:
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; gate_up_proj {tuple(w1_EDF.shape)} asks for {shape}")
-    for name, tensor in (("gate_up_proj", w1_EDF), ("gate_up_proj_bias", b1_EF), ("down_proj", w2_EID), ("down_proj_bias", b2_ED)):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; gate_up_proj {tuple(w1_EDF.shape)} asks for {shape}"
+            )
+    for name, tensor in (
+        ("gate_up_proj", w1_EDF),
+        ("gate_up_proj_bias", b1_EF),
+        ("down_proj", w2_EID),
+        ("down_proj_bias", b2_ED),
+    ):
         if tensor is not None and tensor.dtype != x_ND.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} but x is {x_ND.dtype}; cast the parameters to the compute dtype first")
+            raise ValueError(
+                f"{name} is {tensor.dtype} but x is {x_ND.dtype}; cast the parameters to the compute dtype first"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
@@ -155,7 +169,10 @@ def _grouped_mm_limit(x_ND: Tensor, w1_EDF: Tensor) -> str | None:
     D, twice_I = w1_EDF.shape[1:]
     multiple = 16 // x_ND.element_size()
     if D % multiple or twice_I // 2 % multiple:
-        return f"grouped_mm needs rows of whole 16 bytes: hidden ({D}) and intermediate ({twice_I // 2}) sizes in multiples of {multiple}"
+        return (
+            f"grouped_mm needs rows of whole 16 bytes: sizes in multiples of {multiple}, "
+            f"not hidden {D} and intermediate {twice_I // 2}"
+        )
     return None
 
 
@@ -197,7 +214,7 @@ class _Scratch:
 
 
 def _load(source: Tensor, low: float, high: float, scratch: Tensor) -> Tensor:
-    """``source`` clamped, in the compute dtype and read-only: in ``scratch``, or ``source`` itself where it already is that."""
+    """``source`` clamped, in the compute dtype, to be read only: in ``scratch``, or ``source`` itself if that serves."""
     clamped = high < math.inf
     if source.dtype != scratch.dtype:
         scratch.copy_(source)
@@ -225,12 +242,18 @@ def _activation_forward(gate: Tensor, up: Tensor, gating: _Gating, scratch: _Scr
 
 
 def _activation_backward(
-    gate: Tensor, up: Tensor, d_out: Tensor, gating: _Gating, scratch: _Scratch, out: Tensor | None, d_gate: Tensor, d_up: Tensor
+    gate: Tensor,
+    up: Tensor,
+    d_out: Tensor,
+    gating: _Gating,
+    scratch: _Scratch,
+    out: Tensor | None,
+    d_gate: Tensor,
+    d_up: Tensor,
 ) -> None:
     """Gradients of the pre-activations, and the activation itself again in ``out`` (where given).
 
-    d(g * s)/dg = s + alpha * g * s * (1 - s), written as an interpolation from ``alpha * g * s`` to 1 by s: one pass, and exact
-    in the saturated tails where ``1 - s`` would cancel.
+    d(g * s)/dg = s + alpha * g * s * (1 - s), written as an interpolation from ``alpha * g * s`` to 1 by s: one pass.
     """
     s, glu, u, free = _gated(gate, up, gating, scratch)
     if out is not None:
@@ -240,8 +263,10 @@ def _activation_backward(
     d_glu = torch.lerp(glu if gating.alpha == 1.0 else glu.mul_(gating.alpha), scratch.one, s, out=s)
     torch.mul(_times_up(d, u, gating, glu), d_glu, out=d_gate)
     if gating.limit < math.inf:
-        # clamp passes the gradient at the limit itself; hardtanh_backward does not, so its bounds are one step further out.
-        beyond = torch.nextafter(torch.tensor(gating.limit, dtype=s.dtype), torch.tensor(math.inf, dtype=s.dtype)).item()
+        # clamp passes the gradient at the limit itself, hardtanh_backward does not: its bounds lie one step further.
+        beyond = torch.nextafter(
+            torch.tensor(gating.limit, dtype=s.dtype), torch.tensor(math.inf, dtype=s.dtype)
+        ).item()
         torch.ops.aten.hardtanh_backward.grad_input(d_up, up, -beyond, beyond, grad_input=d_up)
         torch.ops.aten.hardtanh_backward.grad_input(d_gate, gate, -math.inf, beyond, grad_input=d_gate)
 
@@ -269,7 +294,11 @@ class _Swiglu(torch.autograd.Function):
     def backward(ctx, d_out: Tensor):
         (h,) = ctx.saved_tensors
         d_h = torch.empty_like(h, memory_format=torch.contiguous_format)
-        h_2d, d_h_2d, d_out_2d = h.reshape(-1, h.shape[-1]), d_h.view(-1, h.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
+        h_2d, d_h_2d, d_out_2d = (
+            h.reshape(-1, h.shape[-1]),
+            d_h.view(-1, h.shape[-1]),
+            d_out.reshape(-1, d_out.shape[-1]),
+        )
         rows = _rows_per_chunk(*d_out_2d.shape, h.device)
         scratch = _Scratch(min(rows, d_out_2d.shape[0]) * d_out_2d.shape[1], h)
         for h_chunk, d_h_chunk, d_chunk in zip(h_2d.split(rows), d_h_2d.split(rows), d_out_2d.split(rows)):
@@ -282,7 +311,7 @@ class _Swiglu(torch.autograd.Function):
 
 
 class _Blocked(torch.autograd.Function):
-    """One expert at a time; every GEMM writes straight into its slice of the result, scratch is reused from expert to expert."""
+    """One expert at a time; every GEMM writes straight into its slice of the result, and experts share all scratch."""
 
     @staticmethod
     def forward(ctx, counts: list[int], gating: _Gating, x_ND, w1_EDF, b1_EF, w2_EID, b2_ED) -> Tensor:
@@ -306,7 +335,9 @@ class _Blocked(torch.autograd.Function):
             for i in range(0, a_In.shape[0], step):
                 h = h_I2n[i : i + step]
                 if b1_I2 is not None:
-                    h.add_(b1_I2[i : i + step, :, None])  # here, in cache: cheaper than addmm, which broadcasts it to memory first
+                    h.add_(
+                        b1_I2[i : i + step, :, None]
+                    )  # here, in cache: cheaper than addmm, which broadcasts it to memory first
                 _activation_forward(h[:, 0], h[:, 1], gating, scratch, a_In[i : i + step])
             torch.mm(a_In.t(), w2_EID[e], out=y_ND[rows])
             if b2_ED is not None:
@@ -326,7 +357,11 @@ class _Blocked(torch.autograd.Function):
         def gradient(needed: bool, *shape: int) -> Tensor | None:
             return dy_ND.new_empty(shape) if needed else None
 
-        dx_ND, dw1_EDF, db1_EF = gradient(need_x, *x_ND.shape), gradient(need_w1, E, D, twice_I), gradient(need_b1, E, twice_I)
+        dx_ND, dw1_EDF, db1_EF = (
+            gradient(need_x, *x_ND.shape),
+            gradient(need_w1, E, D, twice_I),
+            gradient(need_b1, E, twice_I),
+        )
         dw2_EID, db2_ED = gradient(need_w2, E, twice_I // 2, D), gradient(need_b2, E, D)
         need_h = need_x or need_w1 or need_b1
         a_flat, da_flat, dh_flat = (dy_ND.new_empty(most * width) for width in (twice_I // 2, twice_I // 2, twice_I))
@@ -348,7 +383,12 @@ class _Blocked(torch.autograd.Function):
             if need_h or need_w2:
                 torch.mm(w2_EID[e], dy_nD.t(), out=da_In)
                 step = _rows_per_chunk(*a_In.shape, x_ND.device)
-                chunks = zip(h_Fn.view(-1, 2, n).split(step), dh_Fn.view(-1, 2, n).split(step), a_In.split(step), da_In.split(step))
+                chunks = zip(
+                    h_Fn.view(-1, 2, n).split(step),
+                    dh_Fn.view(-1, 2, n).split(step),
+                    a_In.split(step),
+                    da_In.split(step),
+                )
                 for h, dh, a, da in chunks:
                     gating = _without_idle_clamp(ctx.gating, h)
                     _activation_backward(h[:, 0], h[:, 1], da, gating, scratch, a, dh[:, 0], dh[:, 1])
@@ -366,7 +406,7 @@ class _Blocked(torch.autograd.Function):
 
 
 def _without_idle_clamp(gating: _Gating, h: Tensor) -> _Gating:
-    """Clamps and their gradient masks are four passes; one cheap look at ``h`` saves them where nothing exceeds the limit."""
+    """Clamps and their gradient masks are four passes; one look at ``h`` saves them where nothing exceeds the limit."""
     if gating.limit == math.inf or h.device.type != "cpu":
         return gating
     low, high = torch.aminmax(h)

@@ -108,8 +108,8 @@ class Shipper:
             MlflowMissing: there is no mlflow.
             Exception: whatever MLflow raises; try again later.
         """
-        if not self.pending():
-            return
+        if self._client is not None and not self.pending():
+            return  # but look at the server once: it may not be the one that the cursor speaks of
         try:
             with _exclusive(self._run_dir / "tracking" / "lock", self._lock_wait_s):
                 if self._client is None:

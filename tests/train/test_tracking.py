@@ -12,7 +12,7 @@ import pytest
 
 from gptoss_dist.train import mlflow_mirror
 from gptoss_dist.train.mlflow_mirror import prepare_environment
-from gptoss_dist.train.tracking import Tracker, main, read_metrics, read_resume_steps
+from gptoss_dist.train.tracking import Tracker, main, read_metrics, read_resume_steps, sync
 
 POINTS = 300
 
@@ -157,7 +157,9 @@ def test_server_lost_mid_run_every_point_arrives_once(tmp_path, client, store, m
         tracker.log(step, {"loss/train": step / 7, "loss/bad": math.nan if step == 5 else 1.0, "odd name?": 2.0})
         time.sleep(0.004)
     tracker.tag("note", "done")
-    time.sleep(2)  # the flaky server needs more attempts than a closing tracker makes
+    deadline = time.monotonic() + 60  # the flaky server needs more attempts than a closing tracker makes
+    while tracker._shipper.pending() and time.monotonic() < deadline:
+        time.sleep(0.05)
     tracker.close()
 
     assert calls["lost"] > 3 and calls["unheard"] > 3
@@ -204,7 +206,7 @@ def test_resume_continues_the_run_without_changing_parameters(tmp_path, client, 
     assert read_resume_steps(run_dir) == [6]
 
 
-def test_run_unknown_to_the_server_is_sent_whole(tmp_path, client, store, caplog):
+def test_run_unknown_to_the_server_is_sent_whole(tmp_path, client, store, empty_store, caplog):
     tracker = start(tmp_path / "run", enabled=False)
     tracker.log(1, {"loss/train": 4.0})
     tracker.close()
@@ -215,6 +217,13 @@ def test_run_unknown_to_the_server_is_sent_whole(tmp_path, client, store, caplog
     (run,) = runs_of(client)
     assert "has no run 000" in caplog.text
     assert history(client, run.info.run_id, "loss/train") == [(1, 4.0), (2, 3.0)]
+
+    # A second server gets everything too, though the cursor says that all was acknowledged.
+    shutil.copy(empty_store, tmp_path / "other.db")
+    other = type(client)(tracking_uri=f"sqlite:///{tmp_path / 'other.db'}")
+    run_id = sync(tmp_path / "run", f"sqlite:///{tmp_path / 'other.db'}")
+    assert history(other, run_id, "loss/train") == [(1, 4.0), (2, 3.0)]
+    assert other.get_run(run_id).data.params["optim.lr"] == "0.0003"
 
 
 def test_metrics_survive_a_cut_at_any_byte(tmp_path):

@@ -1,0 +1,108 @@
+"""Sink attention on CUDA: the stock windowed varlen flash kernels, rescaled by the sinks (see `sink_attention.py`).
+
+The calls mirror those of `torch.nn.attention.varlen`, whose autograd cannot be used: the backward kernel must be given
+the output and log-sum-exp that count the sinks in.
+
+Shapes: B batch, T tokens, H query heads, K key/value heads, D head_dim, N = B * T tokens in all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+"""FlashAttention-2's limit (github.com/Dao-AILab/flash-attention, README); it also needs a multiple of 8, and sm80."""
+
+
+def is_supported(q: Tensor) -> bool:
+    """Whether the flash kernels take queries of this dtype and head_dim on this CUDA device."""
+    D = q.shape[-1]
+    return (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and D % 8 == 0
+        and D <= MAX_HEAD_DIM
+        and torch.cuda.get_device_capability(q.device)[0] >= 8
+    )
+
+
+def forward(
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    sinks_H: Tensor,
+    scale: float,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    longest: int,
+) -> tuple[Tensor, Tensor]:
+    """o_BTHD and lse_HN (float32), both with the sinks counted in."""
+    cu_seqlens = _one_document_each(q_BTHD) if cu_seqlens is None else cu_seqlens
+    q_NHD, k_NKD, v_NKD = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD))
+    o_NHD, lse_HN, *_ = torch.ops.aten._flash_attention_forward(
+        q_NHD,
+        k_NKD,
+        v_NKD,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        0.0,
+        window is None,
+        False,
+        scale=scale,
+        **_window_arguments(window),
+    )
+    lse_with_sink_HN = torch.logaddexp(lse_HN, sinks_H.float()[:, None])
+    # In place: the product is formed in float32 and rounded once, without a float32 copy of o.
+    o_NHD.mul_(torch.exp(lse_HN - lse_with_sink_HN).t()[..., None])
+    return o_NHD.contiguous().view(q_BTHD.shape), lse_with_sink_HN
+
+
+def backward(
+    do_BTHD: Tensor,
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    o_BTHD: Tensor,
+    lse_HN: Tensor,
+    scale: float,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    longest: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq_BTHD, dk_BTKD, dv_BTKD from the forward's o and lse."""
+    cu_seqlens = _one_document_each(q_BTHD) if cu_seqlens is None else cu_seqlens
+    # Without dropout the kernel reads no random state.
+    rng_state = torch.zeros(2, dtype=torch.uint64, device=q_BTHD.device)
+    unused = torch.empty(0, device=q_BTHD.device)
+    dq_NHD, dk_NKD, dv_NKD = torch.ops.aten._flash_attention_backward(
+        *(x.flatten(0, 1) for x in (do_BTHD, q_BTHD, k_BTKD, v_BTKD, o_BTHD)),
+        lse_HN,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        0.0,
+        window is None,
+        rng_state,
+        unused,
+        scale=scale,
+        **_window_arguments(window),
+    )
+    return (
+        dq_NHD.contiguous().view(q_BTHD.shape),
+        dk_NKD.contiguous().view(k_BTKD.shape),
+        dv_NKD.contiguous().view(v_BTKD.shape),
+    )
+
+
+def _window_arguments(window: int | None) -> dict[str, int]:
+    """The kernel counts keys to the left of the query, without itself. An explicit 0 on the right, even where causal,
+    keeps it from its decoding layout at T = 1, in which log-sum-exp comes in another order."""
+    return {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
+
+
+def _one_document_each(x_BTHD: Tensor) -> Tensor:
+    B, T = x_BTHD.shape[:2]
+    return torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=x_BTHD.device)

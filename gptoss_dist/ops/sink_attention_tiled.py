@@ -1,0 +1,303 @@
+"""Sink attention in tiles of queries: plain PyTorch on any device (`chunked`), or the CPU flash kernel (`flash_cpu`).
+
+A tile is a block of consecutive queries with the keys it can see and an additive mask. Two tilings:
+- strips, one tile after the other: no keys beyond the last query, none before the window or the document. The CPU
+  kernel by itself skips hidden keys in steps of 512 only, so strips pay even where plain causal attention would do;
+- a band, for windows: every block of queries reads the keys of its own and the preceding blocks through an overlapping
+  view, all blocks in one kernel call. Work is linear in T, and nothing is copied per block.
+
+The query heads that share a key/value head become rows of one tile: keys are never repeated, and their gradients come
+out summed over the group. Tiles compute in float32 at least: on CPUs without AMX bf16 is no faster, and the CPU flash
+backward would accumulate gradients in bf16.
+
+Shapes: B batch, T tokens, H query heads, K key/value heads, G = H / K, D head_dim, N = B * T tokens; within tiles
+M tiles in one call, C queries in a tile, R = C * G rows, S keys of a tile, P blocks in a padded sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROWS_PER_STRIP = 512
+"""Rows (queries times heads of a group) at which the CPU kernel is fastest at T >= 2048 (docs/log.md)."""
+MIN_BLOCK = 32
+"""Queries per band block for windows up to 256; the CPU kernel splits short tiles into 32 rows."""
+
+
+def forward(
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    sinks_H: Tensor,
+    scale: float,
+    window: int | None,
+    first_BT: Tensor | None,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    """o_BTHD and lse_HN, both with the sinks counted in."""
+    B, T, H, _ = q_BTHD.shape
+    K = k_BTKD.shape[2]
+    dtype = torch.promote_types(q_BTHD.dtype, torch.float32)
+    attend = _KERNELS[kernel].forward
+    sinks_KG = sinks_H.to(dtype).view(K, H // K)
+
+    def attend_tile(q_MKRD, k_MKSD, v_MKSD, bias_M1RS):
+        o_MKRD, lse_MKR = attend(q_MKRD, k_MKSD, v_MKSD, bias_M1RS, scale)
+        C = lse_MKR.shape[-1] // sinks_KG.shape[1]
+        with_sink_MKR = torch.logaddexp(lse_MKR, sinks_KG[:, None].expand(-1, C, -1).flatten(1))
+        return o_MKRD.mul_(torch.exp(lse_MKR - with_sink_MKR)[..., None]), with_sink_MKR
+
+    if _use_band(window, kernel):
+        band = Band.of(T, window, K)
+        bias_M1RS = band.bias(B, H // K, first_BT, dtype, q_BTHD.device)
+        o_MKRD, lse_MKR = attend_tile(
+            band.queries(q_BTHD, dtype), band.keys(k_BTKD, dtype), band.keys(v_BTKD, dtype), bias_M1RS
+        )
+        o_BTHD = band.ungroup(o_MKRD, B).to(q_BTHD.dtype).contiguous()
+        lse_BTH = band.ungroup(lse_MKR[..., None], B)[..., 0]
+        return o_BTHD, lse_BTH.permute(2, 0, 1).reshape(H, B * T)
+
+    o_BTHD = q_BTHD.new_empty(q_BTHD.shape)
+    lse_HBT = q_BTHD.new_empty((H, B, T), dtype=dtype)
+    k_BKTD, v_BKTD = k_BTKD.to(dtype).transpose(1, 2), v_BTKD.to(dtype).transpose(1, 2)
+    for strip in _strips(q_BTHD, K, window, first_BT):
+        batch, queries, keys = strip
+        bias_M1RS = _strip_bias(strip, window, first_BT, H // K, dtype, q_BTHD.device)
+        q_MKRD = _group(q_BTHD[batch, queries].to(dtype), K)
+        o_MKRD, lse_MKR = attend_tile(q_MKRD, k_BKTD[batch, :, keys], v_BKTD[batch, :, keys], bias_M1RS)
+        o_BTHD[batch, queries] = _ungroup(o_MKRD, H)
+        lse_HBT[:, batch, queries] = _ungroup(lse_MKR[..., None], H)[..., 0].permute(2, 0, 1)
+    return o_BTHD, lse_HBT.flatten(1)
+
+
+def backward(
+    do_BTHD: Tensor,
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    o_BTHD: Tensor,
+    lse_HN: Tensor,
+    scale: float,
+    window: int | None,
+    first_BT: Tensor | None,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq_BTHD, dk_BTKD, dv_BTKD from the forward's o and lse."""
+    B, T, H, _ = q_BTHD.shape
+    K, dtype = k_BTKD.shape[2], lse_HN.dtype
+    differentiate = _KERNELS[kernel].backward
+    lse_BTH1 = lse_HN.view(H, B, T).permute(1, 2, 0)[..., None]
+
+    if _use_band(window, kernel):
+        band = Band.of(T, window, K)
+        bias_M1RS = band.bias(B, H // K, first_BT, dtype, q_BTHD.device)
+        dq_MKRD, dk_MKSD, dv_MKSD = differentiate(
+            band.queries(do_BTHD, dtype),
+            band.queries(q_BTHD, dtype),
+            band.keys(k_BTKD, dtype),
+            band.keys(v_BTKD, dtype),
+            band.queries(o_BTHD, dtype),
+            band.queries(lse_BTH1, dtype)[..., 0],
+            bias_M1RS,
+            scale,
+        )
+        dq_BTHD = band.ungroup(dq_MKRD, B).to(q_BTHD.dtype).contiguous()
+        dk_BTKD, dv_BTKD = (band.sum_keys(x, B).to(q_BTHD.dtype).contiguous() for x in (dk_MKSD, dv_MKSD))
+        return dq_BTHD, dk_BTKD, dv_BTKD
+
+    dq_BTHD = q_BTHD.new_empty(q_BTHD.shape)
+    dk_BTKD = k_BTKD.new_zeros(k_BTKD.shape, dtype=dtype)
+    dv_BTKD = torch.zeros_like(dk_BTKD)
+    k_BKTD, v_BKTD = k_BTKD.to(dtype).transpose(1, 2), v_BTKD.to(dtype).transpose(1, 2)
+    for strip in _strips(q_BTHD, K, window, first_BT):
+        batch, queries, keys = strip
+        do_MKRD, q_MKRD, o_MKRD = (_group(x[batch, queries].to(dtype), K) for x in (do_BTHD, q_BTHD, o_BTHD))
+        dq_MKRD, dk_MKSD, dv_MKSD = differentiate(
+            do_MKRD,
+            q_MKRD,
+            k_BKTD[batch, :, keys],
+            v_BKTD[batch, :, keys],
+            o_MKRD,
+            _group(lse_BTH1[batch, queries], K)[..., 0],
+            _strip_bias(strip, window, first_BT, H // K, dtype, q_BTHD.device),
+            scale,
+        )
+        dq_BTHD[batch, queries] = _ungroup(dq_MKRD, H)
+        dk_BTKD[batch, keys] += dk_MKSD.transpose(1, 2)
+        dv_BTKD[batch, keys] += dv_MKSD.transpose(1, 2)
+    return dq_BTHD, dk_BTKD.to(k_BTKD.dtype), dv_BTKD.to(v_BTKD.dtype)
+
+
+def _group(x_BCHD: Tensor, K: int) -> Tensor:
+    """Heads that share a key/value head become rows, [B, K, C * G, D]; row c * G + g is query c, head g of a group."""
+    B, C, H, D = x_BCHD.shape
+    return x_BCHD.reshape(B, C, K, H // K, D).transpose(1, 2).reshape(B, K, C * (H // K), D)
+
+
+def _ungroup(x_BKRD: Tensor, H: int) -> Tensor:
+    """Inverse of `_group`: [B, C, H, D]."""
+    B, K, R, D = x_BKRD.shape
+    G = H // K
+    return x_BKRD.reshape(B, K, R // G, G, D).transpose(1, 2).reshape(B, R // G, H, D)
+
+
+def _bias(lower_MC: Tensor | None, upper_C: Tensor, S: int, G: int, dtype: torch.dtype) -> Tensor:
+    """0 where lower <= key <= upper (key indices of the tile), -inf elsewhere; [M, 1, C * G, S]."""
+    key_S = torch.arange(S, device=upper_C.device)
+    hidden = (key_S > upper_C[:, None])[None]
+    if lower_MC is not None:
+        hidden = hidden | (key_S < lower_MC[..., None])
+    bias_MCS = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+    return bias_MCS[:, :, None].expand(-1, -1, G, -1).flatten(1, 2)[:, None]
+
+
+class Strip(NamedTuple):
+    """One tile: a slice of the batch, of the queries, and of the keys that any of these queries sees."""
+
+    batch: slice
+    queries: slice
+    keys: slice
+
+
+def _strips(q_BTHD: Tensor, K: int, window: int | None, first_BT: Tensor | None) -> Iterator[Strip]:
+    B, T, H, _ = q_BTHD.shape
+    # Long sequences amortise long strips; a short one would compute much of the hidden triangle.
+    C = max(min(ROWS_PER_STRIP * K // H, T // 4), MIN_BLOCK)
+    if first_BT is None or window is not None or first_BT.device.type != "cpu":
+        # Reading document starts back from an accelerator would stall it: hidden keys are masked there, not skipped.
+        for start in range(0, T, C):
+            first_key = 0 if window is None else max(0, start - window + 1)
+            end = min(start + C, T)
+            yield Strip(slice(0, B), slice(start, end), slice(first_key, end))
+        return
+    for b, first_keys in enumerate(first_BT[:, ::C].tolist()):
+        for start, first_key in zip(range(0, T, C), first_keys):
+            end = min(start + C, T)
+            yield Strip(slice(b, b + 1), slice(start, end), slice(first_key, end))
+
+
+def _strip_bias(
+    strip: Strip, window: int | None, first_BT: Tensor | None, G: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    position_C = torch.arange(strip.queries.start, strip.queries.stop, device=device)
+    lower_MC = None
+    if window is not None:
+        lower_MC = (position_C - (window - 1))[None]
+    if first_BT is not None:
+        first_MC = first_BT[strip.batch, strip.queries]
+        lower_MC = first_MC if lower_MC is None else torch.maximum(lower_MC, first_MC)
+    start, end = strip.keys.start, strip.keys.stop
+    return _bias(None if lower_MC is None else lower_MC - start, position_C - start, end - start, G, dtype)
+
+
+def _use_band(window: int | None, kernel: str) -> bool:
+    """The chunked back end keeps whole score matrices of a call, so it takes one strip at a time."""
+    return window is not None and kernel == "flash_cpu"
+
+
+class Band(NamedTuple):
+    """All blocks of C queries of a batch as tiles of one call, each with S = left + C keys that end at its last query.
+
+    Keys lie one sequence after the other, behind `left` zero rows: tile m starts C rows after tile m - 1, also across
+    sequences, so one strided view holds all tiles. What a first block sees of the sequence before it is masked.
+    """
+
+    tokens: int
+    window: int
+    key_heads: int
+    block: int
+    left: int
+
+    @classmethod
+    def of(cls, T: int, window: int, K: int) -> Band:
+        # An eighth of the window: small blocks compute few hidden scores, large ones amortise the kernel's overheads.
+        C = MIN_BLOCK * max(1, -(-window // (8 * MIN_BLOCK)))
+        return cls(T, window, K, C, C * -(-(window - 1) // C))
+
+    @property
+    def padded_tokens(self) -> int:
+        return self.block * -(-self.tokens // self.block)
+
+    def queries(self, x_BTHD: Tensor, dtype: torch.dtype) -> Tensor:
+        """[M, K, R, D], zeros behind the last token; also for o, do and lse. Zero do keeps padding out of gradients."""
+        B, T, H, D = x_BTHD.shape
+        if self.padded_tokens != T:
+            padded = x_BTHD.new_zeros((B, self.padded_tokens, H, D), dtype=dtype)
+            padded[:, :T] = x_BTHD
+            x_BTHD = padded
+        return _group(x_BTHD.to(dtype).reshape(-1, self.block, H, D), self.key_heads)
+
+    def keys(self, x_BTKD: Tensor, dtype: torch.dtype) -> Tensor:
+        """[M, K, S, D], an overlapping view."""
+        B, T, K, D = x_BTKD.shape
+        rows = x_BTKD.new_zeros((self.left + B * self.padded_tokens, K, D), dtype=dtype)
+        rows[self.left :].view(B, self.padded_tokens, K, D)[:, :T] = x_BTKD
+        tiles = B * self.padded_tokens // self.block
+        return rows.as_strided((tiles, K, self.left + self.block, D), (self.block * K * D, D, K * D, 1))
+
+    def sum_keys(self, x_MKSD: Tensor, B: int) -> Tensor:
+        """The adjoint of `keys`: every row's gradient over the tiles that saw it, [B, T, K, D]."""
+        M, K, S, D = x_MKSD.shape
+        rows = x_MKSD.new_zeros((self.left + M * self.block, K, D))
+        for start in range(0, S, self.block):
+            part_MCKD = x_MKSD[:, :, start : start + self.block].transpose(1, 2)
+            rows[start : start + M * self.block].view(M, self.block, K, D).add_(part_MCKD)
+        return rows[self.left :].view(B, self.padded_tokens, K, D)[:, : self.tokens]
+
+    def ungroup(self, x_MKRD: Tensor, B: int) -> Tensor:
+        """The inverse of `queries`: [B, T, H, D]."""
+        K, R = x_MKRD.shape[1:3]
+        H, D = K * (R // self.block), x_MKRD.shape[-1]
+        return _ungroup(x_MKRD, H).view(B, self.padded_tokens, H, D)[:, : self.tokens]
+
+    def bias(self, B: int, G: int, first_BT: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        C, position = self.block, torch.arange(self.padded_tokens, device=device)
+        lower_BP = (position - (self.window - 1)).clamp_(min=0).repeat(B, 1)
+        if first_BT is not None:
+            lower_BP[:, : self.tokens] = torch.maximum(lower_BP[:, : self.tokens], first_BT)
+        first_key_P = position - position % C - self.left
+        lower_MC = (lower_BP - first_key_P).view(-1, C)
+        return _bias(lower_MC, torch.arange(self.left, self.left + C, device=device), self.left + C, G, dtype)
+
+
+class Kernel(NamedTuple):
+    """Attention within tiles: forward(q, k, v, bias, scale) -> o, lse; backward(do, q, k, v, o, lse, bias, scale)."""
+
+    forward: Callable
+    backward: Callable
+
+
+def _matmul_forward(q_MKRD, k_MKSD, v_MKSD, bias_M1RS, scale):
+    scores_MKRS = (q_MKRD @ k_MKSD.mT).mul_(scale).add_(bias_M1RS)
+    lse_MKR = scores_MKRS.logsumexp(-1)
+    return scores_MKRS.sub_(lse_MKR[..., None]).exp_() @ v_MKSD, lse_MKR
+
+
+def _matmul_backward(do_MKRD, q_MKRD, k_MKSD, v_MKSD, o_MKRD, lse_MKR, bias_M1RS, scale):
+    p_MKRS = (q_MKRD @ k_MKSD.mT).mul_(scale).add_(bias_M1RS).sub_(lse_MKR[..., None]).exp_()
+    dv_MKSD = p_MKRS.mT @ do_MKRD
+    dp_MKRS = do_MKRD @ v_MKSD.mT
+    ds_MKRS = dp_MKRS.sub_((do_MKRD * o_MKRD).sum(-1, keepdim=True)).mul_(p_MKRS).mul_(scale)
+    return ds_MKRS @ k_MKSD, ds_MKRS.mT @ q_MKRD, dv_MKSD
+
+
+def _flash_cpu_forward(q_MKRD, k_MKSD, v_MKSD, bias_M1RS, scale):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_MKRD, k_MKSD, v_MKSD, 0.0, False, attn_mask=bias_M1RS, scale=scale
+    )
+
+
+def _flash_cpu_backward(do_MKRD, q_MKRD, k_MKSD, v_MKSD, o_MKRD, lse_MKR, bias_M1RS, scale):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        do_MKRD, q_MKRD, k_MKSD, v_MKSD, o_MKRD, lse_MKR, 0.0, False, attn_mask=bias_M1RS, scale=scale
+    )
+
+
+_KERNELS = {
+    "chunked": Kernel(_matmul_forward, _matmul_backward),
+    "flash_cpu": Kernel(_flash_cpu_forward, _flash_cpu_backward),
+}
