@@ -42,5 +42,3 @@ def losses(folder: Path, name: str = "loss/train") -> dict[int, float]:
     from gptoss_dist.train.tracking import read_metrics
 
     return {row["step"]: row["metrics"][name] for row in read_metrics(folder) if name in row["metrics"]}
-
-

@@ -17,6 +17,7 @@ import os
 import random
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,7 +165,9 @@ def load_weights(checkpoint: str | Path, weights: dict[str, Tensor]) -> None:
     have = {name for name in stored if name.startswith("model.")}
     if problems := sorted(set(wanted) ^ have):
         raise ValueError(f"checkpoint {checkpoint} does not fit the model: missing or unexpected {problems}")
-    dcp.load(wanted, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is meant
+        dcp.load(wanted, storage_reader=reader, no_dist=True)
 
 
 def rng_state() -> dict:

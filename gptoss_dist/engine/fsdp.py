@@ -13,10 +13,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from gptoss_dist.config import Config
 from gptoss_dist.engine.optimizer import build_optimizer, local
-from gptoss_dist.model import GptOss
 from gptoss_dist.model.init import fill
 from gptoss_dist.model.losses import balance_loss, z_loss
-from gptoss_dist.model.transformer import IGNORE_INDEX
+from gptoss_dist.model.transformer import IGNORE_INDEX, GptOss
 from gptoss_dist.parallel.context import Context
 from gptoss_dist.parallel.parallelize import parallelize
 

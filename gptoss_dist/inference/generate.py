@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptoss_dist.inference.kv_cache import KVCache
-from gptoss_dist.model import GptOss
+from gptoss_dist.model.transformer import GptOss
 
 
 @torch.no_grad()

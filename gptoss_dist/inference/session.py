@@ -11,7 +11,8 @@ import torch
 from data_pipeline import Tokenizer
 from gptoss_dist.checkpoint import load_weights, read_info, resolve
 from gptoss_dist.inference.generate import generate
-from gptoss_dist.model import GptOss, ModelConfig
+from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.model.transformer import GptOss
 
 
 class Session:

@@ -94,7 +94,7 @@ class Experts(nn.Module):
         y_ND = self.compute(x_TD[order_N // K], counts_E)
         y_ND = y_ND * weights_TK.flatten()[order_N, None]
         # Undo the sort by writing (each row once), then add the K contributions: deterministic, unlike index_add.
-        y_TKD = torch.empty_like(y_ND).index_copy(0, order_N, y_ND).view(T, K, -1)
+        y_TKD = torch.empty_like(y_ND).index_copy(0, order_N, y_ND).view(T, K, x_TD.shape[1])
         return y_TKD.sum(dim=1)
 
     def compute(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gptoss_dist.model.config import FULL, ModelConfig
 
@@ -70,6 +71,29 @@ class RotaryTables:
 
 def apply_rotary(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Rotate pairs (i, i + R) of the last dimension; [B, T, H, C] in and out."""
-    cos, sin = cos_TR[:, None, :], sin_TR[:, None, :]
-    first, second = x_BTHC.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return _Rotation.apply(x_BTHC, cos_TR[:, None, :], sin_TR[:, None, :])
+
+
+def _rotate(x_BTHC: Tensor, cos_T1R: Tensor, sin_T1R: Tensor, sign: int) -> Tensor:
+    a, b = x_BTHC.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # the compiler fuses this, and dislikes out=
+        return torch.cat((a * cos_T1R - b * sin_T1R * sign, b * cos_T1R + a * sin_T1R * sign), dim=-1)
+    out_BTHC = torch.empty_like(x_BTHC, memory_format=torch.contiguous_format)
+    out_a, out_b = out_BTHC.chunk(2, dim=-1)
+    torch.mul(a, cos_T1R, out=out_a).addcmul_(b, sin_T1R, value=-sign)
+    torch.mul(b, cos_T1R, out=out_b).addcmul_(a, sin_T1R, value=sign)
+    return out_BTHC
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation's gradient is the rotation back: two passes over memory instead of the ten of plain autograd."""
+
+    @staticmethod
+    def forward(ctx, x_BTHC: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_T1R, sin_T1R)
+        return _rotate(x_BTHC, cos_T1R, sin_T1R, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout_BTHC: Tensor):
+        return _rotate(dout_BTHC, *ctx.saved_tensors, -1), None, None

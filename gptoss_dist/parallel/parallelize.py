@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from gptoss_dist.config import Config
-from gptoss_dist.model import GptOss
+from gptoss_dist.model.transformer import GptOss
 
 
 def parallelize(model: GptOss, config: Config, mesh: DeviceMesh) -> GptOss:

@@ -52,11 +52,12 @@ def train(config: Config, context: Context) -> None:
     settings = config.train
     dataset = _open_data(config, "train")
     validation = _open_data(config, "validation") if config.validation.every else None
+    path = _checkpoint_to_resume(config)
     seed_everything(config.run.seed, context.rank)
     engine = FsdpEngine(config, context)
 
     first, consumed, run_id = 0, 0, None
-    if (path := _checkpoint_to_resume(config)) is not None:
+    if path is not None:
         info = checkpoint.read_info(path)
         first, consumed, run_id = info["step"], info["samples_consumed"], info["mlflow_run_id"]
         state = engine.state()

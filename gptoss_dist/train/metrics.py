@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -97,58 +97,36 @@ class StepTimer:
 
 
 class Throughput:
-    """Tokens per second over the time since the last reading, and over the whole of this process.
+    """Tokens per second of each step, and tokens seen so far.
 
     Args:
         devices: number of devices that share the tokens (the world size).
         tokens: tokens already seen by the run, from a checkpoint.
         flops, peak: give both to have `perf/mfu` reported (see `flops.MFU_CONVENTION`); leave out if the peak is
             unknown.
-        clock: seconds from any origin; replaced in tests.
     """
 
     def __init__(
-        self,
-        devices: int,
-        *,
-        tokens: int = 0,
-        flops: FlopCount | None = None,
-        peak: Peak | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        self, devices: int, *, tokens: int = 0, flops: FlopCount | None = None, peak: Peak | None = None
     ) -> None:
         self.tokens = tokens
         self._devices = devices
         self._flops, self._peak = flops, peak
-        self._clock = clock
-        self._first = self._window_start = clock()
-        self._first_tokens = self._window_tokens = tokens
 
-    def update(self, tokens: int) -> None:
-        """Add the tokens of one step, all ranks together."""
-        self.tokens += tokens
+    def step(self, tokens: int, timing: dict[str, float]) -> dict[str, float]:
+        """Count one step's tokens, all ranks together.
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Keep validation, checkpoints and the like out of the window (they stay in the cumulative rate)."""
-        before = self._clock()
-        yield
-        self._window_start += self._clock() - before
-
-    def read(self) -> dict[str, float]:
-        """The rates since the last reading; the next window starts here.
-
-        `perf/tokens_per_s_cumulative` is by the wall clock since construction, pauses included: what a user waits for.
+        The rate is that of the step by `timing`, what `StepTimer.stop` returned: results are read late and in bursts,
+        and validation or checkpoints lie between steps, so the time between two calls says nothing.
         """
-        now = self._clock()
+        self.tokens += tokens
         metrics: dict[str, float] = {"progress/tokens": self.tokens}
-        if now > self._window_start:
-            rate = (self.tokens - self._window_tokens) / (now - self._window_start)
+        if milliseconds := timing.get("perf/step_ms"):
+            rate = 1e3 * tokens / milliseconds
             metrics["perf/tokens_per_s"] = rate
             metrics["perf/tokens_per_s_per_device"] = rate / self._devices
-            metrics["perf/tokens_per_s_cumulative"] = (self.tokens - self._first_tokens) / (now - self._first)
             if self._flops is not None and self._peak is not None:
                 metrics["perf/mfu"] = mfu(self._flops, rate / self._devices, self._peak)
-        self._window_start, self._window_tokens = now, self.tokens
         return metrics
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from gptoss_dist.config import Config
-from gptoss_dist.model import GptOss, ModelConfig
+from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.train.flops import flops_per_token
 
 GIB = 2**30

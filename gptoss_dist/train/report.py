@@ -65,7 +65,6 @@ class Report:
         """Record optimizer step `step` (1-based). Synchronises with the device."""
         train = self.config.train
         samples = train.micro_batch_size * train.gradient_accumulation * self.context.world_size
-        self.throughput.update(samples * self.config.data.seq_len)
         metrics = loss_metrics("train", float(result.loss))
         metrics |= {
             "loss/aux": float(result.aux),
@@ -74,7 +73,8 @@ class Report:
             "optim/grad_norm": float(result.grad_norm),
             "optim/skipped_steps": float(skipped),
         }
-        metrics |= expert_load(result.counts_LE, result.entropy_L) | timing | self.throughput.read()
+        metrics |= expert_load(result.counts_LE, result.entropy_L) | timing
+        metrics |= self.throughput.step(samples * self.config.data.seq_len, timing)
         metrics |= memory_metrics(self.context.device)
         self.tracker.log(step, metrics)
         shown = {"loss": metrics["loss/train"], "tokens_per_s": metrics.get("perf/tokens_per_s"), "lr": lr}

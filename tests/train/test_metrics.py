@@ -102,31 +102,16 @@ def test_expert_load_against_hand_numbers():
         expert_load(counts_LE[0])
 
 
-def test_throughput_windows_pauses_and_mfu():
-    now = 100.0
-    meter = Throughput(
-        4,
-        tokens=1000,
-        flops=FlopCount(0, 0, 0, 1e6, 0, 0),
-        peak=Peak(1e9, "test", "test"),
-        clock=lambda: now,
-    )
-    assert meter.read() == {"progress/tokens": 1000}, "no time has passed: no rate"
-    meter.update(500)
-    now += 2
-    with meter.paused():
-        now += 3
-    meter.update(500)
-    now += 2
-    metrics = meter.read()
-    assert metrics["perf/tokens_per_s"] == 250
-    assert metrics["perf/tokens_per_s_per_device"] == 62.5
-    assert metrics["perf/tokens_per_s_cumulative"] == pytest.approx(1000 / 7)
-    assert metrics["perf/mfu"] == pytest.approx(62.5 * 3e6 / 1e9)
-    assert metrics["progress/tokens"] == 2000
-    meter.update(100)
-    now += 1
-    assert meter.read()["perf/tokens_per_s"] == 100, "a new window"
+def test_throughput_is_by_the_steps_own_time():
+    flops, peak = FlopCount(0, 0, 0, 1e6, 0, 0), Peak(1.2e10, "test", "test")
+    meter = Throughput(2, tokens=500, flops=flops, peak=peak)
+    metrics = meter.step(4000, {"perf/step_ms": 500.0, "perf/data_ms": 100.0})
+    assert metrics["progress/tokens"] == 4500
+    assert metrics["perf/tokens_per_s"] == pytest.approx(8000)
+    assert metrics["perf/tokens_per_s_per_device"] == pytest.approx(4000)
+    assert metrics["perf/mfu"] == pytest.approx(1.0)
+    assert meter.step(4000, {}) == {"progress/tokens": 8500}, "on CUDA the first steps have no time yet"
+    assert "perf/mfu" not in Throughput(1, flops=flops).step(10, {"perf/step_ms": 1.0})
 
 
 def test_memory_sees_an_allocation():
