@@ -110,7 +110,8 @@ class ParallelConfig:
     experts: Literal["megablocks", "plain"] = "megablocks"
     """Token dispatch: megablocks (needs launch/install.sh), or the plain one of model/moe.py."""
     reshard_after_forward: bool = True
-    """Free gathered parameters after the forward pass (ZeRO-3); false keeps them until the backward pass (ZeRO-2)."""
+    """Free gathered parameters after the forward pass (ZeRO-3); false keeps them until the backward pass (ZeRO-2), as
+    one process always does."""
 
 
 @dataclass

@@ -94,11 +94,14 @@ def grouped_experts(
     if backend not in ("loop", "blocked"):
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
 
-    counts = tokens_per_expert_E.tolist()
-    if sum(counts) != x_ND.shape[0]:
-        raise ValueError(
-            f"tokens_per_expert sums to {sum(counts)} but x has {x_ND.shape[0]} rows; every row needs an expert"
-        )
+    return _one_by_one(backend, tokens_per_expert_E, gating, operands)
+
+
+@torch.compiler.disable  # row counts on the host are what a compiler cannot trace; it breaks the graph here instead
+def _one_by_one(backend: str, tokens_per_expert_E: Tensor, gating: "_Gating", operands: tuple) -> Tensor:
+    counts, rows = tokens_per_expert_E.tolist(), operands[0].shape[0]
+    if sum(counts) != rows:
+        raise ValueError(f"tokens_per_expert sums to {sum(counts)} but x has {rows} rows; every row needs an expert")
     return _loop(counts, gating, *operands) if backend == "loop" else _Blocked.apply(counts, gating, *operands)
 
 
@@ -214,7 +217,7 @@ class _Scratch:
 
 
 def _load(source: Tensor, low: float, high: float, scratch: Tensor) -> Tensor:
-    """``source`` clamped, in the compute dtype, to be read only: in ``scratch``, or ``source`` itself if that serves."""
+    """``source`` clamped, in the compute dtype, read-only: in ``scratch``, or ``source`` itself if that serves."""
     clamped = high < math.inf
     if source.dtype != scratch.dtype:
         scratch.copy_(source)
@@ -264,11 +267,13 @@ def _activation_backward(
     torch.mul(_times_up(d, u, gating, glu), d_glu, out=d_gate)
     if gating.limit < math.inf:
         # clamp passes the gradient at the limit itself, hardtanh_backward does not: its bounds lie one step further.
-        beyond = torch.nextafter(
-            torch.tensor(gating.limit, dtype=s.dtype), torch.tensor(math.inf, dtype=s.dtype)
-        ).item()
+        beyond = _next_above(gating.limit, s.dtype)
         torch.ops.aten.hardtanh_backward.grad_input(d_up, up, -beyond, beyond, grad_input=d_up)
         torch.ops.aten.hardtanh_backward.grad_input(d_gate, gate, -math.inf, beyond, grad_input=d_gate)
+
+
+def _next_above(value: float, dtype: torch.dtype) -> float:
+    return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(math.inf, dtype=dtype)).item()
 
 
 def _rows_per_chunk(rows: int, columns: int, device: torch.device) -> int:
@@ -294,11 +299,8 @@ class _Swiglu(torch.autograd.Function):
     def backward(ctx, d_out: Tensor):
         (h,) = ctx.saved_tensors
         d_h = torch.empty_like(h, memory_format=torch.contiguous_format)
-        h_2d, d_h_2d, d_out_2d = (
-            h.reshape(-1, h.shape[-1]),
-            d_h.view(-1, h.shape[-1]),
-            d_out.reshape(-1, d_out.shape[-1]),
-        )
+        h_2d, d_h_2d = h.reshape(-1, h.shape[-1]), d_h.view(-1, h.shape[-1])
+        d_out_2d = d_out.reshape(-1, d_out.shape[-1])
         rows = _rows_per_chunk(*d_out_2d.shape, h.device)
         scratch = _Scratch(min(rows, d_out_2d.shape[0]) * d_out_2d.shape[1], h)
         for h_chunk, d_h_chunk, d_chunk in zip(h_2d.split(rows), d_h_2d.split(rows), d_out_2d.split(rows)):
@@ -334,10 +336,8 @@ class _Blocked(torch.autograd.Function):
             h_I2n, b1_I2 = h_Fn.view(-1, 2, n), None if b1_EF is None else b1_EF[e].view(-1, 2)
             for i in range(0, a_In.shape[0], step):
                 h = h_I2n[i : i + step]
-                if b1_I2 is not None:
-                    h.add_(
-                        b1_I2[i : i + step, :, None]
-                    )  # here, in cache: cheaper than addmm, which broadcasts it to memory first
+                if b1_I2 is not None:  # here, near the cache: cheaper than addmm, which first broadcasts it to memory
+                    h.add_(b1_I2[i : i + step, :, None])
                 _activation_forward(h[:, 0], h[:, 1], gating, scratch, a_In[i : i + step])
             torch.mm(a_In.t(), w2_EID[e], out=y_ND[rows])
             if b2_ED is not None:
@@ -357,11 +357,8 @@ class _Blocked(torch.autograd.Function):
         def gradient(needed: bool, *shape: int) -> Tensor | None:
             return dy_ND.new_empty(shape) if needed else None
 
-        dx_ND, dw1_EDF, db1_EF = (
-            gradient(need_x, *x_ND.shape),
-            gradient(need_w1, E, D, twice_I),
-            gradient(need_b1, E, twice_I),
-        )
+        dx_ND = gradient(need_x, *x_ND.shape)
+        dw1_EDF, db1_EF = gradient(need_w1, E, D, twice_I), gradient(need_b1, E, twice_I)
         dw2_EID, db2_ED = gradient(need_w2, E, twice_I // 2, D), gradient(need_b2, E, D)
         need_h = need_x or need_w1 or need_b1
         a_flat, da_flat, dh_flat = (dy_ND.new_empty(most * width) for width in (twice_I // 2, twice_I // 2, twice_I))

@@ -34,7 +34,8 @@ def parallelize(model: GptOss, config: Config, mesh: DeviceMesh) -> GptOss:
     shard = functools.partial(
         fully_shard,
         mesh=mesh,
-        reshard_after_forward=config.parallel.reshard_after_forward,
+        # One process holds everything anyway: gathering it a second time for the backward pass would only cost time.
+        reshard_after_forward=config.parallel.reshard_after_forward and mesh.size() > 1,
         mp_policy=MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if config.train.precision == "bf16" else None, reduce_dtype=torch.float32
         ),

@@ -48,7 +48,8 @@ def memory_estimate(config: Config, world_size: int) -> dict[str, float]:
     model, compute = config.model, 2 if config.train.precision == "bf16" else 4
     parameters = count_parameters(model).total
     block = (parameters - 2 * model.vocab_size * model.hidden_size) / model.num_hidden_layers
-    gathered = parameters if not config.parallel.reshard_after_forward else 2 * block + 2 * _head(config)
+    resharded = config.parallel.reshard_after_forward and world_size > 1
+    gathered = 2 * block + 2 * _head(config) if resharded else parameters
     tokens = config.train.micro_batch_size * config.data.seq_len
     D, I, K = model.hidden_size, model.intermediate_size, model.num_experts_per_tok  # noqa: E741
     q, kv = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
