@@ -85,7 +85,7 @@ def repl(session, settings: dict) -> int:
                 session.write(line, on_text=lambda text: print(text, end="", flush=True), **settings)
                 print()
         except ValueError as error:
-            print(f"{error}")
+            print(f"could not: {error}")
 
 
 if __name__ == "__main__":

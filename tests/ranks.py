@@ -7,6 +7,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
+# A model for the `corpus` fixture that trains a step in milliseconds.
+MODEL = {
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 16,
+    "max_position_embeddings": 64,
+}
+
 
 def command(script: str, *arguments: str, processes: int = 1) -> list[str]:
     """A command line for `script`, under torchrun if there are several processes."""

@@ -10,23 +10,9 @@ import time
 import pytest
 import torch
 import yaml
-from ranks import command, environment, losses, run
+from ranks import MODEL, command, environment, losses, run
 
 from gptoss_dist.checkpoint import checkpoints, load_weights, resolve
-
-MODEL = {
-    "vocab_size": 272,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "sliding_window": 16,
-    "max_position_embeddings": 64,
-}
 
 
 @pytest.fixture

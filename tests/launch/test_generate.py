@@ -1,0 +1,50 @@
+"""`launch/generate.py` on a model trained for two steps."""
+
+import subprocess
+
+import pytest
+import yaml
+from ranks import MODEL, command, environment, run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, corpus):
+    root = tmp_path_factory.mktemp("generate")
+    values = {
+        "run": {"name": "tiny", "dir": str(root / "tiny")},
+        "model": MODEL,
+        "data": {"path": str(corpus), "seq_len": 32},
+        "train": {"steps": 2, "micro_batch_size": 2, "precision": "fp32"},
+        "validation": {"every": 0},
+        "tracking": {"mlflow": False, "plots": False},
+    }
+    (root / "run.yaml").write_text(yaml.safe_dump(values))
+    run("launch/train.py", "--config", str(root / "run.yaml"))
+    return root / "tiny"
+
+
+def test_prompts_and_seeds(folder):
+    options = ["--checkpoint", str(folder), "--prompt", "ab", "--max-new-tokens", "20"]
+    first = run("launch/generate.py", *options, "--seed", "1").stdout
+    assert first.startswith("ab") and len(first) > 3
+    assert run("launch/generate.py", *options, "--seed", "1").stdout == first
+    assert run("launch/generate.py", *options, "--seed", "2").stdout != first
+
+
+def test_interactive(folder):
+    lines = ":t 0\n:n 5\n:k 3\n:p 0.9\n:x\nab\n:t warm\n:q\n"
+    done = subprocess.run(
+        command("launch/generate.py", "--checkpoint", str(folder)),
+        input=lines, capture_output=True, text=True, timeout=120, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for expected in ("temperature = 0.0", "max_new_tokens = 5", "top_k = 3", "top_p = 0.9", ":q quit", "could not"):
+        assert expected in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_mistakes(folder, tmp_path):
+    done = run("launch/generate.py", "--checkpoint", str(tmp_path), "--prompt", "x", expect=2)
+    assert "no complete checkpoint" in done.stderr and "Traceback" not in done.stderr
+    done = run("launch/generate.py", "--checkpoint", str(folder), "--prompt", "x", "--top-p", "0", expect=2)
+    assert "top_p" in done.stderr
