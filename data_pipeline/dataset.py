@@ -199,8 +199,8 @@ def validation_batches(
     max_samples: int | None = None,
     document_mask: bool = False,
 ) -> Iterator[MicroBatch]:
-    """Micro-batches over the first `max_samples` samples (all when None) in the order of the text, each on exactly one
-    rank, once.
+    """Micro-batches over `max_samples` samples (all when None) spread evenly over the split, always the same ones, each
+    on exactly one rank, once.
 
     Every rank gets the same number of micro-batches, all of B rows, so that collectives stay in step; rows beyond the
     last sample have labels -100 throughout.
@@ -209,10 +209,12 @@ def validation_batches(
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples {max_samples}: must be at least 1")
     count = min(dataset.samples_per_epoch, max_samples or dataset.samples_per_epoch)
+    # Neighbouring samples come from the same documents: the first ones would stand for a few texts only.
+    chosen = np.arange(count, dtype=np.int64) * dataset.samples_per_epoch // count
     layout = {"micro_batch_size": micro_batch_size, "rank": rank, "world_size": world_size}
     for consumed in range(0, count, micro_batch_size * world_size):
         (indices,) = step_positions(consumed, **layout)
-        batch = _micro_batch(dataset.read(np.minimum(indices, count - 1)), dataset.eot_id, document_mask)
+        batch = _micro_batch(dataset.read(chosen[np.minimum(indices, count - 1)]), dataset.eot_id, document_mask)
         batch["labels"][torch.from_numpy(indices >= count)] = IGNORED_LABEL
         yield batch
 

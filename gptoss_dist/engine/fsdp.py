@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from gptoss_dist.config import Config
@@ -137,6 +138,10 @@ class FsdpEngine:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that training changes, by name, as (sharded) tensors that alias the live ones."""
+        # A forward pass without a backward (validation, samples) can leave gathered copies in the parameters' place.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         state = {}
         for name, parameter in self.model.named_parameters():
             moments = self.optimizer.state[parameter]

@@ -102,6 +102,7 @@ def train(config: Config, context: Context) -> None:
             rank=context.rank,
             world_size=context.world_size,
             max_samples=config.validation.samples,
+            document_mask=config.data.document_mask,
         )
         loss = engine.evaluate(batches)
         if report:
