@@ -39,7 +39,7 @@ class DataConfig:
     document_mask: bool = False
     """Keep attention within documents of a packed sample, and do not predict across their borders."""
     prefetch: int = 2
-    """Optimizer steps read ahead by the background thread."""
+    """Optimizer steps read ahead by the background thread; 0 reads when asked."""
 
 
 @dataclass
@@ -59,6 +59,7 @@ class TrainConfig:
     compile: bool = False
     """torch.compile each block (needs a C++ compiler on CPU)."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """Mode of torch.compile."""
     deterministic: bool = False
     """Refuse operations without a deterministic implementation (torch.use_deterministic_algorithms)."""
     max_skipped_steps: int = 5
@@ -139,7 +140,7 @@ class ValidationConfig:
     """Loss on the held-out split."""
 
     every: int = 500
-    """Steps between validations; 0 switches them off. The first is before the first step."""
+    """Steps between validations; 0 switches them off. There is one before the first step and one after the last."""
     samples: int = 256
     """Samples of the validation split to use, always the same ones."""
 
@@ -149,7 +150,7 @@ class SamplingConfig:
     """Text written by the model while it trains."""
 
     every: int = 0
-    """Steps between samples; 0 switches them off. A last one follows the last step."""
+    """Steps between samples; 0 switches them off. The last step is followed by samples in any case."""
     prompts: list[str] = field(default_factory=list)
     """Texts to continue."""
     max_new_tokens: int = 64
@@ -195,17 +196,14 @@ class Config:
     """`auto` continues the newest complete checkpoint of this run if there is one; or a checkpoint's path."""
 
     def __post_init__(self) -> None:
-        if self.run.dir is None:
-            self.run.dir = os.path.join("runs", self.run.name)
-        if self.checkpoint.dir is None:
-            self.checkpoint.dir = os.path.join(self.run.dir, "checkpoints")
-        positive = ("data.seq_len", "data.prefetch", "train.steps", "train.micro_batch_size")
-        positive += ("train.gradient_accumulation", "train.max_skipped_steps", "optim.eps", "validation.samples")
+        positive = ("data.seq_len", "train.steps", "train.micro_batch_size", "train.gradient_accumulation")
+        positive += ("train.max_skipped_steps", "optim.eps", "validation.samples", "sampling.max_new_tokens")
         for key in positive:
             _require(self[key] > 0, key, self[key], "must be positive")
         zero_or_more = ("train.activation_checkpointing", "optim.lr", "optim.warmup_steps", "optim.decay_steps")
         zero_or_more += ("optim.weight_decay", "optim.clip_norm", "loss.aux_coef", "loss.z_coef")
-        zero_or_more += ("checkpoint.every", "checkpoint.keep", "validation.every", "sampling.every")
+        zero_or_more += ("checkpoint.every", "checkpoint.keep", "validation.every", "sampling.every", "data.prefetch")
+        zero_or_more += ("sampling.temperature", "sampling.top_k", "train.log_every_s")
         for key in zero_or_more:
             _require(self[key] >= 0, key, self[key], "must be 0 or more")
         _require(0 <= self.optim.min_lr_ratio <= 1, "optim.min_lr_ratio", self.optim.min_lr_ratio, "must be in [0, 1]")
@@ -233,13 +231,23 @@ class Config:
         section, name = key.split(".")
         return getattr(getattr(self, section), name)
 
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.dir or os.path.join("runs", self.run.name))
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return Path(self.checkpoint.dir or self.folder / "checkpoints")
+
     def to_dict(self) -> dict:
         """Nested plain values, ready for YAML or JSON."""
         return dataclasses.asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the resolved settings as YAML; `load_config` reads them back."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        """Write the settings as YAML, without `resume`, so that the file starts the same run anew under any name."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict() | {"resume": None}, sort_keys=False))
 
 
 def _require(condition: bool, key: str, value: object, remedy: str) -> None:

@@ -20,7 +20,7 @@ sh launch/install.sh --venv "$venv" || die "the install failed; see the message 
 PATH=$venv/bin:$PATH
 
 step "2/4 prepare data: the Python standard library's own source code"
-python -m data_pipeline.prepare pystdlib --output data/pystdlib --tokenizer builtin --validation-fraction 0.05 ||
+python -m data_pipeline.prepare pystdlib --output data/pystdlib --tokenizer builtin ||
     die "the data could not be prepared; see the message above"
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)

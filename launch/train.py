@@ -6,6 +6,7 @@ Several:        torchrun --standalone --nproc_per_node 2 launch/train.py --confi
 Only the plan:  python launch/train.py --config configs/pretrain_502m_a100.yaml --dry-run
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,17 +16,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 def main(argv: list[str]) -> int:
     from gptoss_dist.config import build_parser, parse_arguments
 
+    first = int(os.environ.get("RANK", 0)) == 0
     parser = build_parser(prog="train.py", description=__doc__.strip().splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="print parameters, tokens, memory and layout, and exit")
     try:
         config, flags = parse_arguments(argv, parser)
     except ValueError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if first:
+            print(f"train.py: {error}", file=sys.stderr)
         return 2
     if flags["dry_run"]:
         from gptoss_dist.train.plan import describe
 
-        print(describe(config))
+        if first:
+            print(describe(config))
         return 0
 
     from gptoss_dist.parallel.context import finish

@@ -28,6 +28,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from gptoss_dist.parallel.context import on_rank_zero
+
 INFO = "checkpoint.json"
 FORMAT = 1
 
@@ -57,37 +59,66 @@ def save(
     Raises:
         OSError: the folder cannot be written; what was there before is untouched.
     """
-    rank = dist.get_rank()
     folder = Path(folder)
     final = folder / f"step_{step:08d}"
-    if final.exists():
-        return final
     partial = final.with_name(final.name + ".tmp")
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    def begin() -> None:
+        for stale in folder.glob("step_*.tmp"):
+            shutil.rmtree(stale)
         partial.mkdir(parents=True)
-    dist.barrier()
+
+    def commit() -> None:
+        if extra_files is not None:
+            extra_files(partial)
+        for path in partial.iterdir():
+            _sync(path)
+        values = {
+            "format": FORMAT,
+            "step": step,
+            "world_size": dist.get_world_size(),
+            "torch": torch.__version__,
+            **info,
+        }
+        _write(partial / INFO, json.dumps(values, indent=1))
+        _sync(partial)
+        _remove(final)
+        partial.rename(final)
+        _sync(folder)
+        for old in checkpoints(folder)[:-keep] if keep else []:
+            _remove(old)
+
+    on_rank_zero(begin)
     try:
         dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
     except CheckpointException as error:
         reasons = sorted({str(reason) for reason, _ in error.failures.values()})
         raise OSError(f"checkpoint {final} not written: {'; '.join(reasons)}") from error
-    _write(partial / f"rng_{rank:05d}.json", json.dumps(rng_state()))
+    _write(partial / f"rng_{dist.get_rank():05d}.json", json.dumps(rng_state()))
     dist.barrier()
-    if rank == 0:
-        if extra_files is not None:
-            extra_files(partial)
-        info = {"format": FORMAT, "step": step, "world_size": dist.get_world_size(), "torch": torch.__version__, **info}
-        for path in partial.iterdir():
-            _sync(path)
-        _write(partial / INFO, json.dumps(info, indent=1))
-        _sync(partial)
-        partial.rename(final)
-        _sync(folder)
-        for old in checkpoints(folder)[:-keep] if keep else []:
-            shutil.rmtree(old)
-    dist.barrier()
+    on_rank_zero(commit)
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint so that it never looks complete on the way."""
+    if checkpoint.exists():
+        doomed = checkpoint.with_name(checkpoint.name + ".tmp.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def set_aside(folder: str | Path, after: int) -> list[Path]:
+    """Rename the checkpoints later than step `after` to `step_N.superseded`: a run that goes on from an earlier one
+    must not take them for its own. Call it on one rank; returns the new names."""
+    moved = []
+    for path in checkpoints(folder):
+        if int(path.name.removeprefix("step_")) > after:
+            target = path.with_name(path.name + ".superseded")
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(path.rename(target))
+    return moved
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -134,9 +165,26 @@ def load_state(checkpoint: str | Path, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: names or shapes differ, or a file is damaged.
     """
+    _load(checkpoint, state)
+
+
+def load_weights(checkpoint: str | Path, weights: dict[str, Tensor]) -> None:
+    """Fill a plain model state dict from a training checkpoint, in one process without a process group.
+
+    Raises:
+        ValueError: as `load_state`; optimizer state in the checkpoint is ignored.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is meant
+        _load(checkpoint, {f"model.{name}": tensor for name, tensor in weights.items()}, "model.", no_dist=True)
+
+
+def _load(checkpoint: str | Path, state: dict[str, Tensor], prefix: str = "", **options) -> None:
+    """Fill `state` from the checkpoint's tensors whose names begin with `prefix`."""
     try:
         reader = HuggingFaceStorageReader(str(checkpoint))
-        stored = reader.read_metadata().state_dict_metadata
+        found = reader.read_metadata().state_dict_metadata
+        stored = {name: entry for name, entry in found.items() if name.startswith(prefix)}
         problems = [f"{name} is missing" for name in state if name not in stored]
         problems += [f"{name} is not expected" for name in stored if name not in state]
         problems += [
@@ -146,28 +194,11 @@ def load_state(checkpoint: str | Path, state: dict[str, Tensor]) -> None:
         ]
         if problems:
             raise ValueError(f"checkpoint {checkpoint} does not fit the model: " + "; ".join(problems))
-        dcp.load(state, storage_reader=reader)
+        dcp.load(state, storage_reader=reader, **options)
     except ValueError:
         raise
-    except Exception as error:
+    except Exception as error:  # safetensors, DCP and the file system each have their own
         raise ValueError(f"checkpoint {checkpoint} cannot be read: {' '.join(str(error).split())[:300]}") from error
-
-
-def load_weights(checkpoint: str | Path, weights: dict[str, Tensor]) -> None:
-    """Fill a plain model state dict from a training checkpoint, in one process without a process group.
-
-    Raises:
-        ValueError: as `load_state`; optimizer state in the checkpoint is ignored.
-    """
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    stored = reader.read_metadata().state_dict_metadata
-    wanted = {f"model.{name}": tensor for name, tensor in weights.items()}
-    have = {name for name in stored if name.startswith("model.")}
-    if problems := sorted(set(wanted) ^ have):
-        raise ValueError(f"checkpoint {checkpoint} does not fit the model: missing or unexpected {problems}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is meant
-        dcp.load(wanted, storage_reader=reader, no_dist=True)
 
 
 def rng_state() -> dict:

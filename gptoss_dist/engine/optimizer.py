@@ -11,8 +11,8 @@ from gptoss_dist.config import OptimConfig
 
 def is_decayed(name: str) -> bool:
     """Weight decay acts on matrices that multiply activations: not on norms, biases, sinks or embeddings."""
-    leaf = name.rsplit(".", 2)[-2:]
-    return not ("norm" in leaf[0] or "bias" in leaf[-1] or leaf[-1] == "sinks" or leaf[0] in ("embed_tokens", "sinks"))
+    module, leaf = name.split(".")[-2:]
+    return not ("norm" in module or "bias" in leaf or leaf == "sinks" or module == "embed_tokens")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

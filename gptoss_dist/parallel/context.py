@@ -6,13 +6,17 @@ import datetime
 import os
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,31 @@ def start(timeout_s: float = 1800.0) -> Context:
     )
     mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     return Context(rank, local_rank, world_size, device, mesh)
+
+
+def on_rank_zero(function: Callable[[], T]) -> T | None:
+    """Call `function` on rank 0 while the others wait; collective.
+
+    Returns:
+        Its result on rank 0, None elsewhere.
+
+    Raises:
+        ValueError, OSError: on every rank, if it raised one: nobody is left waiting for a rank that gave up.
+    """
+    result, failure = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = function()
+        except (ValueError, OSError) as error:
+            failure = error
+    outcome = [None if failure is None else (isinstance(failure, OSError), str(failure))]
+    dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+    if failure is not None:
+        raise failure
+    if outcome[0] is not None:
+        system, text = outcome[0]
+        raise OSError(text) if system else ValueError(text)
+    return result
 
 
 def seed_everything(seed: int, rank: int) -> None:

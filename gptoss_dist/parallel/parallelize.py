@@ -20,8 +20,10 @@ def parallelize(model: GptOss, config: Config, mesh: DeviceMesh) -> GptOss:
     gradients of the ranks are *summed*: the loss of each rank is a share of the global loss.
     """
     if config.parallel.experts == "megablocks":
-        from gptoss_dist.parallel.experts import use_megablocks
-
+        try:
+            from gptoss_dist.parallel.experts import use_megablocks
+        except ImportError as error:
+            raise ValueError(f"{error}; or choose --parallel.experts plain") from None
         use_megablocks(model)
     layers = model.model.layers
     if every := config.train.activation_checkpointing:

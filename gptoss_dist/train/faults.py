@@ -37,16 +37,18 @@ class SkipGuard:
         self.limit, self.total, self.in_a_row = limit, 0, 0
 
     def observe(self, step: int, skipped: bool, loss: float, grad_norm: float) -> None:
-        """Note the outcome of a step.
+        """Note the outcome of a step."""
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        self.total += skipped
+        if skipped:
+            log.warning("step %d skipped: loss %s, gradient norm %s", step, loss, grad_norm)
+
+    def check(self, step: int, loss: float) -> None:
+        """Give up if it has to be.
 
         Raises:
             TrainingError: `limit` steps in a row were skipped.
         """
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-        if not skipped:
-            return
-        self.total += 1
-        log.warning("step %d skipped: loss %s, gradient norm %s", step, loss, grad_norm)
         if self.in_a_row >= self.limit:
             raise TrainingError(
                 f"{self.in_a_row} steps in a row had a non-finite loss or gradient (last: step {step}, loss {loss}); "

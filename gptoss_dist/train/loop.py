@@ -15,7 +15,7 @@ from gptoss_dist import checkpoint
 from gptoss_dist.config import Config
 from gptoss_dist.engine import FsdpEngine
 from gptoss_dist.inference import generate
-from gptoss_dist.parallel.context import Context, seed_everything, start
+from gptoss_dist.parallel.context import Context, on_rank_zero, seed_everything, start
 from gptoss_dist.train.faults import SkipGuard, StopRequest, TrainingError
 from gptoss_dist.train.metrics import StepTimer
 from gptoss_dist.train.report import Report
@@ -26,16 +26,18 @@ log = logging.getLogger(__name__)
 
 def run(config: Config) -> int:
     """Train as `config` says, in every process of the launcher. Returns the exit code: 0, or 2 for a user's mistake."""
+    # Without a handler of its own the library would print warnings past the progress bar, on every rank.
+    logging.getLogger("gptoss_dist").addHandler(logging.NullHandler())
     try:
         context = start()
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        _open_folder(config, context)
+        on_rank_zero(lambda: _open_folder(config))
         train(config, context)
     except (ValueError, TrainingError) as error:
-        # Every rank meets the same mistake; one of them says so.
-        if int(os.environ.get("RANK", 0)) == 0:
+        # All ranks of a machine meet the same mistake; one of them says so.
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"train.py: {error}", file=sys.stderr)
         log.error("%s", error)
         return 2 if isinstance(error, ValueError) else 1
@@ -59,7 +61,10 @@ def train(config: Config, context: Context) -> None:
     first, consumed, run_id = 0, 0, None
     if path is not None:
         info = checkpoint.read_info(path)
-        first, consumed, run_id = info["step"], info["samples_consumed"], info["mlflow_run_id"]
+        _check_same_data(config, dataset, path, info)
+        first, consumed = info["step"], info["samples_consumed"]
+        if path.parent.resolve() == config.checkpoint_folder.resolve():  # else it is another run's
+            run_id = info["mlflow_run_id"]
         state = engine.state()
         checkpoint.load_state(path, state)
         engine.load(state)
@@ -78,7 +83,9 @@ def train(config: Config, context: Context) -> None:
     report = None
     if context.is_main:
         report = Report(config, context, dataset, start=first, tokens=consumed * config.data.seq_len, run_id=run_id)
-        report.message(f"resumed {path} at step {first}" if path else f"training {config.run.name} in {config.run.dir}")
+        report.message(f"resumed {path} at step {first}" if path else f"training {config.run.name} in {config.folder}")
+        for moved in checkpoint.set_aside(config.checkpoint_folder, after=first):
+            report.message(f"a later checkpoint is now {moved}")
 
     timer, stop, guard = StepTimer(context.device), StopRequest(), SkipGuard(settings.max_skipped_steps)
 
@@ -93,6 +100,7 @@ def train(config: Config, context: Context) -> None:
         guard.observe(step, bool(result.skipped), float(result.loss), float(result.grad_norm))
         if report:
             report.step(step, result, lr, timing, guard.total)
+        guard.check(step, float(result.loss))
         return bool(result.stop)
 
     def validate(step: int) -> None:
@@ -112,10 +120,10 @@ def train(config: Config, context: Context) -> None:
         info = {
             "samples_consumed": loader.samples_consumed,
             "config": config.to_dict(),
-            "data": {"path": config.data.path, "manifest_sha256": dataset.manifest_sha256},
+            "data": {"path": config.data.path, "content_sha256": dataset.manifest.content_sha256},
             "mlflow_run_id": report.tracker.run_id if report else None,
         }
-        folder, keep = config.checkpoint.dir, config.checkpoint.keep
+        folder, keep = config.checkpoint_folder, config.checkpoint.keep
         try:
             checkpoint.save(folder, step, engine.state(), info, keep=keep, extra_files=dataset.tokenizer.save)
         except OSError as error:
@@ -135,24 +143,33 @@ def train(config: Config, context: Context) -> None:
                 lr = learning_rate(step, settings.steps, config.optim)
                 result = engine.update(lr, stop.requested)
             step += 1
-            # Reading results one step late keeps the device busy meanwhile.
-            stopping, pending = read_back(pending), (step, result, lr, timer.stop())
-            boundary = every(config.checkpoint.every, step) or every(config.validation.every, step)
-            if boundary or every(config.sampling.every, step) or step == settings.steps or stopping:
+            # Reading results one step late keeps the device busy meanwhile. It counts into the step's time.
+            stopping = read_back(pending)
+            pending = (step, result, lr, timer.stop())
+            last = step == settings.steps
+            due = {
+                name: last or every(interval, step)
+                for name, interval in {
+                    "validation": config.validation.every,
+                    "samples": config.sampling.every,
+                    "checkpoint": config.checkpoint.every,
+                }.items()
+            }
+            if stopping or any(due.values()):
                 stopping |= read_back(pending)
                 pending = None
             if stopping:
                 break
-            if validation and every(config.validation.every, step):
+            if validation and due["validation"]:
                 validate(step)
-            if config.sampling.prompts and every(config.sampling.every, step):
+            if config.sampling.prompts and due["samples"]:
                 _write_samples(config, context, engine, dataset, report, step)
-            if every(config.checkpoint.every, step):
+            if due["checkpoint"]:
                 save(step)
                 saved = step
         if saved != step:
             save(step)
-        status = "FINISHED" if step == settings.steps else "KILLED"
+        status = "FINISHED" if step >= settings.steps else "KILLED"
         if report:
             report.message(f"{'finished' if status == 'FINISHED' else 'stopped as asked'} at step {step}, saved")
     finally:
@@ -192,37 +209,47 @@ def _open_data(config: Config, split: str) -> TokenDataset:
     return dataset
 
 
-def _open_folder(config: Config, context: Context) -> None:
-    """Create the run's folder on rank 0 and start log.txt; refuse to mix two runs in one folder."""
-    folder = Path(config.run.dir)
-    if context.is_main:
-        if config.resume is None and checkpoint.checkpoints(config.checkpoint.dir):
+def _open_folder(config: Config) -> None:
+    """Create the run's folder and start log.txt; refuse to mix two runs in one folder. For rank 0."""
+    folder, checkpoints = config.folder, config.checkpoint_folder
+    if config.resume is None and checkpoint.checkpoints(checkpoints):
+        raise ValueError(
+            f"checkpoint.dir={checkpoints} holds checkpoints already; continue with --resume auto, or choose another "
+            "--run.name"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        config.save(folder / "config.yaml")
+        handler = logging.FileHandler(folder / "log.txt")
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be written ({error.strerror}); choose another --run.dir") from None
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("gptoss_dist")
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    if shutil.disk_usage(folder).free < 2**30:
+        log.warning("less than 1 GiB is free for %s", folder)
+
+
+def _check_same_data(config: Config, dataset: TokenDataset, path: Path, info: dict) -> None:
+    """`samples_consumed` means the same samples only in the same data, cut and shuffled alike."""
+    before = info["config"]
+    for key, old, new in (
+        ("content of data.path", info["data"]["content_sha256"][:12], dataset.manifest.content_sha256[:12]),
+        ("data.seq_len", before["data"]["seq_len"], config.data.seq_len),
+        ("run.seed", before["run"]["seed"], config.run.seed),
+    ):
+        if old != new:
             raise ValueError(
-                f"checkpoint.dir={config.checkpoint.dir} holds checkpoints already; continue with --resume auto, or "
-                "choose another run.name"
+                f"{path} was trained with {key} {old}, now it is {new}: its place in the data is lost; undo the change"
             )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            Path(config.checkpoint.dir).mkdir(parents=True, exist_ok=True)
-            config.save(folder / "config.yaml")
-            handler = logging.FileHandler(folder / "log.txt")
-        except OSError as error:
-            raise ValueError(
-                f"run.dir={folder} cannot be written ({error.strerror}); choose another --run.dir"
-            ) from None
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        root = logging.getLogger("gptoss_dist")
-        root.addHandler(handler)
-        root.setLevel(logging.INFO)
-        if shutil.disk_usage(folder).free < 2**30:
-            log.warning("less than 1 GiB is free for %s", folder)
-    context.barrier()
 
 
 def _checkpoint_to_resume(config: Config) -> Path | None:
     if config.resume is None:
         return None
     if config.resume == "auto":
-        found = checkpoint.checkpoints(config.checkpoint.dir)
+        found = checkpoint.checkpoints(config.checkpoint_folder)
         return found[-1] if found else None
     return checkpoint.resolve(config.resume)

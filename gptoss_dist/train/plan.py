@@ -47,9 +47,10 @@ def memory_estimate(config: Config, world_size: int) -> dict[str, float]:
     """
     model, compute = config.model, 2 if config.train.precision == "bf16" else 4
     parameters = count_parameters(model).total
-    block = (parameters - 2 * model.vocab_size * model.hidden_size) / model.num_hidden_layers
+    tables = (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
+    block = (parameters - tables) / model.num_hidden_layers
     resharded = config.parallel.reshard_after_forward and world_size > 1
-    gathered = 2 * block + 2 * _head(config) if resharded else parameters
+    gathered = 2 * block + tables if resharded else parameters
     tokens = config.train.micro_batch_size * config.data.seq_len
     D, I, K = model.hidden_size, model.intermediate_size, model.num_experts_per_tok  # noqa: E741
     q, kv = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
@@ -59,16 +60,13 @@ def memory_estimate(config: Config, world_size: int) -> dict[str, float]:
     recomputed = model.num_hidden_layers - kept
     return {
         "weights, float32": 4 * parameters / world_size,
-        "gradients, float32": 4 * parameters / world_size,
+        # Between the micro-batches of a step each process keeps the gradients of all parameters.
+        "gradients, float32": 4 * parameters / (world_size if config.train.gradient_accumulation == 1 else 1),
         "AdamW moments, float32": 8 * parameters / world_size,
         f"gathered weights, {config.train.precision}": compute * max(gathered, 0),
         "activations": compute * tokens * (width * max(kept, 1) + D * recomputed),
-        "head, one chunk of logits": 3 * 4 * min(tokens, 1024) * model.vocab_size,
+        "head: gradient and logits": 4 * model.vocab_size * (D + 3 * min(tokens, max(D, 512), 4096)),
     }
-
-
-def _head(config: Config) -> int:
-    return config.model.vocab_size * config.model.hidden_size
 
 
 def describe(config: Config, world_size: int | None = None) -> str:
@@ -83,7 +81,7 @@ def describe(config: Config, world_size: int | None = None) -> str:
     tokens = batch * config.data.seq_len
     memory = memory_estimate(config, world_size)
     lines = [
-        f"run          {config.run.name} in {config.run.dir}",
+        f"run          {config.run.name} in {config.folder}",
         f"parameters   {count.total:,} total, {count.active:,} active per token",
         f"batch        {batch:,} samples x {config.data.seq_len:,} tokens = {tokens:,} tokens per step "
         f"({train.micro_batch_size} x {train.gradient_accumulation} accumulated x {world_size} processes)",

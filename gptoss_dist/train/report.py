@@ -29,7 +29,7 @@ class Report:
     def __init__(
         self, config: Config, context: Context, dataset: TokenDataset, *, start: int, tokens: int, run_id: str | None
     ) -> None:
-        self.config, self.context, self.folder = config, context, Path(config.run.dir)
+        self.config, self.context, self.folder = config, context, config.folder
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak = peak_flops(context.device, dtype)
         self.flops = flops_per_token(config.model, config.data.seq_len)

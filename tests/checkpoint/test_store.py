@@ -100,8 +100,22 @@ def test_misfits_are_listed(tmp_path):
         checkpoint.load_state(done, state)
     for part in ("model.new is missing", "model.b is not expected", "model.a has shape (5, 3), expected (4, 3)"):
         assert part in str(error.value)
-    with pytest.raises(ValueError, match="unexpected"):
+    with pytest.raises(ValueError, match=r"model\.b is not expected"):
         checkpoint.load_weights(done, {"a": torch.zeros(5, 3)})
+
+
+def test_another_branch_does_not_take_old_checkpoints_for_its_own(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, example(), {"branch": "old"})
+    assert [p.name for p in checkpoint.set_aside(tmp_path, after=1)] == [
+        "step_00000002.superseded",
+        "step_00000003.superseded",
+    ]
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step_00000001"]
+    # and a save at a step that exists replaces it
+    done = checkpoint.save(tmp_path, 1, example(), {"branch": "new"})
+    assert checkpoint.read_info(done)["branch"] == "new"
+    assert not list(tmp_path.glob("*.tmp*"))
 
 
 def test_damage_is_one_clear_error(tmp_path):
@@ -110,6 +124,8 @@ def test_damage_is_one_clear_error(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-20])
     with pytest.raises(ValueError, match="cannot be read"):
         checkpoint.load_state(done, blank())
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoint.load_weights(done, {"a": torch.zeros(5, 3), "b": torch.zeros(7)})
     (done / "checkpoint.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(ValueError, match="format 99"):
         checkpoint.read_info(done)

@@ -17,7 +17,7 @@ from gptoss_dist.checkpoint import checkpoints, load_weights, resolve
 
 @pytest.fixture
 def settings(tmp_path, corpus):
-    """A tiny run's YAML; jitter makes the result depend on the random generators' state."""
+    """A tiny run's YAML."""
     values = {
         "run": {"name": "tiny", "dir": str(tmp_path / "tiny")},
         "model": MODEL,
@@ -37,14 +37,20 @@ def settings(tmp_path, corpus):
 def weights(folder) -> dict[str, torch.Tensor]:
     from gptoss_dist import GptOss, ModelConfig
 
-    tensors = dict(GptOss(ModelConfig(**MODEL)).named_parameters())
+    tensors = dict(GptOss(ModelConfig(**MODEL, tie_word_embeddings=True)).named_parameters())
     load_weights(resolve(folder), tensors)
     return tensors
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_interrupted_and_resumed_is_bit_identical(settings, tmp_path, processes):
-    options = ["--config", str(settings), "--loss.router_jitter", "0.05"]
+    # Jitter makes the result depend on the random generators; tied weights, document masks and samples are what
+    # resuming has broken elsewhere.
+    options = ["--config", str(settings), "--loss.router_jitter", "0.05", "--model.tie_word_embeddings", "true",
+               "--data.document_mask", "true", "--sampling.every", "5", "--sampling.prompts", "['a', 'bc']",
+               "--train.deterministic", "true"]  # fmt: skip
+    if processes == 1:
+        options += ["--tracking.mlflow", "true", "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run("launch/train.py", *options, "--run.dir", str(whole), "--checkpoint.keep", "0", processes=processes)
     assert [p.name for p in checkpoints(whole / "checkpoints")] == [f"step_{n:08d}" for n in (4, 8, 12)]
@@ -61,7 +67,21 @@ def test_interrupted_and_resumed_is_bit_identical(settings, tmp_path, processes)
     a, b = weights(whole), weights(parts)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert losses(whole, "loss/val") == losses(parts, "loss/val")
-    assert [p.name for p in checkpoints(parts / "checkpoints")] == ["step_00000008", "step_00000012"]
+    saved = checkpoints(parts / "checkpoints")
+    assert [p.name for p in saved] == ["step_00000008", "step_00000012"]
+    samples = sorted(p.name for p in (parts / "samples").iterdir())
+    assert samples == [f"step_{n:08d}.txt" for n in (5, 10, 12)]
+    assert all((parts / "samples" / n).read_text() == (whole / "samples" / n).read_text() for n in samples)
+    if processes == 1:
+        ids = [json.loads((folder / "tracking" / "cursor.json").read_text())["run_id"] for folder in (whole, parts)]
+        assert ids[0] is not None and ids[0] == ids[1]
+
+
+def test_resuming_on_other_data_is_refused(settings):
+    run("launch/train.py", "--config", str(settings), "--train.steps", "2", "--validation.every", "0")
+    for change in (["--data.seq_len", "32"], ["--run.seed", "5"]):
+        done = run("launch/train.py", "--config", str(settings), "--resume", "auto", *change, expect=2)
+        assert "its place in the data is lost" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_layout_does_not_change_the_losses(settings, tmp_path):
@@ -73,7 +93,7 @@ def test_layout_does_not_change_the_losses(settings, tmp_path):
     for name in ("loss/train", "loss/aux", "loss/z", "loss/val", "optim/grad_norm"):
         a, b = losses(tmp_path / "one", name), losses(tmp_path / "two", name)
         assert a.keys() == b.keys() and len(a) >= 3
-        assert max(abs(a[step] - b[step]) for step in a) <= 1e-5 * max(1.0, max(a.values())), name
+        assert max(abs(a[step] - b[step]) for step in a) <= 1e-5, name
 
 
 def test_sigterm_saves_and_leaves(settings, tmp_path):
@@ -114,6 +134,7 @@ MISTAKES = {
     "unwritable folder": (["--run.dir", "/proc/nothing"], "/proc/nothing"),
     "missing checkpoint": (["--resume", "nowhere"], "nowhere"),
     "long sequence": (["--data.seq_len", "4096"], "data.seq_len=4096"),
+    "impossible sampling": (["--sampling.temperature", "-1"], "sampling.temperature=-1"),
 }
 
 
@@ -121,9 +142,15 @@ MISTAKES = {
 def test_mistakes_give_one_clear_line(settings, name):
     options, expected = MISTAKES[name]
     done = run("launch/train.py", "--config", str(settings), *options, expect=2)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
-    assert len(lines) == 1 and expected in lines[0], done.stderr
-    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("train.py: ") and expected in lines[0], done.stderr
+
+
+def test_a_mistake_of_two_processes_is_said_once(settings):
+    done = run("launch/train.py", "--config", str(settings), "--resume", "nowhere", processes=2, expect=1)
+    assert done.stderr.count("train.py: no complete checkpoint in nowhere") == 1
+    done = run("launch/train.py", "--config", str(settings), "--run.dir", "/proc/nothing", processes=2, expect=1)
+    assert done.stderr.count("train.py: ") == 1 and "/proc/nothing" in done.stderr
 
 
 def test_truncated_shard_is_refused(settings, tmp_path, corpus):
