@@ -10,7 +10,6 @@ set -eu
 
 MEGABLOCKS="megablocks==0.10.0"
 STK="stanford-stk==0.7.1"
-CPU_WHEELS="https://download.pytorch.org/whl/cpu"
 CUDA_ARCHITECTURES="8.0;9.0;10.0"
 
 say() { printf 'install: %s\n' "$*"; }
@@ -100,6 +99,12 @@ write_constraints() {
     fi
 }
 
+# uv knows where PyTorch publishes its CPU builds; pip has to be told.
+install_torch_by_uv() {
+    [ -n "$uv" ] || "$python" -m pip install --quiet --disable-pip-version-check uv || return 1
+    "${uv:-$venv/bin/uv}" pip install --quiet --python "$python" --torch-backend cpu -c "$constraints" "$wanted"
+}
+
 install_torch() {
     wanted=$(grep '^torch==' "$root/launch/constraints.txt")
     if [ -n "$torch" ]; then
@@ -111,7 +116,7 @@ install_torch() {
         # The +cpu tag never matches a CUDA wheel, so nothing large is fetched by accident.
         say "no NVIDIA GPU found: installing $wanted for CPU"
         pip_install -c "$constraints" "$wanted+cpu" 2>/dev/null ||
-            pip_install -c "$constraints" --extra-index-url "$CPU_WHEELS" "$wanted+cpu" ||
+            install_torch_by_uv ||
             die "no CPU build of $wanted was found; install one into $venv by hand, then run this again"
     fi
     torch=$(package_version torch)
