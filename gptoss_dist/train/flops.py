@@ -86,8 +86,6 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> FlopCount:
     hidden = config.hidden_size
     q_width = config.num_attention_heads * config.head_dim
     kv_width = config.num_key_value_heads * config.head_dim
-    num_shared = getattr(config, "num_shared_experts", 0)
-    shared_width = getattr(config, "shared_expert_intermediate_size", None) or config.intermediate_size
     layers = config.num_hidden_layers
 
     pairs = sum(
@@ -99,7 +97,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> FlopCount:
         attention_scores=4 * q_width * pairs / seq_len,
         router=2 * layers * hidden * config.num_local_experts,
         experts=2 * layers * config.num_experts_per_tok * 3 * hidden * config.intermediate_size,
-        shared_experts=2 * layers * num_shared * 3 * hidden * shared_width,
+        shared_experts=2 * layers * config.num_shared_experts * 3 * hidden * config.intermediate_size,
         head=2 * hidden * config.vocab_size,
     )
 
