@@ -33,8 +33,8 @@ class StopRequest:
 class SkipGuard:
     """Counts steps whose update was skipped, and gives up after too many in a row."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.total, self.in_a_row = limit, 0, 0
+    def __init__(self, limit: int, total: int = 0) -> None:
+        self.limit, self.total, self.in_a_row = limit, total, 0
 
     def observe(self, step: int, skipped: bool, loss: float, grad_norm: float) -> None:
         """Note the outcome of a step."""

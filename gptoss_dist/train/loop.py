@@ -58,11 +58,11 @@ def train(config: Config, context: Context) -> None:
     seed_everything(config.run.seed, context.rank)
     engine = FsdpEngine(config, context)
 
-    first, consumed, run_id = 0, 0, None
+    first, consumed, skipped, run_id = 0, 0, 0, None
     if path is not None:
         info = checkpoint.read_info(path)
         _check_same_data(config, dataset, path, info)
-        first, consumed = info["step"], info["samples_consumed"]
+        first, consumed, skipped = info["step"], info["samples_consumed"], info["skipped_steps"]
         if path.parent.resolve() == config.checkpoint_folder.resolve():  # else it is another run's
             run_id = info["mlflow_run_id"]
         state = engine.state()
@@ -87,7 +87,7 @@ def train(config: Config, context: Context) -> None:
         for moved in checkpoint.set_aside(config.checkpoint_folder, after=first):
             report.message(f"a later checkpoint is now {moved}")
 
-    timer, stop, guard = StepTimer(context.device), StopRequest(), SkipGuard(settings.max_skipped_steps)
+    timer, stop, guard = StepTimer(context.device), StopRequest(), SkipGuard(settings.max_skipped_steps, skipped)
 
     def every(interval: int, step: int) -> bool:
         return interval > 0 and step % interval == 0
@@ -119,6 +119,7 @@ def train(config: Config, context: Context) -> None:
     def save(step: int) -> None:
         info = {
             "samples_consumed": loader.samples_consumed,
+            "skipped_steps": guard.total,
             "config": config.to_dict(),
             "data": {"path": config.data.path, "content_sha256": dataset.manifest.content_sha256},
             "mlflow_run_id": report.tracker.run_id if report else None,
