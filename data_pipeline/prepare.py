@@ -388,8 +388,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text-column", default="text", help="field that holds the text in records")
     parser.add_argument("--split", help="split of a Hugging Face dataset (train when not given)")
     parser.add_argument("--name", help="configuration of a Hugging Face dataset")
-    parser.add_argument("--validation-fraction", type=float, default=0.01)
-    parser.add_argument("--shard-tokens", type=int, default=1 << 26)
+    parser.add_argument(
+        "--validation-fraction", type=float, default=0.01, help="share of the documents held out (0.01)"
+    )
+    parser.add_argument("--shard-tokens", type=int, default=1 << 26, help="tokens per shard file (67108864)")
     parser.add_argument("--max-documents", type=int, help="stop after this many documents")
     parser.add_argument("--workers", type=int, default=1, help="tokenizing processes")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")

@@ -172,7 +172,8 @@ def train(config: Config, context: Context) -> None:
             save(step)
         status = "FINISHED" if step >= settings.steps else "KILLED"
         if report:
-            report.message(f"{'finished' if status == 'FINISHED' else 'stopped as asked'} at step {step}, saved")
+            end = "finished" if status == "FINISHED" else "stopped as asked"
+            report.message(f"{end} at step {step}; checkpoint in {config.checkpoint_folder}")
     finally:
         stop.close()
         loader.close()
