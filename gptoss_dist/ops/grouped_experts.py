@@ -11,41 +11,20 @@ Every back end computes this function and its gradients:
   ``h_Fn = W_DF^T x_nD^T``: BLAS transposes almost for free, and then the interleaved gate and up columns of ``h_nF``
   are the even and odd *rows* of ``h_Fn``. Every elementwise pass reads contiguous memory and vectorises, and neither
   weights nor activations are ever de-interleaved.
+- ``fused``: ``blocked`` with everything between two GEMMs in one kernel of torch.compile: needs a C++ compiler.
 
 Shape legend: N rows (token copies) of all experts, n rows of one expert, E experts, D hidden size, I intermediate size,
 F = 2 * I.
 """
-
-import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ACTIVATIONS = ("gpt_oss", "silu")
-BACKENDS = ("auto", "loop", "grouped_mm", "blocked")
+from gptoss_dist.ops.gated_activation import Gating, elementwise, gated, gating_of, swiglu_reference
 
-# Elements of gate (and of up) per elementwise pass on the CPU: enough to amortise the dispatch of an operation
-# (microseconds), few enough that the scratch (4 MiB) stays in cache. Measured flat from 2^17 to 2^19.
-_CHUNK_ELEMENTS = 1 << 18
-
-
-class _Gating(NamedTuple):
-    """``act = g * sigmoid(alpha * g) * u``; g = min(gate, limit), u = clip(up, -limit, limit) (+ 1 if ``plus_one``)."""
-
-    alpha: float
-    limit: float
-    plus_one: bool
-
-
-def _gating(activation: str, alpha: float, limit: float) -> _Gating:
-    if activation == "gpt_oss":
-        return _Gating(alpha, limit, plus_one=True)
-    if activation == "silu":
-        return _Gating(1.0, math.inf, plus_one=False)
-    raise ValueError(f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+BACKENDS = ("auto", "loop", "grouped_mm", "blocked", "fused")
 
 
 def grouped_experts(
@@ -70,8 +49,8 @@ def grouped_experts(
         gate_up_proj_bias_EF, down_proj_bias_ED: biases, either may be None.
         activation: ``gpt_oss`` (clamped SwiGLU of the GPT-OSS reference, with ``alpha`` and ``limit``) or ``silu``
             (``silu(gate) * up``; ignores both).
-        backend: see the module docstring. ``auto`` takes ``blocked`` on CPU, and elsewhere ``grouped_mm`` where its
-            dtype and alignment limits allow, else ``loop``.
+        backend: see the module docstring. ``auto`` takes ``blocked`` on CPU, or ``fused`` inside of torch.compile, and
+            elsewhere ``grouped_mm`` where its dtype and alignment limits allow, else ``loop``.
 
     In bf16 and fp16 each GEMM's result is rounded before its bias is added, as in the Hugging Face model: a fused
     addition is more exact, but moves pre-activations across the clamp. The activation is evaluated in fp32 and rounded
@@ -82,36 +61,34 @@ def grouped_experts(
             ``blocked``; ``grouped_mm`` would have to wait for the device), or sizes ``grouped_mm`` cannot align.
     """
     _check_operands(x_ND, tokens_per_expert_E, gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
-    gating = _gating(activation, alpha, limit)
+    gating = gating_of(activation, alpha, limit)
     if backend == "auto":
         if x_ND.device.type == "cpu":
-            backend = "blocked"
+            backend = "fused" if torch.compiler.is_compiling() else "blocked"
         else:
             backend = "loop" if _grouped_mm_limit(x_ND, gate_up_proj_EDF) else "grouped_mm"
     operands = (x_ND, gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
     if backend == "grouped_mm":
         return _grouped_mm(tokens_per_expert_E, gating, *operands)
-    if backend not in ("loop", "blocked"):
+    if backend not in ("loop", "blocked", "fused"):
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
 
     return _one_by_one(backend, tokens_per_expert_E, gating, operands)
 
 
 @torch.compiler.disable  # row counts on the host are what a compiler cannot trace; it breaks the graph here instead
-def _one_by_one(backend: str, tokens_per_expert_E: Tensor, gating: "_Gating", operands: tuple) -> Tensor:
+def _one_by_one(backend: str, tokens_per_expert_E: Tensor, gating: Gating, operands: tuple) -> Tensor:
     counts, rows = tokens_per_expert_E.tolist(), operands[0].shape[0]
     if sum(counts) != rows:
         raise ValueError(f"tokens_per_expert sums to {sum(counts)} but x has {rows} rows; every row needs an expert")
-    return _loop(counts, gating, *operands) if backend == "loop" else _Blocked.apply(counts, gating, *operands)
-
-
-def swiglu(h: Tensor, activation: str, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
-    """The experts' activation alone: ``[..., 2 * I]``, gate and up interleaved -> ``[..., I]`` in h's dtype, via fp32.
-
-    Keeps only ``h`` for backward. A dense MLP that must be fast on CPU is better served by ``grouped_experts`` with one
-    expert, whose GEMM delivers gate and up de-interleaved.
-    """
-    return _Swiglu.apply(h, _gating(activation, alpha, limit))
+    if backend == "loop":
+        return _loop(counts, gating, *operands)
+    fused = backend == "fused"
+    if not _builds_a_kernel_per_shape(operands[0]):
+        return _Blocked.apply(counts, gating, fused, *operands)
+    room, position_N = _evenly_spaced(counts)
+    y_PD = _Blocked.apply(room, gating, fused, _Spread.apply(operands[0], sum(room), position_N), *operands[1:])
+    return _Compact.apply(y_PD, position_N)
 
 
 def _check_operands(x_ND, tokens_E, w1_EDF, b1_EF, w2_EID, b2_ED) -> None:
@@ -143,21 +120,14 @@ def _check_operands(x_ND, tokens_E, w1_EDF, b1_EF, w2_EID, b2_ED) -> None:
 # ---------------------------------------------------------------------------------------------------------------- loop
 
 
-def _swiglu_reference(h: Tensor, gating: _Gating) -> Tensor:
-    """The activation as the papers write it, under plain autograd and in h's dtype."""
-    gate = h[..., ::2].clamp(max=gating.limit)
-    up = h[..., 1::2].clamp(min=-gating.limit, max=gating.limit)
-    return (up + 1 if gating.plus_one else up) * (gate * torch.sigmoid(gate * gating.alpha))
-
-
-def _loop(counts: list[int], gating: _Gating, x_ND, w1_EDF, b1_EF, w2_EID, b2_ED) -> Tensor:
+def _loop(counts: list[int], gating: Gating, x_ND, w1_EDF, b1_EF, w2_EID, b2_ED) -> Tensor:
     # unbind, not indexing: the backward of each w[e] would fill a whole [E, ...] gradient.
     none_E = (None,) * len(counts)
     biases = (none_E if b is None else b.unbind(0) for b in (b1_EF, b2_ED))
     y_parts = []
     for x_nD, w1_DF, w2_ID, b1_F, b2_D in zip(x_ND.split(counts), w1_EDF.unbind(0), w2_EID.unbind(0), *biases):
         h_nF = x_nD @ w1_DF if b1_F is None else x_nD @ w1_DF + b1_F
-        a_nI = _swiglu_reference(h_nF, gating)
+        a_nI = swiglu_reference(h_nF, gating)
         y_parts.append(a_nI @ w2_ID if b2_D is None else a_nI @ w2_ID + b2_D)
     return torch.cat(y_parts)
 
@@ -179,7 +149,7 @@ def _grouped_mm_limit(x_ND: Tensor, w1_EDF: Tensor) -> str | None:
     return None
 
 
-def _grouped_mm(tokens_per_expert_E: Tensor, gating: _Gating, x_ND, w1_EDF, b1_EF, w2_EID, b2_ED) -> Tensor:
+def _grouped_mm(tokens_per_expert_E: Tensor, gating: Gating, x_ND, w1_EDF, b1_EF, w2_EID, b2_ED) -> Tensor:
     if limit := _grouped_mm_limit(x_ND, w1_EDF):
         raise ValueError(f"{limit}; use backend='loop' or 'blocked'")
     tokens_E = tokens_per_expert_E.to(x_ND.device, torch.int32)
@@ -197,133 +167,68 @@ def _grouped_mm(tokens_per_expert_E: Tensor, gating: _Gating, x_ND, w1_EDF, b1_E
             out.register_hook(torch.Tensor.contiguous)  # its backward refuses the stride-0 gradient of a sum or mean
         return out if bias is None else torch.addmm(out, expert_NE, bias)
 
-    a_NI = _Swiglu.apply(linear(x_ND, w1_EDF, b1_EF), gating)
+    a_NI = gated(linear(x_ND, w1_EDF, b1_EF), gating)
     return linear(a_NI, w2_EID, b2_ED)
 
 
-# ---------------------------------------------------------------------------------------------------------- elementwise
+# ------------------------------------------------------------------------------------------------------------- blocked
 
 
-class _Scratch:
-    """Four reusable buffers in the compute dtype (fp32, or fp64 for fp64 data), cut to the shape at hand."""
-
-    def __init__(self, elements: int, like: Tensor):
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self.buffers = torch.empty(4, elements, dtype=dtype, device=like.device).unbind(0)
-        self.one = torch.ones((), dtype=dtype, device=like.device)
-
-    def views(self, shape: torch.Size) -> list[Tensor]:
-        return [buffer[: shape.numel()].view(shape) for buffer in self.buffers]
+def _builds_a_kernel_per_shape(x_ND: Tensor) -> bool:
+    """16-bit GEMMs on CPU are oneDNN's: it generates code at the first use of every shape, which costs as much as the
+    GEMM of a few hundred rows (docs/log.md) - and an expert has another number of rows in every step."""
+    return x_ND.device.type == "cpu" and x_ND.dtype in (torch.bfloat16, torch.float16)
 
 
-def _load(source: Tensor, low: float, high: float, scratch: Tensor) -> Tensor:
-    """``source`` clamped, in the compute dtype, read-only: in ``scratch``, or ``source`` itself if that serves."""
-    clamped = high < math.inf
-    if source.dtype != scratch.dtype:
-        scratch.copy_(source)
-        return scratch.clamp_(low, high) if clamped else scratch
-    return torch.clamp(source, low, high, out=scratch) if clamped else source
+def _evenly_spaced(counts: list[int]) -> tuple[list[int], Tensor]:
+    """Rows of room for each expert, one of 16 numbers per power of two, and the position of every row in that room."""
+    step = [1 << max(n.bit_length() - 5, 0) for n in counts]
+    room = [-(-n // s) * s for n, s in zip(counts, step)]
+    gap_E = torch.tensor([0, *(r - n for r, n in zip(room, counts))])[:-1].cumsum(0)
+    return room, torch.arange(sum(counts)) + torch.repeat_interleave(gap_E, torch.tensor(counts))
 
 
-def _times_up(t: Tensor, u: Tensor, gating: _Gating, out: Tensor) -> Tensor:
-    """``t * u``, or ``t * (u + 1)``, in one pass."""
-    return torch.addcmul(t, t, u, out=out) if gating.plus_one else torch.mul(t, u, out=out)
+class _Spread(torch.autograd.Function):
+    """Rows to their positions among P, zeros between them."""
 
-
-def _gated(gate: Tensor, up: Tensor, gating: _Gating, scratch: _Scratch) -> tuple[Tensor, ...]:
-    """``s = sigmoid(alpha * g)``, ``glu = g * s``, u, and a free buffer; g and u are the clamped gate and up."""
-    g_buffer, s, u_buffer, free = scratch.views(gate.shape)
-    g = _load(gate, -math.inf, gating.limit, g_buffer)
-    u = _load(up, -gating.limit, gating.limit, u_buffer)
-    s = torch.sigmoid(g, out=s) if gating.alpha == 1.0 else torch.mul(g, gating.alpha, out=s).sigmoid_()
-    return s, torch.mul(g, s, out=g_buffer), u, free
-
-
-def _activation_forward(gate: Tensor, up: Tensor, gating: _Gating, scratch: _Scratch, out: Tensor) -> None:
-    _, glu, u, _ = _gated(gate, up, gating, scratch)
-    _times_up(glu, u, gating, out)
-
-
-def _activation_backward(
-    gate: Tensor,
-    up: Tensor,
-    d_out: Tensor,
-    gating: _Gating,
-    scratch: _Scratch,
-    out: Tensor | None,
-    d_gate: Tensor,
-    d_up: Tensor,
-) -> None:
-    """Gradients of the pre-activations, and the activation itself again in ``out`` (where given).
-
-    d(g * s)/dg = s + alpha * g * s * (1 - s), written as an interpolation from ``alpha * g * s`` to 1 by s: one pass.
-    """
-    s, glu, u, free = _gated(gate, up, gating, scratch)
-    if out is not None:
-        _times_up(glu, u, gating, out)
-    d = _load(d_out, -math.inf, math.inf, free)
-    torch.mul(d, glu, out=d_up)
-    d_glu = torch.lerp(glu if gating.alpha == 1.0 else glu.mul_(gating.alpha), scratch.one, s, out=s)
-    torch.mul(_times_up(d, u, gating, glu), d_glu, out=d_gate)
-    if gating.limit < math.inf:
-        # clamp passes the gradient at the limit itself, hardtanh_backward does not: its bounds lie one step further.
-        beyond = _next_above(gating.limit, s.dtype)
-        torch.ops.aten.hardtanh_backward.grad_input(d_up, up, -beyond, beyond, grad_input=d_up)
-        torch.ops.aten.hardtanh_backward.grad_input(d_gate, gate, -math.inf, beyond, grad_input=d_gate)
-
-
-def _next_above(value: float, dtype: torch.dtype) -> float:
-    return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(math.inf, dtype=dtype)).item()
-
-
-def _rows_per_chunk(rows: int, columns: int, device: torch.device) -> int:
-    """Rows of a [rows, columns] block per elementwise pass; one pass where there is no cache worth blocking for."""
-    return max(1, _CHUNK_ELEMENTS // max(columns, 1)) if device.type == "cpu" else max(rows, 1)
-
-
-class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h: Tensor, gating: _Gating) -> Tensor:
-        ctx.gating = gating
-        ctx.save_for_backward(h)
-        out = h.new_empty(*h.shape[:-1], h.shape[-1] // 2)
-        h_2d, out_2d = h.reshape(-1, h.shape[-1]), out.view(-1, out.shape[-1])
-        rows = _rows_per_chunk(*out_2d.shape, h.device)
-        scratch = _Scratch(min(rows, out_2d.shape[0]) * out_2d.shape[1], h)
-        for h_chunk, out_chunk in zip(h_2d.split(rows), out_2d.split(rows)):
-            _activation_forward(h_chunk[:, ::2], h_chunk[:, 1::2], gating, scratch, out_chunk)
-        return out
+    def forward(ctx, x_ND: Tensor, P: int, position_N: Tensor) -> Tensor:
+        ctx.position_N = position_N
+        return x_ND.new_zeros(P, x_ND.shape[1]).index_copy_(0, position_N, x_ND)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out: Tensor):
-        (h,) = ctx.saved_tensors
-        d_h = torch.empty_like(h, memory_format=torch.contiguous_format)
-        h_2d, d_h_2d = h.reshape(-1, h.shape[-1]), d_h.view(-1, h.shape[-1])
-        d_out_2d = d_out.reshape(-1, d_out.shape[-1])
-        rows = _rows_per_chunk(*d_out_2d.shape, h.device)
-        scratch = _Scratch(min(rows, d_out_2d.shape[0]) * d_out_2d.shape[1], h)
-        for h_chunk, d_h_chunk, d_chunk in zip(h_2d.split(rows), d_h_2d.split(rows), d_out_2d.split(rows)):
-            gate, up, d_gate, d_up = h_chunk[:, ::2], h_chunk[:, 1::2], d_h_chunk[:, ::2], d_h_chunk[:, 1::2]
-            _activation_backward(gate, up, d_chunk, ctx.gating, scratch, None, d_gate, d_up)
-        return d_h, None
+    def backward(ctx, dy_PD: Tensor):
+        return dy_PD.index_select(0, ctx.position_N), None, None
 
 
-# ------------------------------------------------------------------------------------------------------------- blocked
+class _Compact(torch.autograd.Function):
+    """The inverse of `_Spread`. The zeros in its gradient keep the rows between out of the weights' gradients."""
+
+    @staticmethod
+    def forward(ctx, y_PD: Tensor, position_N: Tensor) -> Tensor:
+        ctx.position_N, ctx.P = position_N, y_PD.shape[0]
+        return y_PD.index_select(0, position_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_ND: Tensor):
+        return dy_ND.new_zeros(ctx.P, dy_ND.shape[1]).index_copy_(0, ctx.position_N, dy_ND), None
 
 
 class _Blocked(torch.autograd.Function):
     """One expert at a time; every GEMM writes straight into its slice of the result, and experts share all scratch."""
 
     @staticmethod
-    def forward(ctx, counts: list[int], gating: _Gating, x_ND, w1_EDF, b1_EF, w2_EID, b2_ED) -> Tensor:
+    def forward(ctx, counts: list[int], gating: Gating, fused: bool, x_ND, w1_EDF, b1_EF, w2_EID, b2_ED) -> Tensor:
+        ctx.counts, ctx.gating, ctx.fused = counts, gating, fused
         N, twice_I, most = x_ND.shape[0], w1_EDF.shape[2], max(counts, default=0)
         keep = any(ctx.needs_input_grad)
         # Blocks [F, n] of the experts one after the other; without a backward one block is enough.
         h_flat = x_ND.new_empty((N if keep else most) * twice_I)
         a_flat = x_ND.new_empty(most * twice_I // 2)
         y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
-        scratch = _Scratch(_scratch_elements(most, twice_I // 2), x_ND)
+        between = elementwise(ctx.gating, most, twice_I // 2, x_ND, fused=ctx.fused)
         start = 0
         for e, n in enumerate(counts):
             if n == 0:
@@ -332,18 +237,11 @@ class _Blocked(torch.autograd.Function):
             a_In = a_flat[: n * twice_I // 2].view(-1, n)
             rows = slice(start, start + n)
             torch.mm(w1_EDF[e].t(), x_ND[rows].t(), out=h_Fn)
-            step = _rows_per_chunk(*a_In.shape, x_ND.device)
-            h_I2n, b1_I2 = h_Fn.view(-1, 2, n), None if b1_EF is None else b1_EF[e].view(-1, 2)
-            for i in range(0, a_In.shape[0], step):
-                h = h_I2n[i : i + step]
-                if b1_I2 is not None:  # here, near the cache: cheaper than addmm, which first broadcasts it to memory
-                    h.add_(b1_I2[i : i + step, :, None])
-                _activation_forward(h[:, 0], h[:, 1], gating, scratch, a_In[i : i + step])
+            between.forward(h_Fn.view(-1, 2, n), None if b1_EF is None else b1_EF[e].view(-1, 2), a_In)
             torch.mm(a_In.t(), w2_EID[e], out=y_ND[rows])
             if b2_ED is not None:
                 y_ND[rows].add_(b2_ED[e])
             start += n
-        ctx.counts, ctx.gating = counts, gating
         ctx.save_for_backward(x_ND, h_flat if keep else None, w1_EDF, w2_EID)
         return y_ND
 
@@ -351,7 +249,7 @@ class _Blocked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_ND: Tensor):
         x_ND, h_flat, w1_EDF, w2_EID = ctx.saved_tensors
-        _, _, need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad
+        _, _, _, need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad
         (E, D, twice_I), most = w1_EDF.shape, max(ctx.counts, default=0)
 
         def gradient(needed: bool, *shape: int) -> Tensor | None:
@@ -362,7 +260,7 @@ class _Blocked(torch.autograd.Function):
         dw2_EID, db2_ED = gradient(need_w2, E, twice_I // 2, D), gradient(need_b2, E, D)
         need_h = need_x or need_w1 or need_b1
         a_flat, da_flat, dh_flat = (dy_ND.new_empty(most * width) for width in (twice_I // 2, twice_I // 2, twice_I))
-        scratch = _Scratch(_scratch_elements(most, twice_I // 2), x_ND)
+        between = elementwise(ctx.gating, most, twice_I // 2, x_ND, fused=ctx.fused)
         start = 0
         for e, n in enumerate(ctx.counts):
             if n == 0:
@@ -379,37 +277,14 @@ class _Blocked(torch.autograd.Function):
 
             if need_h or need_w2:
                 torch.mm(w2_EID[e], dy_nD.t(), out=da_In)
-                step = _rows_per_chunk(*a_In.shape, x_ND.device)
-                chunks = zip(
-                    h_Fn.view(-1, 2, n).split(step),
-                    dh_Fn.view(-1, 2, n).split(step),
-                    a_In.split(step),
-                    da_In.split(step),
-                )
-                for h, dh, a, da in chunks:
-                    gating = _without_idle_clamp(ctx.gating, h)
-                    _activation_backward(h[:, 0], h[:, 1], da, gating, scratch, a, dh[:, 0], dh[:, 1])
+                db1_I2 = db1_EF[e].view(-1, 2) if need_b1 else None
+                between.backward(h_Fn.view(-1, 2, n), da_In, a_In, dh_Fn.view(-1, 2, n), db1_I2)
             if need_w2:
                 torch.mm(a_In, dy_nD, out=dw2_EID[e])
             if need_b2:
                 torch.sum(dy_nD, 0, out=db2_ED[e])
             if need_w1:
                 torch.mm(x_nD.t(), dh_Fn.t(), out=dw1_EDF[e])
-            if need_b1:
-                torch.sum(dh_Fn, 1, out=db1_EF[e])
             if need_x:
                 torch.mm(dh_Fn.t(), w1_EDF[e].t(), out=dx_ND[rows])
-        return None, None, dx_ND, dw1_EDF, db1_EF, dw2_EID, db2_ED
-
-
-def _without_idle_clamp(gating: _Gating, h: Tensor) -> _Gating:
-    """Clamps and their gradient masks are four passes; one look at ``h`` saves them where nothing exceeds the limit."""
-    if gating.limit == math.inf or h.device.type != "cpu":
-        return gating
-    low, high = torch.aminmax(h)
-    return gating._replace(limit=math.inf) if max(-low.item(), high.item()) <= gating.limit else gating
-
-
-def _scratch_elements(most_rows: int, intermediate: int) -> int:
-    """Enough for the largest chunk: up to _CHUNK_ELEMENTS, or one row of the transposed block where that is longer."""
-    return min(max(_CHUNK_ELEMENTS, most_rows), most_rows * intermediate)
+        return None, None, None, dx_ND, dw1_EDF, db1_EF, dw2_EID, db2_ED

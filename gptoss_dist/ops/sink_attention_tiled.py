@@ -59,7 +59,7 @@ def forward(
         )
         o_BTHD = band.ungroup(o_MKRD, B).to(q_BTHD.dtype).contiguous()
         lse_BTH = band.ungroup(lse_MKR[..., None], B)[..., 0]
-        return o_BTHD, lse_BTH.permute(2, 0, 1).reshape(H, B * T)
+        return o_BTHD, lse_BTH.permute(2, 0, 1).contiguous().view(H, B * T)
 
     o_BTHD = q_BTHD.new_empty(q_BTHD.shape)
     lse_HBT = q_BTHD.new_empty((H, B, T), dtype=dtype)

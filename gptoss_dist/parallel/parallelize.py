@@ -46,7 +46,7 @@ def parallelize(model: GptOss, config: Config, mesh: DeviceMesh) -> GptOss:
         shard(layer)
     shard(model)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and mesh.size() > 1:  # one process has nothing to divide by
             module.set_gradient_divide_factor(1.0)
             # Without this gloo is asked for a pre-multiplied sum, which it does not have.
             module.set_force_sum_reduction_for_comms(True)

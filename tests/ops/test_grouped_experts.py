@@ -3,12 +3,15 @@
 Shape legend as in the module under test: N rows, E experts, D hidden, I intermediate.
 """
 
+import shutil
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from gptoss_dist.ops import grouped_experts as module
-from gptoss_dist.ops.grouped_experts import grouped_experts, swiglu
+from gptoss_dist.ops import gated_activation
+from gptoss_dist.ops.gated_activation import gating_of, swiglu, swiglu_reference
+from gptoss_dist.ops.grouped_experts import grouped_experts
 
 NAMES = ("y", "x", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 # fp32: summation order only. bf16: each result carries a few roundings of 2^-9, at different places in each back end.
@@ -20,6 +23,8 @@ COUNTS = {
     "first_and_last_idle": [0, 5, 11, 0],
     "no_rows": [0, 0, 0],
 }
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 
 
 def make_operands(counts, D, I, dtype, bias=True, seed=0):  # noqa: E741
@@ -64,6 +69,8 @@ def assert_close(actual, expected, tolerance):
         ("blocked", torch.float64, 5, 3),
         ("blocked", torch.float32, 17, 13),
         ("blocked", torch.bfloat16, 24, 40),
+        pytest.param("fused", torch.float32, 17, 13, marks=needs_compiler),
+        pytest.param("fused", torch.bfloat16, 24, 40, marks=needs_compiler),
         ("grouped_mm", torch.float32, 16, 24),
         ("grouped_mm", torch.bfloat16, 24, 40),
     ],
@@ -88,7 +95,7 @@ def test_blocked_matches_loop_across_many_chunks(activation, monkeypatch):
     operands = make_operands(counts, 8, 12, torch.float32)
     expected = run(operands, counts, activation=activation, backend="loop")
     for elements in (1, 100, 130):
-        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(gated_activation, "_CHUNK_ELEMENTS", elements)
         assert_close(run(operands, counts, activation=activation, backend="blocked"), expected, 1e-6)
 
 
@@ -195,8 +202,8 @@ def test_weights_may_be_transposed_views():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_swiglu_alone(dtype, shape, activation):
     h = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 5).to(dtype).requires_grad_()
-    gating = module._gating(activation, 1.702, 7.0)
-    expected, actual = module._swiglu_reference(h, gating), swiglu(h, activation)
+    gating = gating_of(activation, 1.702, 7.0)
+    expected, actual = swiglu_reference(h, gating), swiglu(h, activation)
     d_out = torch.ones_like(expected)[..., :1].expand_as(expected)
     tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype] * 5}
     torch.testing.assert_close(actual, expected, **tolerance)
