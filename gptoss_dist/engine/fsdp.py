@@ -113,13 +113,14 @@ class FsdpEngine:
         packed = self.context.sum(torch.cat([torch.stack([loss, aux, z, squares, flag]), entropy_L]))
         loss, aux, z, squares, flag = packed[:5]
         grad_norm = squares.sqrt()
-        # The kernel reads this flag on the device: a step with a non-finite value leaves no trace.
+        # The optimizer's kernel reads this flag on the device: a step with a non-finite value leaves no trace.
         skipped = (~(torch.isfinite(grad_norm) & torch.isfinite(loss))).float()
-        if self.config.optim.clip_norm:
-            torch._foreach_mul_(gradients, (self.config.optim.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+        # Clipping happens inside the optimizer's kernel, which divides gradients as it reads them.
+        clip_norm = self.config.optim.clip_norm
+        self.optimizer.grad_scale = ((grad_norm + 1e-6) / clip_norm).clamp(min=1.0) if clip_norm else None
+        self.optimizer.found_inf = skipped
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, aux, z, packed[5:], counts_LE, grad_norm, skipped, flag)

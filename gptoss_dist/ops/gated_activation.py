@@ -9,13 +9,14 @@ up rows are contiguous: either in eager passes over chunks that stay in cache, o
 Shape legend: I intermediate size, n rows of one expert, F = 2 * I.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from gptoss_dist.ops.fused import fused
 
 ACTIVATIONS = ("gpt_oss", "silu")
 
@@ -67,7 +68,7 @@ def swiglu_reference(h: Tensor, gating: Gating) -> Tensor:
 # ----------------------------------------------------------------------------------------------- between two GEMMs
 
 
-def elementwise(gating: Gating, most_rows: int, intermediate: int, like: Tensor, *, fused: bool):
+def elementwise(gating: Gating, most_rows: int, intermediate: int, like: Tensor, *, compiled: bool):
     """What an expert computes between its GEMMs, with room for experts of up to ``most_rows`` rows.
 
     Returns an object with
@@ -76,9 +77,9 @@ def elementwise(gating: Gating, most_rows: int, intermediate: int, like: Tensor,
     - ``backward(h_I2n, da_In, a_In, dh_I2n, db1_I2)``: fills a again, dh, and db1 (or None) from h and da.
 
     Args:
-        fused: one kernel each, through torch.compile, which needs a C++ compiler on CPU; or eager passes.
+        compiled: one kernel each, through torch.compile, which needs a C++ compiler on CPU; or eager passes.
     """
-    return _Fused(gating) if fused else _Chunked(gating, most_rows, intermediate, like)
+    return _Fused(gating) if compiled else _Chunked(gating, most_rows, intermediate, like)
 
 
 class _Chunked:
@@ -109,16 +110,10 @@ class _Fused:
         self.gating = gating
 
     def forward(self, h_I2n: Tensor, b1_I2: Tensor | None, a_In: Tensor) -> None:
-        _compiled(_fused_forward)(h_I2n, b1_I2, a_In, *self.gating)
+        fused(_fused_forward)(h_I2n, b1_I2, a_In, *self.gating)
 
     def backward(self, h_I2n: Tensor, da_In: Tensor, a_In: Tensor, dh_I2n: Tensor, db1_I2: Tensor | None) -> None:
-        _compiled(_fused_backward)(h_I2n, da_In, a_In, dh_I2n, db1_I2, *self.gating)
-
-
-@functools.cache
-def _compiled(function):
-    # The number of rows differs from expert to expert and from step to step: one kernel for all of them.
-    return torch.compile(function, dynamic=True, fullgraph=True)
+        fused(_fused_backward)(h_I2n, da_In, a_In, dh_I2n, db1_I2, *self.gating)
 
 
 def _fused_forward(h_I2n, b1_I2, a_In, alpha: float, limit: float, plus_one: bool) -> None:

@@ -228,7 +228,7 @@ class _Blocked(torch.autograd.Function):
         h_flat = x_ND.new_empty((N if keep else most) * twice_I)
         a_flat = x_ND.new_empty(most * twice_I // 2)
         y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
-        between = elementwise(ctx.gating, most, twice_I // 2, x_ND, fused=ctx.fused)
+        between = elementwise(ctx.gating, most, twice_I // 2, x_ND, compiled=ctx.fused)
         start = 0
         for e, n in enumerate(counts):
             if n == 0:
@@ -260,7 +260,7 @@ class _Blocked(torch.autograd.Function):
         dw2_EID, db2_ED = gradient(need_w2, E, twice_I // 2, D), gradient(need_b2, E, D)
         need_h = need_x or need_w1 or need_b1
         a_flat, da_flat, dh_flat = (dy_ND.new_empty(most * width) for width in (twice_I // 2, twice_I // 2, twice_I))
-        between = elementwise(ctx.gating, most, twice_I // 2, x_ND, fused=ctx.fused)
+        between = elementwise(ctx.gating, most, twice_I // 2, x_ND, compiled=ctx.fused)
         start = 0
         for e, n in enumerate(ctx.counts):
             if n == 0:

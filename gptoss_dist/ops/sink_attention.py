@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from gptoss_dist.ops import sink_attention_cuda, sink_attention_tiled
+from gptoss_dist.ops.fused import fused
 
-BACKENDS = ("auto", "flash", "chunked", "reference")
+BACKENDS = ("auto", "flash", "fused", "chunked", "reference")
 
 
 def sink_attention(
@@ -50,7 +51,9 @@ def sink_attention(
         document_ids_BT: integers, non-decreasing along T; attention stays within equal ids.
         backend: `reference` holds all T x T scores; `chunked` is plain PyTorch in O(T) memory on any device; `flash`
             uses the device's flash kernels (CPU: any floating dtype; CUDA: bf16 or fp16, D a multiple of 8 up to 256);
-            `auto` takes flash where it applies and chunked elsewhere.
+            `fused`, for 16-bit tensors on CPU, multiplies matrices in their type, rounding scores to it, around one
+            pass of torch.compile (it needs a C++ compiler); `auto` takes fused where it applies inside of
+            torch.compile, then flash where it applies, and chunked elsewhere.
 
     Returns:
         o_BHTD in q's dtype: a transposed view of a contiguous [B, T, H, D].
@@ -160,12 +163,15 @@ def _select_kernel(q: Tensor, backend: str) -> str:
     if backend == "chunked":
         return "chunked"
     device, dtype, D = q.device.type, q.dtype, q.shape[-1]
+    fusable = device == "cpu" and dtype in (torch.bfloat16, torch.float16)
+    if fusable and (backend == "fused" or (backend == "auto" and torch.compiler.is_compiling())):
+        return "fused_cpu"
     flash = {"cpu": "flash_cpu", "cuda": "flash_cuda"}.get(device)
     if flash == "flash_cuda" and not sink_attention_cuda.is_supported(q):
         flash = None
-    if flash is None and backend == "flash":
+    if backend == "fused" or (flash is None and backend == "flash"):
         raise ValueError(
-            f"backend 'flash' has no kernel for {dtype}, head_dim {D} on {device}; use 'auto' or 'chunked'"
+            f"backend {backend!r} has no kernel for {dtype}, head_dim {D} on {device}; use 'auto' or 'chunked'"
         )
     return flash or "chunked"
 
@@ -242,10 +248,14 @@ def _fused_backward(
         dq, dk, dv = sink_attention_cuda.backward(*tensors, scale, window, cu_seqlens, longest)
     else:
         dq, dk, dv = sink_attention_tiled.backward(*tensors, scale, window, first_BT, kernel)
-    do_o_HN = (do_BTHD.to(lse_HN.dtype) * o_BTHD).sum(-1).flatten(0, 1).t()
-    sink_probability_HN = torch.exp(sinks_H.to(lse_HN.dtype)[:, None] - lse_HN)
-    dsinks_H = -(sink_probability_HN * do_o_HN).sum(1).to(sinks_H.dtype)
-    return dq, dk, dv, dsinks_H
+    sink_gradient = fused(_sink_gradient) if kernel == "fused_cpu" else _sink_gradient
+    return dq, dk, dv, sink_gradient(do_BTHD, o_BTHD, lse_HN, sinks_H)
+
+
+def _sink_gradient(do_BTHD: Tensor, o_BTHD: Tensor, lse_HN: Tensor, sinks_H: Tensor) -> Tensor:
+    do_o_NH = (do_BTHD.to(lse_HN.dtype) * o_BTHD).sum(-1).flatten(0, 1)
+    sink_probability_NH = torch.exp(sinks_H.to(lse_HN.dtype) - lse_HN.t())
+    return -(sink_probability_NH * do_o_NH).sum(0).to(sinks_H.dtype)
 
 
 @_fused_backward.register_fake

@@ -66,7 +66,7 @@ def start(timeout_s: float = 1800.0) -> Context:
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-        _keep_freed_memory()
+        _tune_cpu_memory()
     dist.init_process_group(
         backend,
         store=None if launched else dist.HashStore(),
@@ -78,17 +78,17 @@ def start(timeout_s: float = 1800.0) -> Context:
     return Context(rank, local_rank, world_size, device, mesh)
 
 
-def _keep_freed_memory() -> None:
-    """Make the C library reuse large blocks instead of returning them to the system after every use.
+def _tune_cpu_memory() -> None:
+    """Keep freed memory in the process: a sixth of a training step on CPU (docs/log.md).
 
-    A training step frees and allocates the same gigabytes again and again; getting them back costs a page fault per
-    4 KiB, a sixth of a step on CPU (docs/log.md). Does nothing where the library is not glibc.
+    A step frees and allocates the same gigabytes again and again. By default the C library hands large blocks back to
+    the system every time, and getting them again costs a page fault per 4 KiB.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
+    except AttributeError:  # not glibc
         return
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_... of malloc.h
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD, ... of malloc.h
     mallopt(trim_threshold, -1)
     mallopt(mmap_max, 0)
     mallopt(arena_max, 1)

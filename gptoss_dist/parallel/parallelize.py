@@ -13,6 +13,22 @@ from gptoss_dist.config import Config
 from gptoss_dist.model.transformer import GptOss
 
 
+class _NothingToReduce:
+    """FSDP2's reduce-scatter for one process, whose sum over processes is its own part: one buffer is both the input
+    and the output, so that nothing is copied."""
+
+    def __init__(self) -> None:
+        self.input = None
+
+    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Called in turn for the input and for the output of each reduction, which are of one size."""
+        if self.input is None:
+            self.input = torch.empty(size, dtype=dtype, device=device)
+            return self.input
+        output, self.input = self.input, None
+        return output
+
+
 def parallelize(model: GptOss, config: Config, mesh: DeviceMesh) -> GptOss:
     """Prepare `model` (on the meta device, or materialised) for training on `mesh`; in place.
 
@@ -31,6 +47,7 @@ def parallelize(model: GptOss, config: Config, mesh: DeviceMesh) -> GptOss:
             # partial binds this layer's own forward; a closure over the loop variable would recompute the last one.
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     if config.train.compile:
+        model.loss_backend = "fused"
         for layer in layers:
             layer.compile(mode=config.train.compile_mode)
     shard = functools.partial(
@@ -46,7 +63,11 @@ def parallelize(model: GptOss, config: Config, mesh: DeviceMesh) -> GptOss:
         shard(layer)
     shard(model)
     for module in model.modules():
-        if isinstance(module, FSDPModule) and mesh.size() > 1:  # one process has nothing to divide by
+        if not isinstance(module, FSDPModule):
+            continue
+        if mesh.size() == 1:
+            module.set_custom_reduce_scatter(_NothingToReduce())
+        else:
             module.set_gradient_divide_factor(1.0)
             # Without this gloo is asked for a pre-multiplied sum, which it does not have.
             module.set_force_sum_reduction_for_comms(True)
