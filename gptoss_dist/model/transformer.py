@@ -101,7 +101,6 @@ class GptOss(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.loss_backend = "auto"
         self.tie()
 
     def tie(self) -> None:
@@ -134,11 +133,7 @@ class GptOss(nn.Module):
         if labels_BT is None:
             return self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
         loss = linear_cross_entropy(
-            x_BTD.flatten(0, 1),
-            self.lm_head.weight,
-            labels_BT.flatten(),
-            ignore_index=IGNORE_INDEX,
-            backend=self.loss_backend,
+            x_BTD.flatten(0, 1), self.lm_head.weight, labels_BT.flatten(), ignore_index=IGNORE_INDEX
         )
         return LossSums(loss, stats)
 

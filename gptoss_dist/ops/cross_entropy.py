@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptoss_dist.ops.fused import fused
-
-BACKENDS = ("auto", "reference", "chunked", "fused")
+BACKENDS = ("auto", "reference", "chunked")
 
 # Elements of a 16-bit weight gradient product awaiting its addition in fp32: in cache on the CPU, elsewhere merely
 # bounded (128 MiB).
@@ -42,8 +40,7 @@ def linear_cross_entropy(
         hidden_ND, weight_VD, bias: of one floating dtype; ``bias`` is [V] or None.
         labels_N: int64 token ids; tokens labelled ``ignore_index`` carry neither loss nor gradient.
         backend: ``reference`` is ``F.cross_entropy`` on all N x V logits (in fp32), under plain autograd. ``chunked``
-            is described above; ``auto`` takes it. ``fused`` is chunked with everything between its GEMMs compiled into
-            one kernel, which needs a C++ compiler on CPU.
+            is described above; ``auto`` takes it.
         chunk_tokens: C. By default D, within 512 and 4096: a chunk's C x V logits take no more room than the V x D
             weight (if D is not below 512), and reading and writing the weight's gradient once per chunk stays cheap
             beside the chunk's GEMMs.
@@ -75,9 +72,9 @@ def linear_cross_entropy(
             raise IndexError(
                 f"labels span [{labels_N.min()}, {labels_N.max()}] but the vocabulary has {weight_VD.shape[0]} entries"
             )
+    needs_grad = torch.is_grad_enabled()
     chunk_tokens = chunk_tokens or min(max(hidden_ND.shape[1], 512), 4096)
-    settings = (ignore_index, chunk_tokens, torch.is_grad_enabled(), backend == "fused")
-    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias, labels_N, *settings)
+    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias, labels_N, ignore_index, chunk_tokens, needs_grad)
 
 
 def _check_operands(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, bias: Tensor | None) -> None:
@@ -107,30 +104,6 @@ def _softmax_(logits_CV: Tensor) -> Tensor:
     )
 
 
-def _differentiate(rounded_CV: Tensor, exact_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses [C, 1] and the gradient of the logits, in their place; ``exact_CV`` is room in fp32, or the same."""
-    rounded = exact_CV is not rounded_CV
-    if rounded:
-        exact_CV.copy_(rounded_CV)
-    max_C1, label_logit_C1 = exact_CV.amax(-1, keepdim=True), exact_CV.gather(1, labels_C1)
-    probs_CV = _softmax_(exact_CV)
-    # log-sum-exp from the likeliest token, whose probability is at least 1/V: no second pass of exponentials,
-    # and unlike in log(probs[label]) nothing underflows.
-    losses_C1 = max_C1 - probs_CV.amax(-1, keepdim=True).log_() - label_logit_C1
-    probs_CV.scatter_add_(1, labels_C1, probs_CV.new_full((), -1.0).expand_as(labels_C1))
-    return losses_C1, rounded_CV.copy_(probs_CV) if rounded else probs_CV
-
-
-def _differentiate_(logits_CV: Tensor, labels_C1: Tensor) -> Tensor:
-    """`_differentiate` for the compiler: the gradient replaces the logits, whatever their type."""
-    exact_CV = _upcast(logits_CV)
-    lse_C1 = torch.logsumexp(exact_CV, -1, keepdim=True)
-    is_label_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == labels_C1
-    losses_C1 = lse_C1 - exact_CV.gather(1, labels_C1)
-    logits_CV.copy_(torch.exp(exact_CV - lse_C1) - is_label_CV.to(exact_CV.dtype))
-    return losses_C1
-
-
 def _add_weight_gradient(d_weight_VD: Tensor, d_logits_CV: Tensor, hidden_CD: Tensor) -> None:
     """``d_weight += d_logits.T @ hidden``. 16-bit products are added in fp32, by blocks of rows to bound their room."""
     if d_weight_VD.dtype == d_logits_CV.dtype:
@@ -145,15 +118,7 @@ def _add_weight_gradient(d_weight_VD: Tensor, d_logits_CV: Tensor, hidden_CD: Te
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
-        hidden_ND,
-        weight_VD,
-        bias_V,
-        labels_N,
-        ignore_index: int,
-        chunk_tokens: int,
-        needs_grad: bool,
-        compiled: bool,
+        ctx, hidden_ND, weight_VD, bias_V, labels_N, ignore_index: int, chunk_tokens: int, needs_grad: bool
     ) -> Tensor:
         (N, D), V = hidden_ND.shape, weight_VD.shape[0]
         need_hidden, need_weight, need_bias = (needs_grad and needed for needed in ctx.needs_input_grad[:3])
@@ -166,7 +131,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # One buffer of logits serves all chunks; 16-bit operands need a second one for the fp32 arithmetic in between.
         rows, rounded = min(chunk_tokens, N), hidden_ND.dtype != exact
         logits_buffer = hidden_ND.new_empty(rows, V)
-        exact_buffer = hidden_ND.new_empty(rows, V, dtype=exact) if rounded and not compiled else logits_buffer
+        exact_buffer = hidden_ND.new_empty(rows, V, dtype=exact) if rounded else logits_buffer
         for start in range(0, N, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, N))
             hidden_CD, labels_C1 = hidden_ND[chunk], labels_N[chunk, None]
@@ -177,12 +142,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             torch.mm(hidden_CD, weight_VD.t(), out=rounded_CV)
             if bias_V is not None:
                 rounded_CV.add_(bias_V)
-            if compiled:
-                losses_C1 = fused(_differentiate_)(rounded_CV, labels_C1)
-                d_logits_CV = rounded_CV
-            else:
-                losses_C1, d_logits_CV = _differentiate(rounded_CV, logits_CV, labels_C1)
+            if rounded:
+                logits_CV.copy_(rounded_CV)
+            max_C1, label_logit_C1 = logits_CV.amax(-1, keepdim=True), logits_CV.gather(1, labels_C1)
+            probs_CV = _softmax_(logits_CV)
+            # log-sum-exp from the likeliest token, whose probability is at least 1/V: no second pass of exponentials,
+            # and unlike in log(probs[label]) nothing underflows.
+            losses_C1 = max_C1 - probs_CV.amax(-1, keepdim=True).log_() - label_logit_C1
             loss += losses_C1.masked_fill_(ignored_C1, 0).sum()
+            if not (need_hidden or need_weight or need_bias):
+                continue
+
+            d_logits_CV = probs_CV.scatter_add_(1, labels_C1, probs_CV.new_full((), -1.0).expand_as(labels_C1))
+            if rounded:
+                d_logits_CV = rounded_CV.copy_(d_logits_CV)
             # Ignored tokens are masked at width D, not V: in d_hidden directly, in d_weight through rows of hidden.
             if need_hidden:
                 torch.mm(d_logits_CV, weight_VD, out=d_hidden_ND[chunk]).masked_fill_(ignored_C1, 0)
@@ -203,4 +176,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grads = []
         for saved in ctx.saved_tensors:
             grads.append(saved if saved is None or unscaled else saved * d_loss)
-        return *(g if g is None else g.to(ctx.dtype) for g in grads), *[None] * 5
+        return *(g if g is None else g.to(ctx.dtype) for g in grads), None, None, None, None

@@ -2,9 +2,9 @@
 
     act = g * sigmoid(alpha * g) * (u + 1),   g = min(gate, limit), u = clip(up, -limit, limit)
 
-``swiglu`` is the function on interleaved hidden states, for any device. ``elementwise`` hands the hand-written expert
-MLP (``ops/grouped_experts.py``) everything it computes between its GEMMs, on transposed blocks ``h_I2n`` whose gate and
-up rows are contiguous: either in eager passes over chunks that stay in cache, or as one compiled kernel.
+``swiglu`` is the function on interleaved hidden states, for any device. ``BetweenGemms`` does for the hand-written
+expert MLP (``ops/grouped_experts.py``) everything between its GEMMs, on transposed blocks ``h_I2n`` whose gate and up
+rows are contiguous, in passes over chunks that stay in cache.
 
 Shape legend: I intermediate size, n rows of one expert, F = 2 * I.
 """
@@ -15,8 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from gptoss_dist.ops.fused import fused
 
 ACTIVATIONS = ("gpt_oss", "silu")
 
@@ -68,27 +66,16 @@ def swiglu_reference(h: Tensor, gating: Gating) -> Tensor:
 # ----------------------------------------------------------------------------------------------- between two GEMMs
 
 
-def elementwise(gating: Gating, most_rows: int, intermediate: int, like: Tensor, *, compiled: bool):
-    """What an expert computes between its GEMMs, with room for experts of up to ``most_rows`` rows.
+class BetweenGemms:
+    """What an expert computes between its GEMMs, with room for experts of up to ``most_rows`` rows."""
 
-    Returns an object with
-
-    - ``forward(h_I2n, b1_I2, a_In)``: adds the bias (or None) to the pre-activations h, in place, and fills a;
-    - ``backward(h_I2n, da_In, a_In, dh_I2n, db1_I2)``: fills a again, dh, and db1 (or None) from h and da.
-
-    Args:
-        compiled: one kernel each, through torch.compile, which needs a C++ compiler on CPU; or eager passes.
-    """
-    return _Fused(gating) if compiled else _Chunked(gating, most_rows, intermediate, like)
-
-
-class _Chunked:
     def __init__(self, gating: Gating, most_rows: int, intermediate: int, like: Tensor) -> None:
         self.gating = gating
         # Enough for the largest chunk: up to _CHUNK_ELEMENTS, or one row of the transposed block where that is longer.
         self.scratch = _Scratch(min(max(_CHUNK_ELEMENTS, most_rows), most_rows * intermediate), like)
 
     def forward(self, h_I2n: Tensor, b1_I2: Tensor | None, a_In: Tensor) -> None:
+        """Adds the bias (or None) to the pre-activations h, in place, and fills a."""
         step = _rows_per_chunk(*a_In.shape, a_In.device)
         for i in range(0, a_In.shape[0], step):
             h = h_I2n[i : i + step]
@@ -97,45 +84,13 @@ class _Chunked:
             _activation_forward(h[:, 0], h[:, 1], self.gating, self.scratch, a_In[i : i + step])
 
     def backward(self, h_I2n: Tensor, da_In: Tensor, a_In: Tensor, dh_I2n: Tensor, db1_I2: Tensor | None) -> None:
+        """Fills a again, dh, and db1 (or None) from h and da."""
         step = _rows_per_chunk(*a_In.shape, a_In.device)
         for h, da, a, dh in zip(h_I2n.split(step), da_In.split(step), a_In.split(step), dh_I2n.split(step)):
             gating = _without_idle_clamp(self.gating, h)
             _activation_backward(h[:, 0], h[:, 1], da, gating, self.scratch, a, dh[:, 0], dh[:, 1])
         if db1_I2 is not None:
             torch.sum(dh_I2n, -1, out=db1_I2)
-
-
-class _Fused:
-    def __init__(self, gating: Gating) -> None:
-        self.gating = gating
-
-    def forward(self, h_I2n: Tensor, b1_I2: Tensor | None, a_In: Tensor) -> None:
-        fused(_fused_forward)(h_I2n, b1_I2, a_In, *self.gating)
-
-    def backward(self, h_I2n: Tensor, da_In: Tensor, a_In: Tensor, dh_I2n: Tensor, db1_I2: Tensor | None) -> None:
-        fused(_fused_backward)(h_I2n, da_In, a_In, dh_I2n, db1_I2, *self.gating)
-
-
-def _fused_forward(h_I2n, b1_I2, a_In, alpha: float, limit: float, plus_one: bool) -> None:
-    if b1_I2 is not None:
-        h_I2n.add_(b1_I2[:, :, None])
-    exact = torch.promote_types(h_I2n.dtype, torch.float32)
-    g, u = h_I2n[:, 0].to(exact).clamp(max=limit), h_I2n[:, 1].to(exact).clamp(-limit, limit)
-    a_In.copy_((u + 1 if plus_one else u) * g * torch.sigmoid(alpha * g))
-
-
-def _fused_backward(h_I2n, da_In, a_In, dh_I2n, db1_I2, alpha: float, limit: float, plus_one: bool) -> None:
-    exact = torch.promote_types(h_I2n.dtype, torch.float32)
-    gate, up, d = h_I2n[:, 0].to(exact), h_I2n[:, 1].to(exact), da_In.to(exact)
-    g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
-    factor, s = (u + 1 if plus_one else u), torch.sigmoid(alpha * g)
-    glu = g * s
-    a_In.copy_(factor * glu)
-    d_gate = torch.where(gate <= limit, d * factor * (s + alpha * glu * (1 - s)), 0)
-    d_up = torch.where(up.abs() <= limit, d * glu, 0)
-    dh_I2n.copy_(torch.stack((d_gate, d_up), dim=1))
-    if db1_I2 is not None:
-        db1_I2.copy_(torch.stack((d_gate.sum(-1), d_up.sum(-1)), dim=1))
 
 
 class _Scratch:

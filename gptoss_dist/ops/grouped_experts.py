@@ -11,7 +11,6 @@ Every back end computes this function and its gradients:
   ``h_Fn = W_DF^T x_nD^T``: BLAS transposes almost for free, and then the interleaved gate and up columns of ``h_nF``
   are the even and odd *rows* of ``h_Fn``. Every elementwise pass reads contiguous memory and vectorises, and neither
   weights nor activations are ever de-interleaved.
-- ``fused``: ``blocked`` with everything between two GEMMs in one kernel of torch.compile: needs a C++ compiler.
 
 Shape legend: N rows (token copies) of all experts, n rows of one expert, E experts, D hidden size, I intermediate size,
 F = 2 * I.
@@ -22,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptoss_dist.ops.gated_activation import Gating, elementwise, gated, gating_of, swiglu_reference
+from gptoss_dist.ops.gated_activation import BetweenGemms, Gating, gated, gating_of, swiglu_reference
 
-BACKENDS = ("auto", "loop", "grouped_mm", "blocked", "fused")
+BACKENDS = ("auto", "loop", "grouped_mm", "blocked")
 
 
 def grouped_experts(
@@ -49,8 +48,8 @@ def grouped_experts(
         gate_up_proj_bias_EF, down_proj_bias_ED: biases, either may be None.
         activation: ``gpt_oss`` (clamped SwiGLU of the GPT-OSS reference, with ``alpha`` and ``limit``) or ``silu``
             (``silu(gate) * up``; ignores both).
-        backend: see the module docstring. ``auto`` takes ``blocked`` on CPU, or ``fused`` inside of torch.compile, and
-            elsewhere ``grouped_mm`` where its dtype and alignment limits allow, else ``loop``.
+        backend: see the module docstring. ``auto`` takes ``blocked`` on CPU, and elsewhere ``grouped_mm`` where its
+            dtype and alignment limits allow, else ``loop``.
 
     In bf16 and fp16 each GEMM's result is rounded before its bias is added, as in the Hugging Face model: a fused
     addition is more exact, but moves pre-activations across the clamp. The activation is evaluated in fp32 and rounded
@@ -64,13 +63,13 @@ def grouped_experts(
     gating = gating_of(activation, alpha, limit)
     if backend == "auto":
         if x_ND.device.type == "cpu":
-            backend = "fused" if torch.compiler.is_compiling() else "blocked"
+            backend = "blocked"
         else:
             backend = "loop" if _grouped_mm_limit(x_ND, gate_up_proj_EDF) else "grouped_mm"
     operands = (x_ND, gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
     if backend == "grouped_mm":
         return _grouped_mm(tokens_per_expert_E, gating, *operands)
-    if backend not in ("loop", "blocked", "fused"):
+    if backend not in ("loop", "blocked"):
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
 
     return _one_by_one(backend, tokens_per_expert_E, gating, operands)
@@ -83,11 +82,10 @@ def _one_by_one(backend: str, tokens_per_expert_E: Tensor, gating: Gating, opera
         raise ValueError(f"tokens_per_expert sums to {sum(counts)} but x has {rows} rows; every row needs an expert")
     if backend == "loop":
         return _loop(counts, gating, *operands)
-    fused = backend == "fused"
     if not _builds_a_kernel_per_shape(operands[0]):
-        return _Blocked.apply(counts, gating, fused, *operands)
+        return _Blocked.apply(counts, gating, *operands)
     room, position_N = _evenly_spaced(counts)
-    y_PD = _Blocked.apply(room, gating, fused, _Spread.apply(operands[0], sum(room), position_N), *operands[1:])
+    y_PD = _Blocked.apply(room, gating, _Spread.apply(operands[0], sum(room), position_N), *operands[1:])
     return _Compact.apply(y_PD, position_N)
 
 
@@ -220,15 +218,15 @@ class _Blocked(torch.autograd.Function):
     """One expert at a time; every GEMM writes straight into its slice of the result, and experts share all scratch."""
 
     @staticmethod
-    def forward(ctx, counts: list[int], gating: Gating, fused: bool, x_ND, w1_EDF, b1_EF, w2_EID, b2_ED) -> Tensor:
-        ctx.counts, ctx.gating, ctx.fused = counts, gating, fused
+    def forward(ctx, counts: list[int], gating: Gating, x_ND, w1_EDF, b1_EF, w2_EID, b2_ED) -> Tensor:
+        ctx.counts, ctx.gating = counts, gating
         N, twice_I, most = x_ND.shape[0], w1_EDF.shape[2], max(counts, default=0)
         keep = any(ctx.needs_input_grad)
         # Blocks [F, n] of the experts one after the other; without a backward one block is enough.
         h_flat = x_ND.new_empty((N if keep else most) * twice_I)
         a_flat = x_ND.new_empty(most * twice_I // 2)
         y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
-        between = elementwise(ctx.gating, most, twice_I // 2, x_ND, compiled=ctx.fused)
+        between = BetweenGemms(ctx.gating, most, twice_I // 2, x_ND)
         start = 0
         for e, n in enumerate(counts):
             if n == 0:
@@ -249,7 +247,7 @@ class _Blocked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_ND: Tensor):
         x_ND, h_flat, w1_EDF, w2_EID = ctx.saved_tensors
-        _, _, _, need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad
+        _, _, need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad
         (E, D, twice_I), most = w1_EDF.shape, max(ctx.counts, default=0)
 
         def gradient(needed: bool, *shape: int) -> Tensor | None:
@@ -260,7 +258,7 @@ class _Blocked(torch.autograd.Function):
         dw2_EID, db2_ED = gradient(need_w2, E, twice_I // 2, D), gradient(need_b2, E, D)
         need_h = need_x or need_w1 or need_b1
         a_flat, da_flat, dh_flat = (dy_ND.new_empty(most * width) for width in (twice_I // 2, twice_I // 2, twice_I))
-        between = elementwise(ctx.gating, most, twice_I // 2, x_ND, compiled=ctx.fused)
+        between = BetweenGemms(ctx.gating, most, twice_I // 2, x_ND)
         start = 0
         for e, n in enumerate(ctx.counts):
             if n == 0:
@@ -287,4 +285,4 @@ class _Blocked(torch.autograd.Function):
                 torch.mm(x_nD.t(), dh_Fn.t(), out=dw1_EDF[e])
             if need_x:
                 torch.mm(dh_Fn.t(), w1_EDF[e].t(), out=dx_ND[rows])
-        return None, None, None, dx_ND, dw1_EDF, db1_EF, dw2_EID, db2_ED
+        return None, None, dx_ND, dw1_EDF, db1_EF, dw2_EID, db2_ED

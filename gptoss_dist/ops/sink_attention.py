@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from gptoss_dist.ops import sink_attention_cuda, sink_attention_tiled
-from gptoss_dist.ops.fused import fused
 
 BACKENDS = ("auto", "flash", "fused", "chunked", "reference")
 
@@ -248,14 +247,10 @@ def _fused_backward(
         dq, dk, dv = sink_attention_cuda.backward(*tensors, scale, window, cu_seqlens, longest)
     else:
         dq, dk, dv = sink_attention_tiled.backward(*tensors, scale, window, first_BT, kernel)
-    sink_gradient = fused(_sink_gradient) if kernel == "fused_cpu" else _sink_gradient
-    return dq, dk, dv, sink_gradient(do_BTHD, o_BTHD, lse_HN, sinks_H)
-
-
-def _sink_gradient(do_BTHD: Tensor, o_BTHD: Tensor, lse_HN: Tensor, sinks_H: Tensor) -> Tensor:
-    do_o_NH = (do_BTHD.to(lse_HN.dtype) * o_BTHD).sum(-1).flatten(0, 1)
-    sink_probability_NH = torch.exp(sinks_H.to(lse_HN.dtype) - lse_HN.t())
-    return -(sink_probability_NH * do_o_NH).sum(0).to(sinks_H.dtype)
+    do_o_HN = (do_BTHD.to(lse_HN.dtype) * o_BTHD).sum(-1).flatten(0, 1).t()
+    sink_probability_HN = torch.exp(sinks_H.to(lse_HN.dtype)[:, None] - lse_HN)
+    dsinks_H = -(sink_probability_HN * do_o_HN).sum(1).to(sinks_H.dtype)
+    return dq, dk, dv, dsinks_H
 
 
 @_fused_backward.register_fake

@@ -25,8 +25,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptoss_dist.ops.fused import fused
-
 ROWS_PER_STRIP = 512
 """Rows (queries times heads of a group) at which the CPU kernel is fastest at T >= 2048 (docs/log.md)."""
 MIN_BLOCK = 32
@@ -331,21 +329,27 @@ def _flash_cpu_backward(do_MKRD, q_MKRD, k_MKSD, v_MKSD, o_MKRD, lse_MKR, bias_M
     )
 
 
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    # dynamic: one kernel for tiles of all sizes
+    return torch.compile(function, dynamic=True)
+
+
 def _fused_forward(q_MKRD, k_MKSD, v_MKSD, bias_M1RS, sinks_KR, scale):
-    p_MKRS, lse_MKR1 = fused(_probabilities)(q_MKRD @ k_MKSD.mT, bias_M1RS, sinks_KR[..., None], scale)
+    p_MKRS, lse_MKR1 = _compiled(_probabilities)(q_MKRD @ k_MKSD.mT, bias_M1RS, sinks_KR[..., None], scale)
     return p_MKRS @ v_MKSD, lse_MKR1[..., 0]
 
 
 def _fused_backward(do_MKRD, q_MKRD, k_MKSD, v_MKSD, o_MKRD, lse_MKR, bias_M1RS, scale):
     k_MKSD = k_MKSD.contiguous()  # or each of its two products copies it
     scores_MKRS, dp_MKRS = q_MKRD @ k_MKSD.mT, do_MKRD @ v_MKSD.mT
-    p_MKRS, ds_MKRS = fused(_score_gradients)(
+    p_MKRS, ds_MKRS = _compiled(_score_gradients)(
         scores_MKRS, dp_MKRS, bias_M1RS, lse_MKR[..., None], do_MKRD, o_MKRD, scale
     )
     return ds_MKRS @ k_MKSD, ds_MKRS.mT @ q_MKRD, p_MKRS.mT @ do_MKRD
 
 
-# A bias read from memory beats comparing indices inside these kernels, by up to 3x (docs/log.md).
+# A bias read from memory beats comparing indices inside of these kernels (docs/log.md).
 def _probabilities(scores, bias, sinks, scale: float):
     scaled = scores.float() * scale + bias
     highest = torch.maximum(scaled.amax(-1, keepdim=True), sinks)

@@ -47,7 +47,6 @@ def parallelize(model: GptOss, config: Config, mesh: DeviceMesh) -> GptOss:
             # partial binds this layer's own forward; a closure over the loop variable would recompute the last one.
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     if config.train.compile:
-        model.loss_backend = "fused"
         for layer in layers:
             layer.compile(mode=config.train.compile_mode)
     shard = functools.partial(

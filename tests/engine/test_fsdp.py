@@ -143,6 +143,21 @@ def test_compiled_blocks_agree(context):
     assert_same(train(config, context, steps=2), expected)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+def test_compiled_blocks_agree_in_bf16(context):
+    """Tokens in whole blocks of the attention's band, which is where its strides were once misdeclared."""
+    tokens = torch.randint(0, 101, (2, 65), generator=torch.Generator().manual_seed(0))
+    batch, losses = [{"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}], []
+    for compiled in (False, True):
+        config = settings()
+        config.train.precision, config.train.compile = "bf16", compiled
+        engine = FsdpEngine(config, context)
+        for _ in range(3):
+            engine.forward_backward(batch)
+            losses.append(float(engine.update(1e-2).loss))
+    assert losses[3:] == pytest.approx(losses[:3], rel=5e-3)
+
+
 def test_a_non_finite_step_leaves_no_trace(context):
     engine = FsdpEngine(settings(), context)
     engine.forward_backward(batches(0))

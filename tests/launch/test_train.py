@@ -77,6 +77,37 @@ def test_interrupted_and_resumed_is_bit_identical(settings, tmp_path, processes)
         assert ids[0] is not None and ids[0] == ids[1]
 
 
+def test_killed_at_any_moment_nothing_is_lost(settings, tmp_path):
+    """SIGKILL while a checkpoint is being written, between two of them, and in mid-step: the run ends bit-identical."""
+    options = ["--config", str(settings), "--checkpoint.every", "2", "--train.steps", "60", "--validation.every", "0",
+               "--train.deterministic", "true", "--model.tie_word_embeddings", "true"]  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run("launch/train.py", *options, "--run.dir", str(whole))
+    line = command("launch/train.py", *options, "--run.dir", str(killed), "--resume", "auto")
+
+    def writing() -> bool:
+        return any((killed / "checkpoints").glob("step_0000001*.tmp"))
+
+    def reached(step: int) -> bool:
+        return max(losses(killed), default=0) >= step
+
+    steps = []
+    for moment in (writing, lambda: reached(25), lambda: reached(38)):
+        process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 120
+        while not ((killed / "metrics.jsonl").is_file() and moment()):
+            assert time.time() < deadline and process.poll() is None, f"the run ended first, after {steps}"
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        steps.append(max(losses(killed)))
+    assert len(set(steps)) == 3 and steps[-1] < 60, steps
+    run("launch/train.py", *options, "--run.dir", str(killed), "--resume", "auto")
+    assert losses(killed) == losses(whole)
+    a, b = weights(whole), weights(killed)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_resuming_on_other_data_is_refused(settings):
     run("launch/train.py", "--config", str(settings), "--train.steps", "2", "--validation.every", "0")
     for change in (["--data.seq_len", "32"], ["--run.seed", "5"]):

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, H query heads, K key/value heads, D head_dim.
 """
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,21 @@ def test_bfloat16_is_rounded_only_at_the_edges(window, backend):
     assert_close(result, exact, 4e-3)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("window", [None, 100])
+def test_fused_rounds_scores_as_well(window, documents):
+    """Scores, probabilities and their gradients pass through bf16: about four roundings where the others have one."""
+    for B, T, H, K in ((2, 300, 8, 2), (1, 64, 4, 4)):
+        inputs, do = make_inputs(B, T, H, K, 32, dtype=torch.bfloat16)
+        ids = packed_ids([T // 3, 30], T).expand(B, -1).contiguous() if documents else None
+        kwargs = {"window": window, "document_ids_BT": ids}
+        result = run(inputs, do, backend="fused", **kwargs)
+        assert [x.dtype for x in result] == [torch.bfloat16] * 4 + [torch.float32]
+        exact = run([x.float() for x in inputs], do.float(), backend="reference", **kwargs)
+        assert_close(result, exact, 1.2e-2)
+
+
 def test_layout_and_dtypes():
     """The model consumes o as [B, T, H * D] without a copy; bf16 sinks get bf16 gradients."""
     inputs, do = make_inputs(2, 130, 4, 2, 32)
@@ -284,12 +300,19 @@ def test_compiles_with_documents():
     assert_close(run(inputs, do, torch.compile(block, backend="aot_eager")), run(inputs, do, block))
 
 
+@pytest.mark.parametrize("T", [40, 64])
 @pytest.mark.parametrize("kernel, window", [("flash_cpu", None), ("flash_cpu", 16), ("chunked", 16)])
-def test_custom_op_is_registered_correctly(kernel, window):
+def test_custom_op_is_registered_correctly(kernel, window, T):
     """Schema, aliasing, shapes and strides of the fake against the real op, and autograd, by PyTorch's own checks."""
-    (q, k, v, sinks), _ = make_inputs(2, 40, 4, 2, 16)
+    (q, k, v, sinks), _ = make_inputs(2, T, 4, 2, 16)
     tensors = [x.transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)] + [sinks.requires_grad_()]
-    arguments = (*tensors, 0.25, window, None, None, 40, kernel)
+    arguments = (*tensors, 0.25, window, None, None, T, kernel)
+    for output, fake in zip(
+        torch.ops.gptoss_dist.sink_attention(*arguments),
+        torch.ops.gptoss_dist.sink_attention(*(x.to("meta") if torch.is_tensor(x) else x for x in arguments)),
+        strict=True,
+    ):
+        assert output.stride() == fake.stride()
     torch.library.opcheck(torch.ops.gptoss_dist.sink_attention.default, arguments)
 
 
