@@ -261,7 +261,9 @@ def build_parser(**kwargs):
 
     # Help texts come from the strings below the fields.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, **kwargs)
+    # The generated usage would list each of a hundred options before the first help text.
+    usage = "%(prog)s [--config FILE]... [--section.field VALUE]... [further options below]"
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, usage=usage, **kwargs)
     parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
     parser.add_class_arguments(Config, sub_configs=True)
     return parser

@@ -33,7 +33,6 @@ def run(config: Config) -> int:
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        on_rank_zero(lambda: _open_folder(config))
         train(config, context)
     except (ValueError, TrainingError) as error:
         # All ranks of a machine meet the same mistake; one of them says so.
@@ -55,13 +54,16 @@ def train(config: Config, context: Context) -> None:
     dataset = _open_data(config, "train")
     validation = _open_data(config, "validation") if config.validation.every else None
     path = _checkpoint_to_resume(config)
+    if path is not None:
+        info = checkpoint.read_info(path)
+        _check_same_data(config, dataset, path, info)
+    # Only now: a run that is refused writes nothing.
+    on_rank_zero(lambda: _open_folder(config))
     seed_everything(config.run.seed, context.rank)
     engine = FsdpEngine(config, context)
 
     first, consumed, skipped, run_id = 0, 0, 0, None
     if path is not None:
-        info = checkpoint.read_info(path)
-        _check_same_data(config, dataset, path, info)
         first, consumed, skipped = info["step"], info["samples_consumed"], info["skipped_steps"]
         if path.parent.resolve() == config.checkpoint_folder.resolve():  # else it is another run's
             run_id = info["mlflow_run_id"]

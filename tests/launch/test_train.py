@@ -110,9 +110,13 @@ def test_killed_at_any_moment_nothing_is_lost(settings, tmp_path):
 
 def test_resuming_on_other_data_is_refused(settings):
     run("launch/train.py", "--config", str(settings), "--train.steps", "2", "--validation.every", "0")
+    folder = settings.parent / "tiny"
+    saved = folder / "config.yaml"
+    folder_after_run, config = sorted(p.name for p in folder.rglob("*")), saved.read_text()
     for change in (["--data.seq_len", "32"], ["--run.seed", "5"]):
         done = run("launch/train.py", "--config", str(settings), "--resume", "auto", *change, expect=2)
         assert "its place in the data is lost" in done.stderr and "Traceback" not in done.stderr
+        assert folder_after_run == sorted(p.name for p in folder.rglob("*")) and config == saved.read_text()
 
 
 def test_layout_does_not_change_the_losses(settings, tmp_path):
@@ -175,6 +179,7 @@ def test_mistakes_give_one_clear_line(settings, name):
     done = run("launch/train.py", "--config", str(settings), *options, expect=2)
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("train.py: ") and expected in lines[0], done.stderr
+    assert not (settings.parent / "tiny").exists()
 
 
 def test_a_mistake_of_two_processes_is_said_once(settings):
