@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gptoss_dist.ops import gated_activation
 from gptoss_dist.ops.gated_activation import gating_of, swiglu, swiglu_reference
-from gptoss_dist.ops.grouped_experts import grouped_experts
+from gptoss_dist.ops.grouped_experts import _evenly_spaced, grouped_experts
 
 NAMES = ("y", "x", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 # fp32: summation order only. bf16: each result carries a few roundings of 2^-9, at different places in each back end.
@@ -140,6 +140,29 @@ def test_gradient_passes_at_the_limit_exactly(dtype):
         ):
             (actual,) = torch.autograd.grad(compute(h).sum(), h)
             assert bool(actual[0, 0]) == (gate <= 7) and bool(actual[0, 1]) == (up.abs() <= 7), (gate, up, actual[0])
+
+
+@pytest.mark.parametrize("activation", ["gpt_oss", "silu"])
+def test_swiglu_under_the_compiler(activation):
+    """There it is the plain formula, for the compiler to fuse; no graph break."""
+    h = (torch.randn(9, 14, generator=torch.Generator().manual_seed(0)) * 5).requires_grad_()
+    results = []
+    for function in (swiglu, torch.compile(swiglu, backend="aot_eager", fullgraph=True)):
+        y = function(h, activation)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), h)))
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_experts_come_in_few_sizes():
+    """At most a sixteenth more rows, at most 16 sizes per power of two, and each row at a place of its own."""
+    counts = [*range(1100)]
+    room, position = _evenly_spaced(counts)
+    assert all(n <= r <= n + n // 16 for n, r in zip(counts, room))
+    assert len({r for r in room if 512 < r <= 1024}) == 16
+    starts = torch.tensor([0, *room]).cumsum(0)[:-1]
+    expected = torch.cat([start + torch.arange(n) for start, n in zip(starts, counts)])
+    assert torch.equal(position, expected)
 
 
 def test_known_value():
