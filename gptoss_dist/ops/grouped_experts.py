@@ -82,9 +82,10 @@ def _one_by_one(backend: str, tokens_per_expert_E: Tensor, gating: Gating, opera
         raise ValueError(f"tokens_per_expert sums to {sum(counts)} but x has {rows} rows; every row needs an expert")
     if backend == "loop":
         return _loop(counts, gating, *operands)
-    if not _builds_a_kernel_per_shape(operands[0]):
+    room = _in_few_sizes(counts) if _builds_a_kernel_per_shape(operands[0]) else counts
+    if room == counts:
         return _Blocked.apply(counts, gating, *operands)
-    room, position_N = _evenly_spaced(counts)
+    position_N = _positions(counts, room)
     y_PD = _Blocked.apply(room, gating, _Spread.apply(operands[0], sum(room), position_N), *operands[1:])
     return _Compact.apply(y_PD, position_N)
 
@@ -178,12 +179,16 @@ def _builds_a_kernel_per_shape(x_ND: Tensor) -> bool:
     return x_ND.device.type == "cpu" and x_ND.dtype in (torch.bfloat16, torch.float16)
 
 
-def _evenly_spaced(counts: list[int]) -> tuple[list[int], Tensor]:
-    """Rows of room for each expert, one of 16 numbers per power of two, and the position of every row in that room."""
-    step = [1 << max(n.bit_length() - 5, 0) for n in counts]
-    room = [-(-n // s) * s for n, s in zip(counts, step)]
+def _in_few_sizes(counts: list[int]) -> list[int]:
+    """Rows of room for each expert: at most a sixteenth more, one of 16 numbers per power of two."""
+    steps = [1 << max(n.bit_length() - 5, 0) for n in counts]
+    return [-(-n // step) * step for n, step in zip(counts, steps)]
+
+
+def _positions(counts: list[int], room: list[int]) -> Tensor:
+    """Where each row lies if every expert's rows begin a room of their own."""
     gap_E = torch.tensor([0, *(r - n for r, n in zip(room, counts))])[:-1].cumsum(0)
-    return room, torch.arange(sum(counts)) + torch.repeat_interleave(gap_E, torch.tensor(counts))
+    return torch.arange(sum(counts)) + torch.repeat_interleave(gap_E, torch.tensor(counts))
 
 
 class _Spread(torch.autograd.Function):
@@ -226,7 +231,7 @@ class _Blocked(torch.autograd.Function):
         h_flat = x_ND.new_empty((N if keep else most) * twice_I)
         a_flat = x_ND.new_empty(most * twice_I // 2)
         y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
-        between = BetweenGemms(ctx.gating, most, twice_I // 2, x_ND)
+        between = BetweenGemms(gating, most, twice_I // 2, x_ND)
         start = 0
         for e, n in enumerate(counts):
             if n == 0:

@@ -50,8 +50,8 @@ def sink_attention(
         document_ids_BT: integers, non-decreasing along T; attention stays within equal ids.
         backend: `reference` holds all T x T scores; `chunked` is plain PyTorch in O(T) memory on any device; `flash`
             uses the device's flash kernels (CPU: any floating dtype; CUDA: bf16 or fp16, D a multiple of 8 up to 256);
-            `fused`, for 16-bit tensors on CPU, multiplies matrices in their type, rounding scores to it, around one
-            pass of torch.compile (it needs a C++ compiler); `auto` takes fused where it applies inside of
+            `fused`, for bf16 on CPU, multiplies matrices in bf16, rounding scores to it, around one pass of
+            torch.compile (it needs a C++ compiler); `auto` takes fused where it applies inside of
             torch.compile, then flash where it applies, and chunked elsewhere.
 
     Returns:
@@ -71,7 +71,7 @@ def sink_attention(
     kernel = _select_kernel(q_BHTD, backend)
     documents = Documents(None, None, T) if document_ids_BT is None else _locate_documents(document_ids_BT)
     q_BTHD, k_BTKD, v_BTKD = (x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD))
-    o_BTHD, _ = _fused(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, *documents, kernel)
+    o_BTHD, _ = _attend(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, *documents, kernel)
     return o_BTHD.transpose(1, 2)
 
 
@@ -162,7 +162,7 @@ def _select_kernel(q: Tensor, backend: str) -> str:
     if backend == "chunked":
         return "chunked"
     device, dtype, D = q.device.type, q.dtype, q.shape[-1]
-    fusable = device == "cpu" and dtype in (torch.bfloat16, torch.float16)
+    fusable = device == "cpu" and dtype == torch.bfloat16  # float16 could not hold unscaled scores
     if fusable and (backend == "fused" or (backend == "auto" and torch.compiler.is_compiling())):
         return "fused_cpu"
     flash = {"cpu": "flash_cpu", "cuda": "flash_cuda"}.get(device)
@@ -200,7 +200,7 @@ def _check(q, k, v, sinks, window, document_ids, backend) -> None:
 
 
 @torch.library.custom_op("gptoss_dist::sink_attention", mutates_args=())
-def _fused(
+def _attend(
     q_BTHD: Tensor,
     k_BTKD: Tensor,
     v_BTKD: Tensor,
@@ -218,7 +218,7 @@ def _fused(
     return sink_attention_tiled.forward(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, first_BT, kernel)
 
 
-@_fused.register_fake
+@_attend.register_fake
 def _(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, first_BT, cu_seqlens, longest, kernel):
     B, T, H, _ = q_BTHD.shape
     lse_dtype = torch.promote_types(q_BTHD.dtype, torch.float32)
@@ -226,7 +226,7 @@ def _(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, first_BT, cu_seqlens, long
 
 
 @torch.library.custom_op("gptoss_dist::sink_attention_backward", mutates_args=())
-def _fused_backward(
+def _attend_backward(
     do_BTHD: Tensor,
     q_BTHD: Tensor,
     k_BTKD: Tensor,
@@ -253,7 +253,7 @@ def _fused_backward(
     return dq, dk, dv, dsinks_H
 
 
-@_fused_backward.register_fake
+@_attend_backward.register_fake
 def _(do_BTHD, q_BTHD, k_BTKD, v_BTKD, sinks_H, o_BTHD, lse_HN, *_):
     return tuple(x.new_empty(x.shape) for x in (q_BTHD, k_BTKD, v_BTKD, sinks_H))
 
@@ -267,7 +267,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def _differentiate(ctx, do_BTHD: Tensor, _):
     q, k, v, sinks, o, lse, first_BT, cu_seqlens = ctx.saved_tensors
     options = (ctx.scale, ctx.window, first_BT, cu_seqlens, ctx.longest, ctx.kernel)
-    return *_fused_backward(do_BTHD, q, k, v, sinks, o, lse, *options), *[None] * 6
+    return *_attend_backward(do_BTHD, q, k, v, sinks, o, lse, *options), *[None] * 6
 
 
-_fused.register_autograd(_differentiate, setup_context=_save_for_backward)
+_attend.register_autograd(_differentiate, setup_context=_save_for_backward)

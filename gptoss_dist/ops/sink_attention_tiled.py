@@ -190,8 +190,9 @@ def _strip_bias(
 ) -> Tensor:
     _, queries, keys = strip
     if first_BT is None:
-        remembered = _causal_bias if keys.stop <= 2048 else _causal_bias.__wrapped__  # at most 64 MiB in the cache
-        return remembered(queries.start, queries.stop, keys.start, window, G, dtype, device)
+        elements = G * (queries.stop - queries.start) * (keys.stop - keys.start)
+        build = _causal_bias if device.type == "cpu" and elements <= 1 << 20 else _causal_bias.__wrapped__
+        return build(queries.start, queries.stop, keys.start, window, G, dtype, device)
     position_C = torch.arange(queries.start, queries.stop, device=device)
     lower_MC = first_BT[strip.batch, queries]
     if window is not None:
@@ -199,7 +200,7 @@ def _strip_bias(
     return _bias(lower_MC - keys.start, position_C - keys.start, keys.stop - keys.start, G, dtype)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)  # of 4 MiB each, in float32
 def _causal_bias(
     start: int, stop: int, first_key: int, window: int | None, G: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
@@ -210,7 +211,8 @@ def _causal_bias(
 
 
 def _use_band(window: int | None, kernel: str) -> bool:
-    """The chunked back end keeps whole score matrices of a call, so it takes one strip at a time."""
+    """`chunked` keeps whole score matrices of a call, in float32, so it takes one strip at a time. `fused_cpu` keeps
+    them too, in 16 bits and within the band: still linear in T."""
     return window is not None and kernel != "chunked"
 
 
@@ -271,13 +273,12 @@ class Band(NamedTuple):
         return _ungroup(x_MKRD, H).view(B, self.padded_tokens, H, D)[:, : self.tokens]
 
     def bias(self, B: int, G: int, first_BT: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if first_BT is None:
-            remembered = _band_bias if B * self.tokens <= 1 << 14 else _band_bias.__wrapped__
-            return remembered(self, B, G, None, dtype, device)
-        return _band_bias.__wrapped__(self, B, G, first_BT, dtype, device)
+        elements = B * self.padded_tokens * G * (self.left + self.block)
+        cached = first_BT is None and device.type == "cpu" and elements <= 1 << 22
+        return (_band_bias if cached else _band_bias.__wrapped__)(self, B, G, first_BT, dtype, device)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=4)  # of 16 MiB each, in float32
 def _band_bias(band: Band, B: int, G: int, first_BT: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     C, position = band.block, torch.arange(band.padded_tokens, device=device)
     lower_BP = (position - (band.window - 1)).clamp_(min=0).repeat(B, 1)
@@ -331,7 +332,7 @@ def _flash_cpu_backward(do_MKRD, q_MKRD, k_MKSD, v_MKSD, o_MKRD, lse_MKR, bias_M
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    # dynamic: one kernel for tiles of all sizes
+    # dynamic: a few kernels for tiles of all sizes
     return torch.compile(function, dynamic=True)
 
 

@@ -49,6 +49,8 @@ class Context:
 def start(timeout_s: float = 1800.0) -> Context:
     """Join the run started by `torchrun`, or be a run of one process if there is no launcher.
 
+    On CPU it also sets, for the rest of the process, that the C library keeps freed memory.
+
     Raises:
         ValueError: fewer GPUs than processes on this machine.
     """
@@ -82,16 +84,16 @@ def _tune_cpu_memory() -> None:
     """Keep freed memory in the process: a sixth of a training step on CPU (docs/log.md).
 
     A step frees and allocates the same gigabytes again and again. By default the C library hands large blocks back to
-    the system every time, and getting them again costs a page fault per 4 KiB.
+    the system every time, and getting them again costs a page fault per 4 KiB. The price: fragments count as used.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # not glibc
         return
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD, ... of malloc.h
-    mallopt(trim_threshold, -1)
-    mallopt(mmap_max, 0)
-    mallopt(arena_max, 1)
+    mallopt(trim_threshold, -1)  # never shrink the heap
+    mallopt(mmap_max, 0)  # take large blocks from it too
+    mallopt(arena_max, 1)  # for all threads: the heaps of further arenas are too small for large blocks
 
 
 def on_rank_zero(function: Callable[[], T]) -> T | None:

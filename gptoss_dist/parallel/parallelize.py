@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,7 +16,7 @@ from gptoss_dist.model.transformer import GptOss
 
 class _NothingToReduce:
     """FSDP2's reduce-scatter for one process, whose sum over processes is its own part: one buffer is both the input
-    and the output, so that nothing is copied."""
+    and the output, and nothing is copied from one to the other."""
 
     def __init__(self) -> None:
         self.input = None
@@ -26,6 +27,7 @@ class _NothingToReduce:
             self.input = torch.empty(size, dtype=dtype, device=device)
             return self.input
         output, self.input = self.input, None
+        assert output.numel() == math.prod(size), "FSDP2 no longer allocates input and output in turn"
         return output
 
 

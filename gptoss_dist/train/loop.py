@@ -57,8 +57,7 @@ def train(config: Config, context: Context) -> None:
     if path is not None:
         info = checkpoint.read_info(path)
         _check_same_data(config, dataset, path, info)
-    # Only now: a run that is refused writes nothing.
-    on_rank_zero(lambda: _open_folder(config))
+    on_rank_zero(lambda: _check_folder(config))
     seed_everything(config.run.seed, context.rank)
     engine = FsdpEngine(config, context)
 
@@ -82,6 +81,7 @@ def train(config: Config, context: Context) -> None:
         document_mask=config.data.document_mask,
         prefetch=config.data.prefetch,
     )
+    on_rank_zero(lambda: _open_folder(config))  # only now: a run that is refused writes nothing
     report = None
     if context.is_main:
         report = Report(config, context, dataset, start=first, tokens=consumed * config.data.seq_len, run_id=run_id)
@@ -213,14 +213,18 @@ def _open_data(config: Config, split: str) -> TokenDataset:
     return dataset
 
 
-def _open_folder(config: Config) -> None:
-    """Create the run's folder and start log.txt; refuse to mix two runs in one folder. For rank 0."""
-    folder, checkpoints = config.folder, config.checkpoint_folder
-    if config.resume is None and checkpoint.checkpoints(checkpoints):
+def _check_folder(config: Config) -> None:
+    """Refuse to mix two runs in one folder. For rank 0."""
+    if config.resume is None and checkpoint.checkpoints(config.checkpoint_folder):
         raise ValueError(
-            f"checkpoint.dir={checkpoints} holds checkpoints already; continue with --resume auto, or choose another "
-            "--run.name"
+            f"checkpoint.dir={config.checkpoint_folder} holds checkpoints already; continue with --resume auto, or "
+            "choose another --run.name"
         )
+
+
+def _open_folder(config: Config) -> None:
+    """Create the run's folder and start log.txt. For rank 0."""
+    folder, checkpoints = config.folder, config.checkpoint_folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.mkdir(parents=True, exist_ok=True)

@@ -113,9 +113,15 @@ def test_resuming_on_other_data_is_refused(settings):
     folder = settings.parent / "tiny"
     saved = folder / "config.yaml"
     folder_after_run, config = sorted(p.name for p in folder.rglob("*")), saved.read_text()
-    for change in (["--data.seq_len", "32"], ["--run.seed", "5"]):
-        done = run("launch/train.py", "--config", str(settings), "--resume", "auto", *change, expect=2)
-        assert "its place in the data is lost" in done.stderr and "Traceback" not in done.stderr
+    lost = "its place in the data is lost"
+    changes = {
+        "--data.seq_len": ("32", lost),
+        "--run.seed": ("5", lost),
+        "--model.intermediate_size": ("16", "gate_up"),
+    }
+    for option, (value, message) in changes.items():
+        done = run("launch/train.py", "--config", str(settings), "--resume", "auto", option, value, expect=2)
+        assert message in done.stderr and "Traceback" not in done.stderr
         assert folder_after_run == sorted(p.name for p in folder.rglob("*")) and config == saved.read_text()
 
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gptoss_dist.ops import gated_activation
 from gptoss_dist.ops.gated_activation import gating_of, swiglu, swiglu_reference
-from gptoss_dist.ops.grouped_experts import _evenly_spaced, grouped_experts
+from gptoss_dist.ops.grouped_experts import _in_few_sizes, _positions, grouped_experts
 
 NAMES = ("y", "x", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 # fp32: summation order only. bf16: each result carries a few roundings of 2^-9, at different places in each back end.
@@ -157,7 +157,8 @@ def test_swiglu_under_the_compiler(activation):
 def test_rows_of_experts_come_in_few_sizes():
     """At most a sixteenth more rows, at most 16 sizes per power of two, and each row at a place of its own."""
     counts = [*range(1100)]
-    room, position = _evenly_spaced(counts)
+    room = _in_few_sizes(counts)
+    position = _positions(counts, room)
     assert all(n <= r <= n + n // 16 for n, r in zip(counts, room))
     assert len({r for r in room if 512 < r <= 1024}) == 16
     starts = torch.tensor([0, *room]).cumsum(0)[:-1]
