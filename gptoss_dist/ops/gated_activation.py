@@ -32,6 +32,7 @@ class Gating(NamedTuple):
 
 
 def gating_of(activation: str, alpha: float, limit: float) -> Gating:
+    """The settings of a named activation; ValueError if there is none of that name."""
     if activation == "gpt_oss":
         return Gating(alpha, limit, plus_one=True)
     if activation == "silu":
@@ -42,8 +43,8 @@ def gating_of(activation: str, alpha: float, limit: float) -> Gating:
 def swiglu(h: Tensor, activation: str, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
     """The experts' activation alone: ``[..., 2 * I]``, gate and up interleaved -> ``[..., I]`` in h's dtype, via fp32.
 
-    Keeps only ``h`` for backward. A dense MLP that must be fast on CPU is better served by ``grouped_experts`` with one
-    expert, whose GEMM delivers gate and up de-interleaved.
+    Keeps only ``h`` for backward, unless torch.compile decides otherwise. A dense MLP that must be
+    fast on CPU is better served by ``grouped_experts`` with one expert, whose GEMM delivers gate and up de-interleaved.
     """
     return gated(h, gating_of(activation, alpha, limit))
 

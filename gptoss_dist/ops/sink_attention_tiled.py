@@ -1,5 +1,5 @@
 """Sink attention in tiles of queries: plain PyTorch on any device (`chunked`), the CPU flash kernel (`flash_cpu`), or
-matrix products in the inputs' 16-bit type around one compiled pass (`fused_cpu`).
+matrix products in bf16 around one compiled pass (`fused_cpu`).
 
 A tile is a block of consecutive queries with the keys it can see and a mask. Two tilings:
 - strips, one tile after the other: no keys beyond the last query, none before the window or the document. The CPU
@@ -9,7 +9,7 @@ A tile is a block of consecutive queries with the keys it can see and a mask. Tw
 
 The query heads that share a key/value head become rows of one tile: keys are never repeated, and their gradients come
 out summed over the group. Tiles compute in float32 at least, since the CPU flash kernel gains nothing from bf16 and
-its backward would accumulate gradients in it; `fused_cpu` alone keeps 16 bits for the operands and results of its
+its backward would accumulate gradients in it; `fused_cpu` alone keeps bf16 for the operands and results of its
 matrix products, scores among them, and float32 between them.
 
 Shapes: B batch, T tokens, H query heads, K key/value heads, G = H / K, D head_dim, N = B * T tokens; within tiles
