@@ -56,6 +56,12 @@ class TrainConfig:
     """Compute type. Master weights, optimizer state and gradient reduction are always float32."""
     activation_checkpointing: int = 0
     """Recompute every n-th block in the backward pass: 0 none, 1 every block, 3 every third."""
+    keep_all_to_all: bool = False
+    """With activation checkpointing: keep what the all-to-alls of expert parallelism brought, instead of exchanging the
+    tokens again in the backward pass."""
+    routing: Literal["learned", "balanced", "replay"] = "learned"
+    """For benchmarks only, and labelled so in the metrics: `balanced` sends every expert the same number of tokens,
+    `replay` repeats the routing of the first batch. The model learns nothing useful with either."""
     compile: bool = False
     """torch.compile each block (needs a C++ compiler on CPU)."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
@@ -102,14 +108,27 @@ class LossConfig:
     """Weight of the router z-loss; 0 switches it off."""
     router_jitter: float = 0.0
     """Relative size of the noise on the router's input while training; 0 switches it off."""
+    selection_bias_rate: float = 0.0
+    """Balance without a loss: step of the bias that decides on the choice of experts, in units of a logit (DeepSeek-V3
+    uses 0.001 on scores in [0, 1]); 0 switches it off. Needs model.router_selection_bias, and aux_coef near 0."""
 
 
 @dataclass
 class ParallelConfig:
     """How the model is laid out over processes."""
 
+    replicate: int = 1
+    """Copies of the sharded weights (HSDP): the processes of a copy shard it among themselves, and gradients are summed
+    over copies. Divides the number of processes."""
+    expert_parallel: int | Literal["auto"] = 1
+    """Processes over which the experts of a layer are spread; tokens travel to them. Divides the experts and the
+    processes of a copy. `auto` takes the largest that also divides the processes of a machine."""
     experts: Literal["megablocks", "plain"] = "megablocks"
-    """Token dispatch: megablocks (needs launch/install.sh), or the plain one of model/moe.py."""
+    """Token dispatch: megablocks (needs launch/install.sh), or the plain one of model/moe.py, without expert
+    parallelism."""
+    expert_gemm: Literal["auto", "grouped_mm", "grouped_gemm", "loop", "blocked"] = "auto"
+    """The experts' matrix products: `auto` is `grouped_mm` of torch on CUDA and `blocked` on CPU; `grouped_gemm` needs
+    the package of that name, CUDA and bf16; `loop` is the slow reference."""
     reshard_after_forward: bool = True
     """Free gathered parameters after the forward pass (ZeRO-3); false keeps them until the backward pass (ZeRO-2), as
     one process always does."""
@@ -173,6 +192,8 @@ class TrackingConfig:
     """Tracking server; null means $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db."""
     plots: bool = True
     """Draw the run's plots at each validation and at the end."""
+    expert_tokens_every: int = 100
+    """Steps between rows of expert_tokens.jsonl (tokens of each expert, summed over those steps); 0 writes none."""
 
 
 @dataclass
@@ -202,12 +223,19 @@ class Config:
             _require(self[key] > 0, key, self[key], "must be positive")
         zero_or_more = ("train.activation_checkpointing", "optim.lr", "optim.warmup_steps", "optim.decay_steps")
         zero_or_more += ("optim.weight_decay", "optim.clip_norm", "loss.aux_coef", "loss.z_coef")
+        zero_or_more += ("loss.selection_bias_rate",)
         zero_or_more += ("checkpoint.every", "checkpoint.keep", "validation.every", "sampling.every", "data.prefetch")
-        zero_or_more += ("sampling.temperature", "sampling.top_k", "train.log_every_s")
+        zero_or_more += ("sampling.temperature", "sampling.top_k", "train.log_every_s", "tracking.expert_tokens_every")
         for key in zero_or_more:
             _require(self[key] >= 0, key, self[key], "must be 0 or more")
         _require(0 <= self.optim.min_lr_ratio <= 1, "optim.min_lr_ratio", self.optim.min_lr_ratio, "must be in [0, 1]")
         _require(0 <= self.loss.router_jitter < 1, "loss.router_jitter", self.loss.router_jitter, "must be in [0, 1)")
+        _require(
+            self.loss.selection_bias_rate == 0 or self.model.router_selection_bias,
+            "loss.selection_bias_rate",
+            self.loss.selection_bias_rate,
+            "needs --model.router_selection_bias true",
+        )
         _require(
             len(self.optim.betas) == 2 and all(0 <= b < 1 for b in self.optim.betas),
             "optim.betas",

@@ -21,16 +21,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print parameters, tokens, memory and layout, and exit")
     try:
         config, flags = parse_arguments(argv, parser)
+        if flags["dry_run"]:
+            from gptoss_dist.train.plan import describe
+
+            plan = describe(config)
+            if first:
+                print(plan)
+            return 0
     except ValueError as error:
         if first:
             print(f"train.py: {error}", file=sys.stderr)
         return 2
-    if flags["dry_run"]:
-        from gptoss_dist.train.plan import describe
-
-        if first:
-            print(describe(config))
-        return 0
 
     from gptoss_dist.parallel.context import finish
     from gptoss_dist.train.loop import run

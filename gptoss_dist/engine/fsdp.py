@@ -1,6 +1,6 @@
 """Training engine on torch FSDP2: float32 master weights and optimizer state, sharded over all ranks.
 
-Shapes: B samples, T tokens, L layers, E experts.
+Shapes: B samples, T tokens, L layers, E experts, R ranks.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from gptoss_dist.config import Config
-from gptoss_dist.engine.optimizer import build_optimizer, local
+from gptoss_dist.engine.optimizer import build_optimizer
 from gptoss_dist.model.init import fill
-from gptoss_dist.model.losses import balance_loss, z_loss
+from gptoss_dist.model.losses import balance_loss, updated_selection_bias, z_loss
 from gptoss_dist.model.transformer import IGNORE_INDEX, GptOss
 from gptoss_dist.parallel.context import Context
+from gptoss_dist.parallel.mesh import build_meshes, local, plan_layout
 from gptoss_dist.parallel.parallelize import parallelize
 
 
 class StepResult(NamedTuple):
-    """Device tensors of one optimizer step, over all ranks; reading them synchronises, so read them late."""
+    """What one optimizer step gave, over all ranks, on the host. On CUDA it is still on its way: `wait` for it."""
 
     loss: Tensor
     """Mean token loss in nats."""
@@ -40,6 +41,17 @@ class StepResult(NamedTuple):
     """1 if the update was skipped because loss or gradient was not finite, else 0."""
     stop: Tensor
     """Number of ranks that were asked to stop."""
+    traffic_R3: Tensor | None = None
+    """With expert parallelism, of each rank: token copies that its experts computed, bytes that its all-to-alls sent to
+    other ranks, and seconds in all-to-alls (on CUDA those that have finished, mostly of the step before)."""
+    arrived: torch.cuda.Event | None = None
+    """Marks the end of the copies to the host."""
+
+    def wait(self) -> StepResult:
+        """Wait for this step, and not for those that were launched after it."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self
 
 
 class FsdpEngine:
@@ -47,19 +59,23 @@ class FsdpEngine:
 
     def __init__(self, config: Config, context: Context) -> None:
         self.config, self.context = config, context
+        self.layout = plan_layout(config.parallel, config.model.num_local_experts, context.world_size)
         with torch.device("meta"):
-            model = GptOss(config.model)
-        self.model = parallelize(model, config, context.mesh)
+            self.model = GptOss(config.model)
+        self.exchange = parallelize(self.model, config, build_meshes(self.layout, context.device.type))
         self.model.to_empty(device=context.device)
-        for module in self.model.modules():
-            if hasattr(module, "jitter"):
-                module.jitter = config.loss.router_jitter
+        self.routers = [layer.mlp.router for layer in self.model.model.layers]
+        for router in self.routers:
+            router.jitter = config.loss.router_jitter
+            router.forced = None if config.train.routing == "learned" else config.train.routing
         for name, parameter in self.model.named_parameters():
             shape, offset = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
             assert tuple(shape) == tuple(local(parameter).shape)
             fill(local(parameter).data, name, parameter.shape, config.model, config.run.seed, tuple(offset))
+        for name, buffer in self.model.named_buffers():
+            fill(buffer, name, buffer.shape, config.model, config.run.seed)
         self.optimizer = build_optimizer(self.model, config.optim)
 
     def forward_backward(self, micro_batches: list[dict[str, Tensor]]) -> None:
@@ -69,6 +85,8 @@ class FsdpEngine:
             micro_batches: this rank's share, as `data_pipeline.BatchLoader` hands out (CPU tensors).
         """
         self.model.train()
+        if self.exchange is not None:
+            self.exchange.take()  # forget validation and samples
         batches = [self._to_device(batch) for batch in micro_batches]
         valid = sum((b["labels"] != IGNORE_INDEX).sum() for b in batches).float()
         valid = self.context.sum(valid).clamp(min=1)
@@ -107,11 +125,16 @@ class FsdpEngine:
         unused = [name for name, p in self.model.named_parameters() if p.grad is None]
         assert not unused, f"no gradient reached {unused}"
         gradients = [local(p.grad) for p in self.model.parameters()]
-        squares = torch.stack(torch._foreach_norm(gradients)).float().square().sum()
+        # Each rank holds another part of the gradient, however it is sharded, save for copies of the whole model.
+        squares = torch.stack(torch._foreach_norm(gradients)).float().square().sum() / self.layout.replicate
         # One reduction carries everything that the ranks have to agree on or report.
         flag = torch.full_like(loss, float(stop))
-        packed = self.context.sum(torch.cat([torch.stack([loss, aux, z, squares, flag]), entropy_L]))
-        loss, aux, z, squares, flag = packed[:5]
+        parts = [torch.stack([loss, aux, z, squares, flag]), entropy_L]
+        if self.exchange is not None:
+            parts.append(self._traffic().flatten())
+        loss_etc, entropy_L, *traffic = self.context.sum(torch.cat(parts)).split([len(part) for part in parts])
+        loss, aux, z, squares, flag = loss_etc
+        traffic_R3 = traffic[0].view(-1, 3) if traffic else None
         grad_norm = squares.sqrt()
         # The optimizer's kernel reads this flag on the device: a step with a non-finite value leaves no trace.
         skipped = (~(torch.isfinite(grad_norm) & torch.isfinite(loss))).float()
@@ -123,7 +146,29 @@ class FsdpEngine:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, aux, z, packed[5:], counts_LE, grad_norm, skipped, flag)
+        if rate := self.config.loss.selection_bias_rate:
+            for router, counts_E in zip(self.routers, counts_LE):
+                bias_E = router.selection_bias
+                bias_E.copy_(updated_selection_bias(bias_E, counts_E, rate * (1 - skipped)))
+        return self._to_host(StepResult(loss, aux, z, entropy_L, counts_LE, grad_norm, skipped, flag, traffic_R3))
+
+    def _to_host(self, result: StepResult) -> StepResult:
+        """Start the copies now: a copy started when the result is read would queue behind the steps launched since."""
+        if self.context.device.type == "cpu":
+            return result
+        tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in result if t is not None]
+        for host, tensor in zip(tensors, result):
+            host.copy_(tensor, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return StepResult(*tensors)._replace(arrived=arrived)
+
+    def _traffic(self) -> Tensor:
+        """This rank's row of `StepResult.traffic_R3`, zeros elsewhere."""
+        traffic_R3 = torch.zeros(self.context.world_size, 3, device=self.context.device)
+        for column, value in enumerate(self.exchange.take()):
+            traffic_R3[self.context.rank, column].fill_(value)  # a kernel's argument: no copy that the host waits for
+        return traffic_R3
 
     @torch.no_grad()
     def evaluate(self, batches) -> float:
@@ -150,6 +195,8 @@ class FsdpEngine:
             state[f"optim.exp_avg.{name}"] = moments["exp_avg"]
             state[f"optim.exp_avg_sq.{name}"] = moments["exp_avg_sq"]
         # All parameters are updated, or skipped, together: one count serves them all.
+        for name, buffer in self.model.named_buffers():
+            state[f"model.{name}"] = buffer
         state["optim.step"] = moments["step"].reshape(1).clone()
         return state
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from gptoss_dist.config import OptimConfig
 
@@ -16,12 +15,15 @@ def is_decayed(name: str) -> bool:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW (arXiv:1711.05101) with its state already allocated, so that a checkpoint can be loaded into it."""
-    groups = {True: [], False: []}
+    """Fused AdamW (arXiv:1711.05101) with its state already allocated, so that a checkpoint can be loaded into it.
+
+    Experts may live on another device mesh than the rest: no group mixes the two.
+    """
+    groups = {}
     for name, parameter in model.named_parameters():
-        groups[is_decayed(name)].append(parameter)
+        groups.setdefault((is_decayed(name), getattr(parameter, "device_mesh", None)), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": ps, "weight_decay": config.weight_decay if decay else 0.0} for decay, ps in groups.items() if ps],
+        [{"params": ps, "weight_decay": config.weight_decay * decayed} for (decayed, _), ps in groups.items()],
         lr=config.lr,
         betas=tuple(config.betas),
         eps=config.eps,
@@ -35,8 +37,3 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
                 "exp_avg_sq": torch.zeros_like(p),
             }
     return optimizer
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

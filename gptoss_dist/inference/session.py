@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -35,10 +36,11 @@ class Session:
         with torch.device("meta"):
             model = GptOss(config)
         if device.type == "cuda":
-            model = model.to(torch.bfloat16)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
         model.to_empty(device=device)
         model.tie()
-        load_weights(checkpoint, dict(model.named_parameters()))
+        load_weights(checkpoint, dict(chain(model.named_parameters(), model.named_buffers())))
         return cls(model.eval(), Tokenizer.load(checkpoint))
 
     def seed(self, seed: int) -> None:

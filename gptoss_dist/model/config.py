@@ -76,6 +76,9 @@ class ModelConfig:
     """Clamp of gate (above) and up (both sides) in the `gpt_oss` activation."""
     router_bias: bool = True
     """Bias on the router."""
+    router_selection_bias: bool = False
+    """A bias per expert that is added to the router's logits for the choice of experts only, not for their weights
+    (balancing without a loss, arXiv:2408.15664). GPT-OSS has none: transformers has no place for such a model."""
     expert_bias: bool = True
     """Biases on the expert projections."""
     expert_activation: Literal["gpt_oss", "silu"] = "gpt_oss"

@@ -7,6 +7,7 @@ keeps its rows of everything else.
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from gptoss_dist.model.config import ModelConfig
 
 
 def initialize(model: nn.Module, seed: int) -> None:
-    """Fill every parameter of a whole (unsharded, materialised) `GptOss` in place."""
-    for name, parameter in model.named_parameters():
-        fill(parameter.data, name, parameter.shape, model.config, seed)
+    """Fill every parameter and buffer of a whole (unsharded, materialised) `GptOss` in place."""
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        fill(tensor.data, name, tensor.shape, model.config, seed)
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def fill(
     seed: int,
     offset: tuple[int, ...] | None = None,
 ) -> None:
-    """Write the initial values of a rectangular part of one parameter into `out`.
+    """Write the initial values of a rectangular part of one parameter or buffer into `out`.
 
     Args:
         out: the part to fill, on any device, float32 or bfloat16.
@@ -54,7 +55,10 @@ def fill(
 
 
 def _constant(name: str, config: ModelConfig) -> float | None:
-    """As transformers initialises GPT-OSS: norms 1, biases 0; weights, router bias and sinks normal (None)."""
+    """As transformers initialises GPT-OSS: norms 1, biases 0; weights, router bias and sinks normal (None).
+
+    The router's selection bias is a bias like any other: 0.
+    """
     if name.endswith("norm.weight"):
         return 1.0
     if name.endswith(".sinks"):

@@ -7,6 +7,8 @@ Every back end computes this function and its gradients:
 
 - ``loop``: one expert at a time under plain autograd. The reference; needs the row counts on the host.
 - ``grouped_mm``: ``torch.nn.functional.grouped_mm``, two grouped GEMMs, and no host synchronisation of ours: for CUDA.
+- ``grouped_gemm``: the same with the GEMMs of the package of that name (https://github.com/tgale96/grouped_gemm), for
+  bf16 on CUDA. Opt-in: it reads the row counts on the host, once per call.
 - ``blocked``: hand-written forward and backward for the CPU. Each expert's hidden states are computed *transposed*,
   ``h_Fn = W_DF^T x_nD^T``: BLAS transposes almost for free, and then the interleaved gate and up columns of ``h_nF``
   are the even and odd *rows* of ``h_Fn``. Every elementwise pass reads contiguous memory and vectorises, and neither
@@ -16,6 +18,8 @@ Shape legend: N rows (token copies) of all experts, n rows of one expert, E expe
 F = 2 * I.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from gptoss_dist.ops.gated_activation import BetweenGemms, Gating, gated, gating_of, swiglu_reference
 
-BACKENDS = ("auto", "loop", "grouped_mm", "blocked")
+BACKENDS = ("auto", "loop", "grouped_mm", "grouped_gemm", "blocked")
 
 
 def grouped_experts(
@@ -56,8 +60,9 @@ def grouped_experts(
     once, save by ``loop``, which rounds after every operation.
 
     Raises:
-        ValueError: unknown names, inconsistent shapes or dtypes, row counts that do not sum to N (``loop`` and
-            ``blocked``; ``grouped_mm`` would have to wait for the device), or sizes ``grouped_mm`` cannot align.
+        ValueError: unknown names, inconsistent shapes or dtypes, row counts that do not sum to N (save with
+            ``grouped_mm``, which would have to wait for the device), sizes ``grouped_mm`` cannot align, a dtype other
+            than bf16 for ``grouped_gemm``, or its package cannot be imported.
     """
     _check_operands(x_ND, tokens_per_expert_E, gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
     gating = gating_of(activation, alpha, limit)
@@ -68,7 +73,9 @@ def grouped_experts(
             backend = "loop" if _grouped_mm_limit(x_ND, gate_up_proj_EDF) else "grouped_mm"
     operands = (x_ND, gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
     if backend == "grouped_mm":
-        return _grouped_mm(tokens_per_expert_E, gating, *operands)
+        return _grouped_mm(tokens_per_expert_E, gating, operands)
+    if backend == "grouped_gemm":
+        return _grouped_gemm(tokens_per_expert_E, gating, operands)
     if backend not in ("loop", "blocked"):
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
 
@@ -77,9 +84,8 @@ def grouped_experts(
 
 @torch.compiler.disable  # row counts on the host are what a compiler cannot trace; it breaks the graph here instead
 def _one_by_one(backend: str, tokens_per_expert_E: Tensor, gating: Gating, operands: tuple) -> Tensor:
-    counts, rows = tokens_per_expert_E.tolist(), operands[0].shape[0]
-    if sum(counts) != rows:
-        raise ValueError(f"tokens_per_expert sums to {sum(counts)} but x has {rows} rows; every row needs an expert")
+    counts = tokens_per_expert_E.tolist()
+    _check_counts(counts, operands[0])
     if backend == "loop":
         return _loop(counts, gating, *operands)
     room = _in_few_sizes(counts) if _builds_a_kernel_per_shape(operands[0]) else counts
@@ -116,6 +122,13 @@ def _check_operands(x_ND, tokens_E, w1_EDF, b1_EF, w2_EID, b2_ED) -> None:
             )
 
 
+def _check_counts(counts: list[int], x_ND: Tensor) -> None:
+    if sum(counts) != x_ND.shape[0]:
+        raise ValueError(
+            f"tokens_per_expert sums to {sum(counts)} but x has {x_ND.shape[0]} rows; every row needs an expert"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------- loop
 
 
@@ -131,7 +144,7 @@ def _loop(counts: list[int], gating: Gating, x_ND, w1_EDF, b1_EF, w2_EID, b2_ED)
     return torch.cat(y_parts)
 
 
-# ---------------------------------------------------------------------------------------------------------- grouped_mm
+# ------------------------------------------------------------------------------------------- grouped_mm, grouped_gemm
 
 
 def _grouped_mm_limit(x_ND: Tensor, w1_EDF: Tensor) -> str | None:
@@ -148,9 +161,53 @@ def _grouped_mm_limit(x_ND: Tensor, w1_EDF: Tensor) -> str | None:
     return None
 
 
-def _grouped_mm(tokens_per_expert_E: Tensor, gating: Gating, x_ND, w1_EDF, b1_EF, w2_EID, b2_ED) -> Tensor:
-    if limit := _grouped_mm_limit(x_ND, w1_EDF):
+def _grouped_mm(tokens_per_expert_E: Tensor, gating: Gating, operands: tuple) -> Tensor:
+    if limit := _grouped_mm_limit(*operands[:2]):
         raise ValueError(f"{limit}; use backend='loop' or 'blocked'")
+
+    def multiply(rows, weight, offsets_E):
+        out = F.grouped_mm(rows, weight, offs=offsets_E)
+        if out.requires_grad:
+            out.register_hook(torch.Tensor.contiguous)  # its backward refuses the stride-0 gradient of a sum or mean
+        return out
+
+    return _in_two_multiplications(multiply, tokens_per_expert_E, gating, *operands)
+
+
+@torch.compiler.disable  # as `_one_by_one`
+def _grouped_gemm(tokens_per_expert_E: Tensor, gating: Gating, operands: tuple) -> Tensor:
+    if operands[0].dtype != torch.bfloat16:
+        raise ValueError(
+            f"backend='grouped_gemm' computes in bfloat16 only, not {operands[0].dtype}; use backend='grouped_mm'"
+        )
+    try:
+        from grouped_gemm import ops
+    except ImportError as error:
+        raise ValueError(
+            f"backend='grouped_gemm' needs the package grouped_gemm, which cannot be imported ({error}); use "
+            "backend='grouped_mm', or, with a CUDA toolkit, pip install --no-build-isolation grouped_gemm==0.3.0"
+        ) from error
+    counts_E = tokens_per_expert_E.to("cpu", torch.int64)  # the one wait for the device; the package wants them there
+    _check_counts(counts_E.tolist(), operands[0])  # it would read and write out of bounds
+
+    def multiply(rows, weight, offsets_E):
+        return ops.gmm(rows, weight.contiguous(), counts_E)
+
+    return _in_two_multiplications(multiply, tokens_per_expert_E, gating, *operands)
+
+
+def _in_two_multiplications(
+    multiply: Callable[[Tensor, Tensor, Tensor], Tensor],
+    tokens_per_expert_E: Tensor,
+    gating: Gating,
+    x_ND,
+    w1_EDF,
+    b1_EF,
+    w2_EID,
+    b2_ED,
+) -> Tensor:
+    """``multiply(rows, weight, offsets_E)``: contiguous rows times the matrix of their expert; expert e's rows end
+    before ``offsets_E[e]``."""
     tokens_E = tokens_per_expert_E.to(x_ND.device, torch.int32)
     offsets_E = tokens_E.cumsum(0, dtype=torch.int32)
     if b1_EF is None and b2_ED is None:
@@ -161,9 +218,7 @@ def _grouped_mm(tokens_per_expert_E: Tensor, gating: Gating, x_ND, w1_EDF, b1_EF
         expert_NE = ((row_N1 < offsets_E) & (row_N1 >= offsets_E - tokens_E)).to(x_ND.dtype)
 
     def linear(rows, weight, bias):
-        out = F.grouped_mm(rows.contiguous(), weight, offs=offsets_E)
-        if out.requires_grad:
-            out.register_hook(torch.Tensor.contiguous)  # its backward refuses the stride-0 gradient of a sum or mean
+        out = multiply(rows.contiguous(), weight, offsets_E)
         return out if bias is None else torch.addmm(out, expert_NE, bias)
 
     a_NI = gated(linear(x_ND, w1_EDF, b1_EF), gating)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 T = TypeVar("T")
 
@@ -28,8 +27,6 @@ class Context:
     local_rank: int
     world_size: int
     device: torch.device
-    mesh: DeviceMesh
-    """One dimension, `shard`, over all processes: parameters are sharded and data is split over it."""
 
     @property
     def is_main(self) -> bool:
@@ -76,8 +73,7 @@ def start(timeout_s: float = 1800.0) -> Context:
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout_s),
     )
-    mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-    return Context(rank, local_rank, world_size, device, mesh)
+    return Context(rank, local_rank, world_size, device)
 
 
 def _tune_cpu_memory() -> None:

@@ -1,17 +1,113 @@
-"""Wraps a plain model for training, from outside: experts -> activation checkpointing -> compile -> shard."""
+"""Wraps a plain model for training, from outside: experts -> compile -> activation checkpointing -> shard."""
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from gptoss_dist.config import Config
 from gptoss_dist.model.transformer import GptOss
+from gptoss_dist.parallel.exchange import Exchange
+from gptoss_dist.parallel.mesh import Meshes, local
+from gptoss_dist.parallel.recompute import checkpoint_activations
+
+
+def parallelize(model: GptOss, config: Config, meshes: Meshes) -> Exchange | None:
+    """Prepare `model` (on the meta device, or materialised) for training on `meshes`; in place.
+
+    Parameter names do not change at any step. Afterwards every parameter is a DTensor of its whole shape, and the
+    gradients of the processes are *summed*: the loss of each process is a share of the global loss. The sum needs no
+    factor for the experts, whose gradients hold the tokens of their whole expert-parallel group already.
+
+    Returns:
+        The all-to-alls between the experts, if they are spread over processes.
+    """
+    layers = model.model.layers
+    exchange = _place_experts(model, config, meshes)
+    if config.train.compile:
+        # Before the checkpointing around it: torch.compile runs a checkpointed function eagerly, and without a word, if
+        # anything in it breaks the graph, as the all-to-alls do.
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, mode=config.train.compile_mode)
+    if every := config.train.activation_checkpointing:
+        for layer in layers[every - 1 :: every]:
+            checkpoint_activations(layer, keep_large=config.train.keep_all_to_all)
+    for layer in layers:
+        experts = layer.mlp.experts
+        if exchange is not None:
+            _shard(experts, meshes.experts, config, stacks=experts)
+        _shard(layer, meshes.dense, config, stacks=experts)
+    _shard(model, meshes.dense, config)
+    if exchange is not None:
+        _prefetch(model)
+    return exchange
+
+
+def _place_experts(model: GptOss, config: Config, meshes: Meshes) -> Exchange | None:
+    exchange = None
+    if config.parallel.experts == "megablocks":
+        try:
+            from gptoss_dist.parallel.experts import use_megablocks
+        except ImportError as error:
+            raise ValueError(f"{error}; or choose --parallel.experts plain") from None
+        exchange = use_megablocks(model, meshes.expert_parallel)
+    for layer in model.model.layers:
+        layer.mlp.experts.backend = config.parallel.expert_gemm
+    return exchange
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh, config: Config, stacks: nn.Module | None = None) -> None:
+    """Shard what is not yet sharded of `module` over the last dimension of `mesh`, and sum gradients over all of it.
+
+    Args:
+        stacks: the part of it whose parameters are stacks of experts.
+    """
+    stacked = set(stacks.parameters()) if stacks is not None else ()
+    fully_shard(
+        module,
+        mesh=mesh,
+        # One process holds everything anyway: gathering it a second time for the backward pass would only cost time.
+        reshard_after_forward=config.parallel.reshard_after_forward and torch.distributed.get_world_size() > 1,
+        shard_placement_fn=lambda p: Shard(shard_dimension(local(p).shape, mesh.shape[-1])) if p in stacked else None,
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if config.train.precision == "bf16" else None, reduce_dtype=torch.float32
+        ),
+    )
+    if mesh.size() == 1:
+        module.set_custom_reduce_scatter(_NothingToReduce())
+    else:
+        module.set_gradient_divide_factor(1.0)
+        # Without this gloo is asked for a pre-multiplied sum, which it does not have.
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def shard_dimension(shape: tuple[int, ...], shards: int) -> int:
+    """The dimension on which to shard a stack of experts: the experts, or if there are fewer of them than shards, the
+    next one that divides evenly. Sharding too few experts would pad each gather to the number of shards."""
+    if shards > shape[0]:
+        for dimension in range(1, len(shape)):
+            if shape[dimension] % shards == 0:
+                return dimension
+    return 0
+
+
+def _prefetch(model: GptOss) -> None:
+    """Gather the next block's weights, its experts' too, while this one computes.
+
+    FSDP would gather experts when their forward pass begins. It gathers ahead of the device as far as the host runs
+    ahead of it, and the host waits in every layer to learn how many tokens go where.
+    """
+    blocks = list(model.model.layers)
+    pairs = [[block, block.mlp.experts] for block in blocks]
+    for module, upcoming in zip([model, *blocks], pairs):
+        module.set_modules_to_forward_prefetch(upcoming)
+    for module, upcoming in zip([model, *blocks[::-1]], pairs[::-1]):
+        module.set_modules_to_backward_prefetch(upcoming)
 
 
 class _NothingToReduce:
@@ -29,47 +125,3 @@ class _NothingToReduce:
         output, self.input = self.input, None
         assert output.numel() == math.prod(size), "FSDP2 no longer allocates input and output in turn"
         return output
-
-
-def parallelize(model: GptOss, config: Config, mesh: DeviceMesh) -> GptOss:
-    """Prepare `model` (on the meta device, or materialised) for training on `mesh`; in place.
-
-    Parameter names do not change at any step. Afterwards every parameter is a DTensor sharded on dimension 0, and the
-    gradients of the ranks are *summed*: the loss of each rank is a share of the global loss.
-    """
-    if config.parallel.experts == "megablocks":
-        try:
-            from gptoss_dist.parallel.experts import use_megablocks
-        except ImportError as error:
-            raise ValueError(f"{error}; or choose --parallel.experts plain") from None
-        use_megablocks(model)
-    layers = model.model.layers
-    if every := config.train.activation_checkpointing:
-        for layer in layers[every - 1 :: every]:
-            # partial binds this layer's own forward; a closure over the loop variable would recompute the last one.
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    if config.train.compile:
-        for layer in layers:
-            layer.compile(mode=config.train.compile_mode)
-    shard = functools.partial(
-        fully_shard,
-        mesh=mesh,
-        # One process holds everything anyway: gathering it a second time for the backward pass would only cost time.
-        reshard_after_forward=config.parallel.reshard_after_forward and mesh.size() > 1,
-        mp_policy=MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if config.train.precision == "bf16" else None, reduce_dtype=torch.float32
-        ),
-    )
-    for layer in layers:
-        shard(layer)
-    shard(model)
-    for module in model.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        if mesh.size() == 1:
-            module.set_custom_reduce_scatter(_NothingToReduce())
-        else:
-            module.set_gradient_divide_factor(1.0)
-            # Without this gloo is asked for a pre-multiplied sum, which it does not have.
-            module.set_force_sum_reduction_for_comms(True)
-    return model

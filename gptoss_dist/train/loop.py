@@ -84,7 +84,8 @@ def train(config: Config, context: Context) -> None:
     on_rank_zero(lambda: _open_folder(config))  # only now: a run that is refused writes nothing
     report = None
     if context.is_main:
-        report = Report(config, context, dataset, start=first, tokens=consumed * config.data.seq_len, run_id=run_id)
+        tokens = consumed * config.data.seq_len
+        report = Report(config, context, engine.layout, dataset, start=first, tokens=tokens, run_id=run_id)
         report.message(f"resumed {path} at step {first}" if path else f"training {config.run.name} in {config.folder}")
         for moved in checkpoint.set_aside(config.checkpoint_folder, after=first):
             report.message(f"a later checkpoint is now {moved}")
@@ -99,6 +100,7 @@ def train(config: Config, context: Context) -> None:
         if pending is None:
             return False
         step, result, lr, timing = pending
+        result.wait()
         guard.observe(step, bool(result.skipped), float(result.loss), float(result.grad_norm))
         if report:
             report.step(step, result, lr, timing, guard.total)

@@ -3,7 +3,7 @@
 Names sort into sections in MLflow: `loss/`, `moe/`, `optim/`, `perf/`, `progress/`. Functions return plain
 `dict[str, float]` for the tracker to log.
 
-Shapes: L layers, E experts.
+Shapes: L layers, E experts, R ranks.
 """
 
 from __future__ import annotations
@@ -173,6 +173,32 @@ def expert_load(counts_LE: Tensor, entropy_L: Tensor | None = None) -> dict[str,
     if entropy_L is not None:
         metrics["moe/router_entropy"] = sum(per_layer["entropy"]) / layers
     return metrics
+
+
+def exchange_metrics(traffic_R3: Tensor) -> dict[str, float]:
+    """What expert parallelism costs, and how unevenly it loads the ranks.
+
+    Args:
+        traffic_R3: of each rank: token copies that its experts computed (a token counts once per expert), bytes that
+            its all-to-alls sent to other ranks, seconds in all-to-alls.
+
+    Returns:
+        `moe/rank_rows_max_over_mean` (1 is even, R is one rank computing everything; 1 if nothing was to be computed),
+        `perf/all_to_all_gib` (sent by all ranks together, gradients and recomputation included) and
+        `perf/all_to_all_ms` (mean over ranks, waiting for slower ranks included). Reads the device once.
+
+    Raises:
+        ValueError: the shape is not [R, 3].
+    """
+    if traffic_R3.ndim != 2 or traffic_R3.shape[1] != 3 or not len(traffic_R3):
+        raise ValueError(f"exchange_metrics needs traffic [R, 3], got {tuple(traffic_R3.shape)}")
+    rows, sent, seconds = traffic_R3.double().T.tolist()
+    mean = sum(rows) / len(rows)
+    return {
+        "moe/rank_rows_max_over_mean": max(rows) / mean if mean else 1.0,
+        "perf/all_to_all_gib": sum(sent) / _GIB,
+        "perf/all_to_all_ms": 1e3 * sum(seconds) / len(seconds),
+    }
 
 
 def memory_metrics(device: torch.device | str) -> dict[str, float]:

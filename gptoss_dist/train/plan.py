@@ -10,6 +10,7 @@ import torch
 from gptoss_dist.config import Config
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
+from gptoss_dist.parallel.mesh import Layout, plan_layout
 from gptoss_dist.train.flops import flops_per_token
 
 GIB = 2**30
@@ -20,6 +21,8 @@ class ParameterCount:
     """Number of weights; a tied head counts once."""
 
     total: int
+    experts: int
+    """Of these, routed experts."""
     active: int
     """Used by one token: top-k of the experts; the input embedding only if it is also the head (the convention of
     OpenAI's GPT-OSS model card)."""
@@ -29,28 +32,31 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     """Exact counts, from the model built on the meta device."""
     with torch.device("meta"):
         model = GptOss(config)
-    total = active = 0
+    total = experts = active = 0
     for name, parameter in model.named_parameters():
         total += parameter.numel()
         if ".experts." in name:
+            experts += parameter.numel()
             active += parameter.numel() * config.num_experts_per_tok // config.num_local_experts
         elif "embed_tokens" not in name or config.tie_word_embeddings:
             active += parameter.numel()
-    return ParameterCount(total, active)
+    return ParameterCount(total, experts, active)
 
 
-def memory_estimate(config: Config, world_size: int) -> dict[str, float]:
+def memory_estimate(config: Config, layout: Layout) -> dict[str, float]:
     """Bytes per process of the parts that grow with model and batch; fragmentation and buffers come on top.
 
     Weights, gradients and Adam's moments are float32 and sharded. Activations are those that the backward pass needs,
-    per token: the residual stream, norms, projections, and K rows of each expert stage.
+    per token: the residual stream, norms, projections, and K rows of each expert stage (if the routing is even).
     """
     model, compute = config.model, 2 if config.train.precision == "bf16" else 4
-    parameters = count_parameters(model).total
+    count = count_parameters(model)
+    # What a process holds once everything that it computes with is gathered.
+    whole = count.total - count.experts + count.experts / layout.expert_parallel
     tables = (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
-    block = (parameters - tables) / model.num_hidden_layers
-    resharded = config.parallel.reshard_after_forward and world_size > 1
-    gathered = 2 * block + tables if resharded else parameters
+    block = (whole - tables) / model.num_hidden_layers
+    resharded = config.parallel.reshard_after_forward and layout.world_size > 1
+    gathered = 2 * block + tables if resharded else whole
     tokens = config.train.micro_batch_size * config.data.seq_len
     D, I, K = model.hidden_size, model.intermediate_size, model.num_experts_per_tok  # noqa: E741
     q, kv = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
@@ -59,10 +65,10 @@ def memory_estimate(config: Config, world_size: int) -> dict[str, float]:
     kept = model.num_hidden_layers - (model.num_hidden_layers // every if every else 0)
     recomputed = model.num_hidden_layers - kept
     return {
-        "weights, float32": 4 * parameters / world_size,
-        # Between the micro-batches of a step each process keeps the gradients of all parameters.
-        "gradients, float32": 4 * parameters / (world_size if config.train.gradient_accumulation == 1 else 1),
-        "AdamW moments, float32": 8 * parameters / world_size,
+        "weights, float32": 4 * count.total / layout.shard,
+        # Between the micro-batches of a step each process keeps the gradients of all that it gathers.
+        "gradients, float32": 4 * (count.total / layout.shard if config.train.gradient_accumulation == 1 else whole),
+        "AdamW moments, float32": 8 * count.total / layout.shard,
         f"gathered weights, {config.train.precision}": compute * max(gathered, 0),
         "activations": compute * tokens * (width * max(kept, 1) + D * recomputed),
         "head: gradient and logits": 4 * model.vocab_size * (D + 3 * min(tokens, max(D, 512), 4096)),
@@ -70,8 +76,13 @@ def memory_estimate(config: Config, world_size: int) -> dict[str, float]:
 
 
 def describe(config: Config, world_size: int | None = None) -> str:
-    """The text of a dry run: parameters, tokens, FLOPs, memory and layout."""
+    """The text of a dry run: parameters, tokens, FLOPs, memory and layout.
+
+    Raises:
+        ValueError: the processes cannot be laid out as `parallel` says.
+    """
     world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
+    layout = plan_layout(config.parallel, config.model.num_local_experts, world_size)
     train, count, flops = (
         config.train,
         count_parameters(config.model),
@@ -79,7 +90,7 @@ def describe(config: Config, world_size: int | None = None) -> str:
     )
     batch = train.micro_batch_size * train.gradient_accumulation * world_size
     tokens = batch * config.data.seq_len
-    memory = memory_estimate(config, world_size)
+    memory = memory_estimate(config, layout)
     lines = [
         f"run          {config.run.name} in {config.folder}",
         f"parameters   {count.total:,} total, {count.active:,} active per token",
@@ -87,7 +98,7 @@ def describe(config: Config, world_size: int | None = None) -> str:
         f"({train.micro_batch_size} x {train.gradient_accumulation} accumulated x {world_size} processes)",
         f"tokens       {tokens * train.steps:,} in {train.steps:,} steps",
         f"compute      {flops}, {flops.training * tokens * train.steps:.3e} FLOP in all",
-        f"layout       {config.engine.kind}, shard {world_size}, experts {config.parallel.experts}, {train.precision}, "
+        f"layout       {config.engine.kind}, {layout}, dispatch {config.parallel.experts}, {train.precision}, "
         f"activation checkpointing {train.activation_checkpointing or 'off'}, "
         f"compile {'on' if train.compile else 'off'}",
         "memory per process, estimated:",

@@ -1,4 +1,4 @@
-"""Curves of a run, drawn from its `metrics.jsonl` as PNG files."""
+"""Pictures of a run, drawn from its `metrics.jsonl` and `expert_tokens.jsonl` as PNG files."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gptoss_dist.train.expert_tokens import EXPERT_TOKENS_FILE, read_expert_tokens
 from gptoss_dist.train.tracking import read_metrics, read_resume_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _MAX_POINTS = 1500
 """Bins that a curve is thinned to: about the pixels across a panel."""
 
 
 def plot_run(run_dir: str | Path) -> list[Path]:
-    """Draw `run_dir/metrics.jsonl` into `run_dir/plots`.
+    """Draw `run_dir/metrics.jsonl`, and `expert_tokens.jsonl` where there is one, into `run_dir/plots`.
 
     Curves show the range (band) and an exponential moving average (line); dotted lines mark where training was resumed.
     A metric that was never logged leaves its panel empty and its own file out.
 
     Returns:
-        The files written: `overview.png`, and of `loss`, `perplexity`, `lr`, `throughput`, `tokens` and `expert_load`
-        those that have data.
+        The files written: `overview.png`, and of `loss`, `perplexity`, `lr`, `throughput`, `tokens`, `expert_load` and
+        `expert_tokens` those that have data.
 
     Raises:
         ValueError: the folder has no metrics.
@@ -41,6 +43,8 @@ def plot_run(run_dir: str | Path) -> list[Path]:
     for name, panels in _FIGURES.items():
         if any(run.has(panel.metric) for panel in panels):
             files.append(_save(folder / f"{name}.png", run, panels, columns=1))
+    if (run_dir / EXPERT_TOKENS_FILE).exists() and (rows := read_expert_tokens(run_dir)):
+        files.append(_save_expert_tokens(folder / "expert_tokens.png", run, rows[-1]))
     return files
 
 
@@ -209,6 +213,34 @@ def _save(path: Path, run: _Run, panels: tuple[_Panel, ...], columns: int) -> Pa
                 axes.axvline(position, color="black", linestyle=":", linewidth=0.8)
     resumed = f" · resumed at step {', '.join(map(str, run.resumes))}" if run.resumes else ""
     figure.suptitle(f"{run.title} · step {int(run.steps[-1])}{resumed}")
+    return _write(path, figure)
+
+
+def _save_expert_tokens(path: Path, run: _Run, row: dict) -> Path:
+    """Layers x experts of one row of `expert_tokens.jsonl`, relative to an even share of the layer's tokens."""
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    tokens_LE = np.array(row["tokens"], dtype=float)
+    share_LE = tokens_LE / np.maximum(tokens_LE.mean(axis=1, keepdims=True), 1e-9)
+    width, height = 8, 4.5
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(0.8 / width, 0.6 / height, 1.0, 1 - 0.8 / height)
+    axes = figure.subplots()
+    # Blue below an even share, red above, white at 1 whatever the greatest is.
+    norm = TwoSlopeNorm(vcenter=1, vmin=0, vmax=max(2, share_LE.max()))
+    image = axes.imshow(share_LE, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="tokens over an even share (1 = even, 0 = none)")
+    for axis, name in ((axes.xaxis, "expert"), (axes.yaxis, "layer")):
+        axis.set_label_text(name)
+        axis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("tokens of each expert")
+    figure.suptitle(f"{run.title} · steps {row['first_step']} to {row['step']}")
+    return _write(path, figure)
+
+
+def _write(path: Path, figure: Figure) -> Path:
     # The tracker may be uploading the previous drawing: never show it half a file.
     temporary = path.with_suffix(".tmp")
     figure.savefig(temporary, format="png", dpi=110)

@@ -14,8 +14,10 @@ from data_pipeline import TokenDataset
 from gptoss_dist.config import Config
 from gptoss_dist.engine.fsdp import StepResult
 from gptoss_dist.parallel.context import Context
+from gptoss_dist.parallel.mesh import Layout
+from gptoss_dist.train.expert_tokens import ExpertTokens
 from gptoss_dist.train.flops import flops_per_token, peak_flops
-from gptoss_dist.train.metrics import Throughput, expert_load, loss_metrics, memory_metrics
+from gptoss_dist.train.metrics import Throughput, exchange_metrics, expert_load, loss_metrics, memory_metrics
 from gptoss_dist.train.plots import plot_run
 from gptoss_dist.train.progress import Progress
 from gptoss_dist.train.tracking import Tracker
@@ -27,13 +29,22 @@ class Report:
     """Rank 0's view of the run. Nothing here can stop training."""
 
     def __init__(
-        self, config: Config, context: Context, dataset: TokenDataset, *, start: int, tokens: int, run_id: str | None
+        self,
+        config: Config,
+        context: Context,
+        layout: Layout,
+        dataset: TokenDataset,
+        *,
+        start: int,
+        tokens: int,
+        run_id: str | None,
     ) -> None:
         self.config, self.context, self.folder = config, context, config.folder
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak = peak_flops(context.device, dtype)
         self.flops = flops_per_token(config.model, config.data.seq_len)
         self.throughput = Throughput(context.world_size, tokens=tokens, flops=self.flops, peak=self.peak)
+        self.expert_tokens = ExpertTokens(self.folder, config.tracking.expert_tokens_every, start or None)
         self.tracker = Tracker(
             self.folder,
             run_name=config.run.name,
@@ -41,7 +52,7 @@ class Report:
             uri=config.tracking.uri,
             enabled=config.tracking.mlflow,
             params=_flatten(config.to_dict()),
-            tags=_tags(config, context, self.peak),
+            tags=_tags(config, context, layout, self.peak),
             dataset={
                 "name": Path(config.data.path).name,
                 "digest": dataset.manifest_sha256,
@@ -53,6 +64,8 @@ class Report:
         self.tracker.artifact(self.folder / "config.yaml")
         self.progress = Progress(config.train.steps, start=start, interval_s=config.train.log_every_s)
         self.progress.__enter__()
+        if config.train.routing != "learned":
+            self.message(f"train.routing={config.train.routing}: a benchmark, the model learns nothing useful")
         if self.peak is None:
             self.message(f"no peak FLOP/s is known for {context.device}: MFU is not reported")
 
@@ -62,7 +75,7 @@ class Report:
         log.info(text)
 
     def step(self, step: int, result: StepResult, lr: float, timing: dict[str, float], skipped: int) -> None:
-        """Record optimizer step `step` (1-based). Synchronises with the device."""
+        """Record optimizer step `step` (1-based); its result has arrived on the host."""
         train = self.config.train
         samples = train.micro_batch_size * train.gradient_accumulation * self.context.world_size
         metrics = loss_metrics("train", float(result.loss))
@@ -74,9 +87,15 @@ class Report:
             "optim/skipped_steps": float(skipped),
         }
         metrics |= expert_load(result.counts_LE, result.entropy_L) | timing
+        if result.traffic_R3 is not None:
+            metrics |= exchange_metrics(result.traffic_R3)
+        if train.routing != "learned":
+            metrics["moe/forced_routing"] = 1.0
         metrics |= self.throughput.step(samples * self.config.data.seq_len, timing)
         metrics |= memory_metrics(self.context.device)
         self.tracker.log(step, metrics)
+        if warning := self.expert_tokens.add(step, result.counts_LE):
+            self.message(warning)
         shown = {"loss": metrics["loss/train"], "tokens_per_s": metrics.get("perf/tokens_per_s"), "lr": lr}
         self.progress.update(step, **{name: value for name, value in shown.items() if value is not None})
 
@@ -99,7 +118,7 @@ class Report:
         self.message(f"step {step} sample: {texts[0]!r}")
 
     def plots(self) -> None:
-        """Draw what metrics.jsonl holds."""
+        """Draw what metrics.jsonl and expert_tokens.jsonl hold."""
         if not self.config.tracking.plots:
             return
         try:
@@ -110,6 +129,10 @@ class Report:
 
     def close(self, status: str) -> None:
         """Finish the tracked run: FINISHED, KILLED or FAILED."""
+        try:
+            self.expert_tokens.close()
+        except Exception as error:  # reads the device, whose failure may be why the run ends
+            log.warning("last row of expert tokens not written: %s", error)
         self.plots()
         self.progress.__exit__(None, None, None)
         self.tracker.close(status)
@@ -125,7 +148,7 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _tags(config: Config, context: Context, peak) -> dict[str, str]:
+def _tags(config: Config, context: Context, layout: Layout, peak) -> dict[str, str]:
     device = context.device
     return {
         "git.sha": _git_sha(),
@@ -133,7 +156,8 @@ def _tags(config: Config, context: Context, peak) -> dict[str, str]:
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU x {os.cpu_count()} cores",
         "torch": torch.__version__,
         "world_size": str(context.world_size),
-        "layout": f"{config.engine.kind} shard={context.world_size} experts={config.parallel.experts}",
+        "layout": f"{config.engine.kind} {layout}, dispatch {config.parallel.experts}",
+        "routing": config.train.routing if config.train.routing == "learned" else f"{config.train.routing} (forced)",
         "mfu.peak": str(peak) if peak else "unknown",
     }
 

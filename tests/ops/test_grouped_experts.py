@@ -3,6 +3,9 @@
 Shape legend as in the module under test: N rows, E experts, D hidden, I intermediate.
 """
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -56,6 +59,22 @@ def assert_close(actual, expected, tolerance):
         assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
 
 
+@pytest.fixture
+def seen_batch_sizes(monkeypatch):
+    """Stands in for the `grouped_gemm` package, whose own kernels need CUDA: as strict about what it is given, and
+    differentiable like it. The `batch_sizes` of every call."""
+    seen = []
+
+    def gmm(a, b, batch_sizes, trans_b=False):
+        assert a.dtype == b.dtype == torch.bfloat16 and a.is_contiguous() and b.is_contiguous() and not trans_b
+        assert batch_sizes.dtype == torch.int64 and batch_sizes.device.type == "cpu" and batch_sizes.dim() == 1
+        seen.append(batch_sizes)
+        return torch.cat([rows @ matrix for rows, matrix in zip(a.split(batch_sizes.tolist()), b)])
+
+    monkeypatch.setitem(sys.modules, "grouped_gemm", SimpleNamespace(ops=SimpleNamespace(gmm=gmm)))
+    return seen
+
+
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 @pytest.mark.parametrize("activation", ["gpt_oss", "silu"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
@@ -67,13 +86,15 @@ def assert_close(actual, expected, tolerance):
         ("blocked", torch.bfloat16, 24, 40),
         ("grouped_mm", torch.float32, 16, 24),
         ("grouped_mm", torch.bfloat16, 24, 40),
+        ("grouped_gemm", torch.bfloat16, 17, 13),
     ],
 )
-def test_matches_loop(backend, dtype, D, I, bias, activation, counts):  # noqa: E741
+def test_matches_loop(backend, dtype, D, I, bias, activation, counts, seen_batch_sizes):  # noqa: E741
     operands = make_operands(counts, D, I, dtype, bias)
     expected = run(operands, counts, activation=activation, backend="loop")
     actual = run(operands, counts, activation=activation, backend=backend)
     assert_close(actual, expected, TOLERANCE[dtype])
+    assert [sizes.tolist() for sizes in seen_batch_sizes] == ([counts, counts] if backend == "grouped_gemm" else [])
     for e, n in enumerate(counts):
         if n == 0:
             for name in NAMES[2:]:
@@ -254,15 +275,44 @@ def test_mistakes_are_named():
         grouped_experts(x, counts, weights[0], weights[1][:, 1:], *weights[2:], activation="silu")
 
 
+def test_grouped_gemm_makes_its_operands_suit_the_package(seen_batch_sizes):
+    """Row counts of another dtype, rows and weights that are views: the fake insists on what the package insists on."""
+    x, w1, _, w2, _ = (t if t is None else t.detach() for t in make_operands([9, 6], 16, 8, torch.bfloat16, bias=False))
+    counts = torch.tensor([9, 6], dtype=torch.int32)
+    expected = grouped_experts(x, counts, w1, None, w2, None, activation="silu", backend="loop")
+    views = (x.T.contiguous().T, counts, w1.mT.contiguous().mT, None, w2.mT.contiguous().mT, None)
+    actual = grouped_experts(*views, activation="silu", backend="grouped_gemm")
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    assert len(seen_batch_sizes) == 2
+
+
+def test_what_grouped_gemm_cannot_do_is_named(seen_batch_sizes, monkeypatch):
+    x, *weights = make_operands([4, 5], 8, 8, torch.bfloat16)
+    kwargs = {"activation": "silu", "backend": "grouped_gemm"}
+    with pytest.raises(ValueError, match="sums to 8 but x has 9"):
+        grouped_experts(x, torch.tensor([4, 4]), *weights, **kwargs)
+    for dtype in (torch.float32, torch.float16):
+        with pytest.raises(ValueError, match=rf"grouped_gemm.*bfloat16 only, not {dtype}; use backend='grouped_mm'"):
+            grouped_experts(x.to(dtype), torch.tensor([4, 5]), *(w.to(dtype) for w in weights), **kwargs)
+    assert seen_batch_sizes == []
+    monkeypatch.setitem(sys.modules, "grouped_gemm", None)  # what makes Python's import of it fail
+    with pytest.raises(ValueError, match=r"package grouped_gemm, which cannot be imported .* pip install"):
+        grouped_experts(x, torch.tensor([4, 5]), *weights, **kwargs)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_grouped_mm_on_cuda_matches_the_cpu(dtype):
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("auto", torch.bfloat16), ("auto", torch.float32), ("grouped_gemm", torch.bfloat16)]
+)
+def test_grouped_gemms_on_cuda_match_the_cpu(backend, dtype):
+    if backend == "grouped_gemm":
+        pytest.importorskip("grouped_gemm")
     counts = [70, 0, 33, 1, 0]
     operands = make_operands(counts, 64, 96, dtype)
     expected = run(operands, counts, activation="gpt_oss", backend="loop")
     x, *weights = (t.detach().cuda().requires_grad_() for t in operands)
-    y = grouped_experts(x, torch.tensor(counts, device="cuda"), *weights, activation="gpt_oss")
+    y = grouped_experts(x, torch.tensor(counts, device="cuda"), *weights, activation="gpt_oss", backend=backend)
     d_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype).cuda()
     actual = dict(zip(NAMES, (t.cpu() for t in (y.detach(), *torch.autograd.grad(y, (x, *weights), d_y)))))
     assert_close(actual, expected, 2e-2 if dtype == torch.bfloat16 else 1e-5)

@@ -91,13 +91,16 @@ def test_no_tokens():
     assert not any(grad.any() for grad in result.values())
 
 
-def test_equals_transformers():
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_transformers(seed):
+    """To 1e-6 of each tensor's largest value, which float32 affords at this size: 600 draws gave 7e-7 at most. At a
+    hidden size of 768 it does not: there either side is farther than that from float64."""
     modeling = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
     from transformers import GptOssConfig
 
     from gptoss_dist.model.moe import MoE
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = GptOssConfig(hidden_size=D, intermediate_size=I, num_local_experts=E, num_experts_per_tok=K)
     config._experts_implementation = "eager"
     reference = modeling.GptOssMLP(config)
@@ -106,14 +109,16 @@ def test_equals_transformers():
     ours = MoE(ModelConfig(hidden_size=D, intermediate_size=I, num_local_experts=E, num_experts_per_tok=K))
     ours.load_state_dict(reference.state_dict())
     ours.experts = DroplessExperts(ours.experts, K)
-    x_BTD = torch.randn(2, 17, D)
+    x_BTD, grad_BTD = torch.randn(2, 2, 17, D)
+    gate, up = (x_BTD[:, :, None, None] @ reference.experts.gate_up_proj).view(-1, 2).unbind(-1)
+    assert gate.max() > 8 and up.max() > 8 and up.min() < -8, "the clamps at 7 must act"
     results = []
     for block in (ours, reference):
         x = x_BTD.clone().requires_grad_()
         y = block(x)[0]
-        y.backward(torch.ones_like(y))
+        y.backward(grad_BTD)
         results.append(dict(y=y.detach(), x=x.grad, **{n: p.grad for n, p in block.named_parameters()}))
-    assert_equal(*results, 3e-6)
+    assert_equal(*results, 1e-6)
 
 
 def test_checkpointed_recompute_gives_the_same_gradients_and_fills_no_global_list():

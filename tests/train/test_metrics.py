@@ -10,6 +10,7 @@ from gptoss_dist.train.flops import FlopCount, Peak
 from gptoss_dist.train.metrics import (
     StepTimer,
     Throughput,
+    exchange_metrics,
     expert_load,
     loss_metrics,
     memory_metrics,
@@ -100,6 +101,20 @@ def test_expert_load_against_hand_numbers():
     assert not any("entropy" in name for name in expert_load(counts_LE))
     with pytest.raises(ValueError, match=r"\[L, E\]"):
         expert_load(counts_LE[0])
+
+
+def test_exchange_metrics_against_hand_numbers():
+    traffic_R3 = torch.tensor([[30.0, 2**30, 0.010], [10.0, 2**29, 0.030]])
+    metrics = exchange_metrics(traffic_R3)
+    assert metrics == {
+        "moe/rank_rows_max_over_mean": 1.5,
+        "perf/all_to_all_gib": 1.5,
+        "perf/all_to_all_ms": pytest.approx(20.0),
+    }
+    assert exchange_metrics(torch.zeros(4, 3))["moe/rank_rows_max_over_mean"] == 1.0
+    for shape in ((3,), (2, 2), (0, 3)):
+        with pytest.raises(ValueError, match=r"traffic \[R, 3\]"):
+            exchange_metrics(torch.zeros(shape))
 
 
 def test_throughput_is_by_the_steps_own_time():

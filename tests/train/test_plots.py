@@ -111,6 +111,33 @@ def test_missing_metrics_leave_their_files_out(tmp_path):
         plot_run(write_run(tmp_path / "empty", []))
 
 
+def test_expert_tokens_are_a_map_of_the_newest_row(tmp_path, monkeypatch):
+    figures = {}
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **kw: (figures.update({path.stem: self}), save(self, path, **kw))
+    )
+    run = write_run(tmp_path / "run", [{"step": 200, "time": 1.0, "metrics": {"loss/train": 4.0}}])
+    rows = [
+        {"first_step": 1, "step": 100, "tokens": [[1, 1, 1, 1]] * 2},
+        {"first_step": 101, "step": 200, "tokens": [[30, 10, 0, 0], [0, 0, 0, 0]]},
+    ]
+    (run / "expert_tokens.jsonl").write_text("")
+    assert "expert_tokens" not in [path.stem for path in plot_run(run)], "no row yet"
+    (run / "expert_tokens.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = plot_run(run)
+    assert files[-1] == run / "plots" / "expert_tokens.png"
+    assert sorted(files) == sorted((run / "plots").iterdir()), "no temporary file stays"
+    axes, colour_bar = figures["expert_tokens"].axes
+    (image,) = axes.get_images()
+    assert image.get_array().tolist() == [[3, 1, 0, 0], [0, 0, 0, 0]], "a layer without tokens is no 0 / 0"
+    assert image.get_clim() == (0, 3) and "1 = even" in colour_bar.get_ylabel()
+    assert figures["expert_tokens"].get_suptitle() == "run · steps 101 to 200"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("expert", "layer")
+    pixels = imread(files[-1])[..., :3]
+    assert (np.ptp(pixels, axis=-1) > 0.3).mean() > 0.1, "colours"
+
+
 def test_axis_is_steps_without_token_counts(tmp_path):
     rows = [{"step": step, "time": 1.0, "metrics": {"loss/train": 4.0}} for step in (3, 8)]
     run = _Run.read(write_run(tmp_path / "run", rows))

@@ -1,0 +1,130 @@
+"""How the processes of a run are arranged.
+
+    world = replicate x shard               for everything but the experts
+    world = replicate x (shard / ep) x ep   for the experts
+
+Data is split over all processes. `shard` processes hold one copy of the weights between them, `replicate` such copies
+exist (HSDP). Each expert lives on one process of every group of `ep` neighbours (`expert_parallel`), and what that
+process holds of it is sharded once more over the shard / ep groups. `ep` is the innermost dimension: the processes
+that exchange tokens in every layer have consecutive ranks, so they sit on one node wherever ep divides its ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from gptoss_dist.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The degrees of parallelism of a run; their product rules hold by construction (`plan_layout`)."""
+
+    replicate: int
+    shard: int
+    expert_parallel: int
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.replicate * self.shard
+
+    @property
+    def expert_shard(self) -> int:
+        """Number of processes over which each expert's weights are sharded."""
+        return self.shard // self.expert_parallel
+
+    def __str__(self) -> str:
+        experts = f"experts {self.expert_parallel} x {self.expert_shard}"
+        return f"replicate {self.replicate} x shard {self.shard} ({experts})"
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The device meshes of a layout. FSDP shards over the last dimension and, if there are two, replicates over the
+    first."""
+
+    dense: DeviceMesh
+    """`shard`, or `replicate` x `shard`: for everything but the experts."""
+    experts: DeviceMesh
+    """`expert_shard`, or `replicate` x `expert_shard`: for the experts that one process holds."""
+    expert_parallel: DeviceMesh
+    """`expert`: the processes among which this one's tokens find every expert."""
+
+
+def ranks_per_node(world_size: int) -> int:
+    """Processes on each machine, as the launcher (torchrun, or deepspeed's LOCAL_SIZE) says; else all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+
+
+def plan_layout(config: ParallelConfig, num_experts: int, world_size: int, node_size: int | None = None) -> Layout:
+    """Check `config` against the number of processes and experts, and resolve `auto`.
+
+    Args:
+        num_experts: experts per layer.
+        world_size: processes in all.
+        node_size: processes per machine, for `expert_parallel=auto`; None asks the launcher.
+
+    Raises:
+        ValueError: the degrees do not fit; the message lists those that would.
+    """
+    replicate = config.replicate
+    if replicate < 1 or world_size % replicate:
+        raise ValueError(
+            f"parallel.replicate={replicate} does not divide the {world_size} processes; "
+            f"possible: {_listed(_divisors(world_size))}"
+        )
+    shard = world_size // replicate
+    possible = [n for n in _divisors(shard) if num_experts % n == 0]
+    if config.expert_parallel == "auto":
+        node_size = node_size or ranks_per_node(world_size)
+        expert_parallel = max(n for n in possible if node_size % n == 0)
+    else:
+        expert_parallel = config.expert_parallel
+    if expert_parallel not in possible:
+        raise ValueError(
+            f"parallel.expert_parallel={expert_parallel} must divide the {num_experts} experts and the {shard} "
+            f"processes of a shard group ({world_size} processes / parallel.replicate={replicate}); "
+            f"possible: {_listed(possible)}, or auto"
+        )
+    if expert_parallel > 1 and config.experts != "megablocks":
+        raise ValueError(
+            f"parallel.expert_parallel={expert_parallel} needs --parallel.experts megablocks, not {config.experts}"
+        )
+    return Layout(replicate, shard, expert_parallel)
+
+
+def build_meshes(layout: Layout, device_type: str) -> Meshes:
+    """Create the process groups of a layout; collective.
+
+    The experts' dimensions are views of one mesh: FSDP composes its sharding with the one over `expert` only then.
+    """
+    dense_sizes, dense_names = [layout.shard], ["shard"]
+    expert_sizes, expert_names = [layout.expert_shard], ["expert_shard"]
+    if layout.replicate > 1:
+        dense_sizes.insert(0, layout.replicate)
+        dense_names.insert(0, "replicate")
+        expert_sizes.insert(0, layout.replicate)
+        expert_names.insert(0, "replicate")
+    dense = init_device_mesh(device_type, tuple(dense_sizes), mesh_dim_names=tuple(dense_names))
+    root = init_device_mesh(device_type, (*expert_sizes, layout.expert_parallel),
+                            mesh_dim_names=(*expert_names, "expert"))  # fmt: skip
+    return Meshes(dense, root[tuple(expert_names)], root["expert"])
+
+
+def local(tensor: Tensor | None) -> Tensor | None:
+    """This process's part of a sharded tensor; anything else as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

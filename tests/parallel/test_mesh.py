@@ -1,0 +1,75 @@
+"""Layouts: what fits, what `auto` takes, and refusals that name what would fit."""
+
+import pytest
+
+from gptoss_dist.config import ParallelConfig
+from gptoss_dist.parallel.mesh import Layout, plan_layout, ranks_per_node
+from gptoss_dist.parallel.parallelize import shard_dimension
+
+
+def plan(world_size: int, num_experts: int, node_size: int | None = None, **fields) -> Layout:
+    return plan_layout(ParallelConfig(**fields), num_experts, world_size, node_size)
+
+
+def test_degrees_multiply_to_the_world():
+    layout = plan(64, 32, expert_parallel=8, replicate=2)
+    assert (layout.replicate, layout.shard, layout.expert_shard, layout.expert_parallel) == (2, 32, 4, 8)
+    assert layout.world_size == 64 and str(layout) == "replicate 2 x shard 32 (experts 8 x 4)"
+    assert plan(1, 8) == Layout(1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "world, experts, node, replicate, expected",
+    [
+        (8, 32, 8, 1, 8),
+        (64, 32, 8, 1, 8),  # the ranks of a node
+        (64, 32, 8, 16, 4),  # the ranks of a shard group
+        (8, 6, 8, 1, 2),  # the experts
+        (12, 32, 6, 1, 2),  # 4 divides experts and world, but would straddle nodes
+        (8, 128, 1, 1, 1),
+    ],
+)
+def test_auto(world, experts, node, replicate, expected):
+    assert plan(world, experts, node, expert_parallel="auto", replicate=replicate).expert_parallel == expected
+
+
+def test_the_launcher_knows_the_ranks_of_a_node(monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert ranks_per_node(16) == 16
+    monkeypatch.setenv("LOCAL_SIZE", "4")  # deepspeed
+    assert ranks_per_node(16) == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # torchrun
+    assert ranks_per_node(16) == 8
+    assert plan(16, 32, expert_parallel="auto").expert_parallel == 8
+
+
+@pytest.mark.parametrize(
+    "world, experts, fields, message",
+    [
+        (8, 32, {"expert_parallel": 3}, "parallel.expert_parallel=3 .* possible: 1, 2, 4, 8, or auto"),
+        (
+            12,
+            6,
+            {"expert_parallel": 4},
+            "must divide the 6 experts and the 12 processes .* possible: 1, 2, 3, 6, or auto",
+        ),
+        (8, 32, {"expert_parallel": 8, "replicate": 2}, "the 4 processes .*replicate=2.* possible: 1, 2, 4, or auto"),
+        (8, 32, {"expert_parallel": 0}, "parallel.expert_parallel=0 .* possible: 1, 2, 4, 8"),
+        (6, 32, {"replicate": 4}, "parallel.replicate=4 does not divide the 6 processes; possible: 1, 2, 3, 6"),
+        (6, 32, {"replicate": 0}, "parallel.replicate=0 .* possible: 1, 2, 3, 6"),
+        (4, 32, {"expert_parallel": 2, "experts": "plain"}, "needs --parallel.experts megablocks, not plain"),
+    ],
+)
+def test_impossible_layouts_name_what_is_possible(world, experts, fields, message):
+    with pytest.raises(ValueError, match=message):
+        plan(world, experts, **fields)
+
+
+def test_few_experts_are_sharded_on_another_dimension():
+    assert shard_dimension((4, 2880, 5760), 4) == 0
+    assert shard_dimension((4, 2880, 5760), 3) == 0  # padded by a third at most
+    assert shard_dimension((4, 2880, 5760), 64) == 1
+    assert shard_dimension((4, 2880), 64) == 1
+    assert shard_dimension((4, 90, 5760), 64) == 2
+    assert shard_dimension((4, 7, 9), 64) == 0  # nothing divides: padded

@@ -1,0 +1,92 @@
+"""Training written out with stock torch on the unsharded model, for engines to be compared with."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gptoss_dist.config import Config
+from gptoss_dist.engine.optimizer import is_decayed
+from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.model.init import initialize
+from gptoss_dist.model.losses import balance_loss, z_loss
+from gptoss_dist.model.transformer import GptOss
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 16,
+}
+LR = 1e-2
+
+
+class Result(NamedTuple):
+    """What a short training gave."""
+
+    rows: list[list[float]]
+    """Per step: token loss, balance loss, z-loss, gradient norm before clipping."""
+    gradients: dict[str, Tensor]
+    """Of the first step, before clipping."""
+    weights: dict[str, Tensor]
+    """After the last step."""
+
+
+def settings(**model) -> Config:
+    config = Config(model=ModelConfig(**SIZES | model))
+    config.train.precision, config.loss.z_coef = "fp32", 0.001
+    return config
+
+
+def micro_batches(step: int, samples: int) -> list[dict[str, Tensor]]:
+    """Two micro-batches of `samples` samples each, with different numbers of valid tokens."""
+    tokens = torch.randint(0, 101, (2 * samples, 41), generator=torch.Generator().manual_seed(step))
+    labels = tokens[:, 1:].clone()
+    labels[0, :25] = -100
+    return [{"input_ids": x[:, :-1], "labels": y} for x, y in zip(tokens.chunk(2), labels.chunk(2))]
+
+
+def plain(
+    config: Config, steps: int, samples: int, prepare: Callable[[nn.Module], None] = lambda model: None
+) -> Result:
+    """Train the plain model in this process.
+
+    Args:
+        prepare: called with the initialised model.
+    """
+    model, rows, gradients = GptOss(config.model), [], {}
+    initialize(model, config.run.seed)
+    prepare(model)
+    groups = [[], []]
+    for name, p in model.named_parameters():
+        groups[is_decayed(name)].append(p)
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1], "weight_decay": config.optim.weight_decay}],
+        betas=tuple(config.optim.betas),
+        eps=config.optim.eps,
+        lr=LR,
+    )
+    for step in range(steps):
+        parts = micro_batches(step, samples)
+        valid = sum((b["labels"] != -100).sum() for b in parts)
+        sums = [0.0, 0.0, 0.0]
+        for b in parts:
+            token_loss, stats = model(b["input_ids"], b["labels"])
+            loss = token_loss / valid
+            aux = balance_loss(stats, stats.counts_E, b["input_ids"].numel(), config.model.num_experts_per_tok) / 2
+            z = z_loss(stats, b["input_ids"].numel()) / 2
+            (loss + config.loss.aux_coef * aux + config.loss.z_coef * z).backward()
+            sums = [a + b.item() for a, b in zip(sums, (loss, aux, z))]
+        gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        rows.append([*sums, float(norm)])
+    return Result(rows, gradients, {name: p.detach() for name, p in model.named_parameters()})
