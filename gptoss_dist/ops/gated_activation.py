@@ -12,6 +12,7 @@ Shape legend: I intermediate size, n rows of one expert, F = 2 * I.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -163,7 +164,8 @@ def _activation_backward(
 
 
 def _next_above(value: float, dtype: torch.dtype) -> float:
-    return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(math.inf, dtype=dtype)).item()
+    kind = np.float64 if dtype == torch.float64 else np.float32  # numpy: no tensor, so nothing to read back
+    return float(np.nextafter(kind(value), kind(math.inf)))
 
 
 def _rows_per_chunk(rows: int, columns: int, device: torch.device) -> int:

@@ -13,6 +13,7 @@ import yaml
 from ranks import MODEL, command, environment, losses, run
 
 from gptoss_dist.checkpoint import checkpoints, load_weights, resolve
+from gptoss_dist.train.tracking import read_metrics
 
 
 @pytest.fixture
@@ -125,6 +126,26 @@ def test_resuming_on_other_data_is_refused(settings):
         assert folder_after_run == sorted(p.name for p in folder.rglob("*")) and config == saved.read_text()
 
 
+def test_a_checkpoint_resumes_on_other_layouts(settings, tmp_path):
+    """Written by four processes that spread the experts over pairs; whoever goes on, the losses are the same."""
+    options = ["--config", str(settings), "--train.steps", "8", "--validation.every", "0", "--checkpoint.keep", "0"]
+    whole = tmp_path / "whole"
+    run("launch/train.py", *options, "--run.dir", str(whole), "--train.micro_batch_size", "1",
+        "--parallel.expert_parallel", "2", processes=4)  # fmt: skip
+    expected = losses(whole)
+    assert "moe/rank_rows_max_over_mean" in read_metrics(whole)[0]["metrics"]
+    for processes, expert_parallel in ((4, 4), (2, 1), (1, 1)):
+        folder = tmp_path / f"{processes}x{expert_parallel}"
+        run("launch/train.py", *options, "--run.dir", str(folder), "--train.micro_batch_size", str(4 // processes),
+            "--parallel.expert_parallel", str(expert_parallel),
+            "--resume", str(whole / "checkpoints" / "step_00000004"), processes=processes)  # fmt: skip
+        assert sorted(losses(folder)) == [5, 6, 7, 8]
+        for name in ("loss/train", "loss/aux", "optim/grad_norm"):
+            resumed, uninterrupted = losses(folder, name), losses(whole, name)
+            assert all(resumed[n] == pytest.approx(uninterrupted[n], rel=2e-6) for n in resumed), name
+    assert expected[8] < expected[1]
+
+
 def test_layout_does_not_change_the_losses(settings, tmp_path):
     options = ["--config", str(settings), "--train.steps", "20", "--validation.every", "10"]
     run("launch/train.py", *options, "--run.dir", str(tmp_path / "one"), "--train.micro_batch_size", "4")
@@ -175,6 +196,8 @@ MISTAKES = {
     "unwritable folder": (["--run.dir", "/proc/nothing"], "/proc/nothing"),
     "missing checkpoint": (["--resume", "nowhere"], "nowhere"),
     "long sequence": (["--data.seq_len", "4096"], "data.seq_len=4096"),
+    "impossible layout": (["--parallel.expert_parallel", "3"], "parallel.expert_parallel=3 must divide"),
+    "impossible balancing": (["--loss.selection_bias_rate", "0.1"], "--model.router_selection_bias true"),
     "impossible sampling": (["--sampling.temperature", "-1"], "sampling.temperature=-1"),
 }
 
