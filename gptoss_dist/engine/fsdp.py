@@ -146,7 +146,7 @@ class FsdpEngine:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if rate := self.config.loss.selection_bias_rate:
+        if (rate := self.config.loss.selection_bias_rate) and self.config.train.routing == "learned":
             for router, counts_E in zip(self.routers, counts_LE):
                 bias_E = router.selection_bias
                 bias_E.copy_(updated_selection_bias(bias_E, counts_E, rate * (1 - skipped)))
