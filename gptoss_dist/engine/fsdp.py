@@ -85,8 +85,6 @@ class FsdpEngine:
             micro_batches: this rank's share, as `data_pipeline.BatchLoader` hands out (CPU tensors).
         """
         self.model.train()
-        if self.exchange is not None:
-            self.exchange.take()  # forget validation and samples
         batches = [self._to_device(batch) for batch in micro_batches]
         valid = sum((b["labels"] != IGNORE_INDEX).sum() for b in batches).float()
         valid = self.context.sum(valid).clamp(min=1)

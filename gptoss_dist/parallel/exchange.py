@@ -37,6 +37,8 @@ class Exchange:
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group, self.size = group, dist.get_world_size(group)
         self._rank, self._cuda = dist.get_rank(group), device.type == "cuda"
+        self.counting = True
+        """Off while the model validates or writes samples: `take` is about training."""
         self._rows = self._bytes = 0
         self._seconds = 0.0
         self._spans: deque[tuple] = deque()
@@ -60,8 +62,8 @@ class Exchange:
         with self._timed():
             dist.all_to_all_single(received_RE, sent_RE, group=self.group)
         totals = torch.stack([sent_RE.sum(1), received_RE.sum(1)]).tolist()
-        self._rows += sum(totals[1])
-        self._bytes += (self.size - 1) * sent_RE[0].numel() * sent_RE.element_size()
+        self._rows += self.counting * sum(totals[1])
+        self._bytes += self.counting * (self.size - 1) * sent_RE[0].numel() * sent_RE.element_size()
         return totals, received_RE
 
     def rows(self, x_MD: Tensor, sent: list[int], received: list[int]) -> Tensor:
@@ -74,7 +76,7 @@ class Exchange:
         with self._timed():
             dist.all_to_all_single(y_MD, x_MD.contiguous(), received, sent, group=self.group)
         row_bytes = x_MD[:1].numel() * x_MD.element_size() if sum(sent) else 0
-        self._bytes += (sum(sent) - sent[self._rank]) * row_bytes
+        self._bytes += self.counting * (sum(sent) - sent[self._rank]) * row_bytes
         return y_MD
 
     def take(self) -> Cost:
@@ -88,7 +90,9 @@ class Exchange:
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        if self._cuda:
+        if not self.counting:
+            yield
+        elif self._cuda:
             span = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             span[0].record()
             yield

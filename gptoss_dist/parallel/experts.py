@@ -92,6 +92,7 @@ class DroplessExperts(megablocks.dmoe.ParallelDroplessMLP):
         """As upstream's `parallel_forward_once`, with one look of the host at the device instead of two, results that
         recomputation can keep, and row counts that stay on the device for the expert MLP."""
         ops, exchange = megablocks.ops, self.exchange
+        exchange.counting = self.training
         with torch.no_grad():
             order_N, bin_ids_N, bins_E, sent_E = self.indices_and_bins(indices_TK.flatten())
             (sent, received), received_RL = exchange.counts(sent_E.view(exchange.size, -1))
