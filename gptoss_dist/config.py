@@ -68,6 +68,8 @@ class TrainConfig:
     """Mode of torch.compile."""
     deterministic: bool = False
     """Refuse operations without a deterministic implementation (torch.use_deterministic_algorithms)."""
+    profile_step: int = 0
+    """Record this optimizer step with torch.profiler on rank 0 into the run's folder `profile/`; 0 records none."""
     max_skipped_steps: int = 5
     """Stop after this many steps in a row with a non-finite loss or gradient; each such step is skipped."""
     log_every_s: float = 10.0
@@ -223,7 +225,7 @@ class Config:
             _require(self[key] > 0, key, self[key], "must be positive")
         zero_or_more = ("train.activation_checkpointing", "optim.lr", "optim.warmup_steps", "optim.decay_steps")
         zero_or_more += ("optim.weight_decay", "optim.clip_norm", "loss.aux_coef", "loss.z_coef")
-        zero_or_more += ("loss.selection_bias_rate",)
+        zero_or_more += ("loss.selection_bias_rate", "train.profile_step")
         zero_or_more += ("checkpoint.every", "checkpoint.keep", "validation.every", "sampling.every", "data.prefetch")
         zero_or_more += ("sampling.temperature", "sampling.top_k", "train.log_every_s", "tracking.expert_tokens_every")
         for key in zero_or_more:

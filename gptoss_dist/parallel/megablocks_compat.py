@@ -110,7 +110,8 @@ def _limited_to_int32(triton_function: Callable) -> Callable:
         if rows * x.shape[1] >= 2**31:
             raise ValueError(
                 f"{rows} rows (tokens * experts per token) of hidden_size {x.shape[1]} exceed the 2^31 elements that "
-                "megablocks' kernels can address; lower train.micro_batch_size or data.seq_len"
+                "megablocks' kernels can address; lower train.micro_batch_size or data.seq_len (and raise "
+                "loss.aux_coef if it is expert parallelism that sends most tokens to one process)"
             )
         return triton_function(x, *args)
 

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from gptoss_dist.inference import generate
 from gptoss_dist.parallel.context import Context, on_rank_zero, seed_everything, start
 from gptoss_dist.train.faults import SkipGuard, StopRequest, TrainingError
 from gptoss_dist.train.metrics import StepTimer
+from gptoss_dist.train.profiling import profiled
 from gptoss_dist.train.report import Report
 from gptoss_dist.train.schedule import learning_rate
 
@@ -142,11 +144,13 @@ def train(config: Config, context: Context) -> None:
             timer.start()
             with timer.phase("data"):
                 batches = next(loader)
-            with timer.phase("compute"):
-                engine.forward_backward(batches)
-            with timer.phase("optimizer"):
-                lr = learning_rate(step, settings.steps, config.optim)
-                result = engine.update(lr, stop.requested)
+            lr = learning_rate(step, settings.steps, config.optim)
+            recorded = context.is_main and step + 1 == settings.profile_step
+            with profiled(config.folder / "profile", step + 1, context.device) if recorded else nullcontext():
+                with timer.phase("compute"):
+                    engine.forward_backward(batches)
+                with timer.phase("optimizer"):
+                    result = engine.update(lr, stop.requested)
             step += 1
             # Reading results one step late keeps the device busy meanwhile. It counts into the step's time.
             stopping = read_back(pending)

@@ -131,9 +131,11 @@ def test_a_checkpoint_resumes_on_other_layouts(settings, tmp_path):
     options = ["--config", str(settings), "--train.steps", "8", "--validation.every", "0", "--checkpoint.keep", "0"]
     whole = tmp_path / "whole"
     run("launch/train.py", *options, "--run.dir", str(whole), "--train.micro_batch_size", "1",
-        "--parallel.expert_parallel", "2", processes=4)  # fmt: skip
+        "--parallel.expert_parallel", "2", "--train.profile_step", "2", processes=4)  # fmt: skip
     expected = losses(whole)
     assert "moe/rank_rows_max_over_mean" in read_metrics(whole)[0]["metrics"]
+    assert "alltoall" in (whole / "profile" / "kernels_00000002.txt").read_text()
+    assert json.loads((whole / "profile" / "trace_00000002.json").read_text())["traceEvents"]
     for processes, expert_parallel in ((4, 4), (2, 1), (1, 1)):
         folder = tmp_path / f"{processes}x{expert_parallel}"
         run("launch/train.py", *options, "--run.dir", str(folder), "--train.micro_batch_size", str(4 // processes),

@@ -117,3 +117,50 @@ def test_a_missing_megablocks_names_the_install_script(monkeypatch):
     monkeypatch.setitem(sys.modules, "megablocks.layers.dmoe", None)
     with pytest.raises(ImportError, match=r"megablocks cannot be imported .*: sh launch/install.sh"):
         compat.load_megablocks.__wrapped__()
+
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.gpu
+@CUDA
+def test_compiled_ops_equal_ours_on_cuda():
+    compiled = pytest.importorskip("megablocks_ops")
+    generator = torch.Generator().manual_seed(0)
+    expert_N = torch.randint(0, 24, (4099,), generator=generator).int().cuda()
+    expert_N = expert_N + (expert_N > 7).int()  # expert 8 gets nothing
+    counts_1E = compat.histogram(expert_N, 25)[None]
+    assert torch.equal(compiled.histogram(expert_N, 25), counts_1E[0])
+    results = []
+    for ops in (compiled, OPS):
+        sorted_N, order_N, total_1E, before_1E = (torch.empty_like(t) for t in (expert_N, expert_N, *[counts_1E] * 2))
+        ops.sort(expert_N, 5, sorted_N, order_N)
+        ops.inclusive_cumsum(counts_1E, 1, total_1E)
+        ops.exclusive_cumsum(counts_1E, 1, before_1E)
+        repeated = torch.empty(1, 4099, dtype=torch.int32, device="cuda")
+        ops.replicate_forward(torch.arange(25, dtype=torch.int32, device="cuda")[None], total_1E[0], repeated)
+        results.append((sorted_N, order_N, total_1E, before_1E, repeated))
+    for theirs, ours in zip(*results):
+        assert torch.equal(theirs, ours)
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_kernels_equal_their_twins_on_cuda(dtype):
+    kernels = compat.load_megablocks().kernels
+    indices, bin_ids, bins = (t.cuda() for t in permutation(517, 8, 3))
+    x_TD, grad_TD = torch.randn(2, 517, 2880, device="cuda").to(dtype)
+    y_ND, weights = torch.randn(517 * 3, 2880, device="cuda").to(dtype), torch.rand(517 * 3, device="cuda").to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for name, *args in (
+        ("gather", x_TD, indices, bin_ids, None, bins, 3),
+        ("gather", x_TD, indices, bin_ids, weights, bins, 3),
+        ("scatter", y_ND, indices, bin_ids, weights, bins, 3),
+    ):
+        actual, expected = getattr(kernels, name)(*args), getattr(compat, name)(*args)
+        torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
+    actual = kernels.scatter_wgrad(y_ND, grad_TD, indices, bin_ids, bins, 3).float()
+    expected = compat.scatter_wgrad(y_ND.double(), grad_TD.double(), indices, bin_ids, bins, 3).float()
+    # A sum of 2880 products of unit variance: relative to its standard deviation.
+    assert (actual - expected).abs().max() <= tolerance * 2880**0.5
