@@ -108,7 +108,8 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MD: Tensor, sent: list[int], received: list[int], exchange: Exchange) -> Tensor:
         ctx.sent, ctx.received, ctx.exchange = sent, received, exchange
-        return once(lambda: exchange.move(x_MD, sent, received), large=True)
+        # Autograd writes the graph's node into the tensor returned here; what is kept shares its memory only.
+        return once(lambda: exchange.move(x_MD, sent, received), large=True).detach()
 
     @staticmethod
     @once_differentiable

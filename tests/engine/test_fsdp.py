@@ -121,6 +121,31 @@ def test_a_non_finite_step_leaves_no_trace(context):
     assert float(engine.update(LR).skipped) == 0
 
 
+def test_selection_bias_follows_the_load(context):
+    config = settings(router_selection_bias=True)
+    config.loss.selection_bias_rate = 0.25
+    engine = FsdpEngine(config, context)
+    expected = torch.zeros(3, 4)
+    for step in range(3):
+        engine.forward_backward(micro_batches(step, 2))
+        counts_LE = engine.update(LR).counts_LE
+        expected += 0.25 * torch.sign(counts_LE.mean(1, keepdim=True) - counts_LE)
+        state = engine.state()
+        for layer, bias_E in enumerate(expected):
+            assert torch.equal(state[f"model.model.layers.{layer}.mlp.router.selection_bias"], bias_E)
+    assert expected.any()
+
+
+def test_forced_routing_is_even_and_moves_no_bias(context):
+    config = settings(router_selection_bias=True)
+    config.loss.selection_bias_rate, config.train.routing = 0.25, "balanced"
+    engine = FsdpEngine(config, context)
+    engine.forward_backward(micro_batches(0, 2))
+    counts_LE = engine.update(LR).counts_LE
+    assert (counts_LE == 4 * 40 * 2 / 4).all()
+    assert not engine.state()["model.model.layers.0.mlp.router.selection_bias"].any()
+
+
 def test_weight_decay_acts_on_matrices_only():
     model = GptOss(ModelConfig(**SIZES, num_shared_experts=1))
     decayed = {name for name, _ in model.named_parameters() if is_decayed(name)}

@@ -13,6 +13,7 @@ import yaml
 from ranks import MODEL, command, environment, losses, run
 
 from gptoss_dist.checkpoint import checkpoints, load_weights, resolve
+from gptoss_dist.inference.session import Session
 from gptoss_dist.train.tracking import read_metrics
 
 
@@ -146,6 +147,20 @@ def test_a_checkpoint_resumes_on_other_layouts(settings, tmp_path):
             resumed, uninterrupted = losses(folder, name), losses(whole, name)
             assert all(resumed[n] == pytest.approx(uninterrupted[n], rel=2e-6) for n in resumed), name
     assert expected[8] < expected[1]
+
+
+def test_balance_without_a_loss_and_forced_routing(settings, tmp_path):
+    """The selection bias is part of the checkpoint: for a resume, and for inference. Forced routing is labelled."""
+    options = ["--config", str(settings), "--model.router_selection_bias", "true", "--loss.aux_coef", "0",
+               "--loss.selection_bias_rate", "0.01", "--validation.every", "0", "--resume", "auto"]  # fmt: skip
+    run("launch/train.py", *options, "--train.steps", "4")
+    done = run("launch/train.py", *options, "--train.steps", "6", "--train.routing", "balanced")
+    assert "train.routing=balanced: a benchmark" in done.stderr
+    forced = losses(tmp_path / "tiny", "moe/forced_routing")
+    assert forced == {5: 1.0, 6: 1.0} and losses(tmp_path / "tiny", "moe/load_cv")[6] == 0
+    model = Session.load(tmp_path / "tiny").model
+    bias_E = model.model.layers[0].mlp.router.selection_bias
+    assert bias_E.dtype == torch.float32 and 0 < bias_E.abs().max() <= 0.04 + 1e-6  # four steps of 0.01 at most
 
 
 def test_layout_does_not_change_the_losses(settings, tmp_path):
