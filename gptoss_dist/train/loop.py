@@ -89,6 +89,8 @@ def train(config: Config, context: Context) -> None:
         tokens = consumed * config.data.seq_len
         report = Report(config, context, engine.layout, dataset, start=first, tokens=tokens, run_id=run_id)
         report.message(f"resumed {path} at step {first}" if path else f"training {config.run.name} in {config.folder}")
+        samples = settings.micro_batch_size * settings.gradient_accumulation * context.world_size
+        report.message(f"{context.world_size} processes, {engine.layout}; {samples} samples per step")
         for moved in checkpoint.set_aside(config.checkpoint_folder, after=first):
             report.message(f"a later checkpoint is now {moved}")
 
