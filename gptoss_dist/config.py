@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -140,8 +141,15 @@ class ParallelConfig:
 class EngineConfig:
     """Who owns the sharded parameters."""
 
-    kind: Literal["fsdp"] = "fsdp"
-    """`fsdp`: torch FSDP2."""
+    kind: Literal["auto", "fsdp", "deepspeed"] = "auto"
+    """`fsdp`: torch FSDP2. `deepspeed`: DeepSpeed ZeRO. `auto` is `deepspeed` where the launcher of that name started
+    the run, else `fsdp`."""
+    zero_stage: int | None = None
+    """What DeepSpeed shards: 1 optimizer state, 2 gradients too, 3 weights too; null takes the stage that
+    engine.deepspeed names, else 2."""
+    deepspeed: str | dict[str, Any] | None = None
+    """Further settings of DeepSpeed: a JSON file such as configs/deepspeed/zero3_offload.json, or its contents. Where
+    they speak of what other settings decide (batch, precision, clipping, optimizer) they must agree or be left out."""
 
 
 @dataclass
@@ -256,6 +264,19 @@ class Config:
             self.optim.decay_steps,
             f"must be in [1, train.steps={self.train.steps}] for optim.schedule=wsd",
         )
+
+        self._read_deepspeed_settings()
+
+    def _read_deepspeed_settings(self) -> None:
+        """Put a file's contents in the place of its name: what is saved with the run needs no other file."""
+        engine = self.engine
+        if isinstance(engine.deepspeed, str):
+            path = Path(engine.deepspeed)
+            try:
+                engine.deepspeed = json.loads(path.read_text())
+            except (OSError, ValueError) as error:
+                raise ValueError(f"engine.deepspeed={path} is not a readable JSON file: {error}") from None
+            _require(isinstance(engine.deepspeed, dict), "engine.deepspeed", path, "must hold one JSON object")
 
     def __getitem__(self, key: str):
         section, name = key.split(".")

@@ -193,14 +193,14 @@ def architecture(arguments: argparse.Namespace) -> dict:
 def ours(arguments: argparse.Namespace):
     """The training engine as `launch/train.py` drives it, router losses and metrics sums included."""
     from gptoss_dist.config import Config, ModelConfig
-    from gptoss_dist.engine import FsdpEngine
+    from gptoss_dist.engine import build_engine
     from gptoss_dist.parallel.context import start
 
     config = Config(model=ModelConfig(**architecture(arguments)))
     config.data.seq_len, config.train.micro_batch_size = arguments.seq_len, arguments.batch_size
     config.train.precision, config.parallel.experts = arguments.precision, arguments.experts
     config.train.compile = arguments.worker.endswith(COMPILED)
-    engine = FsdpEngine(config, start())
+    engine = build_engine(config, start())
     input_ids, labels = batch(arguments)
 
     def step() -> None:

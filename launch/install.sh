@@ -195,6 +195,8 @@ fi
 write_constraints
 pip_install "setuptools>=77.0.3" wheel packaging || die "the build tools did not install; see the message above"
 install_torch
+# DeepSpeed compiles what it needs at first use; its build would otherwise look for a CUDA toolkit.
+export DS_BUILD_OPS="${DS_BUILD_OPS:-0}"
 say "installing gptoss_dist${extras:+[$extras]} and its dependencies"
 pip_install -c "$constraints" --no-build-isolation -e "$root${extras:+[$extras]}" triton ||
     die "the dependencies did not install; see the message above"

@@ -3,6 +3,7 @@
 
 One process:    python launch/train.py --config configs/quickstart.yaml
 Several:        torchrun --standalone --nproc_per_node 2 launch/train.py --config configs/quickstart.yaml
+With ZeRO:      deepspeed --num_gpus 2 launch/train.py --config configs/quickstart.yaml
 Only the plan:  python launch/train.py --config configs/pretrain_502m_a100.yaml --dry-run
 """
 
@@ -15,12 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def main(argv: list[str]) -> int:
     from gptoss_dist.config import build_parser, parse_arguments
+    from gptoss_dist.parallel import launcher
 
-    first = int(os.environ.get("RANK", 0)) == 0
     parser = build_parser(prog="train.py", description=__doc__.strip().splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="print parameters, tokens, memory and layout, and exit")
+    first = True
     try:
-        config, flags = parse_arguments(argv, parser)
+        launcher.complete()
+        first = int(os.environ.get("RANK", 0)) == 0
+        config, flags = parse_arguments(launcher.without_local_rank(argv), parser)
         if flags["dry_run"]:
             from gptoss_dist.train.plan import describe
 

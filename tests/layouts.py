@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from reference import LR, micro_batches, settings
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gptoss_dist.config import Config
-from gptoss_dist.engine import FsdpEngine
+from gptoss_dist.engine import Engine, build_engine, engine_kind
+from gptoss_dist.engine.flat_shard import FlatShard
 from gptoss_dist.parallel.context import Context, finish, start
 from gptoss_dist.parallel.mesh import local
 
@@ -47,21 +49,51 @@ class Case:
             setattr(getattr(config, section), name, value)
         return config
 
-    @torch.no_grad()
     def silence(self, model: nn.Module) -> None:
-        """Give the routers a bias against the silent experts that no token overcomes."""
-        for name, p in model.named_parameters():
+        """Give the routers of the whole model a bias against the silent experts that no token overcomes."""
+        self._silence(dict(model.named_parameters()))
+
+    def silence_in(self, engine: Engine) -> None:
+        """The same for a sharded model."""
+        state = engine.state()
+        self._silence({name: t for name, t in state.items() if name.startswith("model.")})
+        engine.load(state)
+
+    @torch.no_grad()
+    def _silence(self, weights: dict[str, Tensor]) -> None:
+        for name, tensor in weights.items():
             if self.silent and name.endswith("router.bias"):
-                full = torch.zeros(p.shape)
+                full = torch.zeros(tensor.shape)
                 full[self.silent] = -30.0
-                if isinstance(p, DTensor):
-                    full = distribute_tensor(full, p.device_mesh, p.placements)
-                local(p).copy_(local(full))
+                if isinstance(tensor, FlatShard):
+                    for (start,), values in tensor.boxes:
+                        values.copy_(full[start : start + len(values)])
+                elif isinstance(tensor, DTensor):
+                    local(tensor).copy_(local(distribute_tensor(full, tensor.device_mesh, tensor.placements)))
+                else:
+                    tensor.copy_(full)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on every process; collective."""
+    if isinstance(tensor, FlatShard):
+        full = torch.zeros(tensor.shape)
+        for offset, values in tensor.boxes:
+            full[tuple(slice(o, o + n) for o, n in zip(offset, values.shape))] += values
+        if dist.get_world_size() > 1:
+            dist.all_reduce(full)
+        return full
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors, on every process."""
-    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors.items()}
+    return {name: whole(tensor) for name, tensor in tensors.items()}
+
+
+def weights(engine: Engine) -> dict[str, Tensor]:
+    """Whole master weights by the names of the model."""
+    return {n.removeprefix("model."): whole(t) for n, t in engine.state().items() if n.startswith("model.")}
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
@@ -74,33 +106,33 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 def train(case: Case, context: Context, folder: Path) -> None:
     """Train and write what `test_layouts.py` looks at."""
-    engine = FsdpEngine(case.config(), context)
+    engine = build_engine(case.config(), context)
     parameters = dict(engine.model.named_parameters())
+    sharded_by_torch = engine_kind(engine.config) == "fsdp"
     report = {
-        "initial": digest(gathered(parameters)),
+        "initial": digest(weights(engine)),
         "layout": str(engine.layout),
         "local": {n: list(local(p).shape) for n, p in parameters.items()},
         "rows": [],
         "traffic": [],
     }
-    case.silence(engine.model)
+    case.silence_in(engine)
     share = slice(context.rank * SAMPLES // context.world_size, (context.rank + 1) * SAMPLES // context.world_size)
     for step in range(STEPS):
         batches = [{k: t[share] for k, t in b.items()} for b in micro_batches(step, SAMPLES)]
         engine.evaluate(batches[:1])  # leaves no trace in what follows
         engine.forward_backward(batches)
-        if step == 0:
+        if step == 0 and sharded_by_torch:
             gradients = gathered({n: p.grad for n, p in engine.model.named_parameters()})
         result = engine.update(LR)
         report["rows"].append([float(x) for x in (result.loss, result.aux, result.z, result.grad_norm)])
         report["traffic"].append(None if result.traffic_R3 is None else result.traffic_R3.tolist())
     report["counts"] = result.counts_LE.tolist()
-    weights = gathered({n: t for n, t in engine.state().items() if n.startswith("model.")})
+    final = weights(engine)
     if context.is_main:
-        save_file(gradients, folder / f"{case.name}.gradients.safetensors")
-        save_file(
-            {n.removeprefix("model."): t for n, t in weights.items()}, folder / f"{case.name}.weights.safetensors"
-        )
+        if sharded_by_torch:
+            save_file(gradients, folder / f"{case.name}.gradients.safetensors")
+        save_file(final, folder / f"{case.name}.weights.safetensors")
         (folder / f"{case.name}.json").write_text(json.dumps(report))
 
 

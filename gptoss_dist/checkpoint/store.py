@@ -18,6 +18,7 @@ import random
 import re
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def save(
 
     on_rank_zero(begin)
     try:
-        dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+        dcp.save(state, storage_writer=_Writer(str(partial), save_distributed=True))
     except CheckpointException as error:
         reasons = sorted({str(reason) for reason, _ in error.failures.values()})
         raise OSError(f"checkpoint {final} not written: {'; '.join(reasons)}") from error
@@ -98,6 +99,18 @@ def save(
     dist.barrier()
     on_rank_zero(commit)
     return final
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """One safetensors file per rank; more where a rank has several parts of a tensor, since a file holds one value per
+    name: the n-th parts of all tensors go to the n-th file."""
+
+    def _split_by_storage_plan(self, storage_plan, items):
+        files, seen = {}, Counter()
+        for item in items:
+            seen[item.index.fqn] += 1
+            files.setdefault(seen[item.index.fqn], []).append(item)
+        return files
 
 
 def _remove(checkpoint: Path) -> None:

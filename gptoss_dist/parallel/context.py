@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gptoss_dist.parallel import launcher
+
 T = TypeVar("T")
 
 
@@ -44,13 +46,14 @@ class Context:
 
 
 def start(timeout_s: float = 1800.0) -> Context:
-    """Join the run started by `torchrun`, or be a run of one process if there is no launcher.
+    """Join the run that a launcher started (see `launcher.py`), or be a run of one process if there is none.
 
     On CPU it also sets, for the rest of the process, that the C library keeps freed memory.
 
     Raises:
-        ValueError: fewer GPUs than processes on this machine.
+        ValueError: fewer GPUs than processes on this machine, or the launcher does not say where the processes meet.
     """
+    launcher.complete()
     launched = "RANK" in os.environ
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

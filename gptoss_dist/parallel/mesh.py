@@ -58,8 +58,8 @@ class Meshes:
 
 
 def ranks_per_node(world_size: int) -> int:
-    """Processes on each machine, as the launcher (torchrun, or deepspeed's LOCAL_SIZE) says; else all of them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    """Processes on each machine, as the launcher says; else all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
 
 
 def plan_layout(config: ParallelConfig, num_experts: int, world_size: int, node_size: int | None = None) -> Layout:

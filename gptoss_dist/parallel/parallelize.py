@@ -28,15 +28,8 @@ def parallelize(model: GptOss, config: Config, meshes: Meshes) -> Exchange | Non
         The all-to-alls between the experts, if they are spread over processes.
     """
     layers = model.model.layers
-    exchange = _place_experts(model, config, meshes)
-    if config.train.compile:
-        # Before the checkpointing around it: torch.compile runs a checkpointed function eagerly, and without a word, if
-        # anything in it breaks the graph, as the all-to-alls do.
-        for layer in layers:
-            layer.forward = torch.compile(layer.forward, mode=config.train.compile_mode)
-    if every := config.train.activation_checkpointing:
-        for layer in layers[every - 1 :: every]:
-            checkpoint_activations(layer, keep_large=config.train.keep_all_to_all)
+    exchange = place_experts(model, config, meshes)
+    wrap_blocks(model, config)
     for layer in layers:
         experts = layer.mlp.experts
         if exchange is not None:
@@ -48,7 +41,28 @@ def parallelize(model: GptOss, config: Config, meshes: Meshes) -> Exchange | Non
     return exchange
 
 
-def _place_experts(model: GptOss, config: Config, meshes: Meshes) -> Exchange | None:
+def wrap_blocks(model: GptOss, config: Config) -> None:
+    """Compile each block, and checkpoint every n-th one's activations, as the settings say; in place."""
+    layers = model.model.layers
+    if config.train.compile:
+        # Before the checkpointing around it: torch.compile runs a checkpointed function eagerly, and without a word, if
+        # anything in it breaks the graph, as the all-to-alls do.
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, mode=config.train.compile_mode)
+    if every := config.train.activation_checkpointing:
+        for layer in layers[every - 1 :: every]:
+            checkpoint_activations(layer, keep_large=config.train.keep_all_to_all)
+
+
+def place_experts(model: GptOss, config: Config, meshes: Meshes) -> Exchange | None:
+    """Swap in the experts that the settings name and spread them over `meshes.expert_parallel`; in place.
+
+    Returns:
+        The all-to-alls between the experts, if they are spread over processes.
+
+    Raises:
+        ValueError: megablocks cannot be imported.
+    """
     exchange = None
     if config.parallel.experts == "megablocks":
         try:

@@ -14,7 +14,7 @@ import torch
 from data_pipeline import BatchLoader, TokenDataset, validation_batches
 from gptoss_dist import checkpoint
 from gptoss_dist.config import Config
-from gptoss_dist.engine import FsdpEngine
+from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.inference import generate
 from gptoss_dist.parallel.context import Context, on_rank_zero, seed_everything, start
 from gptoss_dist.train.faults import SkipGuard, StopRequest, TrainingError
@@ -32,6 +32,7 @@ def run(config: Config) -> int:
     logging.getLogger("gptoss_dist").addHandler(logging.NullHandler())
     try:
         context = start()
+        config.engine.kind = engine_kind(config)  # what is saved with the run says which it was
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -61,7 +62,7 @@ def train(config: Config, context: Context) -> None:
         _check_same_data(config, dataset, path, info)
     on_rank_zero(lambda: _check_folder(config))
     seed_everything(config.run.seed, context.rank)
-    engine = FsdpEngine(config, context)
+    engine = build_engine(config, context)
 
     first, consumed, skipped, run_id = 0, 0, 0, None
     if path is not None:
@@ -87,10 +88,10 @@ def train(config: Config, context: Context) -> None:
     report = None
     if context.is_main:
         tokens = consumed * config.data.seq_len
-        report = Report(config, context, engine.layout, dataset, start=first, tokens=tokens, run_id=run_id)
+        report = Report(config, context, engine, dataset, start=first, tokens=tokens, run_id=run_id)
         report.message(f"resumed {path} at step {first}" if path else f"training {config.run.name} in {config.folder}")
         samples = settings.micro_batch_size * settings.gradient_accumulation * context.world_size
-        report.message(f"{context.world_size} processes, {engine.layout}; {samples} samples per step")
+        report.message(f"{context.world_size} processes, {engine.name}, {engine.layout}; {samples} samples per step")
         for moved in checkpoint.set_aside(config.checkpoint_folder, after=first):
             report.message(f"a later checkpoint is now {moved}")
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from gptoss_dist.config import Config
+from gptoss_dist.engine import engine_kind
+from gptoss_dist.engine.zero_settings import check_layout, deepspeed_settings, zero_stage
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.parallel.mesh import Layout, plan_layout
@@ -46,7 +48,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 def memory_estimate(config: Config, layout: Layout) -> dict[str, float]:
     """Bytes per process of the parts that grow with model and batch; fragmentation and buffers come on top.
 
-    Weights, gradients and Adam's moments are float32 and sharded. Activations are those that the backward pass needs,
+    Master weights and Adam's moments are float32 and sharded, gradients and the weights that the model computes with as
+    the engine says. What is offloaded to the host still counts. Activations are those that the backward pass needs,
     per token: the residual stream, norms, projections, and K rows of each expert stage (if the routing is even).
     """
     model, compute = config.model, 2 if config.train.precision == "bf16" else 4
@@ -55,8 +58,16 @@ def memory_estimate(config: Config, layout: Layout) -> dict[str, float]:
     whole = count.total - count.experts + count.experts / layout.expert_parallel
     tables = (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
     block = (whole - tables) / model.num_hidden_layers
-    resharded = config.parallel.reshard_after_forward and layout.world_size > 1
-    gathered = 2 * block + tables if resharded else whole
+    passing = 2 * block + tables  # gathered at one time, where weights are freed as soon as they have been used
+    if engine_kind(config) == "deepspeed":
+        stage, share = zero_stage(config), count.total / layout.shard
+        # Stage 3 computes with a sharded copy, the others with a whole one.
+        gathered = whole if stage < 3 else share + passing
+        gradients = share if stage > 1 else whole
+    else:
+        gathered = passing if config.parallel.reshard_after_forward and layout.world_size > 1 else whole
+        # Between the micro-batches of a step each process keeps the gradients of all that it gathers.
+        gradients = count.total / layout.shard if config.train.gradient_accumulation == 1 else whole
     tokens = config.train.micro_batch_size * config.data.seq_len
     D, I, K = model.hidden_size, model.intermediate_size, model.num_experts_per_tok  # noqa: E741
     q, kv = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
@@ -65,11 +76,10 @@ def memory_estimate(config: Config, layout: Layout) -> dict[str, float]:
     kept = model.num_hidden_layers - (model.num_hidden_layers // every if every else 0)
     recomputed = model.num_hidden_layers - kept
     return {
-        "weights, float32": 4 * count.total / layout.shard,
-        # Between the micro-batches of a step each process keeps the gradients of all that it gathers.
-        "gradients, float32": 4 * (count.total / layout.shard if config.train.gradient_accumulation == 1 else whole),
+        "master weights, float32": 4 * count.total / layout.shard,
+        "gradients, float32": 4 * gradients,
         "AdamW moments, float32": 8 * count.total / layout.shard,
-        f"gathered weights, {config.train.precision}": compute * max(gathered, 0),
+        f"weights in use, {config.train.precision}": compute * max(gathered, 0),
         "activations": compute * tokens * (width * max(kept, 1) + D * recomputed),
         "head: gradient and logits": 4 * model.vocab_size * (D + 3 * min(tokens, max(D, 512), 4096)),
     }
@@ -79,10 +89,14 @@ def describe(config: Config, world_size: int | None = None) -> str:
     """The text of a dry run: parameters, tokens, FLOPs, memory and layout.
 
     Raises:
-        ValueError: the processes cannot be laid out as `parallel` says.
+        ValueError: the processes cannot be laid out as `parallel` says, or the engine refuses its settings.
     """
     world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
     layout = plan_layout(config.parallel, config.model.num_local_experts, world_size)
+    engine = "fsdp"
+    if engine_kind(config) == "deepspeed":
+        check_layout(config)
+        engine = f"deepspeed ZeRO-{deepspeed_settings(config, layout)['zero_optimization']['stage']}"
     train, count, flops = (
         config.train,
         count_parameters(config.model),
@@ -98,7 +112,7 @@ def describe(config: Config, world_size: int | None = None) -> str:
         f"({train.micro_batch_size} x {train.gradient_accumulation} accumulated x {world_size} processes)",
         f"tokens       {tokens * train.steps:,} in {train.steps:,} steps",
         f"compute      {flops}, {flops.training * tokens * train.steps:.3e} FLOP in all",
-        f"layout       {config.engine.kind}, {layout}, dispatch {config.parallel.experts}, {train.precision}, "
+        f"layout       {engine}, {layout}, dispatch {config.parallel.experts}, {train.precision}, "
         f"activation checkpointing {train.activation_checkpointing or 'off'}, "
         f"compile {'on' if train.compile else 'off'}",
         "memory per process, estimated:",

@@ -12,9 +12,8 @@ import torch
 
 from data_pipeline import TokenDataset
 from gptoss_dist.config import Config
-from gptoss_dist.engine.fsdp import StepResult
+from gptoss_dist.engine import Engine, StepResult
 from gptoss_dist.parallel.context import Context
-from gptoss_dist.parallel.mesh import Layout
 from gptoss_dist.train.expert_tokens import ExpertTokens
 from gptoss_dist.train.flops import flops_per_token, peak_flops
 from gptoss_dist.train.metrics import Throughput, exchange_metrics, expert_load, loss_metrics, memory_metrics
@@ -32,7 +31,7 @@ class Report:
         self,
         config: Config,
         context: Context,
-        layout: Layout,
+        engine: Engine,
         dataset: TokenDataset,
         *,
         start: int,
@@ -52,7 +51,7 @@ class Report:
             uri=config.tracking.uri,
             enabled=config.tracking.mlflow,
             params=_flatten(config.to_dict()),
-            tags=_tags(config, context, layout, self.peak),
+            tags=_tags(config, context, engine, self.peak),
             dataset={
                 "name": Path(config.data.path).name,
                 "digest": dataset.manifest_sha256,
@@ -148,7 +147,7 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _tags(config: Config, context: Context, layout: Layout, peak) -> dict[str, str]:
+def _tags(config: Config, context: Context, engine: Engine, peak) -> dict[str, str]:
     device = context.device
     return {
         "git.sha": _git_sha(),
@@ -156,7 +155,7 @@ def _tags(config: Config, context: Context, layout: Layout, peak) -> dict[str, s
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU x {os.cpu_count()} cores",
         "torch": torch.__version__,
         "world_size": str(context.world_size),
-        "layout": f"{config.engine.kind} {layout}, dispatch {config.parallel.experts}",
+        "layout": f"{engine.name} {engine.layout}, dispatch {config.parallel.experts}",
         "routing": config.train.routing if config.train.routing == "learned" else f"{config.train.routing} (forced)",
         "mfu.peak": str(peak) if peak else "unknown",
     }

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from reference import LR, SIZES, micro_batches, plain, settings
 
 from gptoss_dist.config import Config
-from gptoss_dist.engine import FsdpEngine
+from gptoss_dist.engine import build_engine
 from gptoss_dist.engine.optimizer import is_decayed
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
@@ -23,7 +23,7 @@ def context():
 
 
 def train(config: Config, context, steps: int = 3) -> tuple[list, dict[str, torch.Tensor]]:
-    engine, rows = FsdpEngine(config, context), []
+    engine, rows = build_engine(config, context), []
     for step in range(steps):
         engine.forward_backward(micro_batches(step, 2))
         result = engine.update(LR)
@@ -97,7 +97,7 @@ def test_compiled_blocks_agree_in_bf16(context):
     for compiled in (False, True):
         config = settings()
         config.train.precision, config.train.compile = "bf16", compiled
-        engine = FsdpEngine(config, context)
+        engine = build_engine(config, context)
         for _ in range(3):
             engine.forward_backward(batch)
             losses.append(float(engine.update(LR).loss))
@@ -105,7 +105,7 @@ def test_compiled_blocks_agree_in_bf16(context):
 
 
 def test_a_non_finite_step_leaves_no_trace(context):
-    engine = FsdpEngine(settings(), context)
+    engine = build_engine(settings(), context)
     engine.forward_backward(micro_batches(0, 2))
     engine.update(LR)
     good = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
@@ -124,7 +124,7 @@ def test_a_non_finite_step_leaves_no_trace(context):
 def test_selection_bias_follows_the_load(context):
     config = settings(router_selection_bias=True)
     config.loss.selection_bias_rate = 0.25
-    engine = FsdpEngine(config, context)
+    engine = build_engine(config, context)
     expected = torch.zeros(3, 4)
     for step in range(3):
         engine.forward_backward(micro_batches(step, 2))
@@ -139,7 +139,7 @@ def test_selection_bias_follows_the_load(context):
 def test_forced_routing_is_even_and_moves_no_bias(context):
     config = settings(router_selection_bias=True)
     config.loss.selection_bias_rate, config.train.routing = 0.25, "balanced"
-    engine = FsdpEngine(config, context)
+    engine = build_engine(config, context)
     engine.forward_backward(micro_batches(0, 2))
     counts_LE = engine.update(LR).counts_LE
     assert (counts_LE == 4 * 40 * 2 / 4).all()

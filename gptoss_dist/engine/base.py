@@ -1,0 +1,205 @@
+"""What every engine does: global losses over micro-batches, one reduction per step, what a step reports.
+
+An engine owns the sharded parameters, the backward pass and the optimizer step. `fsdp.py` and `deepspeed.py` differ in
+who shards, reduces and steps; the numbers they give are the same.
+
+Shapes: B samples, T tokens, L layers, E experts, R ranks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptoss_dist.config import Config
+from gptoss_dist.model.losses import balance_loss, updated_selection_bias, z_loss
+from gptoss_dist.model.transformer import IGNORE_INDEX, GptOss
+from gptoss_dist.parallel.context import Context
+from gptoss_dist.parallel.exchange import Exchange
+from gptoss_dist.parallel.mesh import Layout
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step gave, over all ranks, on the host. On CUDA it is still on its way: `wait` for it."""
+
+    loss: Tensor
+    """Mean token loss in nats."""
+    aux: Tensor
+    """Load-balancing loss, unweighted; 1 is perfect balance."""
+    z: Tensor
+    """Router z-loss, unweighted."""
+    entropy_L: Tensor
+    """Mean routing entropy in nats per layer."""
+    counts_LE: Tensor
+    """Tokens routed to each expert."""
+    grad_norm: Tensor
+    """Global gradient norm before clipping."""
+    skipped: Tensor
+    """1 if the update was skipped because loss or gradient was not finite, else 0."""
+    stop: Tensor
+    """Number of ranks that were asked to stop."""
+    traffic_R3: Tensor | None = None
+    """With expert parallelism, of each rank: token copies that its experts computed, bytes that its all-to-alls sent to
+    other ranks, and seconds in all-to-alls (on CUDA those that have finished, mostly of the step before)."""
+    arrived: torch.cuda.Event | None = None
+    """Marks the end of the copies to the host."""
+
+    def wait(self) -> StepResult:
+        """Wait for this step, and not for those that were launched after it."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self
+
+
+class Engine(ABC):
+    """A model and its optimizer, sharded. The loss does not depend on how many ranks share the global batch.
+
+    A subclass builds `model`, `layout` and `exchange`, then calls `_prepare_routers`.
+    """
+
+    name: str
+    """For people: engine and what it shards."""
+    model: GptOss
+    layout: Layout
+    exchange: Exchange | None
+    """The all-to-alls between experts, if they are spread over ranks."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        self.config, self.context = config, context
+
+    def _prepare_routers(self) -> None:
+        self.routers = [layer.mlp.router for layer in self.model.model.layers]
+        for router in self.routers:
+            router.jitter = self.config.loss.router_jitter
+            router.forced = None if self.config.train.routing == "learned" else self.config.train.routing
+
+    # What a subclass provides ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _begin_micro_batch(self, last: bool) -> None:
+        """Called before the forward pass; gradients are to be reduced with the `last` one at the latest."""
+
+    @abstractmethod
+    def _forward(self, batch: dict[str, Tensor]) -> tuple:
+        """`LossSums` of a micro-batch."""
+
+    @abstractmethod
+    def _backward(self, loss: Tensor) -> None:
+        """Backward of this rank's share of the global loss: gradients are summed over ranks, not averaged."""
+
+    @abstractmethod
+    def _gradient_squares(self) -> Tensor:
+        """This rank's share of the squared gradient norm; 0 if `_step` computes the norm itself."""
+
+    @abstractmethod
+    def _step(self, lr: float, loss: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip and apply the gradients, unless they or the loss are not finite.
+
+        Args:
+            loss, squares: summed over ranks.
+
+        Returns:
+            The gradient norm before clipping, and 1 if the update was skipped, else 0.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Everything that training changes, by name, as tensors that alias the live ones and that torch DCP can write.
+
+        Names and whole shapes are the same for every engine: `model.NAME`, float32 master weights and buffers;
+        `optim.exp_avg.NAME` and `optim.exp_avg_sq.NAME`; `optim.step`.
+        """
+
+    @abstractmethod
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Adopt what a checkpoint wrote into the tensors of `state()`."""
+
+    # What all do -----------------------------------------------------------------------------------------------------
+
+    def forward_backward(self, micro_batches: list[dict[str, Tensor]]) -> None:
+        """Forward and backward for one global batch.
+
+        Args:
+            micro_batches: this rank's share, as `data_pipeline.BatchLoader` hands out (CPU tensors).
+        """
+        self.model.train()
+        batches = [self._to_device(batch) for batch in micro_batches]
+        valid = sum((b["labels"] != IGNORE_INDEX).sum() for b in batches).float()
+        valid = self.context.sum(valid).clamp(min=1)
+        for index, batch in enumerate(batches):
+            self._begin_micro_batch(index == len(batches) - 1)
+            terms = self._micro_batch(batch, valid, len(batches))
+            self._sums = terms if index == 0 else tuple(a + b for a, b in zip(self._sums, terms))
+
+    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.context.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _micro_batch(self, batch: dict[str, Tensor], valid: Tensor, micro_batches: int) -> tuple[Tensor, ...]:
+        """Backward of this micro-batch's share of the global loss; returns detached sums for the report."""
+        settings, model = self.config.loss, self.config.model
+        token_loss, stats = self._forward(batch)
+        # Balance is judged over the micro-batch of *all* ranks, so that the loss does not depend on the layout.
+        tokens = batch["input_ids"].numel() * self.context.world_size
+        counts_LE = self.context.sum(stats.counts_E.clone())
+        loss = token_loss / valid
+        aux = balance_loss(stats, counts_LE, tokens, model.num_experts_per_tok) / micro_batches
+        z = z_loss(stats, tokens) / micro_batches
+        self._backward(loss + settings.aux_coef * aux + settings.z_coef * z)
+        entropy_L = stats.entropy / (tokens * micro_batches)
+        return loss.detach(), aux.detach(), z.detach(), entropy_L.detach(), counts_LE
+
+    def update(self, lr: float, stop: bool = False) -> StepResult:
+        """Clip and apply the gradients of `forward_backward`.
+
+        Args:
+            lr: learning rate of this step.
+            stop: this rank was asked to stop; the result tells all ranks.
+        """
+        loss, aux, z, entropy_L, counts_LE = self._sums
+        # One reduction carries everything that the ranks have to agree on or report.
+        flag = torch.full_like(loss, float(stop))
+        parts = [torch.stack([loss, aux, z, self._gradient_squares(), flag]), entropy_L]
+        if self.exchange is not None:
+            parts.append(self._traffic().flatten())
+        loss_etc, entropy_L, *traffic = self.context.sum(torch.cat(parts)).split([len(part) for part in parts])
+        loss, aux, z, squares, flag = loss_etc
+        traffic_R3 = traffic[0].view(-1, 3) if traffic else None
+        grad_norm, skipped = self._step(lr, loss, squares)
+        if (rate := self.config.loss.selection_bias_rate) and self.config.train.routing == "learned":
+            for router, counts_E in zip(self.routers, counts_LE):
+                bias_E = router.selection_bias
+                bias_E.copy_(updated_selection_bias(bias_E, counts_E, rate * (1 - skipped)))
+        return self._to_host(StepResult(loss, aux, z, entropy_L, counts_LE, grad_norm, skipped, flag, traffic_R3))
+
+    def _to_host(self, result: StepResult) -> StepResult:
+        """Start the copies now: a copy started when the result is read would queue behind the steps launched since."""
+        if self.context.device.type == "cpu":
+            return result
+        tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in result if t is not None]
+        for host, tensor in zip(tensors, result):
+            host.copy_(tensor, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return StepResult(*tensors)._replace(arrived=arrived)
+
+    def _traffic(self) -> Tensor:
+        """This rank's row of `StepResult.traffic_R3`, zeros elsewhere."""
+        traffic_R3 = torch.zeros(self.context.world_size, 3, device=self.context.device)
+        for column, value in enumerate(self.exchange.take()):
+            traffic_R3[self.context.rank, column].fill_(value)  # a kernel's argument: no copy that the host waits for
+        return traffic_R3
+
+    @torch.no_grad()
+    def evaluate(self, batches) -> float:
+        """Mean token loss in nats over all ranks' batches; every rank must bring the same number of batches."""
+        self.model.eval()
+        total = torch.zeros(2, device=self.context.device)
+        for batch in batches:
+            batch = self._to_device(batch)
+            sums = self.model(batch["input_ids"], batch["labels"], document_ids_BT=batch.get("document_ids"))
+            total += torch.stack([sums.token_loss, (batch["labels"] != IGNORE_INDEX).sum().float()])
+        loss, count = self.context.sum(total).tolist()
+        return loss / max(count, 1.0)

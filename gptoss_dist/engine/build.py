@@ -1,0 +1,30 @@
+"""The choice of the engine."""
+
+from __future__ import annotations
+
+from gptoss_dist.config import Config
+from gptoss_dist.engine.base import Engine
+from gptoss_dist.parallel.context import Context
+from gptoss_dist.parallel.launcher import is_deepspeed
+
+
+def engine_kind(config: Config) -> str:
+    """`fsdp` or `deepspeed`, with `engine.kind=auto` resolved by the launcher."""
+    if config.engine.kind == "auto":
+        return "deepspeed" if is_deepspeed() else "fsdp"
+    return config.engine.kind
+
+
+def build_engine(config: Config, context: Context) -> Engine:
+    """The engine that `config` names, with the initial weights of `run.seed`; collective.
+
+    Raises:
+        ValueError: settings do not fit each other or the number of processes.
+    """
+    if engine_kind(config) == "deepspeed":
+        from gptoss_dist.engine.deepspeed import DeepSpeedEngine  # imports DeepSpeed, which takes seconds
+
+        return DeepSpeedEngine(config, context)
+    from gptoss_dist.engine.fsdp import FsdpEngine
+
+    return FsdpEngine(config, context)

@@ -1,0 +1,281 @@
+"""Training engine on DeepSpeed ZeRO (Rajbhandari et al., arXiv:1910.02054), stages 1 to 3, with spread experts.
+
+DeepSpeed owns flat float32 master weights, the reduction of gradients, clipping and the step. What it takes to make
+that the same training as under FSDP2:
+
+- Gradients are averaged over ranks there and summed here, so the loss is multiplied by the number of ranks.
+- Experts that are spread over ranks are made known to it by attributes of their parameters and by `_SpreadExperts`.
+- Initial weights and checkpoints go straight into the runs of elements that this rank holds (`flat_shard.py`).
+
+This reaches into DeepSpeed 0.19: other versions are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gptoss_dist.config import Config
+from gptoss_dist.engine.base import Engine
+from gptoss_dist.engine.flat_shard import FlatShard, boxes
+from gptoss_dist.engine.optimizer import adamw, allocate_state, parameter_groups
+from gptoss_dist.engine.zero_settings import check_layout, check_offload, deepspeed_settings, zero_stage
+from gptoss_dist.model.init import fill
+from gptoss_dist.model.transformer import GptOss
+from gptoss_dist.parallel.context import Context
+from gptoss_dist.parallel.mesh import build_meshes, local, plan_layout
+from gptoss_dist.parallel.parallelize import place_experts, wrap_blocks
+
+SUPPORTED = "0.19."
+
+
+def load_deepspeed(device_type: str):
+    """Import DeepSpeed and join it to the process group that is there; nothing is compiled.
+
+    Raises:
+        ValueError: it cannot be imported, or is of another version.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(f"engine.kind=deepspeed needs the package deepspeed ({error}): sh launch/install.sh") from None
+    if not deepspeed.__version__.startswith(SUPPORTED):
+        raise ValueError(
+            f"engine.kind=deepspeed was written for DeepSpeed {SUPPORTED}x, not {deepspeed.__version__}: "
+            "sh launch/install.sh"
+        )
+    # It calls collectives by the names they had before torch 2.13; each rank would say so a dozen times.
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+_tensor` is deprecated", category=FutureWarning)
+    # DeepSpeed would compile a shared-memory all-reduce for the CPU at start-up, which only its inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
+    return deepspeed
+
+
+class _Run(NamedTuple):
+    """Which elements of a parameter this rank holds, and where."""
+
+    flat: Tensor
+    """One of DeepSpeed's flat float32 master weights."""
+    position: int
+    """Where in it the run begins."""
+    start: int
+    """Where in the parameter the run begins."""
+    count: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The run in `flat`, a tensor laid out like the master weights."""
+        return flat.detach().narrow(0, self.position, self.count)
+
+
+class DeepSpeedEngine(Engine):
+    """Parameters are DeepSpeed's; experts that are spread over ranks are plain parameters of this rank's experts."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        super().__init__(config, context)
+        self.stage = zero_stage(config)
+        self.name = f"deepspeed ZeRO-{self.stage}"
+        check_layout(config)
+        self.layout = plan_layout(config.parallel, config.model.num_local_experts, context.world_size)
+        settings = deepspeed_settings(config, self.layout)
+        with torch.device("meta"):
+            self.model = GptOss(config.model)
+        check_offload(settings, sum(p.numel() for p in self.model.parameters()), self.layout)
+        self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        library = load_deepspeed(context.device.type)
+        self.exchange = place_experts(self.model, config, build_meshes(self.layout, context.device.type))
+        if self.exchange is not None:
+            _hold_experts(self.model, self.layout.expert_parallel)
+        wrap_blocks(self.model, config)
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        _materialize(self.model, dtype, context.device, settings if self.stage == 3 else None)
+        groups = parameter_groups(self.model, config.optim.weight_decay, lambda p: getattr(p, "group_name", None))
+        groups = [{**group, "moe": True, "name": home} if home else group for home, group in groups]
+        self.deepspeed, self.zero = self._start(library, settings, adamw(groups, config.optim))
+        self._prepare_routers()
+        self.optimizer = self.zero.optimizer
+        self.flats = self._flats()
+        allocate_state(self.optimizer, self.flats)
+        self._fill()
+
+    def _start(self, library, settings: dict[str, Any], optimizer: torch.optim.Optimizer) -> tuple:
+        try:
+            engine, zero, _, _ = library.initialize(
+                model=self.model, optimizer=optimizer, config=settings, dist_init_required=False
+            )
+        except (ValueError, AssertionError) as error:
+            raise ValueError(f"engine.deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())[:500]}") from error
+        return engine, zero
+
+    def _flats(self) -> list[Tensor]:
+        """DeepSpeed's float32 master weights: this rank's share of each group of parameters, in one piece."""
+        zero = self.zero
+        if self.stage == 3:
+            return zero.fp32_partitioned_groups_flat
+        # Stage 1 in bf16 has an optimizer of its own.
+        return getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
+
+    def _fill(self) -> None:
+        """Draw the initial master weights, each rank its own runs."""
+        model, seed = self.config.model, self.config.run.seed
+        for name, parameter in self.model.named_parameters():
+            run, first = self._run(parameter), self._first_expert(parameter)
+            for offset, values in boxes(run.of(run.flat), run.start, _shape(parameter)):
+                offset = (offset[0] + first, *offset[1:])
+                fill(values, name, self.shapes[name], model, seed, offset)
+        for name, buffer in self.model.named_buffers():
+            fill(buffer, name, buffer.shape, model, seed)
+        self._weights_from_master()
+
+    # One step --------------------------------------------------------------------------------------------------------
+
+    def _begin_micro_batch(self, last: bool) -> None:
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+
+    def _forward(self, batch: dict[str, Tensor]) -> tuple:
+        return self.deepspeed(batch["input_ids"], batch["labels"], document_ids_BT=batch.get("document_ids"))
+
+    def _backward(self, loss: Tensor) -> None:
+        self.deepspeed.backward(loss * self.context.world_size, scale_wrt_gas=False)
+
+    def _gradient_squares(self) -> Tensor:
+        return torch.zeros((), device=self.context.device)
+
+    def _step(self, lr: float, loss: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        # DeepSpeed looks at the gradients only. Fused AdamW reads this flag and leaves no trace of such a step.
+        not_finite = (~torch.isfinite(loss)).float()
+        self.optimizer.found_inf = not_finite.to(next(iter(self.optimizer.state)).device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        grad_norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float32).to(loss.device)
+        return grad_norm, not_finite.clamp(min=float(self.zero.overflow))
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        state = {}
+        for name, parameter in self.model.named_parameters():
+            run, shape, whole = self._run(parameter), _shape(parameter), self.shapes[name]
+            first, moments = self._first_expert(parameter), self.optimizer.state[run.flat]
+            for prefix, flat in (
+                ("model", run.flat),
+                ("optim.exp_avg", moments["exp_avg"]),
+                ("optim.exp_avg_sq", moments["exp_avg_sq"]),
+            ):
+                state[f"{prefix}.{name}"] = FlatShard(run.of(flat), run.start, shape, whole=whole, first=first)
+        for name, buffer in self.model.named_buffers():
+            state[f"model.{name}"] = buffer
+        state["optim.step"] = moments["step"].reshape(1).clone()
+        return state
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        for moments in self.optimizer.state.values():
+            moments["step"].copy_(state["optim.step"][0])
+        self._weights_from_master()
+
+    def _run(self, parameter: nn.Parameter) -> _Run:
+        zero = self.zero
+        if self.stage == 3:
+            index, position, _ = zero.grad_position[zero.get_param_id(parameter)]
+            share = parameter.partition_numel()
+            start = share * torch.distributed.get_rank(parameter.ds_process_group)
+            count = min(max(parameter.ds_numel - start, 0), share)
+            return _Run(self.flats[index], position, start if count else 0, count)
+        if (mapping := parameter._hp_mapping) is None:
+            return _Run(self.flats[0], 0, 0, 0)
+        held = mapping.hp_fragment_address
+        return _Run(self.flats[mapping.param_group_index], held.start, mapping.lp_fragment_address.start, held.numel)
+
+    def _first_expert(self, parameter: nn.Parameter) -> int:
+        """Index in the whole parameter of the first row that this rank's parameter has."""
+        if not hasattr(parameter, "group_name"):
+            return 0
+        return _shape(parameter)[0] * (self.context.rank % self.layout.expert_parallel)
+
+    @torch.no_grad()
+    def _weights_from_master(self) -> None:
+        """Write the float32 master weights into those that the model computes with."""
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        for parameter in self.model.parameters():
+            run = self._run(parameter)
+            parameter.ds_tensor.data.view(-1)[: run.count].copy_(run.of(run.flat))
+        if persistent := self.zero.persistent_parameters:
+            # Small parameters stay gathered on every rank: gather them anew.
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Of the parameter before ZeRO 3 took it apart."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _hold_experts(model: GptOss, expert_parallel: int) -> None:
+    """Turn the experts' DTensors into plain parameters of this rank's experts, and tell DeepSpeed who else has them.
+
+    In DeepSpeed's words: such a parameter is not replicated over all ranks (`allreduce`), but over those that hold the
+    same experts (`group_name`), and ZeRO 3 shards it over those too.
+    """
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+    from deepspeed.utils import groups
+
+    class _SpreadExperts(AutoEPMoELayer):
+        """Without parameters or computation: the engine believes in spread experts only if it finds this class."""
+
+        num_experts = expert_parallel
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+
+        def set_deepspeed_parallelism(self, *args, **kwargs) -> None:
+            """The groups are there already."""
+
+    name = f"ep_size_{expert_parallel}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(expert_parallel_size_=expert_parallel)
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        for key, parameter in list(experts.named_parameters(recurse=False)):
+            held = nn.Parameter(local(parameter.detach()))
+            held.allreduce, held.group_name = False, name
+            held.ds_zero_placement_family, held.ds_zero_partition_group_name = "autoep_expert", name
+            held.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(name)
+            setattr(experts, key, held)
+    model.spread_experts = _SpreadExperts()
+
+
+def _materialize(model: GptOss, dtype: torch.dtype, device: torch.device, zero3: dict[str, Any] | None) -> None:
+    """Give the meta model memory, in place; the values come later.
+
+    Args:
+        zero3: settings of ZeRO 3, to shard each parameter as soon as it exists: no rank ever holds the whole model.
+    """
+    if zero3 is not None:
+        from deepspeed import zero
+
+        # What a test or an earlier engine of this process left behind.
+        os.environ.setdefault("LOCAL_RANK", "0")
+        sharder = zero.Init(config_dict_or_path=zero3, dtype=dtype)
+    twins: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in twins:
+                twin = nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device))
+                twin.__dict__.update(parameter.__dict__)
+                if zero3 is not None:
+                    sharder._convert_to_zero_parameters([twin])
+                twins[parameter] = twin
+            setattr(module, name, twins[parameter])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
+    if zero3 is not None:
+        # The head's weight is read by the model itself, fused with the loss, and not by the head's forward pass.
+        zero.register_external_parameter(model, model.lm_head.weight)

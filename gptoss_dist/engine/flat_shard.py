@@ -1,0 +1,106 @@
+"""A run of a parameter's elements, as ZeRO shards it, in a form that torch DCP writes and reads.
+
+ZeRO cuts parameters between any two elements. DCP deals in boxes: rectangular parts, each with an offset in the whole
+tensor. A run of a row-major tensor with n dimensions is at most 2n - 1 boxes, so nobody needs the whole tensor to
+save it or to load it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+
+class Box(NamedTuple):
+    """A rectangular part of a tensor."""
+
+    offset: tuple[int, ...]
+    """Index of its first element in the whole tensor."""
+    values: Tensor
+    """A view of the run."""
+
+
+def boxes(run: Tensor, start: int, shape: tuple[int, ...]) -> list[Box]:
+    """Cut `run`, the elements from `start` on of a row-major tensor of `shape`, into boxes, in order."""
+    if run.numel() == 0:
+        return []
+    if len(shape) <= 1:
+        return [Box((start,) * len(shape), run.view(run.numel() if shape else ()))]
+    row = math.prod(shape[1:])
+    first, end = start // row, start + run.numel()
+    if end <= (first + 1) * row:  # within one row
+        return [_in_row(first, box) for box in boxes(run, start - first * row, shape[1:])]
+    parts, position = [], 0
+    if start > first * row:  # the end of a row
+        position = (first + 1) * row - start
+        parts += [_in_row(first, box) for box in boxes(run[:position], start - first * row, shape[1:])]
+        first += 1
+    rows = end // row - first
+    if rows:
+        whole = run[position : position + rows * row].view(rows, *shape[1:])
+        parts.append(Box((first,) + (0,) * (len(shape) - 1), whole))
+        position += rows * row
+    return parts + [_in_row(first + rows, box) for box in boxes(run[position:], 0, shape[1:])]
+
+
+def _in_row(index: int, box: Box) -> Box:
+    return Box((index, *box.offset), box.values[None])
+
+
+class FlatShard(Tensor):
+    """Stands for a whole tensor of which this rank holds a run of elements. Only DCP can do anything with it."""
+
+    boxes: list[Box]
+
+    @staticmethod
+    def __new__(
+        cls, run: Tensor, start: int, shape: tuple[int, ...], *, whole: tuple[int, ...] | None = None, first: int = 0
+    ) -> FlatShard:
+        """
+        Args:
+            run: one-dimensional; writing to it is writing to the shard.
+            start: place of run[0] in the row-major tensor of `shape`.
+            whole, first: if that tensor is itself the rows from `first` on of a larger one, of shape `whole`.
+        """
+        whole = tuple(whole or shape)
+        shard = Tensor._make_wrapper_subclass(cls, torch.Size(whole), dtype=run.dtype, device=run.device)
+        shard.boxes = [
+            Box((box.offset[0] + first, *box.offset[1:]) if box.offset else (), box.values)
+            for box in boxes(run, start, tuple(shape))
+        ]
+        return shard
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:  # DCP's planner asks for it
+            return args[0]
+        raise TypeError(f"{function} needs the whole tensor; this rank holds only a run of its elements")
+
+    # torch.distributed.checkpoint.planner_helpers looks for these three.
+
+    def __create_write_items__(self, name: str, _) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(name, torch.Size(offset)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=_chunk(offset, values), properties=TensorProperties(dtype=values.dtype), size=self.size()
+                ),
+            )
+            for offset, values in self.boxes
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [_chunk(offset, values) for offset, values in self.boxes]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return next(values for offset, values in self.boxes if torch.Size(offset) == index.offset)
+
+
+def _chunk(offset: tuple[int, ...], values: Tensor) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size(offset), sizes=values.size())

@@ -1,0 +1,207 @@
+"""The settings that DeepSpeed is started with: ours in its words, and the user's further ones.
+
+Every top-level key of DeepSpeed is one of three: set here from our own settings, handed on, or refused by name, because
+it would change what is computed behind the back of the training loop. A key that is none of them is a typing error.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import psutil
+
+from gptoss_dist.config import Config
+from gptoss_dist.parallel.mesh import Layout, ranks_per_node
+
+DEFAULT_STAGE = 2
+
+# Handed on as they are: communication, logging, profiling, NVMe; none changes what is computed.
+_PASSED = {
+    "zero_optimization",
+    "data_types",
+    "bf16",
+    "aio",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "steps_per_print",
+    "log_level",
+    "tensorboard",
+    "csv_monitor",
+    "comet",
+    "wandb",
+    "disable_python_gc",
+    "disable_allgather",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+}
+# What says the same here, or why it has no place.
+_REFUSED = {
+    "optimizer": "set optim.*",
+    "scheduler": "set optim.schedule, optim.warmup_steps, optim.decay_steps",
+    "activation_checkpointing": "set train.activation_checkpointing",
+    "fp16": "set train.precision: bf16",
+    "amp": "set train.precision: bf16",
+    "torch_autocast": "set train.precision: bf16",
+    "gradient_allreduce_op": "gradients are summed",
+    "gradient_predivide_factor": "gradients are summed",
+    "prescale_gradients": "gradients are summed",
+    "managed_gradient_accumulation": "set train.gradient_accumulation",
+    "expert_parallel": "set parallel.expert_parallel",
+    "use_data_before_expert_parallelism": "experts of a group are on neighbouring ranks",
+    "tensor_parallel": "there is no tensor parallelism",
+    "pipeline": "there is no pipeline parallelism",
+    "checkpoint": "set checkpoint.*; checkpoints are the same under both engines",
+    "elasticity": "any checkpoint resumes on any number of processes",
+    "compile": "set train.compile",
+    "sparse_gradients": "no gradient is sparse",
+}
+_REFUSED_ZERO = {
+    "mics_shard_size": "use engine.kind=fsdp with parallel.replicate",
+    "mics_hierarchical_params_gather": "use engine.kind=fsdp with parallel.replicate",
+    "zenflow": "its updates are late, which the training loop does not expect",
+}
+
+
+def zero_stage(config: Config) -> int:
+    """The ZeRO stage of a run.
+
+    Raises:
+        ValueError: there is no such stage here, or engine.deepspeed names another.
+    """
+    named = ((config.engine.deepspeed or {}).get("zero_optimization") or {}).get("stage")
+    stage = config.engine.zero_stage
+    if stage is None:
+        stage = DEFAULT_STAGE if named in (None, "auto") else named
+    if stage not in (1, 2, 3):
+        reason = " (0 shards nothing, and DeepSpeed clips spread experts wrongly with it)" if stage == 0 else ""
+        raise ValueError(f"engine.zero_stage={stage} is not possible; choose 1, 2 or 3{reason}")
+    return stage
+
+
+def check_layout(config: Config) -> None:
+    """Refuse what this engine cannot do and the other can.
+
+    Raises:
+        ValueError: one line that names the setting and what to choose instead.
+    """
+    if (replicate := config.parallel.replicate) > 1:
+        raise ValueError(
+            f"parallel.replicate={replicate} is not possible with engine.kind=deepspeed; choose --engine.kind fsdp, or "
+            "zero_optimization.zero_hpz_partition_size in engine.deepspeed"
+        )
+
+
+def deepspeed_settings(config: Config, layout: Layout) -> dict[str, Any]:
+    """The whole configuration for `deepspeed.initialize`.
+
+    Raises:
+        ValueError: engine.deepspeed contradicts another setting, or holds a key that has no place; one line that names
+            the key, its value and the setting to use.
+    """
+    given, train = copy.deepcopy(config.engine.deepspeed or {}), config.train
+    for key, value in given.items():
+        if key in _REFUSED:
+            raise ValueError(f"engine.deepspeed: {key}={value!r} has no place here: {_REFUSED[key]}")
+    for key, value in (given.get("zero_optimization") or {}).items():
+        if key in _REFUSED_ZERO:
+            raise ValueError(
+                f"engine.deepspeed: zero_optimization.{key}={value!r} has no place here: {_REFUSED_ZERO[key]}"
+            )
+    bf16 = train.precision == "bf16"
+    ours = {
+        "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (train.gradient_accumulation, "train.gradient_accumulation"),
+        "train_batch_size": (
+            train.micro_batch_size * train.gradient_accumulation * layout.world_size,
+            f"train.micro_batch_size x train.gradient_accumulation x {layout.world_size} processes",
+        ),
+        "gradient_clipping": (config.optim.clip_norm, "optim.clip_norm"),
+        "zero_optimization.stage": (zero_stage(config), "engine.zero_stage"),
+        "bf16.enabled": (bf16, "train.precision"),
+        # Gradients are added up and reduced in float32, whatever the model computes in.
+        "communication_data_type": ("fp32", "float32 reduction"),
+        "data_types.grad_accum_dtype": ("fp32", "float32 accumulation"),
+        # Clipping and the skipping of non-finite steps are read from them.
+        "bf16.check_grad_overflow": (True, "non-finite steps are skipped"),
+        "zero_optimization.compute_grad_norm": (True, "the gradient norm is reported"),
+    }
+    for key, (value, setting) in ours.items():
+        *path, name = key.split(".")
+        section = given
+        for part in path:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ValueError(f"engine.deepspeed: {part}={section!r} must be an object")
+        found = section.get(name, "auto")  # the word that Hugging Face's configurations leave gaps with
+        if found != "auto" and found != value:
+            raise ValueError(
+                f"engine.deepspeed: {key}={found!r} contradicts {setting}, which gives {value!r}; leave {key} out"
+            )
+        section[name] = value
+    for key in given:
+        if key not in _PASSED and key not in {name.split(".")[0] for name in ours}:
+            raise ValueError(f"engine.deepspeed: {key}={given[key]!r} is not a setting of DeepSpeed that is known here")
+    _check_spread_experts(given["zero_optimization"], layout)
+    # torch's fused AdamW steps on the host too; DeepSpeed's own would have to be compiled first.
+    return {
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    } | given
+
+
+def _check_spread_experts(zero: dict[str, Any], layout: Layout) -> None:
+    """What DeepSpeed 0.19 cannot combine with experts that are spread over ranks."""
+    if layout.expert_parallel == 1 or zero["stage"] < 3:
+        return
+    for key, off in (("zero_quantized_gradients", False), ("zero_hpz_partition_size", 1)):
+        if zero.get(key, off) != off:
+            raise ValueError(
+                f"engine.deepspeed: zero_optimization.{key}={zero[key]!r} is not possible with "
+                f"parallel.expert_parallel={layout.expert_parallel}; set it to 1, or leave {key} out"
+            )
+
+
+def check_offload(settings: dict[str, Any], parameters: int, layout: Layout) -> None:
+    """Whether the host's memory can take what is offloaded to it.
+
+    Args:
+        parameters: number of weights of the whole model.
+
+    Raises:
+        ValueError: stage 1, or it cannot; one line with the figures.
+    """
+    zero, bytes_per_weight = settings["zero_optimization"], 0
+    # Master weights, two moments and the gradient in float32; weights in the compute type.
+    for key, stages, size in (
+        ("offload_optimizer", (1, 2, 3), 16),
+        ("offload_param", (3,), 2 if settings["bf16"]["enabled"] else 4),
+    ):
+        device = (zero.get(key) or {}).get("device", "none")
+        if device == "none":
+            continue
+        if zero["stage"] not in stages:
+            raise ValueError(
+                f"engine.deepspeed: zero_optimization.{key} is not possible with engine.zero_stage={zero['stage']}; "
+                f"choose {' or '.join(map(str, stages))}"
+            )
+        if device == "nvme" and key == "offload_optimizer":
+            raise ValueError(
+                "engine.deepspeed: zero_optimization.offload_optimizer.device=nvme is not possible: checkpoints cannot "
+                "be written from there; choose cpu (offload_param may go to nvme)"
+            )
+        if device == "cpu":
+            bytes_per_weight += size
+    processes = min(ranks_per_node(layout.world_size), layout.world_size)
+    needed = bytes_per_weight * parameters * processes / layout.world_size
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise ValueError(
+            f"engine.deepspeed: offloading to the host needs {needed / 2**30:.1f} GiB on each machine "
+            f"({bytes_per_weight} bytes for each of {parameters:,} weights, {processes} of {layout.world_size} shares) "
+            f"but {available / 2**30:.1f} GiB are free; use more machines, or do not offload"
+        )

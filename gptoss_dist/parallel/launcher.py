@@ -1,0 +1,102 @@
+"""What the launchers say about the processes of a run, put into torchrun's words.
+
+torchrun, deepspeed, srun and mpirun each name rank, number of processes and meeting point differently. `complete` fills
+in what is missing of torchrun's variables, once and before anything reads them; nothing else in the project looks at a
+launcher's own variables.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import MutableMapping
+
+# Rank, processes in all, rank on this machine, processes on this machine, as srun and MPI's launchers name them.
+_STEP = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", None)
+_FOREIGN = {
+    "mpirun (Open MPI)": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    "mpirun (MPICH, Intel MPI)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "srun": _STEP,
+}
+
+
+def complete(environment: MutableMapping[str, str] | None = None) -> None:
+    """Fill in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where a launcher gave others.
+
+    Variables that are there already are kept. Without any launcher nothing is set: the run is one process. A shell
+    inside of a Slurm allocation, a batch script for example, is no launcher; only what `srun` started counts.
+
+    Args:
+        environment: the process's own by default.
+
+    Raises:
+        ValueError: the launcher does not say where the processes meet.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" not in env:
+        launcher = next((name for name, variables in _FOREIGN.items() if _is_started_by(env, variables)), None)
+        if launcher is None:
+            return
+        rank, world_size, local_rank, local_size = _FOREIGN[launcher]
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env[rank], env[world_size], env[local_rank]
+        if local_size in env:
+            env.setdefault("LOCAL_WORLD_SIZE", env[local_size])
+        elif launcher == "srun":
+            env.setdefault("LOCAL_WORLD_SIZE", str(_tasks_on_this_node(env)))
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = _meeting_host(env, launcher)
+        # The same on every machine, and another for every job, so that two jobs of one machine do not meet.
+        job = int(env.get("SLURM_JOB_ID", 0)) * 100 + int(env.get("SLURM_STEP_ID", 0))
+        env.setdefault("MASTER_PORT", str(20000 + job % 20000))
+    if "LOCAL_SIZE" in env:  # deepspeed
+        env.setdefault("LOCAL_WORLD_SIZE", env["LOCAL_SIZE"])
+
+
+def is_deepspeed(environment: MutableMapping[str, str] | None = None) -> bool:
+    """Whether the `deepspeed` launcher started this process."""
+    env = os.environ if environment is None else environment
+    return "CROSS_RANK" in env and "LOCAL_SIZE" in env and "TORCHELASTIC_RUN_ID" not in env
+
+
+def without_local_rank(argv: list[str]) -> list[str]:
+    """`argv` without the `--local_rank=N` that `deepspeed` (and an old `torch.distributed.launch`) puts first; the
+    environment says the same."""
+    if argv and re.fullmatch(r"--local[_-]rank=\d+", argv[0]):
+        return argv[1:]
+    if len(argv) > 1 and re.fullmatch(r"--local[_-]rank", argv[0]) and argv[1].isdecimal():
+        return argv[2:]
+    return argv
+
+
+def _is_started_by(env: MutableMapping[str, str], variables: tuple[str | None, ...]) -> bool:
+    return all(name in env for name in variables[:3])
+
+
+def _tasks_on_this_node(env: MutableMapping[str, str]) -> int:
+    """Slurm lists them as "4(x2),3": four on each of two nodes, then three."""
+    counts = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]).split(","):
+        count, times = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part).groups()
+        counts += [int(count)] * int(times or 1)
+    return counts[int(env.get("SLURM_NODEID", 0))]
+
+
+def _meeting_host(env: MutableMapping[str, str], launcher: str) -> str:
+    if nodes := env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST"):
+        return first_host(nodes)
+    if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
+        return "127.0.0.1"
+    raise ValueError(
+        f"MASTER_ADDR is not set and {launcher} does not say on which machine rank 0 runs; "
+        "set it to that machine's name, for example mpirun -x MASTER_ADDR=node1"
+    )
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a Slurm node list: "gpu[07-09,12],login" begins with "gpu07"."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes).group())
