@@ -33,13 +33,14 @@ from gptoss_dist.parallel.parallelize import place_experts, wrap_blocks
 SUPPORTED = "0.19."
 
 
-def load_deepspeed(device_type: str):
+def load_deepspeed(context: Context):
     """Import DeepSpeed and join it to the process group that is there; nothing is compiled.
 
     Raises:
         ValueError: it cannot be imported, or is of another version.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    os.environ.setdefault("DS_ACCELERATOR", context.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(context.local_rank))  # which it asks for even without a launcher
     try:
         import deepspeed
     except ImportError as error:
@@ -87,7 +88,7 @@ class DeepSpeedEngine(Engine):
             self.model = GptOss(config.model)
         check_offload(settings, sum(p.numel() for p in self.model.parameters()), self.layout)
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
-        library = load_deepspeed(context.device.type)
+        library = load_deepspeed(context)
         self.exchange = place_experts(self.model, config, build_meshes(self.layout, context.device.type))
         if self.exchange is not None:
             _hold_experts(self.model, self.layout.expert_parallel)
@@ -261,8 +262,6 @@ def _materialize(model: GptOss, dtype: torch.dtype, device: torch.device, zero3:
     if zero3 is not None:
         from deepspeed import zero
 
-        # What a test or an earlier engine of this process left behind.
-        os.environ.setdefault("LOCAL_RANK", "0")
         sharder = zero.Init(config_dict_or_path=zero3, dtype=dtype)
     twins: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():

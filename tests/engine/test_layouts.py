@@ -48,6 +48,38 @@ COMPILED = [
 ]
 
 
+def zero(stage: int, deepspeed: dict | None = None, **options) -> dict:
+    """Options of the DeepSpeed engine; `deepspeed` goes into the zero_optimization of its own settings."""
+    options = {f"train.{name}": value for name, value in options.items()}
+    return {
+        "engine.kind": "deepspeed",
+        "engine.zero_stage": stage,
+        "engine.deepspeed": {"zero_optimization": deepspeed or {}},
+        "train.gradient_accumulation": 2,
+    } | options
+
+
+# Small parameters are sharded too, where DeepSpeed would keep them whole.
+SHARD_ALL = {"stage3_param_persistence_threshold": 0}
+TO_HOST = {"offload_optimizer": {"device": "cpu"}}
+ZERO = [
+    *(Case(f"2x1 zero-{stage}", 2, options=zero(stage)) for stage in (1, 2, 3)),
+    *(Case(f"2x2 zero-{stage}", 2, ep=2, options=zero(stage)) for stage in (1, 2, 3)),
+    *(Case(f"4x2 zero-{stage}", 4, ep=2, options=zero(stage)) for stage in (1, 2, 3)),
+    Case("4x2 zero-3 idle rank", 4, ep=2, silent=[4, 5, 6, 7], options=zero(3, SHARD_ALL)),
+    Case("2x2 zero-2 silent expert, recomputed", 2, ep=2, silent=[5], options=zero(2, activation_checkpointing=1)),
+    Case("2x2 zero-3 keeping all-to-alls", 2, ep=2,
+         options=zero(3, SHARD_ALL, activation_checkpointing=1, keep_all_to_all=True)),
+    Case("2x2 zero-3 tied", 2, ep=2, options=zero(3, SHARD_ALL),
+         model={"tie_word_embeddings": True, "num_shared_experts": 1}),
+    Case("2x2 zero-2 offloaded", 2, ep=2, options=zero(2, TO_HOST)),
+    Case("2x2 zero-3 offloaded", 2, ep=2, options=zero(3, {**TO_HOST, "offload_param": {"device": "cpu"}})),
+]  # fmt: skip
+ROUNDED += [Case(f"2x2 zero-{stage} bf16", 2, ep=2, options=zero(stage, precision="bf16")) for stage in (1, 2, 3)]
+COMPILED += [Case("2x2 zero-3 compiled, recomputed", 2, ep=2,
+                  options=zero(3, SHARD_ALL, compile=True, activation_checkpointing=1))]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Train cases of one world size in one launch; returns the folder of their results."""
@@ -84,9 +116,10 @@ def check(folder, case: Case, tolerance: float = 1e-6) -> None:
         assert row[0] == pytest.approx(other[0], rel=tolerance)
         # Adam has turned rounding into differences of the weights by then, which the routers' small losses show first.
         assert row == pytest.approx(other, rel=(3 if step else 1) * tolerance)
-    for name, error in errors(load_file(folder / f"{case.name}.gradients.safetensors"), expected.gradients).items():
-        # A sink's gradient is a difference of large sums: in float32 stock torch itself is 1.5e-6 off float64 there.
-        assert error <= (2 if name.endswith("sinks") else 1) * tolerance, name
+    if "engine.kind" not in case.options:  # DeepSpeed hands out no gradients; their norm and the weights speak for them
+        for name, error in errors(load_file(folder / f"{case.name}.gradients.safetensors"), expected.gradients).items():
+            # These are differences of large sums: in float32 stock torch itself is 1.2e-6 to 1.5e-6 off float64 there.
+            assert error <= (2 if name.endswith(("sinks", "k_proj.bias")) else 1) * tolerance, name
     weights = load_file(folder / f"{case.name}.weights.safetensors")
     for name, tensor in expected.weights.items():
         if name in weights or not case.model.get("tie_word_embeddings"):
@@ -99,13 +132,18 @@ def test_equals_one_process(trained, case):
     check(trained(case, CASES), case)
 
 
+@pytest.mark.parametrize("case", ZERO, ids=lambda case: case.name)
+def test_zero_equals_one_process(trained, case):
+    check(trained(case, ZERO), case)
+
+
 @pytest.mark.parametrize("case", ROUNDED, ids=lambda case: case.name)
 def test_bf16_stays_close(trained, case):
     folder = trained(case, ROUNDED)
     expected = plain(case.config(), STEPS, SAMPLES)
     for row, other in zip(read(folder, case)["rows"], expected.rows, strict=True):
         assert row[0] == pytest.approx(other[0], rel=5e-3) and row[3] == pytest.approx(other[3], rel=3e-2)
-    assert read(folder, ROUNDED[0])["rows"] == read(folder, ROUNDED[1])["rows"]
+    assert read(folder, ROUNDED[0])["rows"] == read(folder, ROUNDED[1])["rows"]  # recomputation changes nothing
     assert all(t.dtype == torch.float32 for t in load_file(folder / f"{case.name}.weights.safetensors").values())
 
 
@@ -116,9 +154,9 @@ def test_compiled_blocks_agree(trained, case):
 
 
 def test_initial_weights_do_not_depend_on_the_layout(trained):
-    plain_cases = [case for case in CASES if not case.model]
-    digests = {read(trained(case, CASES), case)["initial"] for case in plain_cases}
-    assert len(plain_cases) >= 7 and len(digests) == 1
+    plain_cases = [(case, cases) for cases in (CASES, ZERO) for case in cases if not case.model]
+    digests = {read(trained(*pair), pair[0])["initial"] for pair in plain_cases}
+    assert len(plain_cases) >= 20 and len(digests) == 1
     few = [case for case in CASES if case.name in ("4x2 few experts", "4x1 few experts")]
     assert len({read(trained(case, CASES), case)["initial"] for case in few}) == 2  # the hash does tell models apart
 

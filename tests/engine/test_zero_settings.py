@@ -1,0 +1,134 @@
+"""What DeepSpeed is started with, and what is refused before it is."""
+
+import json
+
+import pytest
+from reference import settings
+
+from gptoss_dist.config import Config, load_config
+from gptoss_dist.engine import engine_kind
+from gptoss_dist.engine.zero_settings import check_layout, check_offload, deepspeed_settings, zero_stage
+from gptoss_dist.parallel.mesh import Layout
+
+ONE, SPREAD = Layout(1, 4, 1), Layout(1, 4, 2)
+
+
+def config(deepspeed=None, stage=None, **train) -> Config:
+    values = settings()
+    values.engine.kind, values.engine.zero_stage, values.engine.deepspeed = "deepspeed", stage, deepspeed
+    for name, value in train.items():
+        setattr(values.train, name, value)
+    return values
+
+
+def test_ours_are_filled_in():
+    found = deepspeed_settings(config(gradient_accumulation=3, micro_batch_size=2, precision="bf16"), ONE)
+    assert found["train_batch_size"] == 2 * 3 * 4 and found["gradient_accumulation_steps"] == 3
+    assert found["zero_optimization"] == {"stage": 2, "compute_grad_norm": True}
+    assert found["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert found["gradient_clipping"] == 1.0 and found["communication_data_type"] == "fp32"
+
+
+def test_further_ones_are_handed_on():
+    given = {
+        "zero_optimization": {"stage": 3, "overlap_comm": True, "stage3_max_live_parameters": 5},
+        "train_batch_size": "auto",
+        "gradient_clipping": 1.0,
+        "comms_logger": {"enabled": True},
+    }
+    before = json.dumps(given)
+    found = deepspeed_settings(config(given), ONE)
+    assert found["zero_optimization"]["overlap_comm"] and found["zero_optimization"]["stage"] == 3
+    assert found["train_batch_size"] == 32 and found["comms_logger"] == {"enabled": True}
+    assert json.dumps(given) == before
+    assert zero_stage(config({"zero_optimization": {"stage": "auto"}})) == 2
+
+
+@pytest.mark.parametrize(
+    "deepspeed, message",
+    [
+        ({"train_batch_size": 7}, r"train_batch_size=7 contradicts train.micro_batch_size x .* which gives 32"),
+        ({"gradient_clipping": 0.5}, r"gradient_clipping=0.5 contradicts optim.clip_norm, which gives 1.0"),
+        ({"bf16": {"enabled": True}}, r"bf16.enabled=True contradicts train.precision"),
+        ({"communication_data_type": "bf16"}, r"communication_data_type='bf16' contradicts"),
+        ({"optimizer": {"type": "Adam"}}, r"optimizer=.* has no place here: set optim"),
+        ({"scheduler": {}}, r"set optim.schedule"),
+        ({"fp16": {"enabled": True}}, r"set train.precision"),
+        ({"gradient_predivide_factor": 2}, r"gradient_predivide_factor=2 has no place"),
+        ({"zero_optimisation": {"stage": 2}}, r"zero_optimisation=.* is not a setting of DeepSpeed"),
+        ({"zero_optimization": {"mics_shard_size": 2}}, r"zero_optimization.mics_shard_size=2 .* parallel.replicate"),
+        ({"zero_optimization": []}, r"zero_optimization=\[\] must be an object"),
+    ],
+)
+def test_contradictions_are_refused_by_name(deepspeed, message):
+    with pytest.raises(ValueError, match=message):
+        deepspeed_settings(config(deepspeed), ONE)
+
+
+def test_stages():
+    with pytest.raises(ValueError, match=r"engine.zero_stage=0 is not possible; choose 1, 2 or 3 \(0 shards nothing"):
+        zero_stage(config(stage=0))
+    with pytest.raises(ValueError, match=r"engine.zero_stage=4 is not possible"):
+        zero_stage(config({"zero_optimization": {"stage": 4}}))
+    with pytest.raises(ValueError, match=r"zero_optimization.stage=3 contradicts engine.zero_stage, which gives 2"):
+        deepspeed_settings(config({"zero_optimization": {"stage": 3}}, stage=2), ONE)
+
+
+def test_what_cannot_be_combined_with_spread_experts():
+    zeropp = load_config("configs/quickstart.yaml", overrides={"engine.deepspeed": "configs/deepspeed/zeropp.json"})
+    assert deepspeed_settings(zeropp, ONE)["zero_optimization"]["zero_hpz_partition_size"] == 8
+    with pytest.raises(ValueError, match=r"zero_quantized_gradients=True is not possible with parallel.expert_par"):
+        deepspeed_settings(zeropp, SPREAD)
+    copies = config()
+    copies.parallel.replicate = 2
+    with pytest.raises(ValueError, match=r"parallel.replicate=2 is not possible with engine.kind=deepspeed"):
+        check_layout(copies)
+
+
+@pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload", "zero3_nvme", "zeropp"])
+def test_ready_made_files(name):
+    """Each fits every precision, and its contents are saved with the run instead of its name."""
+    path = f"configs/deepspeed/{name}.json"
+    for precision in ("fp32", "bf16"):
+        found = load_config(
+            "configs/quickstart.yaml", overrides={"engine.deepspeed": path, "train.precision": precision}
+        )
+        assert found.engine.deepspeed["zero_optimization"]["stage"] == zero_stage(found)
+        check_offload(deepspeed_settings(found, ONE), 1000, ONE)
+
+
+def test_unreadable_file(tmp_path):
+    path = tmp_path / "broken.json"
+    for text in ("{", "[1]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"engine.deepspeed={path}"):
+            load_config("configs/quickstart.yaml", overrides={"engine.deepspeed": str(path)})
+    with pytest.raises(ValueError, match=r"engine.deepspeed=nowhere.json is not a readable JSON file"):
+        load_config("configs/quickstart.yaml", overrides={"engine.deepspeed": "nowhere.json"})
+
+
+def test_offload_needs_memory():
+    both = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+
+    def check(stage, zero, parameters=10**13):
+        check_offload(deepspeed_settings(config({"zero_optimization": zero}, stage=stage), SPREAD), parameters, SPREAD)
+
+    with pytest.raises(ValueError, match=r"needs 186264.5 GiB on each machine \(20 bytes for each of 10,000,000"):
+        check(3, both)
+    with pytest.raises(ValueError, match=r"offload_param is not possible with engine.zero_stage=2; choose 3"):
+        check(2, both, parameters=10)
+    with pytest.raises(ValueError, match=r"offload_optimizer.device=nvme is not possible"):
+        check(3, {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}, parameters=10)
+    check(3, {})
+
+
+def test_the_launcher_decides_if_nothing_else_does(monkeypatch):
+    values = settings()
+    for name in ("CROSS_RANK", "LOCAL_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert engine_kind(values) == "fsdp"
+    monkeypatch.setenv("CROSS_RANK", "0")
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert engine_kind(values) == "deepspeed"
+    values.engine.kind = "fsdp"
+    assert engine_kind(values) == "fsdp"
