@@ -22,3 +22,13 @@ def corpus(tmp_path_factory) -> Path:
                  "--max-documents", "200"])  # fmt: skip
     assert code == 0
     return path
+
+
+@pytest.fixture(params=["multiplied in float32", "multiplied in bf16"])
+def bf16_products(request, monkeypatch) -> str:
+    """Runs a test as on a CPU without instructions for bf16, casting however few rows there are, and as on one with."""
+    from gptoss_dist.ops import gemm
+
+    monkeypatch.setattr(gemm, "CPU_MULTIPLIES_BF16", request.param == "multiplied in bf16")
+    monkeypatch.setattr(gemm, "MIN_ROWS", 1)
+    return request.param

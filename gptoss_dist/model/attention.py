@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gptoss_dist.model.config import SLIDING, ModelConfig
+from gptoss_dist.model.linear import Linear
 from gptoss_dist.model.rope import apply_rotary
 from gptoss_dist.ops.sink_attention import masked_sink_attention, sink_attention
 
@@ -35,10 +36,10 @@ class Attention(nn.Module):
         self.window = config.sliding_window if config.layer_types[layer_index] == SLIDING else None
         self.sink_clamp = config.sink_clamp
         self.backend = "auto"
-        self.q_proj = nn.Linear(D, config.num_attention_heads * C, bias=bias)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * C, bias=bias)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * C, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * C, D, bias=bias)
+        self.q_proj = Linear(D, config.num_attention_heads * C, bias=bias)
+        self.k_proj = Linear(D, config.num_key_value_heads * C, bias=bias)
+        self.v_proj = Linear(D, config.num_key_value_heads * C, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * C, D, bias=bias)
         self.sinks = nn.Parameter(torch.empty(config.num_attention_heads))
 
     def forward(

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.ops.gemm import linear
 from gptoss_dist.ops.grouped_experts import grouped_experts
 
 
@@ -61,7 +61,7 @@ class Router(nn.Module):
         if self.jitter and self.training:
             # Multiplicative noise on the router's input (Switch Transformer, arXiv:2101.03961).
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits_TE = F.linear(x_TD, self.weight, self.bias)
+        logits_TE = linear(x_TD, self.weight, self.bias)
         chosen_TK, indices_TK = self._choose(logits_TE)
         weights_TK = torch.softmax(chosen_TK, dim=-1, dtype=torch.float32).to(x_TD.dtype)
         return weights_TK, indices_TK, router_stats(logits_TE, indices_TK)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gptoss_dist.model.attention import Attention
 from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.model.linear import Linear
 from gptoss_dist.model.losses import balance_loss, z_loss
 from gptoss_dist.model.moe import MoE, RouterStats
 from gptoss_dist.model.rope import RotaryTables
@@ -100,7 +101,7 @@ class GptOss(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
 
     def tie(self) -> None:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gptoss_dist.ops.gemm import gemm_dtype
+
 BACKENDS = ("auto", "reference", "chunked")
 
 # Elements of a 16-bit weight gradient product awaiting its addition in fp32: in cache on the CPU, elsewhere merely
@@ -48,7 +50,8 @@ def linear_cross_entropy(
     With ``chunked``, gradients are ready after forward and kept until backward (``hidden``'s, and ``weight``'s in fp32
     whatever its dtype, so that chunks do not round away each other's contributions): do not place it under activation
     checkpointing, which would compute them twice. The logits of 16-bit operands are rounded to 16 bits, as ``F.linear``
-    does; softmax, loss and the label's subtraction are fp32.
+    does, and so is their gradient, save where bf16 is multiplied in fp32 (``ops/gemm.py``): there both stay in fp32.
+    Softmax, loss and the label's subtraction are fp32.
 
     Raises:
         ValueError: inconsistent shapes or dtypes, ``chunk_tokens`` below 1, or an unknown backend.
@@ -123,13 +126,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (N, D), V = hidden_ND.shape, weight_VD.shape[0]
         need_hidden, need_weight, need_bias = (needs_grad and needed for needed in ctx.needs_input_grad[:3])
         exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        ctx.dtype, dtype = hidden_ND.dtype, gemm_dtype(hidden_ND, rows=N)
+        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
         d_hidden_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if need_hidden else None
         d_weight_VD = weight_VD.new_zeros((V, D), dtype=exact) if need_weight else None
         d_bias_V = weight_VD.new_zeros(V, dtype=exact) if need_bias else None
         loss = hidden_ND.new_zeros((), dtype=exact)
 
-        # One buffer of logits serves all chunks; 16-bit operands need a second one for the fp32 arithmetic in between.
-        rows, rounded = min(chunk_tokens, N), hidden_ND.dtype != exact
+        # One buffer of logits serves all chunks; 16-bit products need a second one for the fp32 arithmetic in between.
+        rows, rounded = min(chunk_tokens, N), dtype != exact
         logits_buffer = hidden_ND.new_empty(rows, V)
         exact_buffer = hidden_ND.new_empty(rows, V, dtype=exact) if rounded else logits_buffer
         for start in range(0, N, chunk_tokens):
@@ -164,7 +169,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if need_bias:
                 d_bias_V += d_logits_CV.t() @ (~ignored_C1[:, 0]).to(d_logits_CV.dtype)
 
-        ctx.dtype = hidden_ND.dtype
         ctx.save_for_backward(d_hidden_ND, d_weight_VD, d_bias_V)
         return loss.float()
 

@@ -12,7 +12,8 @@ Every back end computes this function and its gradients:
 - ``blocked``: hand-written forward and backward for the CPU. Each expert's hidden states are computed *transposed*,
   ``h_Fn = W_DF^T x_nD^T``: BLAS transposes almost for free, and then the interleaved gate and up columns of ``h_nF``
   are the even and odd *rows* of ``h_Fn``. Every elementwise pass reads contiguous memory and vectorises, and neither
-  weights nor activations are ever de-interleaved.
+  weights nor activations are ever de-interleaved. Where bf16 is multiplied in fp32 (``ops/gemm.py``), rows and weights
+  are cast once per pass, and what lives only between two GEMMs is not rounded.
 
 Shape legend: N rows (token copies) of all experts, n rows of one expert, E experts, D hidden size, I intermediate size,
 F = 2 * I.
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gptoss_dist.ops.gated_activation import BetweenGemms, Gating, gated, gating_of, swiglu_reference
+from gptoss_dist.ops.gemm import cast_into, gemm_dtype, mm_into
 
 BACKENDS = ("auto", "loop", "grouped_mm", "grouped_gemm", "blocked")
 
@@ -88,11 +90,12 @@ def _one_by_one(backend: str, tokens_per_expert_E: Tensor, gating: Gating, opera
     _check_counts(counts, operands[0])
     if backend == "loop":
         return _loop(counts, gating, *operands)
-    room = _in_few_sizes(counts) if _builds_a_kernel_per_shape(operands[0]) else counts
+    dtype = gemm_dtype(operands[0], rows=sum(counts) // max(sum(n > 0 for n in counts), 1))
+    room = _in_few_sizes(counts) if _builds_a_kernel_per_shape(operands[0].device, dtype) else counts
     if room == counts:
-        return _Blocked.apply(counts, gating, *operands)
+        return _Blocked.apply(counts, gating, dtype, *operands)
     position_N = _positions(counts, room)
-    y_PD = _Blocked.apply(room, gating, _Spread.apply(operands[0], sum(room), position_N), *operands[1:])
+    y_PD = _Blocked.apply(room, gating, dtype, _Spread.apply(operands[0], sum(room), position_N), *operands[1:])
     return _Compact.apply(y_PD, position_N)
 
 
@@ -228,10 +231,10 @@ def _in_two_multiplications(
 # ------------------------------------------------------------------------------------------------------------- blocked
 
 
-def _builds_a_kernel_per_shape(x_ND: Tensor) -> bool:
+def _builds_a_kernel_per_shape(device: torch.device, dtype: torch.dtype) -> bool:
     """16-bit GEMMs on CPU are oneDNN's: it generates code at the first use of every shape, which costs as much as the
     GEMM of a few hundred rows (docs/log.md) - and an expert has another number of rows in every step."""
-    return x_ND.device.type == "cpu" and x_ND.dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
 
 
 def _in_few_sizes(counts: list[int]) -> list[int]:
@@ -274,17 +277,29 @@ class _Compact(torch.autograd.Function):
         return dy_ND.new_zeros(ctx.P, dy_ND.shape[1]).index_copy_(0, ctx.position_N, dy_ND), None
 
 
+def _cast_rooms(like: Tensor, dtype: torch.dtype, *elements: int) -> list[Tensor]:
+    """Flat scratch in ``dtype`` for casts of ``like``'s dtype, empty if there is nothing to cast."""
+    return [like.new_empty(n if dtype != like.dtype else 0, dtype=dtype) for n in elements]
+
+
 class _Blocked(torch.autograd.Function):
-    """One expert at a time; every GEMM writes straight into its slice of the result, and experts share all scratch."""
+    """One expert at a time; every GEMM writes straight into its slice of the result, and experts share all scratch.
+
+    ``dtype`` is that of the GEMMs. If it is not the operands', there is scratch for casts of weights and results too.
+    """
 
     @staticmethod
-    def forward(ctx, counts: list[int], gating: Gating, x_ND, w1_EDF, b1_EF, w2_EID, b2_ED) -> Tensor:
-        ctx.counts, ctx.gating = counts, gating
-        N, twice_I, most = x_ND.shape[0], w1_EDF.shape[2], max(counts, default=0)
+    def forward(
+        ctx, counts: list[int], gating: Gating, dtype: torch.dtype, x_ND, w1_EDF, b1_EF, w2_EID, b2_ED
+    ) -> Tensor:
+        ctx.counts, ctx.gating, ctx.dtype = counts, gating, dtype
+        (_, D, twice_I), N, most = w1_EDF.shape, x_ND.shape[0], max(counts, default=0)
         keep = any(ctx.needs_input_grad)
+        w1_room, w2_room, room = _cast_rooms(x_ND, dtype, D * twice_I, D * twice_I // 2, most * max(D, twice_I))
+        xc_ND = x_ND.to(dtype)
         # Blocks [F, n] of the experts one after the other; without a backward one block is enough.
         h_flat = x_ND.new_empty((N if keep else most) * twice_I)
-        a_flat = x_ND.new_empty(most * twice_I // 2)
+        a_flat = x_ND.new_empty(most * twice_I // 2, dtype=dtype)
         y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
         between = BetweenGemms(gating, most, twice_I // 2, x_ND)
         start = 0
@@ -294,9 +309,9 @@ class _Blocked(torch.autograd.Function):
             h_Fn = h_flat[start * twice_I if keep else 0 :][: n * twice_I].view(twice_I, n)
             a_In = a_flat[: n * twice_I // 2].view(-1, n)
             rows = slice(start, start + n)
-            torch.mm(w1_EDF[e].t(), x_ND[rows].t(), out=h_Fn)
+            mm_into(cast_into(w1_EDF[e], w1_room).t(), xc_ND[rows].t(), h_Fn, room)
             between.forward(h_Fn.view(-1, 2, n), None if b1_EF is None else b1_EF[e].view(-1, 2), a_In)
-            torch.mm(a_In.t(), w2_EID[e], out=y_ND[rows])
+            mm_into(a_In.t(), cast_into(w2_EID[e], w2_room), y_ND[rows], room)
             if b2_ED is not None:
                 y_ND[rows].add_(b2_ED[e])
             start += n
@@ -307,8 +322,8 @@ class _Blocked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_ND: Tensor):
         x_ND, h_flat, w1_EDF, w2_EID = ctx.saved_tensors
-        _, _, need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad
-        (E, D, twice_I), most = w1_EDF.shape, max(ctx.counts, default=0)
+        _, _, _, need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad
+        (E, D, twice_I), most, dtype = w1_EDF.shape, max(ctx.counts, default=0), ctx.dtype
 
         def gradient(needed: bool, *shape: int) -> Tensor | None:
             return dy_ND.new_empty(shape) if needed else None
@@ -317,7 +332,10 @@ class _Blocked(torch.autograd.Function):
         dw1_EDF, db1_EF = gradient(need_w1, E, D, twice_I), gradient(need_b1, E, twice_I)
         dw2_EID, db2_ED = gradient(need_w2, E, twice_I // 2, D), gradient(need_b2, E, D)
         need_h = need_x or need_w1 or need_b1
-        a_flat, da_flat, dh_flat = (dy_ND.new_empty(most * width) for width in (twice_I // 2, twice_I // 2, twice_I))
+        widths = (twice_I // 2, twice_I // 2, twice_I)
+        a_flat, da_flat, dh_flat = (dy_ND.new_empty(most * width, dtype=dtype) for width in widths)
+        w1_room, w2_room, room = _cast_rooms(x_ND, dtype, D * twice_I, D * twice_I // 2, max(D * twice_I, most * D))
+        xc_ND, dyc_ND = x_ND.to(dtype) if need_w1 else None, dy_ND.to(dtype)
         between = BetweenGemms(ctx.gating, most, twice_I // 2, x_ND)
         start = 0
         for e, n in enumerate(ctx.counts):
@@ -327,22 +345,22 @@ class _Blocked(torch.autograd.Function):
                         grad[e].zero_()
                 continue
             rows = slice(start, start + n)
-            x_nD, dy_nD = x_ND[rows], dy_ND[rows]
+            dy_nD = dyc_ND[rows]
             h_Fn = h_flat[start * twice_I :][: n * twice_I].view(twice_I, n)
             dh_Fn = dh_flat[: n * twice_I].view(twice_I, n)
             a_In, da_In = (flat[: n * twice_I // 2].view(-1, n) for flat in (a_flat, da_flat))
             start += n
 
             if need_h or need_w2:
-                torch.mm(w2_EID[e], dy_nD.t(), out=da_In)
+                mm_into(cast_into(w2_EID[e], w2_room), dy_nD.t(), da_In, room)
                 db1_I2 = db1_EF[e].view(-1, 2) if need_b1 else None
                 between.backward(h_Fn.view(-1, 2, n), da_In, a_In, dh_Fn.view(-1, 2, n), db1_I2)
             if need_w2:
-                torch.mm(a_In, dy_nD, out=dw2_EID[e])
+                mm_into(a_In, dy_nD, dw2_EID[e], room)
             if need_b2:
-                torch.sum(dy_nD, 0, out=db2_ED[e])
+                torch.sum(dy_ND[rows], 0, out=db2_ED[e])
             if need_w1:
-                torch.mm(x_nD.t(), dh_Fn.t(), out=dw1_EDF[e])
+                mm_into(xc_ND[rows].t(), dh_Fn.t(), dw1_EDF[e], room)
             if need_x:
-                torch.mm(dh_Fn.t(), w1_EDF[e].t(), out=dx_ND[rows])
-        return None, None, dx_ND, dw1_EDF, db1_EF, dw2_EID, db2_ED
+                mm_into(dh_Fn.t(), cast_into(w1_EDF[e], w1_room).t(), dx_ND[rows], room)
+        return None, None, None, dx_ND, dw1_EDF, db1_EF, dw2_EID, db2_ED

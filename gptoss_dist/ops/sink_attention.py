@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptoss_dist.ops import sink_attention_cuda, sink_attention_tiled
+from gptoss_dist.ops import gemm, sink_attention_cuda, sink_attention_tiled
 
 BACKENDS = ("auto", "flash", "fused", "chunked", "reference")
 
@@ -51,8 +51,8 @@ def sink_attention(
         backend: `reference` holds all T x T scores; `chunked` is plain PyTorch in O(T) memory on any device; `flash`
             uses the device's flash kernels (CPU: any floating dtype; CUDA: bf16 or fp16, D a multiple of 8 up to 256);
             `fused`, for bf16 on CPU, multiplies matrices in bf16, rounding scores to it, around one pass of
-            torch.compile (it needs a C++ compiler); `auto` takes fused where it applies inside of
-            torch.compile, then flash where it applies, and chunked elsewhere.
+            torch.compile (it needs a C++ compiler); `auto` takes fused inside of torch.compile where it applies and
+            the CPU has instructions for bf16 products, then flash where it applies, and chunked elsewhere.
 
     Returns:
         o_BHTD in q's dtype: a transposed view of a contiguous [B, T, H, D].
@@ -102,13 +102,16 @@ def masked_sink_attention(
     K, S = k_BKSD.shape[1:3]
     G = H // K
     scale = D**-0.5 if scale is None else scale
-    scores_BKGTS = (q_BHTD.reshape(B, K, G * T, D) @ k_BKSD.transpose(-1, -2)).view(B, K, G, T, S)
+    dtype = gemm.gemm_dtype(q_BHTD, rows=G * T)
+    q_BKRD = q_BHTD.reshape(B, K, G * T, D)
+    scores_BKGTS = (q_BKRD.to(dtype) @ k_BKSD.to(dtype).transpose(-1, -2)).view(B, K, G, T, S)
     scores_BKGTS = scores_BKGTS.to(torch.promote_types(q_BHTD.dtype, torch.float32)) * scale
     visible = visible[:, None, None] if visible.dim() == 3 else visible
     scores_BKGTS = scores_BKGTS.masked_fill(~visible, float("-inf"))
     sinks_BKGT1 = sinks_H.to(scores_BKGTS.dtype).view(1, K, G, 1, 1).expand(B, K, G, T, 1)
     probability_BKGTS = torch.cat((scores_BKGTS, sinks_BKGT1), dim=-1).softmax(dim=-1)[..., :-1]
-    return (probability_BKGTS.to(v_BKSD.dtype).reshape(B, K, G * T, S) @ v_BKSD).view(B, H, T, D)
+    o_BKRD = probability_BKGTS.to(dtype).reshape(B, K, G * T, S) @ v_BKSD.to(dtype)
+    return o_BKRD.to(q_BHTD.dtype).view(B, H, T, D)
 
 
 def causal_visibility(T: int, window: int | None, document_ids_BT: Tensor | None, device: torch.device) -> Tensor:
@@ -163,7 +166,8 @@ def _select_kernel(q: Tensor, backend: str) -> str:
         return "chunked"
     device, dtype, D = q.device.type, q.dtype, q.shape[-1]
     fusable = device == "cpu" and dtype == torch.bfloat16  # float16 could not hold unscaled scores
-    if fusable and (backend == "fused" or (backend == "auto" and torch.compiler.is_compiling())):
+    worthwhile = torch.compiler.is_compiling() and gemm.CPU_MULTIPLIES_BF16
+    if fusable and (backend == "fused" or (backend == "auto" and worthwhile)):
         return "fused_cpu"
     flash = {"cpu": "flash_cpu", "cuda": "flash_cuda"}.get(device)
     if flash == "flash_cuda" and not sink_attention_cuda.is_supported(q):

@@ -67,7 +67,7 @@ def test_experts_of_megablocks_and_plain_agree(context):
     assert_same(train(config, context), megablocks)
 
 
-def test_bf16_stays_close_and_keeps_float32_weights(context):
+def test_bf16_stays_close_and_keeps_float32_weights(context, bf16_products):
     config = settings()
     exact = train(config, context)
     config.train.precision = "bf16"
@@ -90,7 +90,7 @@ def test_compiled_blocks_agree(context):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
-def test_compiled_blocks_agree_in_bf16(context):
+def test_compiled_blocks_agree_in_bf16(context, bf16_products):
     """Tokens in whole blocks of the attention's band, which is where its strides were once misdeclared."""
     tokens = torch.randint(0, 101, (2, 65), generator=torch.Generator().manual_seed(0))
     batch, losses = [{"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}], []

@@ -50,6 +50,17 @@ def test_matches_reference(dtype, bias, N, chunk_tokens):
     assert_close(run(tensors, labels, scale=0.37, chunk_tokens=chunk_tokens), expected, max(TOLERANCE[dtype], 1e-7))
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize(("N", "chunk_tokens"), [(37, 8), (37, 100), (1, 1), (0, 4)])
+def test_bf16_either_way(N, chunk_tokens, bias, bf16_products):
+    tensors, labels = make_operands(N, 12, 29, torch.bfloat16, bias)
+    actual = run(tensors, labels, scale=0.37, chunk_tokens=chunk_tokens)
+    assert_close(actual, run(tensors, labels, scale=0.37, backend="reference"), 1e-2)
+    exact = run([t.detach().float().requires_grad_() for t in tensors], labels, scale=0.37, backend="reference")
+    if bf16_products == "multiplied in float32":  # nothing but the gradients is rounded, and only once
+        assert_close(actual, [exact[0], *(g.bfloat16() for g in exact[1:])], 1e-3)
+
+
 def test_reference_is_cross_entropy():
     (hidden, weight), labels = make_operands(20, 6, 11, torch.float32)
     expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")

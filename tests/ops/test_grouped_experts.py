@@ -103,6 +103,29 @@ def test_matches_loop(backend, dtype, D, I, bias, activation, counts, seen_batch
                 )
 
 
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+@pytest.mark.parametrize("activation", ["gpt_oss", "silu"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_bf16_matches_loop_either_way(bias, activation, counts, bf16_products):
+    for D, I in ((24, 40), (40, 5)):  # noqa: E741
+        operands = make_operands(counts, D, I, torch.bfloat16, bias)
+        expected = run(operands, counts, activation=activation, backend="loop")
+        actual = run(operands, counts, activation=activation, backend="blocked")
+        assert_close(actual, expected, TOLERANCE[torch.bfloat16])
+        with torch.no_grad():
+            y = grouped_experts(operands[0], torch.tensor(counts), *operands[1:], activation=activation)
+        assert torch.equal(y, actual["y"])
+
+
+@pytest.mark.parametrize("frozen", range(5), ids=NAMES[1:])
+def test_each_bf16_operand_may_be_frozen(frozen, bf16_products):
+    counts = [9, 0, 6]
+    operands = make_operands(counts, 16, 8, torch.bfloat16)
+    operands[frozen].requires_grad_(False)
+    expected = run(operands, counts, activation="gpt_oss", backend="loop")
+    assert_close(run(operands, counts, activation="gpt_oss"), expected, TOLERANCE[torch.bfloat16])
+
+
 @pytest.mark.parametrize("activation", ["gpt_oss", "silu"])
 def test_blocked_matches_loop_across_many_chunks(activation, monkeypatch):
     """Chunks smaller than one row, and clamps that bind in some chunks only (so that some may be skipped)."""
@@ -114,7 +137,7 @@ def test_blocked_matches_loop_across_many_chunks(activation, monkeypatch):
         assert_close(run(operands, counts, activation=activation, backend="blocked"), expected, 1e-6)
 
 
-def test_bf16_activation_rounds_once():
+def test_bf16_activation_rounds_once(bf16_products):
     """Against float64, `blocked` errs less than the loop, which rounds each operation. (`silu`: no clamp to flip.)"""
     counts = [60, 0, 68]
     operands = make_operands(counts, 64, 96, torch.bfloat16)

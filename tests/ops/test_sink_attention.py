@@ -177,6 +177,29 @@ def test_fused_rounds_scores_as_well(window, documents):
         assert_close(result, exact, 1.2e-2)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+@pytest.mark.parametrize("window", [None, 100])
+def test_the_compiler_gets_fused_only_where_bf16_is_fast(window, bf16_products):
+    """`fused` alone differs from what runs outside of the compiler."""
+    inputs, do = make_inputs(1, 64, 4, 4, 32, dtype=torch.bfloat16)
+
+    def attend(*x):
+        return sink_attention(*x, window=window)
+
+    result = run(inputs, do, torch.compile(attend, backend="aot_eager", fullgraph=True))
+    same = [torch.equal(a, b) for a, b in zip(result, run(inputs, do, attend))]
+    assert all(same) if bf16_products == "multiplied in float32" else not any(same)
+
+
+def test_masked_attention_in_bf16(bf16_products):
+    inputs, do = make_inputs(2, 40, 8, 2, 32, dtype=torch.bfloat16)
+    visible = causal_visibility(40, 12, None, do.device)
+    result = run(inputs, do, lambda *x: masked_sink_attention(*x, visible))
+    assert [x.dtype for x in result] == [torch.bfloat16] * 4 + [torch.float32]
+    exact = run([x.float() for x in inputs], do.float(), window=12, backend="reference")
+    assert_close(result, exact, 4e-3 if bf16_products == "multiplied in float32" else 1.2e-2)
+
+
 def test_layout_and_dtypes():
     """The model consumes o as [B, T, H * D] without a copy; bf16 sinks get bf16 gradients."""
     inputs, do = make_inputs(2, 130, 4, 2, 32)

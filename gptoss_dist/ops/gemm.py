@@ -1,0 +1,80 @@
+"""The dtype in which matrices are multiplied: bf16 ones in float32 on CPUs that have no instructions for bf16.
+
+Such a CPU emulates bf16 products at about a quarter of its float32 rate (docs/log.md). A product of two bf16 numbers is
+exact in float32, and products are summed in float32 either way: operands cast up, multiplied in float32 and rounded
+give what the emulation gives, up to the order of summation.
+"""
+
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """False only where it is known that the instructions are missing. On ARM nobody has measured which way is faster,
+    so there nothing changes."""
+    checks = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
+    if platform.machine().lower() not in ("x86_64", "amd64") or None in checks:
+        return True
+    return any(check() for check in checks)
+
+
+CPU_MULTIPLIES_BF16 = _cpu_multiplies_bf16()  # not a cached function: torch.compile could not see through that
+
+MIN_ROWS = 16
+"""With fewer rows, as in decoding, casting the other matrix costs more than the emulation (docs/log.md)."""
+
+
+def gemm_dtype(x: Tensor, rows: int) -> torch.dtype:
+    """The dtype to which to cast both operands of a product: ``x``'s own, save for bf16 where the CPU lacks it.
+
+    Args:
+        x: an operand.
+        rows: of it for each matrix that is multiplied with; their number decides whether casting that pays.
+    """
+    emulated = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not CPU_MULTIPLIES_BF16
+    return torch.float32 if emulated and rows >= MIN_ROWS else x.dtype
+
+
+def cast_into(t: Tensor, room: Tensor) -> Tensor:
+    """``t`` in the dtype of ``room``: itself, or a contiguous copy at the beginning of ``room``, which is flat."""
+    return t if t.dtype == room.dtype else room[: t.numel()].view(t.shape).copy_(t)
+
+
+def mm_into(a: Tensor, b: Tensor, out: Tensor, room: Tensor) -> None:
+    """``out = a @ b``, rounded to the dtype of ``out`` after a stay in ``room`` (flat) if that differs from theirs."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b, out=room[: out.numel()].view(out.shape)))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, in the dtype of `gemm_dtype`; the result is in x's dtype, rounded once, after adding the bias."""
+    if gemm_dtype(x, x.numel() // max(x.shape[-1], 1)) == x.dtype or weight.dtype != x.dtype:
+        return F.linear(x, weight, bias)
+    return _LinearInFloat32.apply(x, weight, bias)
+
+
+class _LinearInFloat32(torch.autograd.Function):
+    """Keeps the bf16 operands until backward; plain autograd would keep their float32 copies."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_OD)
+        return F.linear(x.float(), weight_OD.float(), None if bias_O is None else bias_O.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, weight_OD = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        dy32 = dy.float()
+        dy32_NO, x_ND = (t.reshape(-1, t.shape[-1]) for t in (dy32, x))
+        dx = (dy32 @ weight_OD.float()).to(x.dtype) if need_x else None
+        dweight_OD = (dy32_NO.t() @ x_ND.float()).to(weight_OD.dtype) if need_weight else None
+        dbias_O = dy32_NO.sum(0).to(weight_OD.dtype) if need_bias else None
+        return dx, dweight_OD, dbias_O
