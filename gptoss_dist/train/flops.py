@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gptoss_dist.ops import gemm
+
 if TYPE_CHECKING:
     from gptoss_dist.model.config import ModelConfig
 
@@ -156,14 +158,18 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> Peak | None:
     """The dense matmul peak of one device for operands of `dtype`.
 
     A CUDA or ROCm device is looked up in a table of vendor figures; fp32 is TF32 where torch is set to use it. A CPU
-    has no figure worth quoting, so its matmul rate is measured (about 0.3 s, at the current number of threads).
+    has no figure worth quoting, so its matmul rate is measured (about 0.3 s, at the current number of threads). If it
+    has no instructions for bf16, bf16 is measured in float32 too, and the faster way is the peak, named in the label.
 
     Returns:
         None where the device or dtype is unknown: MFU is then left out, which the caller says once, never guessed.
     """
     device = torch.device(device)
     if device.type == "cpu":
-        return _measured_gemm_peak(dtype)
+        peaks = [_measured_gemm_peak(dtype)]
+        if dtype == torch.bfloat16 and not gemm.CPU_MULTIPLIES_BF16:
+            peaks.append(_measured_gemm_peak(torch.float32))
+        return max(peaks, key=lambda peak: peak.value)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     tf32 = device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return _datasheet_peak(name, dtype, tf32)
@@ -202,5 +208,6 @@ def _measured_gemm_peak(dtype: torch.dtype, budget_s: float = 0.3) -> Peak:
             torch.mm(a, b, out=out)
             before, now = now, time.perf_counter()
             best = max(best, flops / (now - before))
-    label = f"measured GEMM peak of this CPU, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+    name, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
+    label = f"measured GEMM peak of this CPU, products in {name}, {threads} threads"
     return Peak(best, label, "measured at start-up, best of several products of square matrices")

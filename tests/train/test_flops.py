@@ -5,8 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.ops import gemm
 from gptoss_dist.train import flops as flops_module
-from gptoss_dist.train.flops import MFU_CONVENTION, flops_per_token, mfu, peak_flops, visible_pairs
+from gptoss_dist.train.flops import MFU_CONVENTION, Peak, flops_per_token, mfu, peak_flops, visible_pairs
 
 
 def gptoss_502m() -> ModelConfig:
@@ -131,7 +132,19 @@ def test_near_namesakes_are_unknown_rather_than_guessed(name):
 
 def test_cpu_peak_is_measured_and_labelled():
     peak = peak_flops("cpu", torch.float32)
-    assert "measured GEMM peak of this CPU" in peak.label
+    assert "measured GEMM peak of this CPU, products in float32" in peak.label
     assert 1e8 < peak.value < 1e14
     count = flops_per_token(gptoss_502m(), 4096)
     assert mfu(count, 0.5 * peak.value / count.training, peak) == pytest.approx(0.5)
+
+
+def test_cpu_peak_of_bf16_is_that_of_the_faster_way(monkeypatch):
+    rates = {torch.bfloat16: 57.0, torch.float32: 235.0}
+    monkeypatch.setattr(flops_module, "_measured_gemm_peak", lambda dtype: Peak(rates[dtype], str(dtype), "test"))
+    monkeypatch.setattr(gemm, "CPU_MULTIPLIES_BF16", False)
+    assert peak_flops("cpu", torch.bfloat16) == Peak(235.0, "torch.float32", "test")
+    rates[torch.bfloat16] = 400.0
+    assert peak_flops("cpu", torch.bfloat16).value == 400.0
+    rates[torch.bfloat16] = 100.0
+    monkeypatch.setattr(gemm, "CPU_MULTIPLIES_BF16", True)  # then float32 is not even measured
+    assert peak_flops("cpu", torch.bfloat16).value == 100.0
