@@ -1,6 +1,7 @@
 """Running the project's commands as a user does, in one or several processes."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,12 +24,22 @@ MODEL = {
 }
 
 
-def command(script: str, *arguments: str, processes: int = 1) -> list[str]:
-    """A command line for `script`, under torchrun if there are several processes."""
+def command(script: str, *arguments: str, processes: int = 1, launcher: str = "torchrun") -> list[str]:
+    """A command line for `script`, under torchrun if there are several processes, or under deepspeed."""
+    if launcher == "deepspeed":
+        deepspeed = Path(sys.executable).with_name("deepspeed")
+        line = [str(deepspeed), "--num_gpus", str(processes), "--master_port", str(_free_port())]
+        return [*line, str(ROOT / script), *arguments]
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [*launcher, str(ROOT / script), *arguments]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -36,11 +47,17 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run(
-    script: str, *arguments: str, processes: int = 1, cwd: Path | None = None, expect: int | None = 0, **extra: str
+    script: str,
+    *arguments: str,
+    processes: int = 1,
+    launcher: str = "torchrun",
+    cwd: Path | None = None,
+    expect: int | None = 0,
+    **extra: str,
 ) -> subprocess.CompletedProcess:
     """Run to the end; fail with its output unless it exits with `expect`."""
     done = subprocess.run(
-        command(script, *arguments, processes=processes),
+        command(script, *arguments, processes=processes, launcher=launcher),
         capture_output=True,
         text=True,
         timeout=300,

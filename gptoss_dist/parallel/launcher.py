@@ -11,8 +11,8 @@ import os
 import re
 from collections.abc import MutableMapping
 
-# Rank, processes in all, rank on this machine, processes on this machine, as srun and MPI's launchers name them.
-_STEP = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", None)
+# Rank, processes in all, rank on this machine, processes on this machine, as MPI's launchers and srun name them; srun
+# has no variable for the last.
 _FOREIGN = {
     "mpirun (Open MPI)": (
         "OMPI_COMM_WORLD_RANK",
@@ -21,7 +21,7 @@ _FOREIGN = {
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     "mpirun (MPICH, Intel MPI)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "srun": _STEP,
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", None),
 }
 
 
@@ -44,10 +44,10 @@ def complete(environment: MutableMapping[str, str] | None = None) -> None:
             return
         rank, world_size, local_rank, local_size = _FOREIGN[launcher]
         env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env[rank], env[world_size], env[local_rank]
-        if local_size in env:
-            env.setdefault("LOCAL_WORLD_SIZE", env[local_size])
-        elif launcher == "srun":
+        if local_size is None:
             env.setdefault("LOCAL_WORLD_SIZE", str(_tasks_on_this_node(env)))
+        elif local_size in env:
+            env.setdefault("LOCAL_WORLD_SIZE", env[local_size])
         if "MASTER_ADDR" not in env:
             env["MASTER_ADDR"] = _meeting_host(env, launcher)
         # The same on every machine, and another for every job, so that two jobs of one machine do not meet.

@@ -9,31 +9,11 @@ import time
 
 import pytest
 import torch
-import yaml
-from ranks import MODEL, command, environment, losses, run
+from ranks import MODEL, ROOT, command, environment, losses, run
 
 from gptoss_dist.checkpoint import checkpoints, load_weights, resolve
 from gptoss_dist.inference.session import Session
 from gptoss_dist.train.tracking import read_metrics
-
-
-@pytest.fixture
-def settings(tmp_path, corpus):
-    """A tiny run's YAML."""
-    values = {
-        "run": {"name": "tiny", "dir": str(tmp_path / "tiny")},
-        "model": MODEL,
-        "data": {"path": str(corpus), "seq_len": 48},
-        "train": {"steps": 12, "micro_batch_size": 2, "gradient_accumulation": 2, "precision": "fp32"},
-        "optim": {"lr": 3e-3, "warmup_steps": 3},
-        "loss": {"aux_coef": 0.01, "z_coef": 0.001},
-        "checkpoint": {"every": 4, "keep": 2},
-        "validation": {"every": 6, "samples": 6},
-        "tracking": {"mlflow": False, "plots": False},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -215,6 +195,26 @@ MISTAKES = {
     "long sequence": (["--data.seq_len", "4096"], "data.seq_len=4096"),
     "impossible layout": (["--parallel.expert_parallel", "3"], "parallel.expert_parallel=3 must divide"),
     "impossible balancing": (["--loss.selection_bias_rate", "0.1"], "--model.router_selection_bias true"),
+    "contradicting DeepSpeed": (
+        ["--engine.kind", "deepspeed", "--engine.deepspeed", '{"gradient_clipping": 7}'],
+        "gradient_clipping=7 contradicts optim.clip_norm, which gives 1.0; leave gradient_clipping out",
+    ),
+    "impossible stage": (["--engine.kind", "deepspeed", "--engine.zero_stage", "0"], "engine.zero_stage=0 is not"),
+    "impossible layout with DeepSpeed": (
+        ["--engine.kind", "deepspeed", "--parallel.expert_parallel", "3"],
+        "parallel.expert_parallel=3 must divide",
+    ),
+    "impossible offload": (
+        [
+            "--engine.kind",
+            "deepspeed",
+            "--engine.deepspeed",
+            str(ROOT / "configs/deepspeed/zero3_offload.json"),
+            "--model.vocab_size",
+            "100000000000",
+        ],
+        "GiB are free; use more machines, or do not offload",
+    ),
     "impossible sampling": (["--sampling.temperature", "-1"], "sampling.temperature=-1"),
 }
 

@@ -22,8 +22,16 @@ OPENMPI = {
 }
 
 
+class Environment(dict):
+    """As picky as `os.environ`."""
+
+    def __contains__(self, name):
+        assert isinstance(name, str)
+        return super().__contains__(name)
+
+
 def completed(env: dict) -> dict:
-    env = dict(env)
+    env = Environment(env)
     complete(env)
     return env
 

@@ -1,0 +1,115 @@
+"""The other engine and the other launcher: the same run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ranks import command, environment, losses, run
+
+from gptoss_dist.checkpoint import checkpoints
+
+NAMES = ("loss/train", "loss/aux", "optim/grad_norm")
+
+
+def assert_continues(folder, whole, first: int, last: int, rel: float = 2e-6) -> None:
+    """The steps of `folder` have the losses of the uninterrupted run."""
+    assert sorted(losses(folder)) == list(range(first, last + 1))
+    for name in NAMES:
+        found, expected = losses(folder, name), losses(whole, name)
+        assert all(found[n] == pytest.approx(expected[n], rel=rel) for n in found), name
+
+
+def test_deepspeed_launch_equals_torchrun_and_resumes_bit_identical(settings, tmp_path):
+    """With no compiler in reach: DeepSpeed would like to compile at start-up."""
+    options = ["--config", str(settings), "--sampling.every", "6", "--sampling.prompts", "['a']",
+               "--loss.router_jitter", "0"]  # fmt: skip
+    torchrun, whole, parts = (tmp_path / name for name in ("torchrun", "whole", "parts"))
+    bare = {"PATH": str(Path(sys.executable).parent)}
+    assert shutil.which("g++", path=bare["PATH"]) is None
+    run("launch/train.py", *options, "--run.dir", str(torchrun), processes=2)
+    run("launch/train.py", *options, "--run.dir", str(whole), "--checkpoint.keep", "0",
+        processes=2, launcher="deepspeed", **bare)  # fmt: skip
+    assert_continues(whole, torchrun, 1, 12)
+    for step, loss in losses(torchrun, "loss/val").items():
+        assert losses(whole, "loss/val")[step] == pytest.approx(loss, rel=1e-6)
+    assert "kind: deepspeed" in (whole / "config.yaml").read_text()
+    assert "2 processes, deepspeed ZeRO-2" in (whole / "log.txt").read_text()
+
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "step_00000012")
+    run("launch/train.py", *options, "--run.dir", str(parts), "--resume", "auto",
+        processes=2, launcher="deepspeed", **bare)  # fmt: skip
+    for name in (*NAMES, "loss/val"):
+        assert losses(parts, name) == losses(whole, name)
+
+
+def test_a_checkpoint_moves_between_engines_and_layouts(settings, tmp_path):
+    """Two steps on each: FSDP 4x2, ZeRO-3 2x2, FSDP 2x1, ZeRO-1 4x4, one process."""
+    options = ["--config", str(settings), "--validation.every", "0", "--checkpoint.keep", "0", "--optim.schedule",
+               "constant", "--model.router_selection_bias", "true", "--loss.selection_bias_rate", "0.01",
+               "--model.tie_word_embeddings", "true"]  # fmt: skip
+    whole = tmp_path / "whole"
+    run("launch/train.py", *options, "--run.dir", str(whole), "--train.steps", "10", "--train.micro_batch_size", "4")
+    hops = [("fsdp", 4, 2), ("zero 3", 2, 2), ("fsdp", 2, 1), ("zero 1", 4, 4), ("fsdp", 1, 1)]
+    before = None
+    for index, (engine, processes, expert_parallel) in enumerate(hops):
+        folder = tmp_path / str(index)
+        _, *stage = engine.split()
+        here = ["--engine.kind", "deepspeed", "--engine.zero_stage", *stage] if stage else ["--engine.kind", "fsdp"]
+        resume = ["--resume", str(before)] if before else []
+        run("launch/train.py", *options, *here, *resume, "--run.dir", str(folder), "--parallel.expert_parallel",
+            str(expert_parallel), "--train.micro_batch_size", str(4 // processes),
+            "--train.steps", str(2 * index + 2), processes=processes)  # fmt: skip
+        assert_continues(folder, whole, 2 * index + 1, 2 * index + 2)
+        (before,) = checkpoints(folder / "checkpoints")
+
+
+def test_a_signal_under_deepspeed_saves_and_leaves(settings, tmp_path):
+    """To all processes of the command, as a terminal or a batch system sends it: the launcher alone would die and leave
+    its processes behind. The other engine, which works under that launcher too."""
+    folder = tmp_path / "stopped"
+    line = command("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000",
+                   "--checkpoint.every", "0", "--validation.every", "0", "--engine.kind", "fsdp",
+                   processes=2, launcher="deepspeed")  # fmt: skip
+    process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)  # fmt: skip
+    metrics, deadline = folder / "metrics.jsonl", time.time() + 120
+    try:
+        while time.time() < deadline and not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=60)
+        while time.time() < deadline and not checkpoints(folder / "checkpoints"):
+            time.sleep(0.2)  # the launcher has not waited for what it started
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    (saved,) = checkpoints(folder / "checkpoints")
+    assert json.loads((saved / "checkpoint.json").read_text())["step"] == max(losses(folder))
+    assert "kind: fsdp" in (folder / "config.yaml").read_text()
+
+
+def test_started_by_srun_without_a_launcher(settings, tmp_path):
+    """Two processes with the variables that Slurm gives each task of a step, and nothing else."""
+    folder = tmp_path / "srun"
+    line = command("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "2")
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "2",
+           "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_NODEID": "0"}  # fmt: skip
+    tasks = [subprocess.Popen(line, env=environment(**job, SLURM_PROCID=str(n), SLURM_LOCALID=str(n)),
+                              stderr=subprocess.DEVNULL) for n in range(2)]  # fmt: skip
+    assert [task.wait(timeout=120) for task in tasks] == [0, 0]
+    assert sorted(losses(folder)) == [1, 2] and "2 processes, fsdp" in (folder / "log.txt").read_text()
+
+
+def test_a_mistake_under_deepspeed_is_said_once_and_ends_all(settings):
+    done = run("launch/train.py", "--config", str(settings), "--engine.deepspeed", '{"optimizer": {"type": "Adam"}}',
+               processes=2, launcher="deepspeed", expect=2)  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert len(said) == 1 and "optimizer={'type': 'Adam'} has no place here: set optim.*" in said[0]
+    assert "Traceback" not in done.stderr
