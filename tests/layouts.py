@@ -21,6 +21,7 @@ from gptoss_dist.engine import Engine, build_engine, engine_kind
 from gptoss_dist.engine.flat_shard import FlatShard
 from gptoss_dist.parallel.context import Context, finish, start
 from gptoss_dist.parallel.mesh import local
+from gptoss_dist.parallel.traffic import SentBytes
 
 SAMPLES, STEPS = 4, 4
 
@@ -121,12 +122,15 @@ def train(case: Case, context: Context, folder: Path) -> None:
     for step in range(STEPS):
         batches = [{k: t[share] for k, t in b.items()} for b in micro_batches(step, SAMPLES)]
         engine.evaluate(batches[:1])  # leaves no trace in what follows
-        engine.forward_backward(batches)
+        sent = SentBytes()
+        with sent.counting(not case.config().train.compile):
+            engine.forward_backward(batches)
         if step == 0 and sharded_by_torch:
             gradients = gathered({n: p.grad for n, p in engine.model.named_parameters()})
         result = engine.update(LR)
         report["rows"].append([float(x) for x in (result.loss, result.aux, result.z, result.grad_norm)])
         report["traffic"].append(None if result.traffic_R3 is None else result.traffic_R3.tolist())
+    report["sent"] = sent.by_name
     report["counts"] = result.counts_LE.tolist()
     final = weights(engine)
     if context.is_main:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import subprocess
 
@@ -194,3 +195,19 @@ def test_traffic(trained):
     idle = next(case for case in CASES if case.name == "4x4 idle rank")
     rows_R = [row[0] for row in read(trained(idle, CASES), idle)["traffic"][-1]]
     assert rows_R[1] == 0 and min(rows_R[0], *rows_R[2:]) > 0
+
+
+def test_bytes_of_all_collectives(trained):
+    """What is counted below torch is what the all-to-alls count themselves, and what FSDP must send of its weights."""
+
+    def report(name: str) -> dict:
+        case = next(case for case in CASES if case.name == name)
+        return read(trained(case, CASES), case)
+
+    spread = report("4x2")
+    assert spread["sent"]["alltoall_base_"] == spread["traffic"][-1][0][1]
+    alone = report("2x1")
+    parameters = sum(2 * math.prod(shape) for shape in alone["local"].values())  # shards of two processes, with padding
+    assert alone["sent"]["_reduce_scatter_base_"] == pytest.approx(0.5 * 4 * parameters, rel=0.02)
+    assert alone["sent"]["_allgather_base_"] > 3 * alone["sent"]["_reduce_scatter_base_"]  # twice in each micro-batch
+    assert report("1x1")["sent"].get("_allgather_base_", 0) == 0
