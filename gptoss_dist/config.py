@@ -142,14 +142,15 @@ class EngineConfig:
     """Who owns the sharded parameters."""
 
     kind: Literal["auto", "fsdp", "deepspeed"] = "auto"
-    """`fsdp`: torch FSDP2. `deepspeed`: DeepSpeed ZeRO. `auto` is `deepspeed` where the launcher of that name started
-    the run, else `fsdp`."""
+    """`fsdp`: torch FSDP2. `deepspeed`: DeepSpeed ZeRO. `auto` is `deepspeed` where one of the next two is set or the
+    launcher of that name started the run (with its --launcher slurm or an MPI, name it), else `fsdp`."""
     zero_stage: int | None = None
     """What DeepSpeed shards: 1 optimizer state, 2 gradients too, 3 weights too; null takes the stage that
     engine.deepspeed names, else 2."""
     deepspeed: str | dict[str, Any] | None = None
-    """Further settings of DeepSpeed: a JSON file such as configs/deepspeed/zero3_offload.json, or its contents. Where
-    they speak of what other settings decide (batch, precision, clipping, optimizer) they must agree or be left out."""
+    """Further settings of DeepSpeed: a JSON file such as configs/deepspeed/zero3_offload.json (seen from the working
+    directory), or its contents. Where they speak of what other settings decide (batch, precision, clipping, optimizer)
+    they must agree or be left out."""
 
 
 @dataclass

@@ -9,10 +9,12 @@ from gptoss_dist.parallel.launcher import is_deepspeed
 
 
 def engine_kind(config: Config) -> str:
-    """`fsdp` or `deepspeed`, with `engine.kind=auto` resolved by the launcher."""
-    if config.engine.kind == "auto":
-        return "deepspeed" if is_deepspeed() else "fsdp"
-    return config.engine.kind
+    """`fsdp` or `deepspeed`: with `engine.kind=auto` what the settings speak of, else what the launcher is made for."""
+    engine = config.engine
+    if engine.kind == "auto":
+        meant = engine.zero_stage is not None or engine.deepspeed is not None
+        return "deepspeed" if meant or is_deepspeed() else "fsdp"
+    return engine.kind
 
 
 def build_engine(config: Config, context: Context) -> Engine:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +60,21 @@ def load_deepspeed(context: Context):
     return deepspeed
 
 
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """What DeepSpeed refuses, in any of its ways, as a ValueError of one line."""
+    from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    operators = (MissingCUDAException, CUDAMismatchException)
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, AssertionError, RuntimeError, DeepSpeedConfigError, *operators) as error:
+        raise ValueError(f"engine.deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())[:500]}") from error
+
+
 class _Run(NamedTuple):
     """Which elements of a parameter this rank holds, and where."""
 
@@ -75,7 +92,10 @@ class _Run(NamedTuple):
 
 
 class DeepSpeedEngine(Engine):
-    """Parameters are DeepSpeed's; experts that are spread over ranks are plain parameters of this rank's experts."""
+    """Parameters are DeepSpeed's; experts that are spread over ranks are plain parameters of this rank's experts.
+
+    DeepSpeed looks at the gradient norm on the host in every step: this engine cannot run ahead of the device.
+    """
 
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(config, context)
@@ -94,24 +114,18 @@ class DeepSpeedEngine(Engine):
             _hold_experts(self.model, self.layout.expert_parallel)
         wrap_blocks(self.model, config)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        _materialize(self.model, dtype, context.device, settings if self.stage == 3 else None)
-        groups = parameter_groups(self.model, config.optim.weight_decay, lambda p: getattr(p, "group_name", None))
-        groups = [{**group, "moe": True, "name": home} if home else group for home, group in groups]
-        self.deepspeed, self.zero = self._start(library, settings, adamw(groups, config.optim))
+        with _in_one_line():
+            _materialize(self.model, dtype, context.device, settings if self.stage == 3 else None)
+            groups = parameter_groups(self.model, config.optim.weight_decay, lambda p: getattr(p, "group_name", None))
+            groups = [{**group, "moe": True, "name": home} if home else group for home, group in groups]
+            self.deepspeed, self.zero, *_ = library.initialize(
+                model=self.model, optimizer=adamw(groups, config.optim), config=settings, dist_init_required=False
+            )
         self._prepare_routers()
         self.optimizer = self.zero.optimizer
         self.flats = self._flats()
         allocate_state(self.optimizer, self.flats)
         self._fill()
-
-    def _start(self, library, settings: dict[str, Any], optimizer: torch.optim.Optimizer) -> tuple:
-        try:
-            engine, zero, _, _ = library.initialize(
-                model=self.model, optimizer=optimizer, config=settings, dist_init_required=False
-            )
-        except (ValueError, AssertionError) as error:
-            raise ValueError(f"engine.deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())[:500]}") from error
-        return engine, zero
 
     def _flats(self) -> list[Tensor]:
         """DeepSpeed's float32 master weights: this rank's share of each group of parameters, in one piece."""
@@ -172,7 +186,8 @@ class DeepSpeedEngine(Engine):
                 state[f"{prefix}.{name}"] = FlatShard(run.of(flat), run.start, shape, whole=whole, first=first)
         for name, buffer in self.model.named_buffers():
             state[f"model.{name}"] = buffer
-        state["optim.step"] = moments["step"].reshape(1).clone()
+        # All parameters are updated, or skipped, together: one count serves them all.
+        state["optim.step"] = next(iter(self.optimizer.state.values()))["step"].reshape(1).clone()
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -202,15 +217,18 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def _weights_from_master(self) -> None:
         """Write the float32 master weights into those that the model computes with."""
+        zero = self.zero
         if self.stage < 3:
-            self.zero.update_lp_params()
+            zero.update_lp_params()
             return
-        for parameter in self.model.parameters():
-            run = self._run(parameter)
-            parameter.ds_tensor.data.view(-1)[: run.count].copy_(run.of(run.flat))
-        if persistent := self.zero.persistent_parameters:
-            # Small parameters stay gathered on every rank: gather them anew.
+        # As at the end of DeepSpeed's own step: small parameters that stay gathered are taken apart, every share is
+        # written back wherever it lives, copies within a node (hpZ) are dropped, small parameters gathered anew.
+        if persistent := zero.persistent_parameters:
             persistent[0].partition(persistent)
+        for index in range(len(self.flats)):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+        zero.invalidate_secondary_tensor()
+        if persistent:
             persistent[0].all_gather(persistent)
 
 
@@ -231,7 +249,7 @@ def _hold_experts(model: GptOss, expert_parallel: int) -> None:
     class _SpreadExperts(AutoEPMoELayer):
         """Without parameters or computation: the engine believes in spread experts only if it finds this class."""
 
-        num_experts = expert_parallel
+        num_experts = expert_parallel  # which the engine only writes down
 
         def __init__(self) -> None:
             nn.Module.__init__(self)

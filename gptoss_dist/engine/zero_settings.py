@@ -10,13 +10,15 @@ import copy
 from typing import Any
 
 import psutil
+import torch
+import torch.distributed as dist
 
 from gptoss_dist.config import Config
 from gptoss_dist.parallel.mesh import Layout, ranks_per_node
 
 DEFAULT_STAGE = 2
 
-# Handed on as they are: communication, logging, profiling, NVMe; none changes what is computed.
+# Handed on: communication, logging, profiling, NVMe; none changes what is computed (`_ONLY`).
 _PASSED = {
     "zero_optimization",
     "data_types",
@@ -59,7 +61,10 @@ _REFUSED = {
     "compile": "set train.compile",
     "sparse_gradients": "no gradient is sparse",
 }
+# Sections of which nothing else is handed on: the rest would round master weights or buffers.
+_ONLY = {"bf16": {"enabled", "check_grad_overflow", "immediate_grad_update"}, "data_types": {"grad_accum_dtype"}}
 _REFUSED_ZERO = {
+    "round_robin_gradients": "DeepSpeed 0.19 then loses track of which weights are where",
     "mics_shard_size": "use engine.kind=fsdp with parallel.replicate",
     "mics_hierarchical_params_gather": "use engine.kind=fsdp with parallel.replicate",
     "zenflow": "its updates are late, which the training loop does not expect",
@@ -72,14 +77,22 @@ def zero_stage(config: Config) -> int:
     Raises:
         ValueError: there is no such stage here, or engine.deepspeed names another.
     """
-    named = ((config.engine.deepspeed or {}).get("zero_optimization") or {}).get("stage")
-    stage = config.engine.zero_stage
+    named = _section(config.engine.deepspeed or {}, "zero_optimization").get("stage", "auto")
+    key, stage = "engine.zero_stage", config.engine.zero_stage
     if stage is None:
-        stage = DEFAULT_STAGE if named in (None, "auto") else named
-    if stage not in (1, 2, 3):
+        key, stage = "engine.deepspeed: zero_optimization.stage", DEFAULT_STAGE if named == "auto" else named
+    if type(stage) is not int or stage not in (1, 2, 3):
         reason = " (0 shards nothing, and DeepSpeed clips spread experts wrongly with it)" if stage == 0 else ""
-        raise ValueError(f"engine.zero_stage={stage} is not possible; choose 1, 2 or 3{reason}")
+        raise ValueError(f"{key}={stage!r} is not possible; choose 1, 2 or 3{reason}")
     return stage
+
+
+def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """The settings under `name`, empty if there are none."""
+    section = settings.get(name, {})
+    if not isinstance(section, dict):
+        raise ValueError(f"engine.deepspeed: {name}={section!r} must be an object")
+    return section
 
 
 def check_layout(config: Config) -> None:
@@ -92,6 +105,11 @@ def check_layout(config: Config) -> None:
         raise ValueError(
             f"parallel.replicate={replicate} is not possible with engine.kind=deepspeed; choose --engine.kind fsdp, or "
             "zero_optimization.zero_hpz_partition_size in engine.deepspeed"
+        )
+    if not config.parallel.reshard_after_forward:
+        raise ValueError(
+            "parallel.reshard_after_forward=false is not possible with engine.kind=deepspeed; choose engine.zero_stage "
+            "1 or 2, which keep weights whole"
         )
 
 
@@ -106,8 +124,8 @@ def deepspeed_settings(config: Config, layout: Layout) -> dict[str, Any]:
     for key, value in given.items():
         if key in _REFUSED:
             raise ValueError(f"engine.deepspeed: {key}={value!r} has no place here: {_REFUSED[key]}")
-    for key, value in (given.get("zero_optimization") or {}).items():
-        if key in _REFUSED_ZERO:
+    for key, value in _section(given, "zero_optimization").items():
+        if key in _REFUSED_ZERO and value:
             raise ValueError(
                 f"engine.deepspeed: zero_optimization.{key}={value!r} has no place here: {_REFUSED_ZERO[key]}"
             )
@@ -133,9 +151,7 @@ def deepspeed_settings(config: Config, layout: Layout) -> dict[str, Any]:
         *path, name = key.split(".")
         section = given
         for part in path:
-            section = section.setdefault(part, {})
-            if not isinstance(section, dict):
-                raise ValueError(f"engine.deepspeed: {part}={section!r} must be an object")
+            section = section.setdefault(part, _section(section, part))
         found = section.get(name, "auto")  # the word that Hugging Face's configurations leave gaps with
         if found != "auto" and found != value:
             raise ValueError(
@@ -145,6 +161,12 @@ def deepspeed_settings(config: Config, layout: Layout) -> dict[str, Any]:
     for key in given:
         if key not in _PASSED and key not in {name.split(".")[0] for name in ours}:
             raise ValueError(f"engine.deepspeed: {key}={given[key]!r} is not a setting of DeepSpeed that is known here")
+    for part, allowed in _ONLY.items():
+        for key in sorted(given[part].keys() - allowed):
+            raise ValueError(
+                f"engine.deepspeed: {part}.{key}={given[part][key]!r} has no place here: master weights, optimizer "
+                "state and buffers stay float32"
+            )
     _check_spread_experts(given["zero_optimization"], layout)
     # torch's fused AdamW steps on the host too; DeepSpeed's own would have to be compiled first.
     return {
@@ -167,21 +189,23 @@ def _check_spread_experts(zero: dict[str, Any], layout: Layout) -> None:
 
 
 def check_offload(settings: dict[str, Any], parameters: int, layout: Layout) -> None:
-    """Whether the host's memory can take what is offloaded to it.
+    """Whether the host's memory can take what is offloaded to it; collective where a process group is there.
 
     Args:
         parameters: number of weights of the whole model.
 
     Raises:
-        ValueError: stage 1, or it cannot; one line with the figures.
+        ValueError: on every rank, if the machine of one cannot, or the stage has nothing to offload; one line.
     """
     zero, bytes_per_weight = settings["zero_optimization"], 0
-    # Master weights, two moments and the gradient in float32; weights in the compute type.
-    for key, stages, size in (
-        ("offload_optimizer", (1, 2, 3), 16),
-        ("offload_param", (3,), 2 if settings["bf16"]["enabled"] else 4),
-    ):
-        device = (zero.get(key) or {}).get("device", "none")
+    compute = 2 if settings["bf16"]["enabled"] else 4
+    for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        section = zero.get(key) or {}
+        if not isinstance(section, dict):
+            raise ValueError(
+                f'engine.deepspeed: zero_optimization.{key}={section!r} must be an object: {{"device": "cpu"}}'
+            )
+        device = section.get("device", "none")
         if device == "none":
             continue
         if zero["stage"] not in stages:
@@ -189,16 +213,33 @@ def check_offload(settings: dict[str, Any], parameters: int, layout: Layout) -> 
                 f"engine.deepspeed: zero_optimization.{key} is not possible with engine.zero_stage={zero['stage']}; "
                 f"choose {' or '.join(map(str, stages))}"
             )
-        if device == "nvme" and key == "offload_optimizer":
+        if key == "offload_param":
+            # To NVMe, DeepSpeed keeps the first 1e9 weights of a rank (max_in_cpu) on the host all the same.
+            bytes_per_weight += compute if device == "cpu" else 0
+            continue
+        if device == "nvme":
             raise ValueError(
                 "engine.deepspeed: zero_optimization.offload_optimizer.device=nvme is not possible: checkpoints cannot "
                 "be written from there; choose cpu (offload_param may go to nvme)"
             )
-        if device == "cpu":
-            bytes_per_weight += size
+        for name, off in (("ratio", 1.0), ("super_offload", False)):
+            if section.get(name, off) != off:
+                raise ValueError(
+                    f"engine.deepspeed: zero_optimization.offload_optimizer.{name}={section[name]!r} is not possible: "
+                    f"it needs DeepSpeed's own optimizer, here it is torch's; leave {name} out"
+                )
+        # Master weights, two moments and the gradient in float32; in stages 1 and 2 a buffer of the weights, and in
+        # float32 one that gradients are accumulated in.
+        bytes_per_weight += 16
+        if zero["stage"] < 3:
+            bytes_per_weight += compute + (4 if compute == 4 and settings["gradient_accumulation_steps"] > 1 else 0)
+    if bytes_per_weight == 0:
+        return
     processes = min(ranks_per_node(layout.world_size), layout.world_size)
     needed = bytes_per_weight * parameters * processes / layout.world_size
-    available = psutil.virtual_memory().available
+    available = torch.tensor(psutil.virtual_memory().available)
+    if dist.is_initialized():  # one answer for all, though machines differ and memory is being taken meanwhile
+        dist.all_reduce(available, op=dist.ReduceOp.MIN)
     if needed > available:
         raise ValueError(
             f"engine.deepspeed: offloading to the host needs {needed / 2**30:.1f} GiB on each machine "

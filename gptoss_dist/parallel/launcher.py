@@ -50,8 +50,10 @@ def complete(environment: MutableMapping[str, str] | None = None) -> None:
             env.setdefault("LOCAL_WORLD_SIZE", env[local_size])
         if "MASTER_ADDR" not in env:
             env["MASTER_ADDR"] = _meeting_host(env, launcher)
-        # The same on every machine, and another for every job, so that two jobs of one machine do not meet.
-        job = int(env.get("SLURM_JOB_ID", 0)) * 100 + int(env.get("SLURM_STEP_ID", 0))
+        # The same on every machine, and another for every job and step, so that two of one machine do not meet. A step
+        # that mpirun's own srun made is not the same everywhere.
+        step = int(env.get("SLURM_STEP_ID", 0)) if launcher == "srun" else 0
+        job = int(env.get("SLURM_JOB_ID", 0)) * 100 + step
         env.setdefault("MASTER_PORT", str(20000 + job % 20000))
     if "LOCAL_SIZE" in env:  # deepspeed
         env.setdefault("LOCAL_WORLD_SIZE", env["LOCAL_SIZE"])
@@ -87,7 +89,7 @@ def _tasks_on_this_node(env: MutableMapping[str, str]) -> int:
 
 
 def _meeting_host(env: MutableMapping[str, str], launcher: str) -> str:
-    if nodes := env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST"):
+    if nodes := (launcher == "srun" and env.get("SLURM_STEP_NODELIST")) or env.get("SLURM_JOB_NODELIST"):
         return first_host(nodes)
     if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
         return "127.0.0.1"

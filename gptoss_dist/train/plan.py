@@ -63,6 +63,8 @@ def memory_estimate(config: Config, layout: Layout) -> dict[str, float]:
         stage, share = zero_stage(config), count.total / layout.shard
         # Stage 3 computes with a sharded copy, the others with a whole one.
         gathered = whole if stage < 3 else share + passing
+        if stage == 1 and config.train.precision == "bf16":
+            gathered += whole  # gradients, before they are added to the float32 ones
         gradients = share if stage > 1 else whole
     else:
         gathered = passing if config.parallel.reshard_after_forward and layout.world_size > 1 else whole

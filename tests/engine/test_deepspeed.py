@@ -38,9 +38,17 @@ def values(engine) -> dict[str, torch.Tensor]:
     return copies
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_non_finite_step_leaves_no_trace(context, stage):
-    engine = build_engine(zero(stage), context)
+@pytest.mark.parametrize(
+    "stage, variant", [(1, ""), (2, ""), (3, ""), (1, "bf16"), (2, "offloaded"), (3, "persistent")]
+)
+def test_a_non_finite_step_leaves_no_trace(context, stage, variant):
+    config = zero(stage)
+    if variant == "bf16":
+        config.train.precision = "bf16"
+    elif variant:
+        to_host = {"offload_optimizer": {"device": "cpu"}}
+        config.engine.deepspeed = {"zero_optimization": to_host if variant == "offloaded" else {}}
+    engine = build_engine(config, context)
     assert isinstance(engine, DeepSpeedEngine)
     engine.forward_backward(micro_batches(0, 2))
     assert float(engine.update(LR).skipped) == 0
@@ -118,8 +126,9 @@ def test_zero_3_never_holds_the_whole_model(context, monkeypatch):
     assert all(p.numel() == 0 for p in engine.model.parameters())
 
 
-def test_what_deepspeed_itself_refuses_is_one_line(context):
-    config = zero(2)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_deepspeed_itself_refuses_is_one_line(context, stage):
+    config = zero(stage)
     config.engine.deepspeed = {"zero_optimization": {"overlap_com": True}}
     with pytest.raises(ValueError, match=r"engine.deepspeed: DeepSpeed refuses it: .*overlap_com") as refusal:
         build_engine(config, context)

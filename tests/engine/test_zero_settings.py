@@ -57,7 +57,12 @@ def test_further_ones_are_handed_on():
         ({"gradient_predivide_factor": 2}, r"gradient_predivide_factor=2 has no place"),
         ({"zero_optimisation": {"stage": 2}}, r"zero_optimisation=.* is not a setting of DeepSpeed"),
         ({"zero_optimization": {"mics_shard_size": 2}}, r"zero_optimization.mics_shard_size=2 .* parallel.replicate"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, r"round_robin_gradients=True has no place here"),
         ({"zero_optimization": []}, r"zero_optimization=\[\] must be an object"),
+        ({"zero_optimization": "x"}, r"zero_optimization='x' must be an object"),
+        ({"bf16": True}, r"bf16=True must be an object"),
+        ({"bf16": {"bf16_optimizer_states": True}}, r"bf16.bf16_optimizer_states=True has no place here"),
+        ({"data_types": {"buffer_dtype": "bf16"}}, r"data_types.buffer_dtype='bf16' has no place here"),
     ],
 )
 def test_contradictions_are_refused_by_name(deepspeed, message):
@@ -68,8 +73,9 @@ def test_contradictions_are_refused_by_name(deepspeed, message):
 def test_stages():
     with pytest.raises(ValueError, match=r"engine.zero_stage=0 is not possible; choose 1, 2 or 3 \(0 shards nothing"):
         zero_stage(config(stage=0))
-    with pytest.raises(ValueError, match=r"engine.zero_stage=4 is not possible"):
-        zero_stage(config({"zero_optimization": {"stage": 4}}))
+    for stage in (4, "2", True):
+        with pytest.raises(ValueError, match=rf"engine.deepspeed: zero_optimization.stage={stage!r} is not possible"):
+            zero_stage(config({"zero_optimization": {"stage": stage}}))
     with pytest.raises(ValueError, match=r"zero_optimization.stage=3 contradicts engine.zero_stage, which gives 2"):
         deepspeed_settings(config({"zero_optimization": {"stage": 3}}, stage=2), ONE)
 
@@ -79,10 +85,11 @@ def test_what_cannot_be_combined_with_spread_experts():
     assert deepspeed_settings(zeropp, ONE)["zero_optimization"]["zero_hpz_partition_size"] == 8
     with pytest.raises(ValueError, match=r"zero_quantized_gradients=True is not possible with parallel.expert_par"):
         deepspeed_settings(zeropp, SPREAD)
-    copies = config()
-    copies.parallel.replicate = 2
-    with pytest.raises(ValueError, match=r"parallel.replicate=2 is not possible with engine.kind=deepspeed"):
-        check_layout(copies)
+    for name, value in (("replicate", 2), ("reshard_after_forward", False)):
+        other = config()
+        setattr(other.parallel, name, value)
+        with pytest.raises(ValueError, match=f"parallel.{name}={str(value).lower()} is not possible with engine.kind"):
+            check_layout(other)
 
 
 @pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload", "zero3_nvme", "zeropp"])
@@ -119,16 +126,23 @@ def test_offload_needs_memory():
         check(2, both, parameters=10)
     with pytest.raises(ValueError, match=r"offload_optimizer.device=nvme is not possible"):
         check(3, {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}, parameters=10)
+    with pytest.raises(ValueError, match=r"offload_optimizer='cpu' must be an object"):
+        check(2, {"offload_optimizer": "cpu"}, parameters=10)
+    with pytest.raises(ValueError, match=r"offload_optimizer.ratio=0.5 is not possible"):
+        check(3, {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, parameters=10)
     check(3, {})
 
 
-def test_the_launcher_decides_if_nothing_else_does(monkeypatch):
+def test_the_engine_follows_settings_then_launcher(monkeypatch):
     values = settings()
     for name in ("CROSS_RANK", "LOCAL_SIZE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     assert engine_kind(values) == "fsdp"
     monkeypatch.setenv("CROSS_RANK", "0")
     monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert engine_kind(values) == "deepspeed"
+    monkeypatch.delenv("CROSS_RANK")
+    values.engine.zero_stage = 3
     assert engine_kind(values) == "deepspeed"
     values.engine.kind = "fsdp"
     assert engine_kind(values) == "fsdp"

@@ -27,8 +27,7 @@ def assert_continues(folder, whole, first: int, last: int, rel: float = 2e-6) ->
 
 def test_deepspeed_launch_equals_torchrun_and_resumes_bit_identical(settings, tmp_path):
     """With no compiler in reach: DeepSpeed would like to compile at start-up."""
-    options = ["--config", str(settings), "--sampling.every", "6", "--sampling.prompts", "['a']",
-               "--loss.router_jitter", "0"]  # fmt: skip
+    options = ["--config", str(settings), "--sampling.every", "6", "--sampling.prompts", "['a']"]
     torchrun, whole, parts = (tmp_path / name for name in ("torchrun", "whole", "parts"))
     bare = {"PATH": str(Path(sys.executable).parent)}
     assert shutil.which("g++", path=bare["PATH"]) is None
