@@ -21,6 +21,10 @@ from gptoss_dist.parallel import launcher
 T = TypeVar("T")
 
 
+class LocalError(ValueError):
+    """A user's mistake that one process alone can meet: it has to say so itself, whichever it is."""
+
+
 @dataclass(frozen=True)
 class Context:
     """One process of the run."""
@@ -51,7 +55,8 @@ def start(timeout_s: float = 1800.0) -> Context:
     On CPU it also sets, for the rest of the process, that the C library keeps freed memory.
 
     Raises:
-        ValueError: fewer GPUs than processes on this machine, or the launcher does not say where the processes meet.
+        LocalError: fewer GPUs than processes on this machine.
+        ValueError: the launcher does not say where the processes meet.
     """
     launcher.complete()
     launched = "RANK" in os.environ
@@ -59,7 +64,7 @@ def start(timeout_s: float = 1800.0) -> Context:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise LocalError(
                 f"LOCAL_RANK={local_rank} but this machine has {torch.cuda.device_count()} GPUs; "
                 "start at most one process per GPU (torchrun --nproc_per_node)"
             )

@@ -81,7 +81,7 @@ class DroplessExperts(megablocks.dmoe.ParallelDroplessMLP):
             indices_TK: expert of each pair, any integer dtype.
 
         Raises:
-            ValueError: on CUDA, T * K * D is 2^31 or more, beyond what the kernels can address.
+            LocalError: on CUDA, the rows of this process times D are 2^31 or more, beyond what the kernels can address.
         """
         if self.exchange is None:
             return self.forward_fn(x_TD, weights_TK, indices_TK)[0]

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptoss_dist.parallel.context import LocalError
+
 logger = logging.getLogger(__name__)
 
 
@@ -108,7 +110,7 @@ def _limited_to_int32(triton_function: Callable) -> Callable:
     def checked(x: Tensor, *args):
         rows = max([x.shape[0], *(a.shape[0] for a in args if isinstance(a, Tensor))])
         if rows * x.shape[1] >= 2**31:
-            raise ValueError(
+            raise LocalError(
                 f"{rows} rows (tokens * experts per token) of hidden_size {x.shape[1]} exceed the 2^31 elements that "
                 "megablocks' kernels can address; lower train.micro_batch_size or data.seq_len (and raise "
                 "loss.aux_coef if it is expert parallelism that sends most tokens to one process)"

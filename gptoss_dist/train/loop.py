@@ -16,7 +16,7 @@ from gptoss_dist import checkpoint
 from gptoss_dist.config import Config
 from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.inference import generate
-from gptoss_dist.parallel.context import Context, on_rank_zero, seed_everything, start
+from gptoss_dist.parallel.context import Context, LocalError, on_rank_zero, seed_everything, start
 from gptoss_dist.train.faults import SkipGuard, StopRequest, TrainingError
 from gptoss_dist.train.metrics import StepTimer
 from gptoss_dist.train.profiling import profiled
@@ -38,8 +38,9 @@ def run(config: Config) -> int:
             torch.use_deterministic_algorithms(True)
         train(config, context)
     except (ValueError, TrainingError) as error:
-        # All ranks of a machine meet the same mistake; one of them says so.
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if isinstance(error, LocalError):
+            print(f"train.py: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr)
+        elif int(os.environ.get("LOCAL_RANK", 0)) == 0:  # all ranks of a machine meet it; one of them says so
             print(f"train.py: {error}", file=sys.stderr)
         log.error("%s", error)
         return 2 if isinstance(error, ValueError) else 1

@@ -1,0 +1,55 @@
+"""Mistakes that one process of several meets alone: that one says so."""
+
+import pytest
+import torch
+import yaml
+from ranks import MODEL, run
+
+from gptoss_dist.parallel.context import LocalError, start
+
+SCRIPT = """
+import os
+import sys
+
+from gptoss_dist.parallel.megablocks_compat import load_megablocks
+from launch.train import main
+
+if os.environ["RANK"] == "1":
+    kernels = load_megablocks().kernels
+    of_cuda = kernels.gather.__wrapped__
+
+    def too_many_rows(x, *args):
+        return of_cuda(x.new_empty(2**31 // x.shape[1] + 1, x.shape[1], device="meta"), *args)
+
+    kernels.gather = too_many_rows
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_rank_that_gets_too_many_rows_says_so(tmp_path, corpus):
+    script, settings = tmp_path / "script.py", tmp_path / "run.yaml"
+    script.write_text(SCRIPT)
+    settings.write_text(
+        yaml.safe_dump(
+            {
+                "run": {"dir": str(tmp_path / "run")},
+                "model": MODEL,
+                "data": {"path": str(corpus), "seq_len": 48},
+                "train": {"steps": 2, "micro_batch_size": 2, "precision": "fp32"},
+                "parallel": {"expert_parallel": 2},
+                "validation": {"every": 0},
+                "tracking": {"mlflow": False, "plots": False},
+            }
+        )
+    )
+    done = run(str(script), "--config", str(settings), processes=2, expect=1)
+    assert done.stderr.count("train.py: ") == 1, done.stderr
+    assert "train.py: rank 1: 67108865 rows" in done.stderr and "lower train.micro_batch_size" in done.stderr
+
+
+def test_a_process_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(LocalError, match="LOCAL_RANK=1 but this machine has 1 GPUs"):
+        start()
