@@ -75,7 +75,9 @@ def grouped_experts(
             backend = "loop" if _grouped_mm_limit(x_ND, gate_up_proj_EDF) else "grouped_mm"
     operands = (x_ND, gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
     if backend == "grouped_mm":
-        return _grouped_mm(tokens_per_expert_E, gating, operands)
+        # The compiler's idea of torch's grouped product knows bf16 only: for other types the graph breaks here.
+        multiply = _grouped_mm if x_ND.dtype == torch.bfloat16 else _grouped_mm_uncompiled
+        return multiply(tokens_per_expert_E, gating, operands)
     if backend == "grouped_gemm":
         return _grouped_gemm(tokens_per_expert_E, gating, operands)
     if backend not in ("loop", "blocked"):
@@ -175,6 +177,9 @@ def _grouped_mm(tokens_per_expert_E: Tensor, gating: Gating, operands: tuple) ->
         return out
 
     return _in_two_multiplications(multiply, tokens_per_expert_E, gating, *operands)
+
+
+_grouped_mm_uncompiled = torch.compiler.disable(_grouped_mm)
 
 
 @torch.compiler.disable  # as `_one_by_one`

@@ -90,6 +90,16 @@ def test_compiled_blocks_agree(context):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+def test_compiled_grouped_mm_agrees(context):
+    """Torch cannot trace it in float32: the graph has to break around it, as on CUDA by default."""
+    config = settings(num_hidden_layers=1, num_shared_experts=1)
+    config.parallel.expert_gemm = "grouped_mm"
+    expected = train(config, context, steps=2)
+    config.train.compile = True
+    assert_same(train(config, context, steps=2), expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 def test_compiled_blocks_agree_in_bf16(context, bf16_products):
     """Tokens in whole blocks of the attention's band, which is where its strides were once misdeclared."""
     tokens = torch.randint(0, 101, (2, 65), generator=torch.Generator().manual_seed(0))
