@@ -9,6 +9,7 @@ Shapes: B samples, T tokens, L layers, E experts, R ranks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -131,8 +132,15 @@ class Engine(ABC):
         valid = self.context.sum(valid).clamp(min=1)
         for index, batch in enumerate(batches):
             self._begin_micro_batch(index == len(batches) - 1)
-            terms = self._micro_batch(batch, valid, len(batches))
+            with self._stance():
+                terms = self._micro_batch(batch, valid, len(batches))
             self._sums = terms if index == 0 else tuple(a + b for a, b in zip(self._sums, terms))
+
+    def _stance(self) -> AbstractContextManager:
+        """Uncompiled while routers record what `train.routing=replay` repeats: that breaks the graph, and the break
+        would stay. It is for the backward pass too, which may compute blocks again."""
+        recording = any(router.forced == "replay" and router.recorded_TK is None for router in self.routers)
+        return torch.compiler.set_stance("force_eager") if recording else nullcontext()
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.context.device, non_blocking=True) for name, tensor in batch.items()}

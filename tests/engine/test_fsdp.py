@@ -100,6 +100,20 @@ def test_compiled_grouped_mm_agrees(context):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+def test_replay_is_recorded_outside_of_compiled_graphs(context):
+    config = settings()
+    config.train.routing = "replay"
+    expected = train(config, context)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config.train.compile, config.train.activation_checkpointing = True, 2
+    assert_same(train(config, context), expected)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not [reason for reason in counters["graph_break"] if "_record" in reason]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 def test_compiled_blocks_agree_in_bf16(context, bf16_products):
     """Tokens in whole blocks of the attention's band, which is where its strides were once misdeclared."""
     tokens = torch.randint(0, 101, (2, 65), generator=torch.Generator().manual_seed(0))
