@@ -198,15 +198,17 @@ def _write_samples(config: Config, context: Context, engine, dataset: TokenDatas
     texts, tokenizer, settings = [], dataset.tokenizer, config.sampling
     for index, prompt in enumerate(settings.prompts):
         ids = torch.tensor([tokenizer.encode(prompt).tolist() or [tokenizer.eot_id]], device=context.device)
-        output = generate(
-            engine.model,
-            ids,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            vocab_size=tokenizer.n_vocab,
-            generator=torch.Generator().manual_seed(config.run.seed + index),
-        )
+        # Compiled blocks would be compiled anew for the cache, the prompt and one token, until the compiler gives up.
+        with torch.compiler.set_stance("force_eager"):
+            output = generate(
+                engine.model,
+                ids,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                vocab_size=tokenizer.n_vocab,
+                generator=torch.Generator().manual_seed(config.run.seed + index),
+            )
         texts.append(tokenizer.decode(output[0].tolist()))
     if report:
         report.samples(step, texts)

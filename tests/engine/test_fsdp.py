@@ -1,7 +1,9 @@
 """The engine in one process, against plain torch: updates, accumulation, checkpointing, compile, skipped steps."""
 
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.parallel.context import start
 from gptoss_dist.parallel.mesh import local
+from gptoss_dist.train.loop import _write_samples
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +114,27 @@ def test_replay_is_recorded_outside_of_compiled_graphs(context):
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] > 0
     assert not [reason for reason in counters["graph_break"] if "_record" in reason]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+def test_samples_compile_nothing_and_validation_little(context):
+    config = settings()
+    config.train.compile = True
+    config.sampling.prompts, config.sampling.max_new_tokens = ["a", "two"], 4
+    tokenizer = SimpleNamespace(encode=lambda text: np.arange(len(text)), decode=str, n_vocab=90)
+    engine, texts = build_engine(config, context), []
+    report = SimpleNamespace(samples=lambda step, written: texts.append(written))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for step in range(3):
+        engine.forward_backward(micro_batches(step, 2))
+        engine.update(LR)
+        engine.evaluate(micro_batches(step, 2))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        _write_samples(config, context, engine, SimpleNamespace(tokenizer=tokenizer), report, step)
+    assert len(texts) == 3 and len(texts[0]) == 2
+    assert graphs[0] > 0 and graphs == graphs[:1] * 3
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
