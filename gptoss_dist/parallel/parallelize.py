@@ -35,7 +35,7 @@ def parallelize(model: GptOss, config: Config, meshes: Meshes) -> Exchange | Non
         if exchange is not None:
             _shard(experts, meshes.experts, config, stacks=experts)
         _shard(layer, meshes.dense, config, stacks=experts)
-    _shard(model, meshes.dense, config)
+    _shard(model, meshes.dense, config, root=True)
     if exchange is not None:
         _prefetch(model)
     return exchange
@@ -75,18 +75,22 @@ def place_experts(model: GptOss, config: Config, meshes: Meshes) -> Exchange | N
     return exchange
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, config: Config, stacks: nn.Module | None = None) -> None:
+def _shard(
+    module: nn.Module, mesh: DeviceMesh, config: Config, stacks: nn.Module | None = None, root: bool = False
+) -> None:
     """Shard what is not yet sharded of `module` over the last dimension of `mesh`, and sum gradients over all of it.
 
     Args:
         stacks: the part of it whose parameters are stacks of experts.
+        root: the backward pass begins right after its forward pass ends, so that freeing what it gathered is in vain.
     """
+    # One process holds everything anyway: gathering it a second time for the backward pass would only cost time.
+    reshard = config.parallel.reshard_after_forward and torch.distributed.get_world_size() > 1 and not root
     stacked = set(stacks.parameters()) if stacks is not None else ()
     fully_shard(
         module,
         mesh=mesh,
-        # One process holds everything anyway: gathering it a second time for the backward pass would only cost time.
-        reshard_after_forward=config.parallel.reshard_after_forward and torch.distributed.get_world_size() > 1,
+        reshard_after_forward=reshard,
         shard_placement_fn=lambda p: Shard(shard_dimension(local(p).shape, mesh.shape[-1])) if p in stacked else None,
         mp_policy=MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if config.train.precision == "bf16" else None, reduce_dtype=torch.float32

@@ -1,0 +1,30 @@
+"""What is set up for two processes, seen from one: the process group is torch's fake one, which moves nothing."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from reference import micro_batches, settings
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from gptoss_dist.engine import build_engine
+from gptoss_dist.parallel.context import Context
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("reshard, gathers", [(True, 2 * 3 + 1), (False, 3 + 1)])
+def test_the_root_is_gathered_once(reshard, gathers):
+    """The backward pass begins with the head, right after the forward pass ended with it; blocks are gathered again."""
+    config = settings()
+    config.parallel.reshard_after_forward = reshard
+    engine = build_engine(config, Context(0, 0, 2, torch.device("cpu")))
+    with CommDebugMode() as seen:
+        engine.forward_backward(micro_batches(0, 1)[:1])
+    counts = {str(operator): count for operator, count in seen.get_comm_counts().items()}
+    assert sum(count for name, count in counts.items() if "allgather" in name) == gathers, counts
