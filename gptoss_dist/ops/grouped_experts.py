@@ -72,7 +72,7 @@ def grouped_experts(
         if x_ND.device.type == "cpu":
             backend = "blocked"
         else:
-            backend = "loop" if _grouped_mm_limit(x_ND, gate_up_proj_EDF) else "grouped_mm"
+            backend = "loop" if grouped_mm_limit(x_ND.dtype, *down_proj_EID.shape[1:]) else "grouped_mm"
     operands = (x_ND, gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
     if backend == "grouped_mm":
         # The compiler's idea of torch's grouped product knows bf16 only: for other types the graph breaks here.
@@ -152,22 +152,21 @@ def _loop(counts: list[int], gating: Gating, x_ND, w1_EDF, b1_EF, w2_EID, b2_ED)
 # ------------------------------------------------------------------------------------------- grouped_mm, grouped_gemm
 
 
-def _grouped_mm_limit(x_ND: Tensor, w1_EDF: Tensor) -> str | None:
-    """Why ``grouped_mm`` cannot serve these operands, or None."""
-    if x_ND.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"grouped_mm computes in bfloat16, float16 or float32, not {x_ND.dtype}"
-    D, twice_I = w1_EDF.shape[1:]
-    multiple = 16 // x_ND.element_size()
-    if D % multiple or twice_I // 2 % multiple:
+def grouped_mm_limit(dtype: torch.dtype, I: int, D: int) -> str | None:  # noqa: E741
+    """Why ``grouped_mm`` cannot serve operands of this type and these sizes, or None."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"grouped_mm computes in bfloat16, float16 or float32, not {dtype}"
+    multiple = 16 // dtype.itemsize
+    if D % multiple or I % multiple:
         return (
             f"grouped_mm needs rows of whole 16 bytes: sizes in multiples of {multiple}, "
-            f"not hidden {D} and intermediate {twice_I // 2}"
+            f"not hidden {D} and intermediate {I}"
         )
     return None
 
 
 def _grouped_mm(tokens_per_expert_E: Tensor, gating: Gating, operands: tuple) -> Tensor:
-    if limit := _grouped_mm_limit(*operands[:2]):
+    if limit := grouped_mm_limit(operands[0].dtype, *operands[3].shape[1:]):
         raise ValueError(f"{limit}; use backend='loop' or 'blocked'")
 
     def multiply(rows, weight, offsets_E):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.tensor import Shard
 
 from gptoss_dist.config import Config
 from gptoss_dist.model.transformer import GptOss
+from gptoss_dist.ops.grouped_experts import grouped_mm_limit
 from gptoss_dist.parallel.exchange import Exchange
 from gptoss_dist.parallel.mesh import Meshes, local
 from gptoss_dist.parallel.recompute import checkpoint_activations
@@ -61,8 +63,9 @@ def place_experts(model: GptOss, config: Config, meshes: Meshes) -> Exchange | N
         The all-to-alls between the experts, if they are spread over processes.
 
     Raises:
-        ValueError: megablocks cannot be imported.
+        ValueError: megablocks cannot be imported, or the experts cannot be multiplied as the settings say.
     """
+    _check_expert_gemm(config, meshes.dense.device_type)
     exchange = None
     if config.parallel.experts == "megablocks":
         try:
@@ -73,6 +76,28 @@ def place_experts(model: GptOss, config: Config, meshes: Meshes) -> Exchange | N
     for layer in model.model.layers:
         layer.mlp.experts.backend = config.parallel.expert_gemm
     return exchange
+
+
+def _check_expert_gemm(config: Config, device_type: str) -> None:
+    """Refuse by its key what `grouped_experts` would refuse in the first step, when the run's folder exists already."""
+    gemm, remedy, problem = config.parallel.expert_gemm, "choose --parallel.expert_gemm auto", None
+    if gemm == "grouped_mm":
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        problem = grouped_mm_limit(dtype, config.model.intermediate_size, config.model.hidden_size)
+    elif gemm == "grouped_gemm":
+        if config.train.precision != "bf16":
+            problem = f"{gemm} computes in bf16 only"
+            remedy = f"set --train.precision bf16 or {remedy}"
+        elif device_type != "cuda":
+            problem = f"{gemm} computes on CUDA only"
+        else:
+            try:
+                importlib.import_module(gemm)
+            except ImportError as error:
+                problem = f"{gemm} needs the package of that name, which cannot be imported ({error})"
+                remedy += ", or install it (docs/install.md)"
+    if problem:
+        raise ValueError(f"parallel.expert_gemm={problem}; {remedy}")
 
 
 def _shard(

@@ -215,6 +215,14 @@ MISTAKES = {
         ],
         "GiB are free; use more machines, or do not offload",
     ),
+    "grouped_gemm in fp32": (
+        ["--parallel.expert_gemm", "grouped_gemm"],
+        "parallel.expert_gemm=grouped_gemm computes in bf16 only; set --train.precision bf16",
+    ),
+    "unaligned experts": (
+        ["--parallel.expert_gemm", "grouped_mm", "--model.intermediate_size", "30"],
+        "parallel.expert_gemm=grouped_mm needs rows of whole 16 bytes: sizes in multiples of 4",
+    ),
     "impossible sampling": (["--sampling.temperature", "-1"], "sampling.temperature=-1"),
 }
 
