@@ -81,7 +81,9 @@ def plan_layout(config: ParallelConfig, num_experts: int, world_size: int, node_
         )
     shard = world_size // replicate
     possible = [n for n in _divisors(shard) if num_experts % n == 0]
-    if config.expert_parallel == "auto":
+    if config.expert_parallel == "auto" and config.experts != "megablocks":
+        expert_parallel = 1  # the only degree that these experts have
+    elif config.expert_parallel == "auto":
         node_size = node_size or ranks_per_node(world_size)
         expert_parallel = max(n for n in possible if node_size % n == 0)
     else:

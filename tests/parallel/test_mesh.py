@@ -33,6 +33,10 @@ def test_auto(world, experts, node, replicate, expected):
     assert plan(world, experts, node, expert_parallel="auto", replicate=replicate).expert_parallel == expected
 
 
+def test_auto_is_one_for_plain_experts():
+    assert plan(8, 32, 8, expert_parallel="auto", experts="plain").expert_parallel == 1
+
+
 def test_the_launcher_knows_the_ranks_of_a_node(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert ranks_per_node(16) == 16
