@@ -101,6 +101,21 @@ def plan_layout(config: ParallelConfig, num_experts: int, world_size: int, node_
     return Layout(replicate, shard, expert_parallel)
 
 
+def spanned_machines(layout: Layout, node_size: int | None = None) -> str | None:
+    """A line about groups of expert parallelism that do not fit into one machine, if there are any.
+
+    Args:
+        node_size: processes per machine; None asks the launcher.
+    """
+    node_size = node_size or ranks_per_node(layout.world_size)
+    if node_size % layout.expert_parallel == 0:
+        return None
+    return (
+        f"expert_parallel={layout.expert_parallel} spans machines of {node_size} processes: "
+        "all-to-alls cross the network"
+    )
+
+
 def build_meshes(layout: Layout, device_type: str) -> Meshes:
     """Create the process groups of a layout; collective.
 

@@ -17,6 +17,7 @@ from gptoss_dist.config import Config
 from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.inference import generate
 from gptoss_dist.parallel.context import Context, LocalError, on_rank_zero, seed_everything, start
+from gptoss_dist.parallel.mesh import spanned_machines
 from gptoss_dist.train.faults import SkipGuard, StopRequest, TrainingError
 from gptoss_dist.train.metrics import StepTimer
 from gptoss_dist.train.profiling import profiled
@@ -93,6 +94,8 @@ def train(config: Config, context: Context) -> None:
         report.message(f"resumed {path} at step {first}" if path else f"training {config.run.name} in {config.folder}")
         samples = settings.micro_batch_size * settings.gradient_accumulation * context.world_size
         report.message(f"{context.world_size} processes, {engine.name}, {engine.layout}; {samples} samples per step")
+        if spanned := spanned_machines(engine.layout):
+            report.message(spanned)
         for moved in checkpoint.set_aside(config.checkpoint_folder, after=first):
             report.message(f"a later checkpoint is now {moved}")
 

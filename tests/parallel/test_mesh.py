@@ -3,7 +3,7 @@
 import pytest
 
 from gptoss_dist.config import ParallelConfig
-from gptoss_dist.parallel.mesh import Layout, plan_layout, ranks_per_node
+from gptoss_dist.parallel.mesh import Layout, plan_layout, ranks_per_node, spanned_machines
 from gptoss_dist.parallel.parallelize import shard_dimension
 
 
@@ -35,6 +35,20 @@ def test_auto(world, experts, node, replicate, expected):
 
 def test_auto_is_one_for_plain_experts():
     assert plan(8, 32, 8, expert_parallel="auto", experts="plain").expert_parallel == 1
+
+
+@pytest.mark.parametrize(
+    "world, node, ep, expected",
+    [
+        (32, 8, 16, "expert_parallel=16 spans machines of 8 processes: all-to-alls cross the network"),
+        (12, 6, 4, "expert_parallel=4 spans machines of 6 processes: all-to-alls cross the network"),
+        (32, 8, 8, None),
+        (32, 8, 2, None),
+        (4, 1, 1, None),
+    ],
+)
+def test_groups_that_span_machines_are_named(world, node, ep, expected):
+    assert spanned_machines(plan(world, 32, expert_parallel=ep), node) == expected
 
 
 def test_the_launcher_knows_the_ranks_of_a_node(monkeypatch):
