@@ -248,6 +248,12 @@ class Config:
             "needs --model.router_selection_bias true",
         )
         _require(
+            not self.train.keep_all_to_all or self.train.activation_checkpointing > 0,
+            "train.keep_all_to_all",
+            self.train.keep_all_to_all,
+            "needs --train.activation_checkpointing 1 or more: without it nothing is exchanged again",
+        )
+        _require(
             len(self.optim.betas) == 2 and all(0 <= b < 1 for b in self.optim.betas),
             "optim.betas",
             self.optim.betas,

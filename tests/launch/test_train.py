@@ -223,6 +223,7 @@ MISTAKES = {
         ["--parallel.expert_gemm", "grouped_mm", "--model.intermediate_size", "30"],
         "parallel.expert_gemm=grouped_mm needs rows of whole 16 bytes: sizes in multiples of 4",
     ),
+    "nothing recomputed": (["--train.keep_all_to_all", "true"], "train.keep_all_to_all=True"),
     "impossible sampling": (["--sampling.temperature", "-1"], "sampling.temperature=-1"),
 }
 
