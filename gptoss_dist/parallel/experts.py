@@ -132,7 +132,7 @@ def use_megablocks(model: nn.Module, expert_parallel: DeviceMesh | None = None) 
     """Swap the experts of every layer of a `GptOss` for `DroplessExperts`, in place.
 
     On one process parameters stay the same objects under the same names, so optimizers and state dicts made before
-    remain valid. Works on any device, meta included, and does nothing to layers already swapped.
+    remain valid. Works on any device, meta included, and does nothing to layers already swapped, whatever the mesh.
 
     Args:
         expert_parallel: one-dimensional mesh to spread each layer's experts over. Expert parameters are then replaced
@@ -144,8 +144,9 @@ def use_megablocks(model: nn.Module, expert_parallel: DeviceMesh | None = None) 
     Raises:
         ValueError: the mesh does not divide the experts.
     """
-    exchange = None
-    if expert_parallel is not None and expert_parallel.size() > 1:
+    swapped = [e for e in (layer.mlp.experts for layer in model.model.layers) if isinstance(e, DroplessExperts)]
+    exchange = swapped[0].exchange if swapped else None
+    if not swapped and expert_parallel is not None and expert_parallel.size() > 1:
         exchange = Exchange(expert_parallel.get_group(), torch.device(expert_parallel.device_type))
     for layer in model.model.layers:
         experts = layer.mlp.experts

@@ -4,11 +4,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from reference import micro_batches, settings
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gptoss_dist.engine import build_engine
+from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.parallel.context import Context
+from gptoss_dist.parallel.experts import use_megablocks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,3 +31,11 @@ def test_the_root_is_gathered_once(reshard, gathers):
         engine.forward_backward(micro_batches(0, 1)[:1])
     counts = {str(operator): count for operator, count in seen.get_comm_counts().items()}
     assert sum(count for name, count in counts.items() if "allgather" in name) == gathers, counts
+
+
+def test_experts_are_spread_once():
+    model, mesh = GptOss(settings().model), init_device_mesh("cpu", (2,))
+    exchange = use_megablocks(model, mesh)
+    assert use_megablocks(model, mesh) is exchange
+    assert all(layer.mlp.experts.exchange is exchange for layer in model.model.layers)
+    assert use_megablocks(model) is exchange
