@@ -162,6 +162,7 @@ class SharedExpert(nn.Module):
         super().__init__()
         D, width = config.hidden_size, config.num_shared_experts * config.intermediate_size
         self.activation = activation_settings(config)
+        self.backend = "auto"
         self.gate_up_proj = nn.Parameter(torch.empty(D, 2 * width))
         self.gate_up_proj_bias = nn.Parameter(torch.empty(2 * width)) if config.expert_bias else None
         self.down_proj = nn.Parameter(torch.empty(width, D))
@@ -170,7 +171,8 @@ class SharedExpert(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         weights = (self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias)
         counts_1 = torch.full((1,), x_TD.shape[0], device=x_TD.device)
-        return grouped_experts(x_TD, counts_1, *(w if w is None else w[None] for w in weights), **self.activation)
+        weights_1 = (w if w is None else w[None] for w in weights)
+        return grouped_experts(x_TD, counts_1, *weights_1, backend=self.backend, **self.activation)
 
 
 class MoE(nn.Module):

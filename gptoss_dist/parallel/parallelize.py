@@ -74,7 +74,9 @@ def place_experts(model: GptOss, config: Config, meshes: Meshes) -> Exchange | N
             raise ValueError(f"{error}; or choose --parallel.experts plain") from None
         exchange = use_megablocks(model, meshes.expert_parallel)
     for layer in model.model.layers:
-        layer.mlp.experts.backend = config.parallel.expert_gemm
+        for experts in (layer.mlp.experts, layer.mlp.shared_expert):
+            if experts is not None:
+                experts.backend = config.parallel.expert_gemm
     return exchange
 
 

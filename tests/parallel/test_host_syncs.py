@@ -65,12 +65,14 @@ def process_group():
 
 
 def layer(spread: bool, **fields) -> MoE:
-    moe = MoE(ModelConfig(hidden_size=32, intermediate_size=32, num_local_experts=8, num_experts_per_tok=2, **fields))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2}
+    moe = MoE(ModelConfig(**sizes, num_shared_experts=1, **fields))
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     exchange = Exchange(dist.group.WORLD, torch.device("cpu")) if spread else None
     moe.experts = DroplessExperts(moe.experts, 2, exchange)
-    moe.experts.backend = "grouped_mm"  # that of CUDA
+    for experts in (moe.experts, moe.shared_expert):
+        experts.backend = "grouped_mm"  # that of CUDA
     return moe
 
 

@@ -12,6 +12,8 @@ from gptoss_dist.engine import build_engine
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.parallel.context import Context
 from gptoss_dist.parallel.experts import use_megablocks
+from gptoss_dist.parallel.mesh import build_meshes, plan_layout
+from gptoss_dist.parallel.parallelize import place_experts
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,3 +41,13 @@ def test_experts_are_spread_once():
     assert use_megablocks(model, mesh) is exchange
     assert all(layer.mlp.experts.exchange is exchange for layer in model.model.layers)
     assert use_megablocks(model) is exchange
+
+
+def test_the_shared_expert_multiplies_like_the_others():
+    config = settings(num_shared_experts=1)
+    config.parallel.expert_gemm = "loop"
+    with torch.device("meta"):
+        model = GptOss(config.model)
+    place_experts(model, config, build_meshes(plan_layout(config.parallel, 4, 2), "cpu"))
+    for layer in model.model.layers:
+        assert layer.mlp.experts.backend == layer.mlp.shared_expert.backend == "loop"
