@@ -1,4 +1,4 @@
-"""Mistakes that one process of several meets alone: that one says so."""
+"""Mistakes that one process of several meets alone: that one says so. And what a run over machines says first."""
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ import sys
 from gptoss_dist.parallel.megablocks_compat import load_megablocks
 from launch.train import main
 
+os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if each process had a machine of its own
 if os.environ["RANK"] == "1":
     kernels = load_megablocks().kernels
     of_cuda = kernels.gather.__wrapped__
@@ -43,6 +44,7 @@ def test_the_rank_that_gets_too_many_rows_says_so(tmp_path, corpus):
         )
     )
     done = run(str(script), "--config", str(settings), processes=2, expect=1)
+    assert done.stderr.count("expert_parallel=2 spans machines of 1 processes") == 1, done.stderr
     assert done.stderr.count("train.py: ") == 1, done.stderr
     assert "train.py: rank 1: 67108865 rows" in done.stderr and "lower train.micro_batch_size" in done.stderr
 
