@@ -97,7 +97,7 @@ def _check_expert_gemm(config: Config, device_type: str) -> None:
                 importlib.import_module(gemm)
             except ImportError as error:
                 problem = f"{gemm} needs the package of that name, which cannot be imported ({error})"
-                remedy += ", or install it (docs/install.md)"
+                remedy += ", or, with a CUDA toolkit, pip install --no-build-isolation grouped_gemm==0.3.0"
     if problem:
         raise ValueError(f"parallel.expert_gemm={problem}; {remedy}")
 

@@ -1,5 +1,8 @@
 """What is set up for two processes, seen from one: the process group is torch's fake one, which moves nothing."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -41,6 +44,18 @@ def test_experts_are_spread_once():
     assert use_megablocks(model, mesh) is exchange
     assert all(layer.mlp.experts.exchange is exchange for layer in model.model.layers)
     assert use_megablocks(model) is exchange
+
+
+@pytest.mark.parametrize(
+    "device_type, message", [("cpu", "computes on CUDA only"), ("cuda", "cannot be imported .* pip install")]
+)
+def test_grouped_gemm_is_refused_where_it_cannot_run(monkeypatch, device_type, message):
+    monkeypatch.setitem(sys.modules, "grouped_gemm", None)
+    config = settings()
+    config.parallel.expert_gemm, config.train.precision = "grouped_gemm", "bf16"
+    meshes = SimpleNamespace(dense=SimpleNamespace(device_type=device_type))
+    with pytest.raises(ValueError, match=f"parallel.expert_gemm=grouped_gemm .*{message}"):
+        place_experts(GptOss(config.model), config, meshes)
 
 
 def test_the_shared_expert_multiplies_like_the_others():
