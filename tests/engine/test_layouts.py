@@ -18,6 +18,7 @@ KEEP = RECOMPUTE | {"train.keep_all_to_all": True}
 CASES = [
     Case("1x1", 1),
     Case("2x1", 2),
+    Case("2x1 all copies", 2, replicate=2),
     Case("2x2", 2, ep=2),
     Case("4x1", 4),
     Case("4x2", 4, ep=2),
@@ -45,7 +46,8 @@ ROUNDED = [
 ]
 COMPILED = [
     Case("2x2 compiled", 2, ep=2, options={"train.compile": True}),
-    Case("2x2 compiled, recomputed", 2, ep=2, options={"train.compile": True} | KEEP),
+    Case("2x2 compiled, recomputed", 2, ep=2, options={"train.compile": True} | RECOMPUTE),
+    Case("2x2 compiled, recomputed, keeping all-to-alls", 2, ep=2, options={"train.compile": True} | KEEP),
 ]
 
 
@@ -115,6 +117,8 @@ def errors(actual: dict, expected: dict) -> dict[str, float]:
 def check(folder, case: Case, tolerance: float = 1e-6) -> None:
     expected = plain(case.config(), STEPS, SAMPLES, case.silence)
     assert min(row[-1] for row in expected.rows) > 0.3  # clipping is active in every step
+    for counts_E in read(folder, case)["counts"]:
+        assert not any(counts_E[e] for e in case.silent) and sum(counts_E) > 0
     for step, (row, other) in enumerate(zip(read(folder, case)["rows"], expected.rows, strict=True)):
         assert row[0] == pytest.approx(other[0], rel=tolerance)
         # Adam has turned rounding into differences of the weights by then, which the routers' small losses show first.
@@ -174,7 +178,7 @@ def test_experts_are_sharded_once_over_each_dimension(trained):
     assert local("4x2 HSDP") == [4, 32, 48]
     assert local("4x2 few experts") == [1, 16, 48]
     assert local("4x1 few experts") == [2, 8, 48]
-    assert read(trained(CASES[0], CASES), CASES[4])["layout"] == "replicate 1 x shard 4 (experts 2 x 2)"
+    assert read(trained(CASES[0], CASES), CASES[5])["layout"] == "replicate 1 x shard 4 (experts 2 x 2)"
 
 
 def test_traffic(trained):
