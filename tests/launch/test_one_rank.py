@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import yaml
-from ranks import MODEL, run
+from ranks import run
 
 from gptoss_dist.parallel.context import LocalError, start
 
@@ -27,23 +26,11 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_the_rank_that_gets_too_many_rows_says_so(tmp_path, corpus):
-    script, settings = tmp_path / "script.py", tmp_path / "run.yaml"
+def test_the_rank_that_gets_too_many_rows_says_so(settings, tmp_path):
+    script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    settings.write_text(
-        yaml.safe_dump(
-            {
-                "run": {"dir": str(tmp_path / "run")},
-                "model": MODEL,
-                "data": {"path": str(corpus), "seq_len": 48},
-                "train": {"steps": 2, "micro_batch_size": 2, "precision": "fp32"},
-                "parallel": {"expert_parallel": 2},
-                "validation": {"every": 0},
-                "tracking": {"mlflow": False, "plots": False},
-            }
-        )
-    )
-    done = run(str(script), "--config", str(settings), processes=2, expect=1)
+    options = ("--config", str(settings), "--parallel.expert_parallel", "2", "--validation.every", "0")
+    done = run(str(script), *options, processes=2, expect=1)
     assert done.stderr.count("expert_parallel=2 spans machines of 1 processes") == 1, done.stderr
     assert done.stderr.count("train.py: ") == 1, done.stderr
     assert "train.py: rank 1: 67108865 rows" in done.stderr and "lower train.micro_batch_size" in done.stderr
