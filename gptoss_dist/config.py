@@ -125,13 +125,13 @@ class ParallelConfig:
     over copies. Divides the number of processes."""
     expert_parallel: int | Literal["auto"] = 1
     """Processes over which the experts of a layer are spread; tokens travel to them. Divides the experts and the
-    processes of a copy. `auto` takes the largest that also divides the processes of a machine."""
+    processes of a copy. `auto` takes the largest that also divides the processes of a machine, 1 with plain experts."""
     experts: Literal["megablocks", "plain"] = "megablocks"
     """Token dispatch: megablocks (needs launch/install.sh), or the plain one of model/moe.py, without expert
     parallelism."""
     expert_gemm: Literal["auto", "grouped_mm", "grouped_gemm", "loop", "blocked"] = "auto"
-    """The experts' matrix products: `auto` is `grouped_mm` of torch on CUDA and `blocked` on CPU; `grouped_gemm` needs
-    the package of that name, CUDA and bf16; `loop` is the slow reference."""
+    """The experts' matrix products, shared experts' too: `auto` is `grouped_mm` of torch on CUDA and `blocked` on CPU;
+    `grouped_gemm` needs the package of that name, CUDA and bf16; `loop` is the slow reference."""
     reshard_after_forward: bool = True
     """Free gathered parameters after the forward pass (ZeRO-3); false keeps them until the backward pass (ZeRO-2), as
     one process always does."""

@@ -139,10 +139,16 @@ class DeepSpeedEngine(Engine):
         """Draw the initial master weights, each rank its own runs."""
         model, seed = self.config.model, self.config.run.seed
         for name, parameter in self.model.named_parameters():
-            run, first = self._run(parameter), self._first_expert(parameter)
-            for offset, values in boxes(run.of(run.flat), run.start, _shape(parameter)):
-                offset = (offset[0] + first, *offset[1:])
-                fill(values, name, self.shapes[name], model, seed, offset)
+            run, first, shape = self._run(parameter), self._first_expert(parameter), self.shapes[name]
+            parts = boxes(run.of(run.flat), run.start, _shape(parameter))
+            if len(parts) > 1 and ".experts." not in name:
+                # Every part of these is cut from the same draw of the whole: once is enough.
+                drawn = torch.empty(shape)
+                fill(drawn, name, shape, model, seed)
+                run.of(run.flat).copy_(drawn.view(-1)[run.start : run.start + run.count])
+                continue
+            for offset, values in parts:
+                fill(values, name, shape, model, seed, (offset[0] + first, *offset[1:]))
         for name, buffer in self.model.named_buffers():
             fill(buffer, name, buffer.shape, model, seed)
         self._weights_from_master()

@@ -157,10 +157,11 @@ def test_layout_does_not_change_the_losses(settings, tmp_path):
         assert max(abs(a[step] - b[step]) for step in a) <= 1e-5, name
 
 
-def test_sigterm_saves_and_leaves(settings, tmp_path):
+@pytest.mark.parametrize("engine", [[], ["--engine.zero_stage", "3"]], ids=["fsdp", "zero-3"])
+def test_sigterm_saves_and_leaves(settings, tmp_path, engine):
     folder = tmp_path / "stopped"
     line = command("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000",
-                   "--checkpoint.every", "0", "--validation.every", "0", processes=2)  # fmt: skip
+                   "--checkpoint.every", "0", "--validation.every", "0", *engine, processes=2)  # fmt: skip
     process = subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True)
     metrics, deadline = folder / "metrics.jsonl", time.time() + 120
     while time.time() < deadline and not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
@@ -173,11 +174,12 @@ def test_sigterm_saves_and_leaves(settings, tmp_path):
     assert info["samples_consumed"] == info["step"] * 8
 
 
-def test_non_finite_steps_are_skipped_then_fatal(settings, tmp_path):
+@pytest.mark.parametrize("engine", [[], ["--engine.zero_stage", "2"]], ids=["fsdp", "zero-2"])
+def test_non_finite_steps_are_skipped_then_fatal(settings, tmp_path, engine):
     folder = tmp_path / "diverging"
     done = run("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--optim.lr", "1e30",
                "--optim.warmup_steps", "0", "--train.max_skipped_steps", "3", "--checkpoint.every", "1",
-               expect=1)  # fmt: skip
+               *engine, expect=1)  # fmt: skip
     assert "3 steps in a row had a non-finite loss" in done.stderr
     assert "Traceback" not in done.stderr
     skipped = losses(folder, "optim/skipped_steps")

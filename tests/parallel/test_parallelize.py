@@ -26,6 +26,7 @@ def process_group():
     dist.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")
 @pytest.mark.parametrize("reshard, gathers", [(True, 2 * 3 + 1), (False, 3 + 1)])
 def test_the_root_is_gathered_once(reshard, gathers):
     """The backward pass begins with the head, right after the forward pass ended with it; blocks are gathered again."""
