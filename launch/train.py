@@ -20,21 +20,18 @@ def main(argv: list[str]) -> int:
 
     parser = build_parser(prog="train.py", description=__doc__.strip().splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="print parameters, tokens, memory and layout, and exit")
-    first = True
     try:
         launcher.complete()
-        first = int(os.environ.get("RANK", 0)) == 0
         config, flags = parse_arguments(launcher.without_local_rank(argv), parser)
         if flags["dry_run"]:
             from gptoss_dist.train.plan import describe
 
             plan = describe(config)
-            if first:
+            if int(os.environ.get("RANK", 0)) == 0:
                 print(plan)
             return 0
     except ValueError as error:
-        if first:
-            print(f"train.py: {error}", file=sys.stderr)
+        launcher.tell(str(error))
         return 2
 
     from gptoss_dist.parallel.context import finish

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import time
 from collections.abc import MutableMapping
 
 # Rank, processes in all, rank on this machine, processes on this machine, as MPI's launchers and srun name them; srun
@@ -63,6 +65,24 @@ def is_deepspeed(environment: MutableMapping[str, str] | None = None) -> bool:
     """Whether the `deepspeed` launcher started this process."""
     env = os.environ if environment is None else environment
     return "CROSS_RANK" in env and "LOCAL_SIZE" in env and "TORCHELASTIC_RUN_ID" not in env
+
+
+def tell(mistake: str, *, alone: bool = False, patience_s: float = 30.0) -> None:
+    """Write a user's mistake to stderr: once on each machine, though all its processes meet it.
+
+    The first process of a machine says it and leaves, whereupon its launcher ends the others. They wait for that: if
+    one of them left earlier, the launcher might end the first before it has spoken. One that still lives after
+    `patience_s` seconds has met what the first did not, and says so.
+
+    Args:
+        alone: this process knows that no other says it.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not alone:
+        print(f"train.py: {mistake}", file=sys.stderr)
+        return
+    if not alone:
+        time.sleep(patience_s)
+    print(f"train.py: rank {os.environ.get('RANK', 0)}: {mistake}", file=sys.stderr)
 
 
 def without_local_rank(argv: list[str]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from gptoss_dist import checkpoint
 from gptoss_dist.config import Config
 from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.inference import generate
+from gptoss_dist.parallel import launcher
 from gptoss_dist.parallel.context import Context, LocalError, on_rank_zero, seed_everything, start
 from gptoss_dist.parallel.mesh import spanned_machines
 from gptoss_dist.train.faults import SkipGuard, StopRequest, TrainingError
@@ -39,11 +39,8 @@ def run(config: Config) -> int:
             torch.use_deterministic_algorithms(True)
         train(config, context)
     except (ValueError, TrainingError) as error:
-        if isinstance(error, LocalError):
-            print(f"train.py: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr)
-        elif int(os.environ.get("LOCAL_RANK", 0)) == 0:  # all ranks of a machine meet it; one of them says so
-            print(f"train.py: {error}", file=sys.stderr)
         log.error("%s", error)
+        launcher.tell(str(error), alone=isinstance(error, LocalError))
         return 2 if isinstance(error, ValueError) else 1
     return 0
 

@@ -5,6 +5,7 @@ import torch
 from ranks import run
 
 from gptoss_dist.parallel.context import LocalError, start
+from gptoss_dist.parallel.launcher import tell
 
 SCRIPT = """
 import os
@@ -34,6 +35,34 @@ def test_the_rank_that_gets_too_many_rows_says_so(settings, tmp_path):
     assert done.stderr.count("expert_parallel=2 spans machines of 1 processes") == 1, done.stderr
     assert done.stderr.count("train.py: ") == 1, done.stderr
     assert "train.py: rank 1: 67108865 rows" in done.stderr and "lower train.micro_batch_size" in done.stderr
+
+
+SLOW_FIRST = """
+import os
+import sys
+import time
+
+from launch.train import main
+
+time.sleep(3 * (os.environ["RANK"] == "0"))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_first_rank_is_heard_though_it_is_the_last(tmp_path):
+    """A launcher ends all processes when the first of them leaves."""
+    script = tmp_path / "script.py"
+    script.write_text(SLOW_FIRST)
+    done = run(str(script), "--train.stepz", "3", processes=2, expect=1)
+    said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert len(said) == 1 and "stepz" in said[0], done.stderr
+
+
+def test_a_rank_that_lives_on_says_it_too(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    tell("too many rows", patience_s=0)
+    assert capsys.readouterr().err == "train.py: rank 5: too many rows\n"
 
 
 def test_a_process_without_a_gpu_says_so(monkeypatch):
