@@ -79,7 +79,7 @@ class Tokenizer:
         self.eot_id = self.special_tokens[eot_token]
         self.n_vocab = max(max(ranks.values()), max(self.special_tokens.values())) + 1
         self.irregular: Counter[str] = Counter()
-        self._ranks = ranks
+        self.ranks = ranks
         try:
             self._encoding = tiktoken.Encoding(
                 name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens
@@ -130,7 +130,7 @@ class Tokenizer:
             "ranks_file": _RANKS_FILE_NAME,
             "sha256": self.sha256,
         }
-        write_file_atomically(Path(directory) / _RANKS_FILE_NAME, format_ranks(self._ranks))
+        write_file_atomically(Path(directory) / _RANKS_FILE_NAME, format_ranks(self.ranks))
         text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
         write_file_atomically(Path(directory) / _FILE_NAME, text.encode())
 
@@ -243,7 +243,7 @@ def _shortened(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
             f"vocab_size {vocab_size}: tokenizer {tokenizer.name} can have {256 + len(tokenizer.special_tokens)} to "
             f"{tokenizer.n_vocab} ids"
         )
-    ranks = {token: rank for token, rank in tokenizer._ranks.items() if rank < keep}
+    ranks = {token: rank for token, rank in tokenizer.ranks.items() if rank < keep}
     specials = sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.__getitem__)
     special_tokens = {token: keep + i for i, token in enumerate(specials)}
     return Tokenizer(f"{tokenizer.name}-{vocab_size}", ranks, tokenizer.pattern, special_tokens, tokenizer.eot_token)

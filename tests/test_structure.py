@@ -11,7 +11,7 @@ ALLOWED = {
     "gptoss_dist.ops": set(),
     "gptoss_dist.model": {"ops", "inference"},  # GptOss.generate is the one call upward, at run time
     "gptoss_dist.inference": {"model", "ops", "checkpoint", "data_pipeline"},
-    "gptoss_dist.checkpoint": {"parallel"},
+    "gptoss_dist.checkpoint": {"parallel", "model", "ops", "data_pipeline"},
     "gptoss_dist.parallel": {"model", "ops", "config"},
     "gptoss_dist.engine": {"parallel", "model", "ops", "config"},
     "gptoss_dist.train": {

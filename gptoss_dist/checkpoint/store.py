@@ -19,7 +19,7 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -198,20 +198,24 @@ def _load(checkpoint: str | Path, state: dict[str, Tensor], prefix: str = "", **
         reader = HuggingFaceStorageReader(str(checkpoint))
         found = reader.read_metadata().state_dict_metadata
         stored = {name: entry for name, entry in found.items() if name.startswith(prefix)}
-        problems = [f"{name} is missing" for name in state if name not in stored]
-        problems += [f"{name} is not expected" for name in stored if name not in state]
-        problems += [
-            f"{name} has shape {tuple(stored[name].size)}, expected {tuple(tensor.shape)}"
-            for name, tensor in state.items()
-            if name in stored and stored[name].size != tensor.shape
-        ]
-        if problems:
+        if problems := misfits(state, {name: entry.size for name, entry in stored.items()}):
             raise ValueError(f"checkpoint {checkpoint} does not fit the model: " + "; ".join(problems))
         dcp.load(state, storage_reader=reader, **options)
     except ValueError:
         raise
     except Exception as error:  # safetensors, DCP and the file system each have their own
         raise ValueError(f"checkpoint {checkpoint} cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def misfits(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """What is missing, surplus or of another shape in a checkpoint with tensors of `shapes`, a phrase each."""
+    problems = [f"{name} is missing" for name in state if name not in shapes]
+    problems += [f"{name} is not expected" for name in shapes if name not in state]
+    return problems + [
+        f"{name} has shape {tuple(shapes[name])}, expected {tuple(tensor.shape)}"
+        for name, tensor in state.items()
+        if name in shapes and tuple(shapes[name]) != tuple(tensor.shape)
+    ]
 
 
 def rng_state() -> dict:

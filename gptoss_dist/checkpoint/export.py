@@ -1,0 +1,119 @@
+"""Writing models that other tools load, in one process and a part of a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from data_pipeline import Tokenizer
+from data_pipeline.tokenizer_json import huggingface_files
+from gptoss_dist.checkpoint import huggingface, openai
+from gptoss_dist.checkpoint.forms import Losses, plain
+from gptoss_dist.checkpoint.pretrained import Pretrained
+from gptoss_dist.checkpoint.tensor_files import write_tensors
+from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.ops.mxfp4 import GROUP
+
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+              "chat_template*", "generation_config.json", "LICENSE*", "USAGE_POLICY*")  # fmt: skip
+"""What is copied from one published model to another."""
+
+
+def check_export(config: ModelConfig, layout: Literal["hf", "openai", "safetensors"], pack: bool) -> None:
+    """
+    Raises:
+        ValueError: the layout cannot express the architecture; names all fields that stand in the way.
+    """
+    if layout == "safetensors":
+        if pack:
+            raise ValueError("--mxfp4 needs --format hf or openai; plain safetensors hold plain numbers")
+        return
+    wrong = {"hf": huggingface, "openai": openai}[layout].inexpressible(config)
+    if wrong:
+        raise ValueError(
+            f"--format {layout} cannot express this model: {', '.join(wrong)}; --format safetensors writes the weights"
+        )
+    sizes = {key: getattr(config, key) for key in ("hidden_size", "intermediate_size")}
+    odd = [f"{key}={value}" for key, value in sizes.items() if value % GROUP]
+    if pack and odd:
+        raise ValueError(f"--mxfp4 needs sizes in multiples of {GROUP}: {', '.join(odd)}")
+
+
+def export(
+    pretrained: Pretrained,
+    folder: str | Path,
+    layout: Literal["hf", "openai", "safetensors"],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    pack: bool = False,
+    search: bool = False,
+    file_bytes: int = 5_000_000_000,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, float]:
+    """Write `pretrained` to the new folder `folder`, which appears only when it is complete.
+
+    Args:
+        layout: `hf` for transformers and vLLM, `openai` for OpenAI's own code, `safetensors` for the bare weights.
+        dtype: of what is not packed.
+        pack: the experts' weights in MXFP4.
+        search: as in `ops.mxfp4.encode`.
+        file_bytes: largest size of a file, unless a tensor is larger.
+
+    Returns:
+        {tensor: relative quantisation error} of the packed ones.
+
+    Raises:
+        ValueError: the layout cannot express the model, or the folder is there already.
+        OSError: it cannot be written.
+    """
+    check_export(pretrained.config, layout, pack)
+    folder, losses = Path(folder), Losses()
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; choose another --output")
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config, tensors = pretrained.config, pretrained.tensors
+    if layout == "safetensors":
+        outputs = [plain(name, source, dtype) for name, source in tensors.items()]
+        values = config.to_dict()
+    elif layout == "hf":
+        outputs = huggingface.outputs(tensors, config, dtype=dtype, pack=pack, search=search, losses=losses)
+        eos_id = None
+    else:
+        outputs = openai.outputs(tensors, config, dtype=dtype, pack=pack, search=search, losses=losses)
+        values = openai.config_json(config)
+    eos_id = _write_companions(pretrained, partial, layout)
+    if layout == "hf":
+        values = huggingface.config_json(config, dtype=dtype, pack=pack, eos_id=eos_id)
+    (partial / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+    for path in write_tensors(partial, outputs, file_bytes=file_bytes):
+        say(f"wrote {path.name}")
+    for path in partial.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    partial.rename(folder)
+    return losses
+
+
+def _write_companions(pretrained: Pretrained, folder: Path, layout: str) -> int | None:
+    """Tokenizer and generation settings; returns the id that ends a text."""
+    if pretrained.layout != "run":
+        for pattern in COMPANIONS if pretrained.layout == layout else ():
+            for path in pretrained.folder.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
+        values = huggingface.read_json(pretrained.folder / "config.json")
+        return values.get("eos_token_id")
+    tokenizer = Tokenizer.load(pretrained.folder)
+    tokenizer.save(folder)
+    if layout == "hf":
+        for name, values in huggingface_files(tokenizer, pretrained.config.max_position_embeddings).items():
+            (folder / name).write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+    return tokenizer.eot_id

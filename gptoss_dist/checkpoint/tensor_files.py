@@ -1,0 +1,204 @@
+"""Tensors in safetensors files, read and written in parts: nobody needs room for a whole one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+INDEX = "model.safetensors.index.json"
+PART_BYTES = 64 << 20
+"""What is read or converted at a time."""
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+
+Box = tuple[slice, ...]
+"""A part of a tensor: a slice with start and stop for each dimension."""
+
+
+class Source(ABC):
+    """A tensor that can be read in parts."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def read(self, box: Box) -> Tensor:
+        """The values of `box`.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+
+    def parts(self, box: Box | None = None, limit: int = PART_BYTES) -> Iterator[tuple[Box, Tensor]]:
+        """The values of `box` (all of the tensor by default), cut so that none takes more than `limit` bytes in
+        float32, or one row of the last dimension."""
+        box = tuple(slice(0, n) for n in self.shape) if box is None else box
+        for part in split(box, limit):
+            yield part, self.read(part)
+
+
+def split(box: Box, limit: int) -> Iterator[Box]:
+    """Cut `box` along its first dimensions into boxes of at most `limit` bytes in float32, in row-major order."""
+    lengths = [s.stop - s.start for s in box]
+    if 4 * math.prod(lengths) <= limit or len(box) <= 1:
+        yield box
+        return
+    row = 4 * math.prod(lengths[1:])
+    rows = max(1, limit // row) if row else lengths[0]
+    for start in range(box[0].start, box[0].stop, rows):
+        head = slice(start, min(start + rows, box[0].stop))
+        if row <= limit:
+            yield (head, *box[1:])
+        else:
+            for tail in split(box[1:], limit):
+                yield (head, *tail)
+
+
+class Stored(Source):
+    """A tensor in safetensors files, possibly in several rectangular parts."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = tuple(shape), dtype
+        self.places: list[tuple[Path, str, tuple[int, ...], tuple[int, ...]]] = []
+        """Of each part: file, name in it, offset in the whole tensor, sizes."""
+
+    def read(self, box: Box) -> Tensor:
+        values = torch.empty([s.stop - s.start for s in box], dtype=self.dtype)
+        missing = values.numel()
+        for path, name, offset, sizes in self.places:
+            common = [slice(max(s.start, o), min(s.stop, o + n)) for s, o, n in zip(box, offset, sizes, strict=True)]
+            if any(s.start >= s.stop for s in common):
+                continue
+            try:
+                # Opened for each part: what was read counts as this process's memory until the file is closed.
+                with safe_open(path, "pt") as file:
+                    part = file.get_slice(name)[tuple(slice(s.start - o, s.stop - o) for s, o in zip(common, offset))]
+                    values[tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(common, box))] = part
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{path}: {name} cannot be read: {error}") from None
+            missing -= part.numel()
+        if missing:
+            raise ValueError(f"{missing} values of a tensor of shape {self.shape} are in none of its files")
+        return values
+
+
+def stored_tensors(folder: str | Path) -> dict[str, Stored]:
+    """The tensors of a folder: of a training checkpoint, or of files as Hugging Face's libraries write them.
+
+    Raises:
+        ValueError: there are none, a file is damaged, or the index names what is not there.
+    """
+    folder = Path(folder)
+    listed = _indexed_files(folder)
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+    try:
+        found = HuggingFaceStorageReader(str(folder)).read_metadata()
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{folder} cannot be read: {' '.join(str(error).split())[:300]}") from None
+    tensors = {}
+    for name, entry in found.state_dict_metadata.items():
+        tensors[name] = Stored(entry.size, entry.properties.dtype)
+    for index, place in found.storage_data.items():
+        offset = tuple(index.offset or (0,) * len(place.shape))
+        tensors[index.fqn].places.append((Path(place.relative_path), index.fqn, offset, tuple(place.shape)))
+    if not tensors:
+        raise ValueError(f"{folder} holds no safetensors file")
+    wrong = [n for n, file in listed.items() if n not in tensors or tensors[n].places[0][0].name != file]
+    if wrong:
+        raise ValueError(f"{folder / INDEX}: {wrong[0]} and {len(wrong) - 1} more are not in the files it names")
+    return tensors
+
+
+def _indexed_files(folder: Path) -> dict[str, str]:
+    """{tensor: file} of the index, if there is one."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a readable index: {error}") from None
+
+
+class Output(NamedTuple):
+    """Tensors to be written that are made together."""
+
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    """Shape and dtype by name."""
+    parts: Iterable[dict[str, Tensor]]
+    """Their values in row-major order, a part of some or all of them at a time."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors.values())
+
+
+def write_tensors(folder: Path, outputs: list[Output], *, file_bytes: int, stem: str = "model") -> list[Path]:
+    """Write safetensors files of at most `file_bytes`, or of one `Output` that is larger, and their index if there are
+    several: `model-00001-of-00003.safetensors`, as Hugging Face's libraries name them.
+
+    safetensors' own writer wants all tensors of a file in memory; this one holds a part at a time.
+    """
+    groups: list[list[Output]] = []
+    size = 0
+    for output in outputs:
+        if not groups or size + output.nbytes > file_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(output)
+        size += output.nbytes
+    paths, weight_map = [], {}
+    for number, group in enumerate(groups, 1):
+        name = f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors"
+        _write_file(folder / name, group)
+        paths.append(folder / name)
+        weight_map |= {tensor: name for output in group for tensor in output.tensors}
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": sum(o.nbytes for o in outputs)}, "weight_map": weight_map}
+        path = folder / f"{stem}.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=1) + "\n")
+        paths.append(path)
+    return paths
+
+
+def _write_file(path: Path, group: list[Output]) -> None:
+    """One file: the header's length, the header in JSON, the bytes (https://github.com/huggingface/safetensors)."""
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    for output in group:
+        for name, (shape, dtype) in output.tensors.items():
+            end = position + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            position = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        begin = file.tell()
+        for output in group:
+            written = dict.fromkeys(output.tensors, 0)
+            for part in output.parts:
+                for name, values in part.items():
+                    assert values.dtype == output.tensors[name][1], name
+                    file.seek(begin + header[name]["data_offsets"][0] + written[name])
+                    data = values.contiguous().view(-1).view(torch.uint8).numpy()
+                    file.write(data)
+                    written[name] += data.nbytes
+            for name, count in written.items():
+                first, end = header[name]["data_offsets"]
+                assert count == end - first, f"{name}: {count} bytes instead of {end - first}"
+        file.flush()
+        os.fsync(file.fileno())
