@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import yaml
 
@@ -153,6 +153,9 @@ class EngineConfig:
     they must agree or be left out."""
 
 
+Init = TypedDict("Init", {"from": str | None})  # not a dataclass, because a field cannot have that name
+
+
 @dataclass
 class CheckpointConfig:
     """Saving and resuming."""
@@ -224,6 +227,9 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    init: Init = field(default_factory=lambda: {"from": None})
+    """`--init.from` starts from weights: `hf:FOLDER` (transformers' layout), `openai:FOLDER` (OpenAI's), each dense or
+    in MXFP4, or the folder of a run or checkpoint. Optimizer and step begin anew. A resumed run has its own weights."""
     resume: str | None = None
     """`auto` continues the newest complete checkpoint of this run if there is one; or a checkpoint's path."""
 

@@ -59,6 +59,9 @@ def train(config: Config, context: Context) -> None:
     if path is not None:
         info = checkpoint.read_info(path)
         _check_same_data(config, dataset, path, info)
+    elif config.init["from"]:
+        pretrained = checkpoint.open_pretrained(config.init["from"])
+        checkpoint.check_architecture(pretrained, config.model)
     on_rank_zero(lambda: _check_folder(config))
     seed_everything(config.run.seed, context.rank)
     engine = build_engine(config, context)
@@ -73,6 +76,11 @@ def train(config: Config, context: Context) -> None:
         engine.load(state)
         if not checkpoint.restore_rng(path, context.rank):
             seed_everything(config.run.seed + first, context.rank)
+    elif config.init["from"]:
+        state = engine.state()
+        weights = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
+        checkpoint.load_into(weights, pretrained)
+        engine.load(state)
     loader = BatchLoader(
         dataset,
         micro_batch_size=settings.micro_batch_size,
@@ -89,6 +97,8 @@ def train(config: Config, context: Context) -> None:
         tokens = consumed * config.data.seq_len
         report = Report(config, context, engine, dataset, start=first, tokens=tokens, run_id=run_id)
         report.message(f"resumed {path} at step {first}" if path else f"training {config.run.name} in {config.folder}")
+        if config.init["from"] and not path:
+            report.message(f"started from the weights of {pretrained.folder}")
         samples = settings.micro_batch_size * settings.gradient_accumulation * context.world_size
         report.message(f"{context.world_size} processes, {engine.name}, {engine.layout}; {samples} samples per step")
         if spanned := spanned_machines(engine.layout):

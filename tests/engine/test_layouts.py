@@ -4,12 +4,11 @@ import dataclasses
 import json
 import math
 import shutil
-import subprocess
 
 import pytest
 import torch
 from layouts import SAMPLES, STEPS, Case
-from ranks import command, environment
+from ranks import run
 from reference import LR, plain
 from safetensors.torch import load_file
 
@@ -95,9 +94,7 @@ def trained(tmp_path_factory):
             cases = [other for other in together if other.world == case.world]
             path = folder / "cases.json"
             path.write_text(json.dumps([dataclasses.asdict(other) for other in cases]))
-            line = command("tests/layouts.py", str(path), str(folder), processes=case.world)
-            process = subprocess.run(line, capture_output=True, text=True, timeout=400, env=environment())
-            assert process.returncode == 0, process.stderr[-6000:]
+            run("tests/layouts.py", str(path), str(folder), processes=case.world)
             done.update(other.name for other in cases)
         return folder
 

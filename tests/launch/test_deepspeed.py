@@ -42,8 +42,8 @@ def test_deepspeed_launch_equals_torchrun_and_resumes_bit_identical(settings, tm
 
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / "step_00000012")
-    run("launch/train.py", *options, "--run.dir", str(parts), "--resume", "auto",
-        processes=2, launcher="deepspeed", **bare)  # fmt: skip
+    run("launch/train.py", *options, "--run.dir", str(parts), "--resume", "auto", "--engine.kind", "deepspeed",
+        processes=2, **bare)  # fmt: skip
     for name in (*NAMES, "loss/val"):
         assert losses(parts, name) == losses(whole, name)
 

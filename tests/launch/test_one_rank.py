@@ -31,7 +31,7 @@ def test_the_rank_that_gets_too_many_rows_says_so(settings, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     options = ("--config", str(settings), "--parallel.expert_parallel", "2", "--validation.every", "0")
-    done = run(str(script), *options, processes=2, expect=1)
+    done = run(str(script), *options, processes=2, launcher="torchrun", expect=1)
     assert done.stderr.count("expert_parallel=2 spans machines of 1 processes") == 1, done.stderr
     assert done.stderr.count("train.py: ") == 1, done.stderr
     assert "train.py: rank 1: 67108865 rows" in done.stderr and "lower train.micro_batch_size" in done.stderr
@@ -53,7 +53,7 @@ def test_the_first_rank_is_heard_though_it_is_the_last(tmp_path):
     """A launcher ends all processes when the first of them leaves."""
     script = tmp_path / "script.py"
     script.write_text(SLOW_FIRST)
-    done = run(str(script), "--train.stepz", "3", processes=2, expect=1)
+    done = run(str(script), "--train.stepz", "3", processes=2, launcher="torchrun", expect=1)
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert len(said) == 1 and "stepz" in said[0], done.stderr
 

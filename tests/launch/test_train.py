@@ -4,12 +4,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
 import torch
-from ranks import MODEL, ROOT, command, environment, losses, run
+from ranks import MODEL, ROOT, losses, run, start
 
 from gptoss_dist.checkpoint import checkpoints, load_weights, resolve
 from gptoss_dist.inference.session import Session
@@ -34,7 +33,8 @@ def test_interrupted_and_resumed_is_bit_identical(settings, tmp_path, processes)
     if processes == 1:
         options += ["--tracking.mlflow", "true", "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run("launch/train.py", *options, "--run.dir", str(whole), "--checkpoint.keep", "0", processes=processes)
+    run("launch/train.py", *options, "--run.dir", str(whole), "--checkpoint.keep", "0",
+        processes=processes, launcher="torchrun" if processes > 1 else None)  # fmt: skip
     assert [p.name for p in checkpoints(whole / "checkpoints")] == [f"step_{n:08d}" for n in (4, 8, 12)]
     # What a kill in step 11 leaves behind: two checkpoints, an unfinished one, and rows of lost steps.
     shutil.copytree(whole, parts)
@@ -43,7 +43,8 @@ def test_interrupted_and_resumed_is_bit_identical(settings, tmp_path, processes)
     kept = next(i for i, line in enumerate(lines) if json.loads(line).get("step") == 10)
     (parts / "metrics.jsonl").write_text("".join(lines[: kept + 1]) + lines[kept + 1][:20])
 
-    run("launch/train.py", *options, "--run.dir", str(parts), "--resume", "auto", processes=processes)
+    run("launch/train.py", *options, "--run.dir", str(parts), "--resume", "auto", processes=processes,
+        launcher="torchrun" if processes > 1 else None)  # fmt: skip
     assert losses(whole) == losses(parts)
     assert sorted(losses(whole)) == list(range(1, 13))
     a, b = weights(whole), weights(parts)
@@ -65,7 +66,7 @@ def test_killed_at_any_moment_nothing_is_lost(settings, tmp_path):
                "--train.deterministic", "true", "--model.tie_word_embeddings", "true"]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run("launch/train.py", *options, "--run.dir", str(whole))
-    line = command("launch/train.py", *options, "--run.dir", str(killed), "--resume", "auto")
+    again = [*options, "--run.dir", str(killed), "--resume", "auto"]
 
     def writing() -> bool:
         return any((killed / "checkpoints").glob("step_0000001*.tmp"))
@@ -75,16 +76,16 @@ def test_killed_at_any_moment_nothing_is_lost(settings, tmp_path):
 
     steps = []
     for moment in (writing, lambda: reached(25), lambda: reached(38)):
-        process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start("launch/train.py", *again)
         deadline = time.time() + 120
         while not ((killed / "metrics.jsonl").is_file() and moment()):
-            assert time.time() < deadline and process.poll() is None, f"the run ended first, after {steps}"
+            assert time.time() < deadline and process.is_running(), f"the run ended first, after {steps}"
             time.sleep(0.001)
-        process.kill()
-        process.wait()
+        process.send(signal.SIGKILL)
+        assert process.wait().returncode == -signal.SIGKILL
         steps.append(max(losses(killed)))
     assert len(set(steps)) == 3 and steps[-1] < 60, steps
-    run("launch/train.py", *options, "--run.dir", str(killed), "--resume", "auto")
+    run("launch/train.py", *again)
     assert losses(killed) == losses(whole)
     a, b = weights(whole), weights(killed)
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -160,14 +161,13 @@ def test_layout_does_not_change_the_losses(settings, tmp_path):
 @pytest.mark.parametrize("engine", [[], ["--engine.zero_stage", "3"]], ids=["fsdp", "zero-3"])
 def test_sigterm_saves_and_leaves(settings, tmp_path, engine):
     folder = tmp_path / "stopped"
-    line = command("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000",
-                   "--checkpoint.every", "0", "--validation.every", "0", *engine, processes=2)  # fmt: skip
-    process = subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = start("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000",
+                    "--checkpoint.every", "0", "--validation.every", "0", *engine, processes=2)  # fmt: skip
     metrics, deadline = folder / "metrics.jsonl", time.time() + 120
     while time.time() < deadline and not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.send(signal.SIGTERM, ranks=[1])  # one of them is enough
+    assert process.wait().returncode == 0
     (saved,) = checkpoints(folder / "checkpoints")
     info = json.loads((saved / "checkpoint.json").read_text())
     assert info["step"] == max(losses(folder))
@@ -242,9 +242,10 @@ def test_mistakes_give_one_clear_line(settings, name):
 
 
 def test_a_mistake_of_two_processes_is_said_once(settings):
-    done = run("launch/train.py", "--config", str(settings), "--resume", "nowhere", processes=2, expect=1)
+    done = run("launch/train.py", "--config", str(settings), "--resume", "nowhere", processes=2,
+               launcher="torchrun", expect=1)  # fmt: skip
     assert done.stderr.count("train.py: no complete checkpoint in nowhere") == 1
-    done = run("launch/train.py", "--config", str(settings), "--run.dir", "/proc/nothing", processes=2, expect=1)
+    done = run("launch/train.py", "--config", str(settings), "--run.dir", "/proc/nothing", processes=2, expect=2)
     assert done.stderr.count("train.py: ") == 1 and "/proc/nothing" in done.stderr
 
 
@@ -266,6 +267,6 @@ def test_folder_with_checkpoints_is_not_overwritten(settings, tmp_path):
 
 
 def test_dry_run_prints_the_plan(tmp_path):
-    done = run("launch/train.py", "--config", "configs/pretrain_502m_a100.yaml", "--dry-run", cwd=None)
+    done = run("launch/train.py", "--config", "configs/pretrain_502m_a100.yaml", "--dry-run", launcher="torchrun")
     for expected in ("501,836,640", "247,032,672", "131,072 tokens per step", "7,995,392,000", "GiB"):
         assert expected in done.stdout
