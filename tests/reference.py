@@ -25,7 +25,7 @@ SIZES = {
     "num_experts_per_tok": 2,
     "sliding_window": 16,
 }
-LR = 1e-2
+LR = 1e-3
 
 
 class Result(NamedTuple):

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
+from collections import defaultdict
 
 import pytest
 import torch
@@ -105,30 +107,38 @@ def read(folder, case: Case) -> dict:
     return json.loads((folder / f"{case.name}.json").read_text())
 
 
-def errors(actual: dict, expected: dict) -> dict[str, float]:
-    """Largest difference, relative to the largest value, of each tensor."""
-    assert actual.keys() == expected.keys()
-    return {n: ((actual[n] - t).abs().max() / t.abs().max().clamp(min=1e-12)).item() for n, t in expected.items()}
-
-
 def check(folder, case: Case, tolerance: float = 1e-6) -> None:
     expected = plain(case.config(), STEPS, SAMPLES, case.silence)
     assert min(row[-1] for row in expected.rows) > 0.3  # clipping is active in every step
     for counts_E in read(folder, case)["counts"]:
         assert not any(counts_E[e] for e in case.silent) and sum(counts_E) > 0
-    for step, (row, other) in enumerate(zip(read(folder, case)["rows"], expected.rows, strict=True)):
-        assert row[0] == pytest.approx(other[0], rel=tolerance)
-        # Adam has turned rounding into differences of the weights by then, which the routers' small losses show first.
-        assert row == pytest.approx(other, rel=(3 if step else 1) * tolerance)
+    for row, other in zip(read(folder, case)["rows"], expected.rows, strict=True):
+        assert row == pytest.approx(other, rel=tolerance)
     if "engine.kind" not in case.options:  # DeepSpeed hands out no gradients; their norm and the weights speak for them
-        for name, error in errors(load_file(folder / f"{case.name}.gradients.safetensors"), expected.gradients).items():
-            # These are differences of large sums: in float32 stock torch itself is 1.2e-6 to 1.5e-6 off float64 there.
-            assert error <= (2 if name.endswith(("sinks", "k_proj.bias")) else 1) * tolerance, name
+        gradients = load_file(folder / f"{case.name}.gradients.safetensors")
+        assert gradients.keys() == expected.gradients.keys()
+        check_gradients(gradients, expected.gradients, tolerance)
     weights = load_file(folder / f"{case.name}.weights.safetensors")
     for name, tensor in expected.weights.items():
         if name in weights or not case.model.get("tie_word_embeddings"):
             # Of four steps of LR; Adam turns rounding into steps where a gradient is close to zero.
             assert (weights[name] - tensor).abs().max() <= 5e-3 * LR, name
+
+
+def check_gradients(actual: dict, expected: dict, tolerance: float) -> None:
+    """The norm of the error, relative to that of the gradient, for each kind of parameter in all layers together.
+
+    In a single layer the gradients of sinks and key biases can be so small, as differences of large sums, that stock
+    torch in float32 is 1.2e-6 to 1.5e-6 off float64 there; they are held to three times the tolerance one by one.
+    """
+    kinds = defaultdict(list)
+    for name, tensor in expected.items():
+        error = actual[name] - tensor
+        assert error.abs().max() <= 3 * tolerance * tensor.abs().max(), name
+        kinds[re.sub(r"layers\.\d+\.", "", name)].append((error.square().sum(), tensor.square().sum()))
+    for kind, squares in kinds.items():
+        error, whole = map(sum, zip(*squares))
+        assert error <= tolerance**2 * whole, f"{kind}: {(error / whole) ** 0.5}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
