@@ -99,6 +99,11 @@ class OptimConfig:
     """Decoupled weight decay of the decayed parameters."""
     clip_norm: float = 1.0
     """Limit of the global gradient norm; 0 switches clipping off."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns of the names of parameters that stay as they are, such as "*.router.*" or "model.layers.[0-3].*": no
+    gradient, no optimizer state, no part in the gradient norm."""
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    """Factors of the learning rate by such patterns; the last that matches counts."""
 
 
 @dataclass
@@ -164,6 +169,12 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves only at the end."""
     keep: int = 3
     """Newest checkpoints to keep; 0 keeps all."""
+    keep_every: int = 0
+    """Keep those of steps that are multiples of this for good; 0 keeps none so."""
+    keep_best: bool = False
+    """Keep the one with the lowest validation loss too, of those saved right after a validation."""
+    asynchronous: bool = True
+    """Write beside the training, from a copy in host memory; false makes the step wait until the disk has it."""
     dir: str | None = None
     """Folder of the checkpoints; null means <run.dir>/checkpoints."""
 
@@ -241,7 +252,8 @@ class Config:
         zero_or_more = ("train.activation_checkpointing", "optim.lr", "optim.warmup_steps", "optim.decay_steps")
         zero_or_more += ("optim.weight_decay", "optim.clip_norm", "loss.aux_coef", "loss.z_coef")
         zero_or_more += ("loss.selection_bias_rate", "train.profile_step")
-        zero_or_more += ("checkpoint.every", "checkpoint.keep", "validation.every", "sampling.every", "data.prefetch")
+        zero_or_more += ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "validation.every")
+        zero_or_more += ("sampling.every", "data.prefetch")
         zero_or_more += ("sampling.temperature", "sampling.top_k", "train.log_every_s", "tracking.expert_tokens_every")
         for key in zero_or_more:
             _require(self[key] >= 0, key, self[key], "must be 0 or more")

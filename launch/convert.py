@@ -2,6 +2,7 @@
 """Look into checkpoints, and write models that other tools load.
 
 What is in it:     python launch/convert.py inspect runs/quickstart
+Is it whole:       python launch/convert.py verify runs/quickstart
 For transformers:  python launch/convert.py export runs/quickstart --output my-model
 As published:      python launch/convert.py export runs/quickstart --output my-model --mxfp4
 From one layout to the other:
@@ -24,6 +25,8 @@ def main(argv: list[str]) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     inspect = verbs.add_parser("inspect", help="list step, settings, tensors, shapes and sizes")
     inspect.add_argument("source", help=WHERE)
+    verify = verbs.add_parser("verify", help="hash every file of every checkpoint anew and compare")
+    verify.add_argument("source", help="the folder of a run or of a checkpoint")
     model = verbs.add_parser("model", help="print the architecture, as a file for --model")
     model.add_argument("source", help=WHERE)
     export = verbs.add_parser("export", help="write a model for other tools")
@@ -39,7 +42,7 @@ def main(argv: list[str]) -> int:
     export.add_argument("--max-file-gb", type=float, default=5.0, help="largest file, in 10^9 bytes")
     arguments = parser.parse_args(argv)
     try:
-        return {"inspect": _inspect, "model": _model, "export": _export}[arguments.verb](arguments)
+        return {"inspect": _inspect, "verify": _verify, "model": _model, "export": _export}[arguments.verb](arguments)
     except (ValueError, OSError) as error:
         print(f"convert.py: {error}", file=sys.stderr)
         return 2
@@ -50,6 +53,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     print(describe(arguments.source))
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from gptoss_dist.checkpoint import candidates, verify
+
+    wrong = 0
+    for checkpoint in candidates(arguments.source):
+        problems = verify(checkpoint)
+        print(f"{checkpoint}: {'; '.join(problems) or 'intact'}")
+        wrong += bool(problems)
+    return 1 if wrong else 0
 
 
 def _model(arguments: argparse.Namespace) -> int:

@@ -10,6 +10,8 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+import yaml
+from ranks import MODEL
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +23,25 @@ def corpus(tmp_path_factory) -> Path:
     code = main(["synthetic", "--output", str(path), "--tokenizer", "bytes", "--validation-fraction", "0.2",
                  "--max-documents", "200"])  # fmt: skip
     assert code == 0
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path, corpus):
+    """A tiny run's YAML."""
+    values = {
+        "run": {"name": "tiny", "dir": str(tmp_path / "tiny")},
+        "model": MODEL,
+        "data": {"path": str(corpus), "seq_len": 48},
+        "train": {"steps": 12, "micro_batch_size": 2, "gradient_accumulation": 2, "precision": "fp32"},
+        "optim": {"lr": 3e-3, "warmup_steps": 3},
+        "loss": {"aux_coef": 0.01, "z_coef": 0.001},
+        "checkpoint": {"every": 4, "keep": 2},
+        "validation": {"every": 6, "samples": 6},
+        "tracking": {"mlflow": False, "plots": False},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
     return path
 
 

@@ -9,6 +9,7 @@ Each line of JSON on its stdin is answered by one on its stdout:
 - {"wait": ids}: answer: their exit codes, when all have ended. As with torchrun, the others are ended when one fails.
 """
 
+import faulthandler
 import importlib
 import json
 import os
@@ -36,6 +37,7 @@ def start(job: dict, rank: int, port: int) -> int:
         for number, stream in ((1, "stdout"), (2, "stderr")):
             path = os.path.join(job["folder"], f"{rank}.{stream}")
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        faulthandler.enable()
         os.environ.clear()
         os.environ.update(job["environment"])
         if job["processes"] > 1:

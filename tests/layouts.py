@@ -79,7 +79,7 @@ def whole(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every process; collective."""
     if isinstance(tensor, FlatShard):
         full = torch.zeros(tensor.shape)
-        for offset, values in tensor.boxes:
+        for offset, values in [] if tensor.is_copy else tensor.boxes:
             full[tuple(slice(o, o + n) for o, n in zip(offset, values.shape))] += values
         if dist.get_world_size() > 1:
             dist.all_reduce(full)
@@ -126,7 +126,7 @@ def train(case: Case, context: Context, folder: Path) -> None:
         with sent.counting(not case.config().train.compile):
             engine.forward_backward(batches)
         if step == 0 and sharded_by_torch:
-            gradients = gathered({n: p.grad for n, p in engine.model.named_parameters()})
+            gradients = gathered({n: p.grad for n, p in engine.model.named_parameters() if p.requires_grad})
         result = engine.update(LR)
         report["rows"].append([float(x) for x in (result.loss, result.aux, result.z, result.grad_norm)])
         report["traffic"].append(None if result.traffic_R3 is None else result.traffic_R3.tolist())

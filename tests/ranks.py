@@ -111,6 +111,8 @@ class Started:
         output = {s: "".join((folder / f"{r}.{s}").read_text() for r in ranks) for s in ("stdout", "stderr")}
         shutil.rmtree(folder)
         failed = [code for code in codes if code not in (0, -signal.SIGTERM)]
+        if len(set(failed)) > 1:
+            output["stderr"] += f"\nexit codes by rank: {codes}"
         code = failed[0] if failed else min(codes)
         return subprocess.CompletedProcess([self.job["script"], *self.job["arguments"]], code, **output)
 

@@ -1,6 +1,7 @@
 """Training written out with stock torch on the unsharded model, for engines to be compared with."""
 
 from collections.abc import Callable
+from fnmatch import fnmatch
 from typing import NamedTuple
 
 import torch
@@ -64,14 +65,15 @@ def plain(
     model, rows, gradients = GptOss(config.model), [], {}
     initialize(model, config.run.seed)
     prepare(model)
-    groups = [[], []]
+    optim, groups = config.optim, []
     for name, p in model.named_parameters():
-        groups[is_decayed(name)].append(p)
+        p.requires_grad_(not any(fnmatch(name, pattern) for pattern in optim.freeze))
+        scale = [1.0, *(s for pattern, s in optim.lr_scale.items() if fnmatch(name, pattern))][-1]
+        groups.append({"params": [p], "weight_decay": optim.weight_decay * is_decayed(name), "lr": LR * scale})
     optimizer = torch.optim.AdamW(
-        [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1], "weight_decay": config.optim.weight_decay}],
+        [group for group in groups if group["params"][0].requires_grad],
         betas=tuple(config.optim.betas),
         eps=config.optim.eps,
-        lr=LR,
     )
     for step in range(steps):
         parts = micro_batches(step, samples)
@@ -84,7 +86,7 @@ def plain(
             z = z_loss(stats, b["input_ids"].numel()) / 2
             (loss + config.loss.aux_coef * aux + config.loss.z_coef * z).backward()
             sums = [a + b.item() for a, b in zip(sums, (loss, aux, z))]
-        gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}
+        gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad()

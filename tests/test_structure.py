@@ -13,7 +13,7 @@ ALLOWED = {
     "gptoss_dist.inference": {"model", "ops", "checkpoint", "data_pipeline"},
     "gptoss_dist.checkpoint": {"parallel", "model", "ops", "data_pipeline"},
     "gptoss_dist.parallel": {"model", "ops", "config"},
-    "gptoss_dist.engine": {"parallel", "model", "ops", "config"},
+    "gptoss_dist.engine": {"parallel", "model", "ops", "config", "checkpoint"},
     "gptoss_dist.train": {
         "engine", "parallel", "model", "ops", "config", "checkpoint", "inference", "data_pipeline"
     },

@@ -2,18 +2,24 @@
 
 from gptoss_dist.checkpoint.export import export
 from gptoss_dist.checkpoint.pretrained import check_architecture, load_into, load_pretrained, open_pretrained
+from gptoss_dist.checkpoint.rng import restore_rng
+from gptoss_dist.checkpoint.saver import Saver, save
 from gptoss_dist.checkpoint.store import (
+    Keep,
+    candidates,
     checkpoints,
     load_state,
     load_weights,
     read_info,
     resolve,
-    restore_rng,
-    save,
     set_aside,
+    verify,
 )
 
 __all__ = [
+    "Keep",
+    "Saver",
+    "candidates",
     "check_architecture",
     "checkpoints",
     "export",
@@ -27,4 +33,5 @@ __all__ = [
     "restore_rng",
     "save",
     "set_aside",
+    "verify",
 ]

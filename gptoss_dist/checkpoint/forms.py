@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gptoss_dist.checkpoint.tensor_files import Box, Output, Source, split
+from gptoss_dist.checkpoint.tensor_files import Output, Region, Source, split
 from gptoss_dist.ops.mxfp4 import GROUP, Mxfp4, decode, encode
 
 
@@ -22,7 +22,7 @@ class Rows(Source):
         self.source, self.start, self.dtype = source, start, source.dtype
         self.shape = (max(0, min(stop, source.shape[0]) - start), *source.shape[1:])
 
-    def read(self, box: Box) -> Tensor:
+    def read(self, box: Region) -> Tensor:
         rows = slice(box[0].start + self.start, box[0].stop + self.start)
         return self.source.read((rows, *box[1:]))
 
@@ -34,7 +34,7 @@ class Concatenated(Source):
         self.sources, self.dtype = sources, sources[0].dtype
         self.shape = (sum(s.shape[0] for s in sources), *sources[0].shape[1:])
 
-    def read(self, box: Box) -> Tensor:
+    def read(self, box: Region) -> Tensor:
         found, first = [], 0
         for source in self.sources:
             start, stop = max(box[0].start - first, 0), min(box[0].stop - first, source.shape[0])
@@ -51,7 +51,7 @@ class Transposed(Source):
         self.source, self.dtype = source, source.dtype
         self.shape = (source.shape[0], source.shape[2], source.shape[1])
 
-    def read(self, box: Box) -> Tensor:
+    def read(self, box: Region) -> Tensor:
         return self.source.read((box[0], box[2], box[1])).transpose(1, 2)
 
 
@@ -67,7 +67,7 @@ class Packed(Source):
         self.blocks, self.scales = blocks, scales
         self.shape = (blocks.shape[0], blocks.shape[2] * GROUP, blocks.shape[1])
 
-    def read(self, box: Box) -> Tensor:
+    def read(self, box: Region) -> Tensor:
         experts, inputs, outputs = box
         groups = slice(inputs.start // GROUP, math.ceil(inputs.stop / GROUP))
         packed = (experts, outputs, groups)

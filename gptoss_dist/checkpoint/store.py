@@ -1,9 +1,9 @@
 """Checkpoints: a directory that either is complete or does not exist.
 
     step_00000100/
-      shard-*.safetensors   tensors of each rank, with their place in the whole tensor (torch DCP plans and reshards)
-      rng_00000.json        random generators of each rank
-      checkpoint.json       step, samples consumed, settings, versions, MLflow run id: written last
+      rank_00000.safetensors   what this rank writes of each tensor, with its place in the whole (torch DCP reshards)
+      rng_00000.json           random generators of each rank
+      checkpoint.json          step, samples consumed, settings, versions, size and SHA-256 of every file: written last
       tokenizer files
 
 Nothing is pickled. Everything is written to `step_N.tmp` and renamed when all ranks are done and the disk has it.
@@ -11,164 +11,278 @@ Nothing is pickled. Everything is written to `step_N.tmp` and renamed when all r
 
 from __future__ import annotations
 
-import base64
+import hashlib
 import json
+import logging
+import math
 import os
-import random
 import re
 import shutil
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from gptoss_dist.checkpoint.boxes import Box
+from gptoss_dist.checkpoint.tensor_files import write_boxes
 from gptoss_dist.parallel.context import on_rank_zero
 
+log = logging.getLogger(__name__)
+
 INFO = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 
 
-def save(
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay when a new one is complete."""
+
+    newest: int = 0
+    """This many; 0 keeps all."""
+    every: int = 0
+    """And those whose step is a multiple of this; 0 names none."""
+    best: bool = False
+    """And the one with the lowest `validation_loss`."""
+
+
+def write(
     folder: str | Path,
     step: int,
-    state: dict[str, Tensor],
+    parts: Mapping[str, tuple[Sequence[int], list[Box]]],
     info: dict,
+    rng: dict,
     *,
-    keep: int = 0,
+    keep: Keep,
     extra_files: Callable[[Path], None] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write `folder/step_N` from all ranks; collective.
 
     Args:
         folder: the run's checkpoint folder; created if missing.
         step: optimizer steps done.
-        state: tensors by name; DTensors are written as the shards they are.
+        parts: whole shape of each tensor and the boxes of it that this rank writes, on the CPU.
         info: JSON values stored with them.
-        keep: afterwards delete all but this many newest checkpoints; 0 keeps all.
+        rng: this rank's `rng_state`.
+        keep: afterwards the others are deleted.
         extra_files: called on rank 0 with the unfinished directory, to add files to it.
+        group: of all ranks, for a thread beside the training.
 
     Returns:
         The finished directory.
 
     Raises:
-        OSError: the folder cannot be written; what was there before is untouched.
+        OSError: it cannot be written; what was there before is untouched. The same on all ranks.
     """
-    folder = Path(folder)
+    folder, rank = Path(folder), dist.get_rank(group)
     final = folder / f"step_{step:08d}"
     partial = final.with_name(final.name + ".tmp")
 
     def begin() -> None:
-        for stale in folder.glob("step_*.tmp"):
+        for stale in folder.glob("step_*.tmp*"):
             shutil.rmtree(stale)
         partial.mkdir(parents=True)
 
+    def write_share() -> dict[str, dict]:
+        files = write_boxes(partial, f"rank_{rank:05d}", parts)
+        path = partial / f"rng_{rank:05d}.json"
+        _write(path, json.dumps(rng))
+        return {path.name: _fingerprint(path) for path in [*files, path]}
+
     def commit() -> None:
         if extra_files is not None:
+            before = set(partial.iterdir())
             extra_files(partial)
-        for path in partial.iterdir():
-            _sync(path)
+            for path in set(partial.iterdir()) - before:
+                _sync(path)
+                shares[0][path.name] = _fingerprint(path)
         values = {
             "format": FORMAT,
             "step": step,
-            "world_size": dist.get_world_size(),
+            "world_size": dist.get_world_size(group),
             "torch": torch.__version__,
             **info,
+            "files": {name: entry for share in shares for name, entry in sorted(share.items())},
         }
-        _write(partial / INFO, json.dumps(values, indent=1))
+        _write(partial / INFO, json.dumps({**values, "sha256": _digest(values)}, indent=1))
         _sync(partial)
-        _remove(final)
+        if final.exists():
+            _set_aside(final)
         partial.rename(final)
         _sync(folder)
-        for old in checkpoints(folder)[:-keep] if keep else []:
-            _remove(old)
+        prune(folder, keep)
 
-    on_rank_zero(begin)
     try:
-        dcp.save(state, storage_writer=_Writer(str(partial), save_distributed=True))
-    except CheckpointException as error:
-        reasons = sorted({str(reason) for reason, _ in error.failures.values()})
-        raise OSError(f"checkpoint {final} not written: {'; '.join(reasons)}") from error
-    _write(partial / f"rng_{dist.get_rank():05d}.json", json.dumps(rng_state()))
-    dist.barrier()
-    on_rank_zero(commit)
+        on_rank_zero(begin, group)
+        shares, written = zip(*_on_all_ranks(lambda: (write_share(), _counts(parts)), group))
+        incomplete = [n for n, (shape, _) in parts.items() if sum(c[n] for c in written) != math.prod(shape)]
+        assert not incomplete, f"the ranks together do not hold each element of {incomplete} once"
+        on_rank_zero(commit, group)
+    except OSError as error:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"checkpoint {final} not written: {error}") from error
     return final
 
 
-class _Writer(HuggingFaceStorageWriter):
-    """One safetensors file per rank; more where a rank has several parts of a tensor, since a file holds one value per
-    name: the n-th parts of all tensors go to the n-th file."""
-
-    def _split_by_storage_plan(self, storage_plan, items):
-        files, seen = {}, Counter()
-        for item in items:
-            seen[item.index.fqn] += 1
-            files.setdefault(seen[item.index.fqn], []).append(item)
-        return files
+def _counts(parts: Mapping[str, tuple[Sequence[int], list[Box]]]) -> dict[str, int]:
+    return {name: sum(box.values.numel() for box in boxes) for name, (_, boxes) in parts.items()}
 
 
-def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint so that it never looks complete on the way."""
-    if checkpoint.exists():
-        doomed = checkpoint.with_name(checkpoint.name + ".tmp.old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        checkpoint.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+def _on_all_ranks(function: Callable, group: dist.ProcessGroup | None) -> list:
+    """The results of all ranks, on all ranks; collective.
+
+    Raises:
+        OSError: it raised one on any rank.
+    """
+    result, failure = None, None
+    try:
+        result = function()
+    except OSError as error:
+        failure = str(error)
+    results = [None] * dist.get_world_size(group)
+    dist.all_gather_object(results, (result, failure), group)
+    if failures := sorted({failure for _, failure in results if failure}):
+        raise OSError("; ".join(failures))
+    return [result for result, _ in results]
+
+
+def prune(folder: str | Path, keep: Keep) -> None:
+    """Delete the checkpoints that `keep` does not name. For one rank."""
+    found = checkpoints(folder)
+    if keep.newest == 0:
+        return
+    losses = {path: _validation_loss(path) for path in found} if keep.best else {}
+    best = min((path for path in losses if losses[path] is not None), key=losses.get, default=None)
+    for path in found[: -keep.newest]:
+        if path != best and not (keep.every and _step(path) % keep.every == 0):
+            doomed = path.with_name(path.name + ".tmp.old")  # it never looks complete on the way
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _validation_loss(checkpoint: Path) -> float | None:
+    try:
+        return read_info(checkpoint).get("validation_loss")
+    except ValueError:
+        return None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def set_aside(folder: str | Path, after: int) -> list[Path]:
     """Rename the checkpoints later than step `after` to `step_N.superseded`: a run that goes on from an earlier one
     must not take them for its own. Call it on one rank; returns the new names."""
-    moved = []
-    for path in checkpoints(folder):
-        if int(path.name.removeprefix("step_")) > after:
-            target = path.with_name(path.name + ".superseded")
-            shutil.rmtree(target, ignore_errors=True)
-            moved.append(path.rename(target))
-    return moved
+    return [_set_aside(path) for path in _directories(folder) if _step(path) > after]
+
+
+def _set_aside(path: Path) -> Path:
+    target = path.with_name(path.name + ".superseded")
+    shutil.rmtree(target, ignore_errors=True)
+    return path.rename(target)
+
+
+def _directories(folder: str | Path) -> list[Path]:
+    """Those named like checkpoints, oldest first, complete or not."""
+    folder = Path(folder)
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(p for p in found if re.fullmatch(r"step_\d{8,}", p.name) and p.is_dir())
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first."""
-    folder = Path(folder)
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(p for p in found if re.fullmatch(r"step_\d{8,}", p.name) and (p / INFO).is_file())
+    """Complete checkpoints in `folder`, oldest first; their files are not looked at."""
+    return [path for path in _directories(folder) if (path / INFO).is_file()]
 
 
-def resolve(path: str | Path) -> Path:
-    """The checkpoint meant by a checkpoint directory, a folder of checkpoints or a run's folder.
+def candidates(path: str | Path) -> list[Path]:
+    """Directories named like checkpoints, oldest first: `path` itself, or those in it or in its checkpoints/.
 
     Raises:
-        ValueError: there is no complete checkpoint.
+        ValueError: there is none.
     """
     path = Path(path)
-    if (path / INFO).is_file():
-        return path
-    for folder in (path, path / "checkpoints"):
-        if found := checkpoints(folder):
-            return found[-1]
-    raise ValueError(f"no complete checkpoint in {path}; expected step_*/{INFO} there or in its checkpoints/ folder")
+    found = [path] if (path / INFO).is_file() else _directories(path) or _directories(path / "checkpoints")
+    if not found:
+        raise ValueError(f"no complete checkpoint in {path}; expected step_*/{INFO} in it or in its checkpoints/")
+    return found
+
+
+def resolve(path: str | Path, say: Callable[[str], None] = log.warning) -> Path:
+    """The checkpoint meant by a checkpoint directory, or the newest intact one of a folder of checkpoints or of a
+    run's folder. Collective where there are ranks: each hashes a share of the files.
+
+    Args:
+        say: gets a line about each newer one that is passed over.
+
+    Raises:
+        ValueError: there is none, or none is intact.
+    """
+    chosen, reasons = candidates(path), []
+    for candidate in reversed(chosen):
+        problems = verify(candidate)
+        if not problems:
+            return candidate
+        reasons.append(f"{candidate} is damaged: {'; '.join(problems[:3])}")
+        if candidate != chosen[0]:
+            say(f"{reasons[-1]}; the one before is taken")
+    raise ValueError(f"no intact checkpoint in {path}: " + " | ".join(reasons))
+
+
+def verify(checkpoint: str | Path) -> list[str]:
+    """What is wrong with a checkpoint, a phrase for each file; collective where there are ranks.
+
+    Every file's size and SHA-256 must be those that were written.
+    """
+    checkpoint, together = Path(checkpoint), dist.is_initialized() and dist.get_world_size() > 1
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    try:
+        info = read_info(checkpoint)
+    except ValueError as error:
+        problems = [str(error)]
+    else:
+        named = re.fullmatch(r"step_(\d+)", checkpoint.name)
+        problems = [f"{INFO} is of step {info['step']}"] if named and int(named[1]) != info["step"] else []
+        for name, expected in sorted(info["files"].items())[rank::ranks]:
+            path = checkpoint / name
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != expected["bytes"]:
+                problems.append(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+            elif _fingerprint(path) != expected:
+                problems.append(f"{name} is not what was written (SHA-256)")
+    if together:
+        found: list = [None] * ranks
+        dist.all_gather_object(found, problems)
+        problems = sorted({problem for share in found for problem in share})
+    return problems
 
 
 def read_info(checkpoint: str | Path) -> dict:
     """The JSON values stored with a checkpoint.
 
     Raises:
-        ValueError: it is not a checkpoint, or of a newer format.
+        ValueError: it is not a checkpoint, of another format, or not what was written.
     """
     path = Path(checkpoint) / INFO
+    if not path.is_file():
+        raise ValueError(f"{INFO} is missing: it was not finished")
     try:
         info = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        recorded = info.pop("sha256", None)
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from None
     if info.get("format") != FORMAT:
         raise ValueError(f"{path} has format {info.get('format')}, this version reads {FORMAT}")
+    if recorded != _digest(info):
+        raise ValueError(f"{path} is not what was written (SHA-256)")
     return info
 
 
@@ -218,41 +332,13 @@ def misfits(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) ->
     ]
 
 
-def rng_state() -> dict:
-    """States of python's, numpy's and torch's generators as JSON values."""
-    version, keys, gauss = random.getstate()
-    name, array, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "python": [version, list(keys), gauss],
-        "numpy": [name, array.tolist(), position, has_gauss, cached],
-        "torch": _encode(torch.get_rng_state()),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = _encode(torch.cuda.get_rng_state())
-    return state
+def _digest(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def restore_rng(checkpoint: str | Path, rank: int) -> bool:
-    """Restore this rank's generators; False if the checkpoint has none for it (another number of ranks wrote it)."""
-    path = Path(checkpoint) / f"rng_{rank:05d}.json"
-    if not path.is_file():
-        return False
-    state = json.loads(path.read_text())
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(_decode(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_decode(state["cuda"]))
-    return True
-
-
-def _encode(tensor: Tensor) -> str:
-    return base64.b64encode(tensor.numpy().tobytes()).decode()
-
-
-def _decode(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+def _fingerprint(path: Path) -> dict:
+    with open(path, "rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _write(path: Path, text: str) -> None:

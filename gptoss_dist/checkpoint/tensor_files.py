@@ -6,7 +6,7 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +15,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from gptoss_dist.checkpoint.boxes import Box
+
 INDEX = "model.safetensors.index.json"
 PART_BYTES = 64 << 20
 """What is read or converted at a time."""
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
-Box = tuple[slice, ...]
+Region = tuple[slice, ...]
 """A part of a tensor: a slice with start and stop for each dimension."""
 
 
@@ -31,14 +33,14 @@ class Source(ABC):
     dtype: torch.dtype
 
     @abstractmethod
-    def read(self, box: Box) -> Tensor:
+    def read(self, box: Region) -> Tensor:
         """The values of `box`.
 
         Raises:
             ValueError: the file is damaged.
         """
 
-    def parts(self, box: Box | None = None, limit: int = PART_BYTES) -> Iterator[tuple[Box, Tensor]]:
+    def parts(self, box: Region | None = None, limit: int = PART_BYTES) -> Iterator[tuple[Region, Tensor]]:
         """The values of `box` (all of the tensor by default), cut so that none takes more than `limit` bytes in
         float32, or one row of the last dimension."""
         box = tuple(slice(0, n) for n in self.shape) if box is None else box
@@ -46,7 +48,7 @@ class Source(ABC):
             yield part, self.read(part)
 
 
-def split(box: Box, limit: int) -> Iterator[Box]:
+def split(box: Region, limit: int) -> Iterator[Region]:
     """Cut `box` along its first dimensions into boxes of at most `limit` bytes in float32, in row-major order."""
     lengths = [s.stop - s.start for s in box]
     if 4 * math.prod(lengths) <= limit or len(box) <= 1:
@@ -71,7 +73,7 @@ class Stored(Source):
         self.places: list[tuple[Path, str, tuple[int, ...], tuple[int, ...]]] = []
         """Of each part: file, name in it, offset in the whole tensor, sizes."""
 
-    def read(self, box: Box) -> Tensor:
+    def read(self, box: Region) -> Tensor:
         values = torch.empty([s.stop - s.start for s in box], dtype=self.dtype)
         missing = values.numel()
         for path, name, offset, sizes in self.places:
@@ -175,9 +177,27 @@ def write_tensors(folder: Path, outputs: list[Output], *, file_bytes: int, stem:
     return paths
 
 
-def _write_file(path: Path, group: list[Output]) -> None:
+def write_boxes(folder: Path, stem: str, parts: Mapping[str, tuple[Sequence[int], list[Box]]]) -> list[Path]:
+    """Write parts of tensors, with their places, as torch DCP's reader of safetensors expects them.
+
+    A file holds one value per name: the n-th boxes of all tensors go to the n-th file.
+    """
+    paths = []
+    for number in range(max((len(boxes) for _, boxes in parts.values()), default=0)):
+        chosen = {name: boxes[number] for name, (_, boxes) in parts.items() if len(boxes) > number}
+        outputs = [
+            Output({name: (tuple(box.values.shape), box.values.dtype)}, [{name: box.values}])
+            for name, box in chosen.items()
+        ]
+        places = {name: {"saved_offsets": list(box.offset)} for name, box in chosen.items()}
+        paths.append(folder / (f"{stem}_{number}.safetensors" if number else f"{stem}.safetensors"))
+        _write_file(paths[-1], outputs, {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(places)})
+    return paths
+
+
+def _write_file(path: Path, group: list[Output], metadata: Mapping[str, str] | None = None) -> None:
     """One file: the header's length, the header in JSON, the bytes (https://github.com/huggingface/safetensors)."""
-    header, position = {"__metadata__": {"format": "pt"}}, 0
+    header, position = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for output in group:
         for name, (shape, dtype) in output.tensors.items():
             end = position + math.prod(shape) * dtype.itemsize

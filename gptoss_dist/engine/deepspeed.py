@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gptoss_dist.config import Config
 from gptoss_dist.engine.base import Engine
 from gptoss_dist.engine.flat_shard import FlatShard, boxes
-from gptoss_dist.engine.optimizer import adamw, allocate_state, parameter_groups
+from gptoss_dist.engine.optimizer import adamw, allocate_state, freeze, parameter_groups, set_learning_rate
 from gptoss_dist.engine.zero_settings import check_layout, check_offload, deepspeed_settings, zero_stage
 from gptoss_dist.model.init import fill
 from gptoss_dist.model.transformer import GptOss
@@ -116,7 +116,8 @@ class DeepSpeedEngine(Engine):
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         with _in_one_line():
             _materialize(self.model, dtype, context.device, settings if self.stage == 3 else None)
-            groups = parameter_groups(self.model, config.optim.weight_decay, lambda p: getattr(p, "group_name", None))
+            freeze(self.model, config.optim.freeze)
+            groups = parameter_groups(self.model, config.optim, lambda p: getattr(p, "group_name", None))
             groups = [{**group, "moe": True, "name": home} if home else group for home, group in groups]
             self.deepspeed, self.zero, *_ = library.initialize(
                 model=self.model, optimizer=adamw(groups, config.optim), config=settings, dist_init_required=False
@@ -171,8 +172,7 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed looks at the gradients only. Fused AdamW reads this flag and leaves no trace of such a step.
         not_finite = (~torch.isfinite(loss)).float()
         self.optimizer.found_inf = not_finite.to(next(iter(self.optimizer.state)).device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.deepspeed.step()
         grad_norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float32).to(loss.device)
         return grad_norm, not_finite.clamp(min=float(self.zero.overflow))
@@ -183,13 +183,16 @@ class DeepSpeedEngine(Engine):
         state = {}
         for name, parameter in self.model.named_parameters():
             run, shape, whole = self._run(parameter), _shape(parameter), self.shapes[name]
-            first, moments = self._first_expert(parameter), self.optimizer.state[run.flat]
-            for prefix, flat in (
-                ("model", run.flat),
-                ("optim.exp_avg", moments["exp_avg"]),
-                ("optim.exp_avg_sq", moments["exp_avg_sq"]),
-            ):
-                state[f"{prefix}.{name}"] = FlatShard(run.of(flat), run.start, shape, whole=whole, first=first)
+            first, flats = self._first_expert(parameter), {"model": run.flat}
+            if parameter.requires_grad:
+                moments = self.optimizer.state[run.flat]
+                flats |= {f"optim.{moment}": moments[moment] for moment in ("exp_avg", "exp_avg_sq")}
+            for prefix, flat in flats.items():
+                shard = FlatShard(run.of(flat), run.start, shape, whole=whole, first=first)
+                if not parameter.requires_grad and self.stage < 3:  # the first ranks that have it write it
+                    holders = self.layout.expert_parallel if hasattr(parameter, "group_name") else 1
+                    shard.is_copy = self.context.rank >= holders
+                state[f"{prefix}.{name}"] = shard
         for name, buffer in self.model.named_buffers():
             state[f"model.{name}"] = buffer
         # All parameters are updated, or skipped, together: one count serves them all.
@@ -203,6 +206,8 @@ class DeepSpeedEngine(Engine):
 
     def _run(self, parameter: nn.Parameter) -> _Run:
         zero = self.zero
+        if not parameter.requires_grad:  # no master weights: what the model computes with is all there is
+            return self._frozen_run(parameter)
         if self.stage == 3:
             index, position, _ = zero.grad_position[zero.get_param_id(parameter)]
             share = parameter.partition_numel()
@@ -213,6 +218,14 @@ class DeepSpeedEngine(Engine):
             return _Run(self.flats[0], 0, 0, 0)
         held = mapping.hp_fragment_address
         return _Run(self.flats[mapping.param_group_index], held.start, mapping.lp_fragment_address.start, held.numel)
+
+    def _frozen_run(self, parameter: nn.Parameter) -> _Run:
+        if self.stage == 3:
+            share = parameter.partition_numel()
+            start = share * torch.distributed.get_rank(parameter.ds_process_group)
+            count = min(max(parameter.ds_numel - start, 0), share)
+            return _Run(parameter.ds_tensor.data.view(-1), 0, start if count else 0, count)
+        return _Run(parameter.data.view(-1), 0, 0, parameter.numel())
 
     def _first_expert(self, parameter: nn.Parameter) -> int:
         """Index in the whole parameter of the first row that this rank's parameter has."""

@@ -8,21 +8,10 @@ save it or to load it.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-
-class Box(NamedTuple):
-    """A rectangular part of a tensor."""
-
-    offset: tuple[int, ...]
-    """Index of its first element in the whole tensor."""
-    values: Tensor
-    """A view of the run."""
+from gptoss_dist.checkpoint.boxes import Box, BoxedTensor
 
 
 def boxes(run: Tensor, start: int, shape: tuple[int, ...]) -> list[Box]:
@@ -52,10 +41,8 @@ def _in_row(index: int, box: Box) -> Box:
     return Box((index, *box.offset), box.values[None])
 
 
-class FlatShard(Tensor):
-    """Stands for a whole tensor of which this rank holds a run of elements. Only DCP can do anything with it."""
-
-    boxes: list[Box]
+class FlatShard(BoxedTensor):
+    """Stands for a whole tensor of which this rank holds a run of elements."""
 
     @staticmethod
     def __new__(
@@ -67,40 +54,8 @@ class FlatShard(Tensor):
             start: place of run[0] in the row-major tensor of `shape`.
             whole, first: if that tensor is itself the rows from `first` on of a larger one, of shape `whole`.
         """
-        whole = tuple(whole or shape)
-        shard = Tensor._make_wrapper_subclass(cls, torch.Size(whole), dtype=run.dtype, device=run.device)
-        shard.boxes = [
+        parts = [
             Box((box.offset[0] + first, *box.offset[1:]) if box.offset else (), box.values)
             for box in boxes(run, start, tuple(shape))
         ]
-        return shard
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.detach.default:  # DCP's planner asks for it
-            return args[0]
-        raise TypeError(f"{function} needs the whole tensor; this rank holds only a run of its elements")
-
-    # torch.distributed.checkpoint.planner_helpers looks for these three.
-
-    def __create_write_items__(self, name: str, _) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(name, torch.Size(offset)),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=_chunk(offset, values), properties=TensorProperties(dtype=values.dtype), size=self.size()
-                ),
-            )
-            for offset, values in self.boxes
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [_chunk(offset, values) for offset, values in self.boxes]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return next(values for offset, values in self.boxes if torch.Size(offset) == index.offset)
-
-
-def _chunk(offset: tuple[int, ...], values: Tensor) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(offsets=torch.Size(offset), sizes=values.size())
+        return BoxedTensor.__new__(cls, tuple(whole or shape), parts, run.dtype, run.device)

@@ -9,7 +9,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from gptoss_dist.config import Config
 from gptoss_dist.engine.base import Engine
-from gptoss_dist.engine.optimizer import build_optimizer
+from gptoss_dist.engine.optimizer import build_optimizer, freeze, set_learning_rate
 from gptoss_dist.model.init import fill
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.parallel.context import Context
@@ -29,6 +29,7 @@ class FsdpEngine(Engine):
             self.model = GptOss(config.model)
         self.exchange = parallelize(self.model, config, build_meshes(self.layout, context.device.type))
         self.model.to_empty(device=context.device)
+        freeze(self.model, config.optim.freeze)
         self._prepare_routers()
         for name, parameter in self.model.named_parameters():
             shape, offset = compute_local_shape_and_global_offset(
@@ -51,9 +52,10 @@ class FsdpEngine(Engine):
         loss.backward()
 
     def _gradient_squares(self) -> Tensor:
-        unused = [name for name, p in self.model.named_parameters() if p.grad is None]
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        unused = [name for name, p in trained.items() if p.grad is None]
         assert not unused, f"no gradient reached {unused}"
-        gradients = [local(p.grad) for p in self.model.parameters()]
+        gradients = [local(p.grad) for p in trained.values()]
         # Each rank holds another part of the gradient, however it is sharded, save for copies of the whole model.
         return torch.stack(torch._foreach_norm(gradients)).float().square().sum() / self.layout.replicate
 
@@ -65,8 +67,7 @@ class FsdpEngine(Engine):
         clip_norm = self.config.optim.clip_norm
         self.optimizer.grad_scale = ((grad_norm + 1e-6) / clip_norm).clamp(min=1.0) if clip_norm else None
         self.optimizer.found_inf = skipped
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm, skipped
@@ -78,14 +79,16 @@ class FsdpEngine(Engine):
                 module.reshard()
         state = {}
         for name, parameter in self.model.named_parameters():
-            moments = self.optimizer.state[parameter]
             state[f"model.{name}"] = parameter.detach()
+            if not parameter.requires_grad:
+                continue
+            moments = self.optimizer.state[parameter]
             state[f"optim.exp_avg.{name}"] = moments["exp_avg"]
             state[f"optim.exp_avg_sq.{name}"] = moments["exp_avg_sq"]
         for name, buffer in self.model.named_buffers():
             state[f"model.{name}"] = buffer
         # All parameters are updated, or skipped, together: one count serves them all.
-        state["optim.step"] = moments["step"].reshape(1).clone()
+        state["optim.step"] = next(iter(self.optimizer.state.values()))["step"].reshape(1).clone()
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:

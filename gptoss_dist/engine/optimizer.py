@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Hashable, Iterable
 
 import torch
@@ -16,14 +17,54 @@ def is_decayed(name: str) -> bool:
     return not ("norm" in module or "bias" in leaf or leaf == "sinks" or module == "embed_tokens")
 
 
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Take the gradient from the parameters whose names match.
+
+    Raises:
+        ValueError: a pattern matches none, or nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        for name in _matching(parameters, pattern, "optim.freeze"):
+            parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError(f"optim.freeze={patterns} leaves nothing to train")
+
+
+def _matching(names: Iterable[str], pattern: str, key: str) -> list[str]:
+    found = fnmatch.filter(names, pattern)
+    if not found:
+        raise ValueError(
+            f"{key}: no parameter's name matches {pattern!r}; names look like {', '.join(list(names)[:3])}"
+        )
+    return found
+
+
 def parameter_groups(
-    model: nn.Module, weight_decay: float, home: Callable[[Tensor], Hashable]
+    model: nn.Module, config: OptimConfig, home: Callable[[Tensor], Hashable]
 ) -> list[tuple[Hashable, dict]]:
-    """The optimizer's groups, each with the `home` of its parameters: no group mixes two, nor decayed with others."""
+    """The optimizer's groups, each with the `home` of its parameters: no group mixes two, nor decayed with others.
+
+    Raises:
+        ValueError: a pattern of `optim.lr_scale` matches no parameter.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    scales = dict.fromkeys(parameters, 1.0)
+    for pattern, scale in config.lr_scale.items():
+        scales |= dict.fromkeys(_matching(parameters, pattern, "optim.lr_scale"), scale)
     groups = {}
-    for name, parameter in model.named_parameters():
-        groups.setdefault((home(parameter), is_decayed(name)), []).append(parameter)
-    return [(h, {"params": ps, "weight_decay": weight_decay * decayed}) for (h, decayed), ps in groups.items()]
+    for name, parameter in parameters.items():
+        groups.setdefault((home(parameter), is_decayed(name), scales[name]), []).append(parameter)
+    return [
+        (h, {"params": ps, "weight_decay": config.weight_decay * decayed, "lr_scale": scale})
+        for (h, decayed, scale), ps in groups.items()
+    ]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Before a step: `lr` times each group's own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
 
 def adamw(groups: list[dict], config: OptimConfig) -> torch.optim.AdamW:
@@ -43,7 +84,7 @@ def allocate_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW for sharded parameters; experts may live on another device mesh than the rest."""
-    groups = parameter_groups(model, config.weight_decay, lambda p: getattr(p, "device_mesh", None))
+    groups = parameter_groups(model, config, lambda p: getattr(p, "device_mesh", None))
     optimizer = adamw([group for _, group in groups], config)
-    allocate_state(optimizer, model.parameters())
+    allocate_state(optimizer, (p for p in model.parameters() if p.requires_grad))
     return optimizer

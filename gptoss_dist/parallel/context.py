@@ -100,8 +100,11 @@ def _tune_cpu_memory() -> None:
     mallopt(arena_max, 1)  # for all threads: the heaps of further arenas are too small for large blocks
 
 
-def on_rank_zero(function: Callable[[], T]) -> T | None:
+def on_rank_zero(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T | None:
     """Call `function` on rank 0 while the others wait; collective.
+
+    Args:
+        group: of all ranks, if not the default one.
 
     Returns:
         Its result on rank 0, None elsewhere.
@@ -116,7 +119,7 @@ def on_rank_zero(function: Callable[[], T]) -> T | None:
         except (ValueError, OSError) as error:
             failure = error
     outcome = [None if failure is None else (isinstance(failure, OSError), str(failure))]
-    dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+    dist.broadcast_object_list(outcome, group=group, device=torch.device("cpu"))
     if failure is not None:
         raise failure
     if outcome[0] is not None:

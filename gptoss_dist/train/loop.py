@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from contextlib import nullcontext
+import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def train(config: Config, context: Context) -> None:
     settings = config.train
     dataset = _open_data(config, "train")
     validation = _open_data(config, "validation") if config.validation.every else None
-    path = _checkpoint_to_resume(config)
+    path = _checkpoint_to_resume(config, context)
     if path is not None:
         info = checkpoint.read_info(path)
         _check_same_data(config, dataset, path, info)
@@ -106,6 +107,8 @@ def train(config: Config, context: Context) -> None:
         for moved in checkpoint.set_aside(config.checkpoint_folder, after=first):
             report.message(f"a later checkpoint is now {moved}")
 
+    settled = checkpoint.Keep(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
+    saver = checkpoint.Saver(config.checkpoint_folder, keep=settled, asynchronous=config.checkpoint.asynchronous)
     timer, stop, guard = StepTimer(context.device), StopRequest(), SkipGuard(settings.max_skipped_steps, skipped)
 
     def every(interval: int, step: int) -> bool:
@@ -123,7 +126,7 @@ def train(config: Config, context: Context) -> None:
         guard.check(step, float(result.loss))
         return bool(result.stop)
 
-    def validate(step: int) -> None:
+    def validate(step: int) -> float:
         batches = validation_batches(
             validation,
             micro_batch_size=settings.micro_batch_size,
@@ -135,20 +138,21 @@ def train(config: Config, context: Context) -> None:
         loss = engine.evaluate(batches)
         if report:
             report.validation(step, loss)
+        return loss
 
-    def save(step: int) -> None:
+    def save(step: int, validation_loss: float | None) -> None:
         info = {
             "samples_consumed": loader.samples_consumed,
             "skipped_steps": guard.total,
+            "validation_loss": validation_loss,
             "config": config.to_dict(),
             "data": {"path": config.data.path, "content_sha256": dataset.manifest.content_sha256},
             "mlflow_run_id": report.tracker.run_id if report else None,
+            "code": report.revision if report else None,
         }
-        folder, keep = config.checkpoint_folder, config.checkpoint.keep
-        try:
-            checkpoint.save(folder, step, engine.state(), info, keep=keep, extra_files=dataset.tokenizer.save)
-        except OSError as error:
-            raise TrainingError(f"{error}; earlier checkpoints are intact") from error
+        saver.save(step, engine.state(), info, extra_files=dataset.tokenizer.save)
+        if report:
+            report.saved(step, saver.pause_s)
 
     step, pending, saved, status = first, None, first, "FAILED"
     try:
@@ -166,6 +170,10 @@ def train(config: Config, context: Context) -> None:
                 with timer.phase("optimizer"):
                     result = engine.update(lr, stop.requested)
             step += 1
+            for message in saver.messages():
+                log.error("%s", message)
+                if report:
+                    report.message(f"CHECKPOINT FAILED: {message}")
             # Reading results one step late keeps the device busy meanwhile. It counts into the step's time.
             stopping = read_back(pending)
             pending = (step, result, lr, timer.stop())
@@ -183,20 +191,25 @@ def train(config: Config, context: Context) -> None:
                 pending = None
             if stopping:
                 break
-            if validation and due["validation"]:
-                validate(step)
+            validation_loss = validate(step) if validation and due["validation"] else None
             if config.sampling.prompts and due["samples"]:
                 _write_samples(config, context, engine, dataset, report, step)
             if due["checkpoint"]:
-                save(step)
+                save(step, validation_loss)
                 saved = step
         if saved != step:
-            save(step)
+            save(step, None)
+        try:
+            saver.close()
+        except OSError as error:
+            raise TrainingError(f"{error}; earlier checkpoints are intact") from error
         status = "FINISHED" if step >= settings.steps else "KILLED"
         if report:
             end = "finished" if status == "FINISHED" else "stopped as asked"
             report.message(f"{end} at step {step}; checkpoint in {config.checkpoint_folder}")
     finally:
+        with suppress(Exception):
+            saver.close()  # what is being written is finished, however the run ends
         stop.close()
         loader.close()
         if report:
@@ -276,10 +289,15 @@ def _check_same_data(config: Config, dataset: TokenDataset, path: Path, info: di
             )
 
 
-def _checkpoint_to_resume(config: Config) -> Path | None:
+def _checkpoint_to_resume(config: Config, context: Context) -> Path | None:
     if config.resume is None:
         return None
-    if config.resume == "auto":
-        found = checkpoint.checkpoints(config.checkpoint_folder)
-        return found[-1] if found else None
-    return checkpoint.resolve(config.resume)
+    folder = config.checkpoint_folder if config.resume == "auto" else Path(config.resume)
+    if config.resume == "auto" and not list(folder.glob("step_*[0-9]")):
+        return None
+
+    def say(problem: str) -> None:
+        if context.is_main:
+            print(f"train.py: {problem}", file=sys.stderr)
+
+    return checkpoint.resolve(folder, say)

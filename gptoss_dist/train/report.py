@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import platform
@@ -60,6 +61,7 @@ class Report:
             resume_run_id=run_id,
             resumed_step=start or None,
         )
+        self.revision = git_revision()
         self.tracker.artifact(self.folder / "config.yaml")
         self.progress = Progress(config.train.steps, start=start, interval_s=config.train.log_every_s)
         self.progress.__enter__()
@@ -104,6 +106,10 @@ class Report:
         self.tracker.log(step, metrics)
         self.message(f"step {step}: validation loss {loss:.4f}, perplexity {metrics['loss/val_ppl']:.2f}")
         self.plots()
+
+    def saved(self, step: int, pause_s: float) -> None:
+        """Record how long the step was held up by saving."""
+        self.tracker.log(step, {"perf/checkpoint_pause_s": pause_s})
 
     def samples(self, step: int, texts: list[str]) -> None:
         """Keep texts that the model wrote."""
@@ -150,7 +156,7 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
 def _tags(config: Config, context: Context, engine: Engine, peak) -> dict[str, str]:
     device = context.device
     return {
-        "git.sha": _git_sha(),
+        "git.sha": git_revision(),
         "host": platform.node(),
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU x {os.cpu_count()} cores",
         "torch": torch.__version__,
@@ -161,7 +167,9 @@ def _tags(config: Config, context: Context, engine: Engine, peak) -> dict[str, s
     }
 
 
-def _git_sha() -> str:
+@functools.cache
+def git_revision() -> str:
+    """The commit of this code, with `-dirty` if files differ from it, or `unknown`."""
     try:
         run = subprocess.run(
             ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"],

@@ -4,6 +4,9 @@ import json
 import os
 import pickle
 import random
+import shutil
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gptoss_dist import checkpoint
+from gptoss_dist.checkpoint import saver
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,6 +33,10 @@ def example() -> dict[str, torch.Tensor]:
     }
 
 
+def save(folder, step, info=None, **keep) -> Path:
+    return checkpoint.save(folder, step, example(), info or {}, keep=checkpoint.Keep(**keep))
+
+
 def blank() -> dict[str, torch.Tensor]:
     return {name: torch.zeros_like(tensor) for name, tensor in example().items()}
 
@@ -41,7 +49,7 @@ def test_round_trip_keep_and_resolve(tmp_path, monkeypatch):
         monkeypatch.setattr(pickle, name, poisoned)
     run = tmp_path / "run"
     for step in (1, 2, 3):
-        done = checkpoint.save(run / "checkpoints", step, example(), {"note": "x"}, keep=2)
+        done = save(run / "checkpoints", step, info={"note": "x"}, newest=2)
     assert done.name == "step_00000003"
     assert [p.name for p in checkpoint.checkpoints(run / "checkpoints")] == ["step_00000002", "step_00000003"]
     for path in (run, run / "checkpoints", done):
@@ -57,7 +65,7 @@ def test_round_trip_keep_and_resolve(tmp_path, monkeypatch):
 
 
 def test_random_generators_are_restored(tmp_path):
-    done = checkpoint.save(tmp_path, 1, example(), {})
+    done = save(tmp_path, 1)
     draw = lambda: (random.random(), np.random.rand(), torch.rand(3).tolist())  # noqa: E731
     first = draw()
     assert draw() != first
@@ -67,32 +75,143 @@ def test_random_generators_are_restored(tmp_path):
 
 
 def test_unfinished_checkpoints_are_never_taken(tmp_path):
-    done = checkpoint.save(tmp_path, 1, example(), {})
+    done = save(tmp_path, 1)
     (tmp_path / "step_00000002.tmp").mkdir()
     (tmp_path / "step_00000003").mkdir()
     assert checkpoint.checkpoints(tmp_path) == [done]
+    said = []
+    assert checkpoint.resolve(tmp_path, said.append) == done
+    assert len(said) == 1 and "step_00000003 is damaged: checkpoint.json is missing" in said[0]
     (done / "checkpoint.json").unlink()
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match="no intact checkpoint"):
         checkpoint.resolve(tmp_path)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        checkpoint.resolve(tmp_path / "nothing")
     # a stale unfinished directory does not stop the next save
-    assert checkpoint.save(tmp_path, 2, example(), {}).is_dir()
+    assert save(tmp_path, 2).is_dir()
     assert not (tmp_path / "step_00000002.tmp").exists()
 
 
-def test_a_failed_save_leaves_the_old_ones(tmp_path, monkeypatch):
-    done = checkpoint.save(tmp_path, 1, example(), {}, keep=1)
+def test_a_failed_save_is_tried_again_then_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(saver, "RETRY_AFTER_S", (0.01, 0.01))
+    done = save(tmp_path, 1, newest=1)
+    fsync, left = os.fsync, [4]
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(descriptor):
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError):
-        checkpoint.save(tmp_path, 2, example(), {}, keep=1)
-    assert checkpoint.checkpoints(tmp_path) == [done]
+    for asynchronous in (False, True):
+        left[0] = 100
+        failing = checkpoint.Saver(tmp_path, keep=checkpoint.Keep(newest=1), asynchronous=asynchronous)
+        failing.save(2, example(), {})
+        failing.wait()
+        said = failing.messages()
+        assert len(said) == 3 and all("No space left on device; earlier checkpoints are intact" in m for m in said)
+        assert "trying again in 0.01 s" in said[0] and "training goes on without it" in said[2]
+        assert failing.messages() == [] and checkpoint.checkpoints(tmp_path) == [done]
+        with pytest.raises(OSError, match="No space left"):
+            failing.close()
+        assert not list(tmp_path.glob("*.tmp*"))
+        left[0] = 1  # the next save is tried twice
+        failing.save(3, example(), {})
+        failing.close()
+        assert len(failing.messages()) == 1
+        (done,) = checkpoint.checkpoints(tmp_path)
+        assert done.name == "step_00000003" and checkpoint.verify(done) == []
+
+
+def test_a_vanished_folder_comes_back_and_a_file_in_its_place_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(saver, "RETRY_AFTER_S", ())
+    folder = tmp_path / "checkpoints"
+    save(folder, 1)
+    shutil.rmtree(folder)
+    save(folder, 2)
+    assert [p.name for p in checkpoint.checkpoints(folder)] == ["step_00000002"]
+    shutil.rmtree(folder)
+    folder.write_text("")
+    with pytest.raises(OSError, match="step_00000003 not written"):
+        save(folder, 3)
+
+
+def test_what_is_saved_is_the_state_of_the_call(tmp_path, monkeypatch):
+    """The training changes its tensors while the thread writes; and a second save waits for the first."""
+    original, order = saver.write, []
+
+    def slowly(folder, step, *args, **kwargs):
+        time.sleep(0.3)
+        order.append(step)
+        return original(folder, step, *args, **kwargs)
+
+    monkeypatch.setattr(saver, "write", slowly)
+    writing, state = checkpoint.Saver(tmp_path, keep=checkpoint.Keep(), asynchronous=True), example()
+    generators = torch.get_rng_state()
+    writing.save(1, state, {})
+    assert writing.pause_s < 0.2 and not order
+    torch.rand(5)
+    for tensor in state.values():
+        tensor.fill_(7.0)
+    writing.save(2, state, {})
+    assert writing.pause_s > 0.2 and order == [1]
+    writing.close()
+    for step, expected in ((1, example()), (2, state)):
+        found = blank()
+        checkpoint.load_state(tmp_path / f"step_{step:08d}", found)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert checkpoint.restore_rng(tmp_path / "step_00000001", 0) and torch.equal(torch.get_rng_state(), generators)
+
+
+def test_which_checkpoints_stay(tmp_path):
+    losses = {1: 3.0, 2: 2.0, 3: None, 4: 2.5, 5: None, 6: 2.6, 7: 2.7}
+    keep = checkpoint.Keep(newest=2, every=3, best=True)
+    writing = checkpoint.Saver(tmp_path, keep=keep, asynchronous=False)
+    for step, loss in losses.items():
+        writing.save(step, example(), {"validation_loss": loss})
+    assert [int(p.name[5:]) for p in checkpoint.checkpoints(tmp_path)] == [2, 3, 6, 7]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_damage_is_found_and_the_one_before_is_taken(tmp_path, seed):
+    """Four each: a flipped bit, a truncation, a deleted file, two files swapped; in any file."""
+    draw = random.Random(seed)
+    before = save(tmp_path, 1)
+    extra = lambda folder: (folder / "tokenizer.json").write_text("{}")  # noqa: E731
+    writing = checkpoint.Saver(tmp_path, keep=checkpoint.Keep(), asynchronous=False)
+    writing.save(2, example(), {}, extra_files=extra)
+    whole = tmp_path / "step_00000002"
+    copy = tmp_path.with_name(tmp_path.name + "-copy")
+    shutil.copytree(whole, copy)
+    assert checkpoint.resolve(tmp_path) == whole
+    for kind in ("bit", "truncated", "deleted", "swapped"):
+        path = draw.choice(sorted(whole.iterdir()))
+        if kind == "bit":
+            data = bytearray(path.read_bytes())
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+            path.write_bytes(data)
+        elif kind == "truncated":
+            os.truncate(path, draw.randrange(path.stat().st_size))
+        elif kind == "deleted":
+            path.unlink()
+        else:
+            other = draw.choice([p for p in sorted(whole.iterdir()) if p != path])
+            data = path.read_bytes()
+            path.write_bytes(other.read_bytes())
+            other.write_bytes(data)
+        said = []
+        assert checkpoint.resolve(tmp_path, said.append) == before, kind
+        named = (path.name, "checkpoint.json") if kind == "swapped" else (path.name,)
+        assert len(said) == 1 and any(name in said[0] for name in named), (kind, path, said)
+        shutil.rmtree(whole)
+        shutil.copytree(copy, whole)
+    whole.rename(tmp_path / "step_00000003")
+    assert checkpoint.verify(tmp_path / "step_00000003") == ["checkpoint.json is of step 2"]
 
 
 def test_misfits_are_listed(tmp_path):
-    done = checkpoint.save(tmp_path, 1, example(), {})
+    done = save(tmp_path, 1)
     state = blank()
     state["model.a"] = torch.zeros(4, 3)
     state["model.new"] = state.pop("model.b")
@@ -106,20 +225,20 @@ def test_misfits_are_listed(tmp_path):
 
 def test_another_branch_does_not_take_old_checkpoints_for_its_own(tmp_path):
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, example(), {"branch": "old"})
+        save(tmp_path, step, info={"branch": "old"})
     assert [p.name for p in checkpoint.set_aside(tmp_path, after=1)] == [
         "step_00000002.superseded",
         "step_00000003.superseded",
     ]
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step_00000001"]
     # and a save at a step that exists replaces it
-    done = checkpoint.save(tmp_path, 1, example(), {"branch": "new"})
+    done = save(tmp_path, 1, info={"branch": "new"})
     assert checkpoint.read_info(done)["branch"] == "new"
     assert not list(tmp_path.glob("*.tmp*"))
 
 
 def test_damage_is_one_clear_error(tmp_path):
-    done = checkpoint.save(tmp_path, 1, example(), {})
+    done = save(tmp_path, 1)
     (shard,) = done.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-20])
     with pytest.raises(ValueError, match="cannot be read"):

@@ -32,7 +32,7 @@ def test_a_shard_of_rows_of_a_larger_tensor():
     shard = FlatShard(run, 15, (2, 2, 5), whole=(6, 2, 5), first=4)
     assert shard.shape == (6, 2, 5)
     assert [(offset, values.tolist()) for offset, values in shard.boxes] == [((5, 1, 0), [[run.tolist()]])]
-    with pytest.raises(TypeError, match="holds only a run"):
+    with pytest.raises(TypeError, match="holds only a part"):
         shard.clone()
 
 

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from collections import defaultdict
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ from safetensors.torch import load_file
 
 RECOMPUTE = {"train.activation_checkpointing": 1}
 KEEP = RECOMPUTE | {"train.keep_all_to_all": True}
+PARTLY = {
+    "optim.freeze": ["*.router.*", "model.layers.0.mlp.experts.*", "model.embed_tokens.*"],
+    "optim.lr_scale": {"*norm*": 0.1, "model.layers.1.*": 2.0},
+}
 CASES = [
     Case("1x1", 1),
     Case("2x1", 2),
@@ -38,6 +43,7 @@ CASES = [
     Case("4x2 few experts", 4, ep=2, model={"num_local_experts": 2}),
     Case("4x1 few experts", 4, model={"num_local_experts": 2, "tie_word_embeddings": True}),
     Case("4xauto", 4, ep="auto", model={"num_local_experts": 6, "num_shared_experts": 1}),
+    Case("4x2 frozen, scaled", 4, ep=2, options=PARTLY),
     Case("2x2 loop", 2, ep=2, options={"parallel.expert_gemm": "loop"}),
     Case("2x2 grouped_mm", 2, ep=2, options={"parallel.expert_gemm": "grouped_mm"}),
 ]
@@ -78,6 +84,7 @@ ZERO = [
          options=zero(3, SHARD_ALL, activation_checkpointing=1, keep_all_to_all=True)),
     Case("2x2 zero-3 tied", 2, ep=2, options=zero(3, SHARD_ALL),
          model={"tie_word_embeddings": True, "num_shared_experts": 1}),
+    *(Case(f"2x2 zero-{stage} frozen, scaled", 2, ep=2, options=zero(stage) | PARTLY) for stage in (2, 3)),
     Case("2x2 zero-2 offloaded", 2, ep=2, options=zero(2, TO_HOST)),
     Case("2x2 zero-3 offloaded", 2, ep=2, options=zero(3, {**TO_HOST, "offload_param": {"device": "cpu"}})),
 ]  # fmt: skip
@@ -123,6 +130,8 @@ def check(folder, case: Case, tolerance: float = 1e-6) -> None:
         if name in weights or not case.model.get("tie_word_embeddings"):
             # Of four steps of LR; Adam turns rounding into steps where a gradient is close to zero.
             assert (weights[name] - tensor).abs().max() <= 5e-3 * LR, name
+            frozen = any(fnmatch(name, pattern) for pattern in case.config().optim.freeze)
+            assert not frozen or torch.equal(weights[name], tensor), name
 
 
 def check_gradients(actual: dict, expected: dict, tolerance: float) -> None:
