@@ -2,13 +2,14 @@
 
 from importlib import import_module
 
-__all__ = ["GptOss", "ModelConfig", "load_pretrained"]
+__all__ = ["GptOss", "ModelConfig", "load_pretrained", "save_pretrained"]
 __version__ = "0.1.0"
 
 _HOME = {
     "GptOss": "gptoss_dist.model.transformer",
     "ModelConfig": "gptoss_dist.model.config",
     "load_pretrained": "gptoss_dist.checkpoint.pretrained",
+    "save_pretrained": "gptoss_dist.checkpoint.export",
 }
 
 

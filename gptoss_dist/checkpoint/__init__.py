@@ -1,6 +1,6 @@
 """Sharded, resumable checkpoints, and models of other tools."""
 
-from gptoss_dist.checkpoint.export import export
+from gptoss_dist.checkpoint.export import export, save_pretrained
 from gptoss_dist.checkpoint.pretrained import check_architecture, load_into, load_pretrained, open_pretrained
 from gptoss_dist.checkpoint.rng import restore_rng
 from gptoss_dist.checkpoint.saver import Saver, save
@@ -32,6 +32,7 @@ __all__ = [
     "resolve",
     "restore_rng",
     "save",
+    "save_pretrained",
     "set_aside",
     "verify",
 ]

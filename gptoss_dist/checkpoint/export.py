@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +17,9 @@ from data_pipeline.tokenizer_json import huggingface_files
 from gptoss_dist.checkpoint import huggingface, openai
 from gptoss_dist.checkpoint.forms import Losses, plain
 from gptoss_dist.checkpoint.pretrained import Pretrained
-from gptoss_dist.checkpoint.tensor_files import write_tensors
+from gptoss_dist.checkpoint.tensor_files import Held, write_tensors
 from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.ops.mxfp4 import GROUP
 
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -85,7 +87,6 @@ def export(
         values = config.to_dict()
     elif layout == "hf":
         outputs = huggingface.outputs(tensors, config, dtype=dtype, pack=pack, search=search, losses=losses)
-        eos_id = None
     else:
         outputs = openai.outputs(tensors, config, dtype=dtype, pack=pack, search=search, losses=losses)
         values = openai.config_json(config)
@@ -103,8 +104,23 @@ def export(
     return losses
 
 
+def save_pretrained(model: GptOss, folder: str | Path, *, layout: str = "hf", **options) -> None:
+    """Write a model that is in memory to the new folder `folder`.
+
+    Args:
+        layout, options: as for `export`.
+
+    Raises:
+        ValueError, OSError: as `export`.
+    """
+    tensors = {name: Held(tensor) for name, tensor in chain(model.named_parameters(), model.named_buffers())}
+    export(Pretrained("memory", Path(), model.config, tensors), folder, layout, **options)
+
+
 def _write_companions(pretrained: Pretrained, folder: Path, layout: str) -> int | None:
     """Tokenizer and generation settings; returns the id that ends a text."""
+    if pretrained.layout == "memory":
+        return None
     if pretrained.layout != "run":
         for pattern in COMPANIONS if pretrained.layout == layout else ():
             for path in pretrained.folder.glob(pattern):

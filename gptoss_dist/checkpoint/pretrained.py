@@ -39,7 +39,7 @@ class Pretrained(NamedTuple):
     """Weights that can be read in parts."""
 
     layout: str
-    """`hf`, `openai`, or `run` for a training checkpoint."""
+    """`hf`, `openai`, `run` for a training checkpoint, or `memory`."""
     folder: Path
     config: ModelConfig
     tensors: dict[str, Source]

@@ -65,6 +65,16 @@ def split(box: Region, limit: int) -> Iterator[Region]:
                 yield (head, *tail)
 
 
+class Held(Source):
+    """A tensor in memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.shape, self.dtype = tensor.detach(), tuple(tensor.shape), tensor.dtype
+
+    def read(self, box: Region) -> Tensor:
+        return self.tensor[box].cpu()
+
+
 class Stored(Source):
     """A tensor in safetensors files, possibly in several rectangular parts."""
 
