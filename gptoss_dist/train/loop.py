@@ -149,6 +149,7 @@ def train(config: Config, context: Context) -> None:
             "data": {"path": config.data.path, "content_sha256": dataset.manifest.content_sha256},
             "mlflow_run_id": report.tracker.run_id if report else None,
             "code": report.revision if report else None,
+            "layout": f"{engine.name}, {engine.layout}",
         }
         saver.save(step, engine.state(), info, extra_files=dataset.tokenizer.save)
         if report:
