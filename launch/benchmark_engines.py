@@ -3,14 +3,16 @@
 
     python launch/benchmark_engines.py --processes 2 4
 
-Every engine gets a launch of its own, in turn, so that none inherits another's memory; rounds repeat the turns. Memory
-is what the process grew by at its peak, from before the model is built to after the last step. Bytes are those that one
+Every engine gets a launch of its own, in turn, so that none inherits another's memory; rounds repeat the turns. Held is
+what stays between steps: every tensor's memory, each counted once. The peak is what the process grew by, from before the
+model is built to after the last step; freed memory that is not used again counts. Bytes are those that one
 process sends per optimizer step, by the usual count of ring algorithms: (n-1)/n of what is gathered or scattered, twice
 that for an all-reduce, and what really leaves for an all-to-all. Runs on the CPU with gloo; the bytes do not depend on
 the device, time and memory do.
 """
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -18,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -64,11 +67,13 @@ def main(argv: list[str]) -> int:
             f"{results['fsdp'][0]['parameters']:,} parameters; medians of {arguments.rounds} turns"
         )
         for name, found in results.items():
-            memory, sent = (statistics.median(f[key] for f in found) / 2**20 for key in ("memory", "sent"))
+            held, memory, sent = (
+                statistics.median(f[key] for f in found) / 2**20 for key in ("held", "memory", "sent")
+            )
             ratios = [f["seconds"] / g["seconds"] for f, g in zip(found, results["fsdp"])]
             losses = max(abs(f["loss"] / g["loss"] - 1) for f, g in zip(found, results["fsdp"]))
             print(
-                f"  {name:<20}{memory:8.0f} MiB of memory {sent:8.1f} MiB sent per step "
+                f"  {name:<20}{held:8.0f} MiB held {memory:8.0f} MiB at the peak {sent:8.1f} MiB sent per step "
                 f"{statistics.median(ratios):6.2f}x fsdp's step time ({min(ratios):.2f} to {max(ratios):.2f}); "
                 f"last loss differs by {losses:.0e}"
             )
@@ -141,9 +146,29 @@ def work(arguments: argparse.Namespace) -> int:
     memory = context.sum(torch.tensor(float(peak_memory() - before))) / context.world_size
     if context.is_main:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
-        found = {"memory": float(memory), "sent": sent, "seconds": statistics.median(seconds), "loss": loss}
+        found = {
+            "held": held_memory(),
+            "memory": float(memory),
+            "sent": sent,
+            "seconds": statistics.median(seconds),
+            "loss": loss,
+        }
         print(json.dumps(found | {"parameters": parameters}), flush=True)
     return finish()
+
+
+def held_memory() -> int:
+    """Bytes of all tensors that are alive."""
+    import torch
+
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            with suppress(RuntimeError, NotImplementedError):  # DTensors and others without memory of their own
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def peak_memory() -> int:
