@@ -4,9 +4,9 @@
     python launch/benchmark_engines.py --processes 2 4
 
 Every engine gets a launch of its own, in turn, so that none inherits another's memory; rounds repeat the turns. Held is
-what stays between steps: every tensor's memory, each counted once. The peak is what the process grew by, from before the
-model is built to after the last step; freed memory that is not used again counts. Bytes are those that one
-process sends per optimizer step, by the usual count of ring algorithms: (n-1)/n of what is gathered or scattered, twice
+what stays between steps: every tensor's memory, each counted once. The peak is what the process grew by, from before
+the model is built to after the last step; freed memory that is not used again counts. Bytes are those that one process
+sends per optimizer step, by the usual count of ring algorithms: (n-1)/n of what is gathered or scattered, twice
 that for an all-reduce, and what really leaves for an all-to-all. Runs on the CPU with gloo; the bytes do not depend on
 the device, time and memory do.
 """
