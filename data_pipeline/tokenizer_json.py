@@ -30,7 +30,8 @@ def huggingface_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]:
         for text, id_ in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
     ]  # fmt: skip
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    pattern = tokenizer.pattern.replace("(?s:", "(?m:")  # a dot that matches line breaks, in Oniguruma's words
+    # In Oniguruma's words: a dot that matches line breaks; and a counted repetition has no possessive form there.
+    pattern = tokenizer.pattern.replace("(?s:", "(?m:").replace("{1,3}+", "{1,3}")
     cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     model = {
         "type": "BPE",

@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
     export.add_argument("--mxfp4", action="store_true", help="the experts' weights in 4 bits, as published")
     export.add_argument("--search", action="store_true", help="with --mxfp4: the best of three scales, which is slower")
     export.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of what is not packed")
+    export.add_argument("--no-verify", action="store_true", help="do not hash a training checkpoint's files first")
     export.add_argument("--max-file-gb", type=float, default=5.0, help="largest file, in 10^9 bytes")
     arguments = parser.parse_args(argv)
     try:
@@ -71,7 +72,7 @@ def _model(arguments: argparse.Namespace) -> int:
 
     from gptoss_dist.checkpoint.pretrained import open_pretrained
 
-    print(yaml.safe_dump(open_pretrained(arguments.source).config.to_dict(), sort_keys=False), end="")
+    print(yaml.safe_dump(open_pretrained(arguments.source, verify=False).config.to_dict(), sort_keys=False), end="")
     return 0
 
 
@@ -82,7 +83,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from gptoss_dist.checkpoint.pretrained import open_pretrained
 
     losses = export(
-        open_pretrained(arguments.source),
+        open_pretrained(arguments.source, say=print, verify=not arguments.no_verify),
         arguments.output,
         arguments.format,
         dtype=getattr(torch, arguments.dtype),

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from gptoss_dist.checkpoint.boxes import BoxedTensor
 from gptoss_dist.config import Config
 from gptoss_dist.engine import Engine, build_engine, engine_kind
-from gptoss_dist.engine.flat_shard import FlatShard
 from gptoss_dist.parallel.context import Context, finish, start
 from gptoss_dist.parallel.mesh import local
 from gptoss_dist.parallel.traffic import SentBytes
@@ -66,7 +66,7 @@ class Case:
             if self.silent and name.endswith("router.bias"):
                 full = torch.zeros(tensor.shape)
                 full[self.silent] = -30.0
-                if isinstance(tensor, FlatShard):
+                if isinstance(tensor, BoxedTensor):
                     for (start,), values in tensor.boxes:
                         values.copy_(full[start : start + len(values)])
                 elif isinstance(tensor, DTensor):
@@ -77,7 +77,7 @@ class Case:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every process; collective."""
-    if isinstance(tensor, FlatShard):
+    if isinstance(tensor, BoxedTensor):
         full = torch.zeros(tensor.shape)
         for offset, values in [] if tensor.is_copy else tensor.boxes:
             full[tuple(slice(o, o + n) for o, n in zip(offset, values.shape))] += values

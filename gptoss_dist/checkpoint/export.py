@@ -25,13 +25,18 @@ from gptoss_dist.ops.mxfp4 import GROUP
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
               "chat_template*", "generation_config.json", "LICENSE*", "USAGE_POLICY*")  # fmt: skip
 """What is copied from one published model to another."""
+PUBLISHED_IDS = {"eos_token_id": 200002, "pad_token_id": 199999}
 
 
-def check_export(config: ModelConfig, layout: Literal["hf", "openai", "safetensors"], pack: bool) -> None:
+def check_export(
+    config: ModelConfig, layout: Literal["hf", "openai", "safetensors"], pack: bool, search: bool = False
+) -> None:
     """
     Raises:
         ValueError: the layout cannot express the architecture; names all fields that stand in the way.
     """
+    if search and not pack:
+        raise ValueError("--search chooses the scales of --mxfp4, which is not given")
     if layout == "safetensors":
         if pack:
             raise ValueError("--mxfp4 needs --format hf or openai; plain safetensors hold plain numbers")
@@ -74,7 +79,7 @@ def export(
         ValueError: the layout cannot express the model, or the folder is there already.
         OSError: it cannot be written.
     """
-    check_export(pretrained.config, layout, pack)
+    check_export(pretrained.config, layout, pack, search)
     folder, losses = Path(folder), Losses()
     if folder.exists():
         raise ValueError(f"{folder} is there already; choose another --output")
@@ -90,9 +95,9 @@ def export(
     else:
         outputs = openai.outputs(tensors, config, dtype=dtype, pack=pack, search=search, losses=losses)
         values = openai.config_json(config)
-    eos_id = _write_companions(pretrained, partial, layout)
+    special_ids = _write_companions(pretrained, partial, layout, say)
     if layout == "hf":
-        values = huggingface.config_json(config, dtype=dtype, pack=pack, eos_id=eos_id)
+        values = huggingface.config_json(config, dtype=dtype, pack=pack, special_ids=special_ids)
     (partial / "config.json").write_text(json.dumps(values, indent=1) + "\n")
     for path in write_tensors(partial, outputs, file_bytes=file_bytes):
         say(f"wrote {path.name}")
@@ -117,19 +122,25 @@ def save_pretrained(model: GptOss, folder: str | Path, *, layout: str = "hf", **
     export(Pretrained("memory", Path(), model.config, tensors), folder, layout, **options)
 
 
-def _write_companions(pretrained: Pretrained, folder: Path, layout: str) -> int | None:
-    """Tokenizer and generation settings; returns the id that ends a text."""
+def _write_companions(
+    pretrained: Pretrained, folder: Path, layout: str, say: Callable[[str], None]
+) -> dict[str, int | list[int]]:
+    """Tokenizer and generation settings; returns the ids that end and pad a text."""
     if pretrained.layout == "memory":
-        return None
-    if pretrained.layout != "run":
-        for pattern in COMPANIONS if pretrained.layout == layout else ():
+        return {}
+    if pretrained.layout == "run":
+        tokenizer = Tokenizer.load(pretrained.folder)
+        tokenizer.save(folder)
+        if layout == "hf":
+            for name, values in huggingface_files(tokenizer, pretrained.config.max_position_embeddings).items():
+                (folder / name).write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+        return {"eos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.eot_id}
+    if pretrained.layout == layout:
+        for pattern in COMPANIONS:
             for path in pretrained.folder.glob(pattern):
                 shutil.copyfile(path, folder / path.name)
         values = huggingface.read_json(pretrained.folder / "config.json")
-        return values.get("eos_token_id")
-    tokenizer = Tokenizer.load(pretrained.folder)
-    tokenizer.save(folder)
-    if layout == "hf":
-        for name, values in huggingface_files(tokenizer, pretrained.config.max_position_embeddings).items():
-            (folder / name).write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n")
-    return tokenizer.eot_id
+        return {key: values[key] for key in ("eos_token_id", "pad_token_id") if values.get(key) is not None}
+    say(f"no tokenizer and no generation settings come from {pretrained.layout}: add them to {folder.stem} by hand")
+    # Those of the published models, whose vocabulary no other has.
+    return PUBLISHED_IDS if pretrained.config.vocab_size == 201088 else {}

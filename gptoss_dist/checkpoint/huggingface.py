@@ -7,7 +7,7 @@ Names and shapes are the model's own. In the published form the experts' weights
 from __future__ import annotations
 
 import json
-import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,8 +15,6 @@ import torch
 from gptoss_dist.checkpoint.forms import Losses, Packed, Transposed, packed, plain
 from gptoss_dist.checkpoint.tensor_files import Output, Source, stored_tensors
 from gptoss_dist.model.config import ModelConfig, RopeScaling
-
-log = logging.getLogger(__name__)
 
 BLOCKS, SCALES = "_blocks", "_scales"
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -69,19 +67,33 @@ def read_config(folder: str | Path) -> ModelConfig:
             raise ValueError(f"{path}: {key}={values[key]} is not supported; GPT-OSS has {only}")
     fields = {key: values[key] for key in SHARED_FIELDS if values.get(key) is not None}
     # transformers 5 keeps rope_theta and rope_scaling in one mapping.
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    rope = {
+        k: v for k, v in (values.get("rope_parameters") or values.get("rope_scaling") or {}).items() if v is not None
+    }
     theta = rope.pop("rope_theta", values.get("rope_theta"))
     if theta is not None:
         fields["rope_theta"] = float(theta)
-    kind = rope.get("rope_type", rope.pop("type", "default"))
-    if kind == "yarn":
-        known = RopeScaling.__dataclass_fields__
-        fields["rope_scaling"] = RopeScaling(**{key: value for key, value in rope.items() if key in known})
-    elif kind == "default":
+    if rope:
+        fields["rope_scaling"] = _rope_scaling(path, rope, values)
+    elif "rope_scaling" in values or "rope_parameters" in values:
         fields["rope_scaling"] = None
-    else:
-        raise ValueError(f"{path}: rope_type={kind} is not supported; use yarn or default")
     return ModelConfig(**fields)
+
+
+def _rope_scaling(path: Path, rope: dict, values: dict) -> RopeScaling | None:
+    """With transformers' defaults for what is not there, which are not GPT-OSS's own."""
+    old_name = rope.pop("type", "default")
+    kind = rope.pop("rope_type", old_name)
+    if kind == "default":
+        return None
+    known = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
+    if kind != "yarn" or (unknown := sorted(rope.keys() - known)):
+        wrong = f"rope_type={kind}" if kind != "yarn" else f"{unknown} of the rotary embedding"
+        raise ValueError(f"{path}: {wrong} is not supported; use yarn with {', '.join(sorted(known))}, or default")
+    if "factor" not in rope:
+        raise ValueError(f"{path}: yarn needs a factor")
+    longest = values.get("max_position_embeddings", ModelConfig().max_position_embeddings)
+    return RopeScaling(**{"original_max_position_embeddings": longest, "truncate": True, **rope})
 
 
 def read_json(path: Path) -> dict:
@@ -98,8 +110,11 @@ def read_json(path: Path) -> dict:
     return values
 
 
-def sources(folder: str | Path) -> dict[str, Source]:
+def sources(folder: str | Path, say: Callable[[str], None]) -> dict[str, Source]:
     """The folder's tensors by the model's names; MXFP4 is unpacked as it is read.
+
+    Args:
+        say: gets a line about what is unusual.
 
     Raises:
         ValueError: there are none, files are damaged, or MXFP4 blocks and scales do not fit each other.
@@ -120,7 +135,7 @@ def sources(folder: str | Path) -> dict[str, Source]:
         else:
             raise ValueError(f"{folder}: {name} has no {stem + SCALES} beside it")
     if dense:
-        log.warning("%s: %d tensors named %s hold plain numbers and are read so", folder, len(dense), "*" + BLOCKS)
+        say(f"{folder}: {len(dense)} tensors named *{BLOCKS} hold plain numbers and are read so")
     return result
 
 
@@ -160,8 +175,12 @@ def outputs(
     return made
 
 
-def config_json(config: ModelConfig, *, dtype: torch.dtype, pack: bool, eos_id: int | None) -> dict:
-    """Contents of config.json, as transformers reads them."""
+def config_json(config: ModelConfig, *, dtype: torch.dtype, pack: bool, special_ids: dict | None = None) -> dict:
+    """Contents of config.json, as transformers reads them.
+
+    Args:
+        special_ids: eos_token_id, which may be a list, and pad_token_id.
+    """
     rope = {"rope_type": "default"} if config.rope_scaling is None else dict(vars(config.rope_scaling))
     values = {
         "architectures": ["GptOssForCausalLM"],
@@ -169,15 +188,14 @@ def config_json(config: ModelConfig, *, dtype: torch.dtype, pack: bool, eos_id: 
         **{key: getattr(config, key) for key in SHARED_FIELDS},
         "attention_dropout": 0.0,
         "dtype": str(dtype).removeprefix("torch."),
-        "eos_token_id": eos_id,
         "hidden_act": "silu",
         "output_router_logits": False,
-        "pad_token_id": eos_id,
         # The same twice: as transformers 4 and vLLM read it, and as transformers 5 does.
         "rope_scaling": None if config.rope_scaling is None else rope,
         "rope_theta": config.rope_theta,
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "use_cache": True,
+        **(special_ids or {}),
     }
     if pack:
         kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]

@@ -23,13 +23,15 @@ def describe(where: str | Path) -> str:
     Raises:
         ValueError: as `open_pretrained`.
     """
-    pretrained = open_pretrained(where)
+    pretrained = open_pretrained(where, verify=False)
     lines = [f"{pretrained.folder}"]
     if pretrained.layout == "run":
         info = read_info(pretrained.folder)
         tensors: Mapping[str, Source] = stored_tensors(pretrained.folder)
         config = info.pop("config")
+        files = info.pop("files")
         lines += [f"  {key}: {value}" for key, value in info.items()]
+        lines += [f"  {name}: {entry['bytes']:,} bytes" for name, entry in files.items()]
         settings = {key: value for key, value in config.items() if key != "model"}
         lines += ["settings", *_indented(yaml.safe_dump(settings, sort_keys=False))]
     else:

@@ -5,8 +5,10 @@ Each rank reads what it holds of each tensor, a part at a time: no rank ever nee
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +29,12 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from gptoss_dist.checkpoint import huggingface, openai
-from gptoss_dist.checkpoint.store import misfits, read_info, resolve
+from gptoss_dist.checkpoint.store import candidates, misfits, read_info, resolve
 from gptoss_dist.checkpoint.tensor_files import Source, stored_tensors
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
+
+log = logging.getLogger(__name__)
 
 LAYOUTS = {"hf": huggingface, "openai": openai}
 
@@ -46,8 +50,12 @@ class Pretrained(NamedTuple):
     """By the model's names."""
 
 
-def open_pretrained(where: str | Path) -> Pretrained:
+def open_pretrained(where: str | Path, *, say: Callable[[str], None] = log.warning, verify: bool = True) -> Pretrained:
     """Weights by `hf:FOLDER`, `openai:FOLDER`, or a run's folder, checkpoint folder or checkpoint.
+
+    Args:
+        say: gets a line about what is unusual.
+        verify: hash a training checkpoint's files first, and take the newest intact one; else the newest.
 
     Raises:
         ValueError: there is nothing of that kind, or it is damaged.
@@ -57,10 +65,10 @@ def open_pretrained(where: str | Path) -> Pretrained:
         if not Path(folder).is_dir():
             raise ValueError(f"{where}: there is no folder {folder}")
         module = LAYOUTS[layout]
-        return Pretrained(layout, Path(folder), module.read_config(folder), module.sources(folder))
+        return Pretrained(layout, Path(folder), module.read_config(folder), module.sources(folder, say))
     if re.fullmatch(r"[a-z]{2,}", layout) and folder:
         raise ValueError(f"{where}: {layout} is no known layout; use {', '.join(f'{name}:FOLDER' for name in LAYOUTS)}")
-    checkpoint = resolve(where)
+    checkpoint = resolve(where, say) if verify else candidates(where)[-1]
     stored = {n.removeprefix("model."): t for n, t in stored_tensors(checkpoint).items() if n.startswith("model.")}
     return Pretrained("run", checkpoint, ModelConfig.from_dict(read_info(checkpoint)["config"]["model"]), stored)
 

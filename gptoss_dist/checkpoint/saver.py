@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import threading
 import time
 from collections.abc import Callable
@@ -34,7 +35,8 @@ class Saver:
         """
         self.folder, self.keep, self.asynchronous = Path(folder), keep, asynchronous
         # The thread's collectives must not meet those of the training on the way.
-        self.group = dist.new_group(backend="gloo")
+        # Its ranks wait for the slowest disk.
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
         self.error: OSError | None = None
         """Of the newest save, if that failed for good."""
         self.pause_s = 0.0
@@ -60,16 +62,17 @@ class Saver:
         self.wait()
         parts, copied = self._parts(state), None
         if self.asynchronous and any(t.is_cuda for t in state.values()):
-            copied = torch.cuda.Event()
+            copied, device = torch.cuda.Event(), torch.cuda.current_device()
             copied.record()
         rng = rng_state()
         self.error = None
 
         def work() -> None:
             began = time.perf_counter()
-            if copied is not None:
-                copied.synchronize()
             try:
+                if copied is not None:
+                    torch.cuda.set_device(device)  # a new thread has the first one
+                    copied.synchronize()
                 self._write(step, parts, info, rng, extra_files)
             except BaseException as error:
                 self._broken = error
@@ -96,7 +99,13 @@ class Saver:
             raise self._broken
 
     def messages(self) -> list[str]:
-        """What went wrong since the last call, for the user."""
+        """What went wrong since the last call, for the user.
+
+        Raises:
+            whatever ended the thread, a failure to write excepted.
+        """
+        if self._broken is not None:
+            self.wait()
         said, self._messages = self._messages, []
         return said
 

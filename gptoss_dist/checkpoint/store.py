@@ -31,7 +31,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from gptoss_dist.checkpoint.boxes import Box
 from gptoss_dist.checkpoint.tensor_files import write_boxes
-from gptoss_dist.parallel.context import on_rank_zero
+from gptoss_dist.parallel.context import on_rank_zero, shared
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def write(
 
     def begin() -> None:
         for stale in folder.glob("step_*.tmp*"):
-            shutil.rmtree(stale)
+            shutil.rmtree(stale, ignore_errors=True)  # what somebody still reads may stay
         partial.mkdir(parents=True)
 
     def write_share() -> dict[str, dict]:
@@ -116,7 +116,6 @@ def write(
             _set_aside(final)
         partial.rename(final)
         _sync(folder)
-        prune(folder, keep)
 
     try:
         on_rank_zero(begin, group)
@@ -128,6 +127,11 @@ def write(
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"checkpoint {final} not written: {error}") from error
+    if rank == 0:
+        try:
+            prune(folder, keep)
+        except OSError as error:  # the new one is complete all the same
+            log.warning("old checkpoints in %s cannot be deleted: %s", folder, error)
     return final
 
 
@@ -139,13 +143,13 @@ def _on_all_ranks(function: Callable, group: dist.ProcessGroup | None) -> list:
     """The results of all ranks, on all ranks; collective.
 
     Raises:
-        OSError: it raised one on any rank.
+        OSError: it raised anything on any rank.
     """
     result, failure = None, None
     try:
         result = function()
-    except OSError as error:
-        failure = str(error)
+    except Exception as error:  # nobody is left waiting for a rank that gave up
+        failure = str(error) if isinstance(error, OSError) else repr(error)
     results = [None] * dist.get_world_size(group)
     dist.all_gather_object(results, (result, failure), group)
     if failures := sorted({failure for _, failure in results if failure}):
@@ -154,17 +158,22 @@ def _on_all_ranks(function: Callable, group: dist.ProcessGroup | None) -> list:
 
 
 def prune(folder: str | Path, keep: Keep) -> None:
-    """Delete the checkpoints that `keep` does not name. For one rank."""
-    found = checkpoints(folder)
+    """Delete the checkpoints that `keep` does not name. For one rank.
+
+    Raises:
+        OSError: one cannot be deleted.
+    """
     if keep.newest == 0:
         return
+    found = checkpoints(folder)
     losses = {path: _validation_loss(path) for path in found} if keep.best else {}
-    best = min((path for path in losses if losses[path] is not None), key=losses.get, default=None)
+    finite = [path for path, loss in losses.items() if loss is not None and math.isfinite(loss)]
+    best = min(finite, key=losses.get, default=None)
     for path in found[: -keep.newest]:
         if path != best and not (keep.every and _step(path) % keep.every == 0):
             doomed = path.with_name(path.name + ".tmp.old")  # it never looks complete on the way
             path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(doomed)
 
 
 def _validation_loss(checkpoint: Path) -> float | None:
@@ -225,7 +234,7 @@ def resolve(path: str | Path, say: Callable[[str], None] = log.warning) -> Path:
     Raises:
         ValueError: there is none, or none is intact.
     """
-    chosen, reasons = candidates(path), []
+    chosen, reasons = shared(lambda: candidates(path)), []
     for candidate in reversed(chosen):
         problems = verify(candidate)
         if not problems:
@@ -250,14 +259,19 @@ def verify(checkpoint: str | Path) -> list[str]:
     else:
         named = re.fullmatch(r"step_(\d+)", checkpoint.name)
         problems = [f"{INFO} is of step {info['step']}"] if named and int(named[1]) != info["step"] else []
+        strange = {path.name for path in checkpoint.glob("*.safetensors")} - info["files"].keys()
+        problems += [f"{name} does not belong to it" for name in sorted(strange)]
         for name, expected in sorted(info["files"].items())[rank::ranks]:
             path = checkpoint / name
-            if not path.is_file():
-                problems.append(f"{name} is missing")
-            elif path.stat().st_size != expected["bytes"]:
-                problems.append(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-            elif _fingerprint(path) != expected:
-                problems.append(f"{name} is not what was written (SHA-256)")
+            try:
+                if not path.is_file():
+                    problems.append(f"{name} is missing")
+                elif path.stat().st_size != expected["bytes"]:
+                    problems.append(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+                elif _fingerprint(path) != expected:
+                    problems.append(f"{name} is not what was written (SHA-256)")
+            except OSError as error:
+                problems.append(f"{name} cannot be read ({error})")
     if together:
         found: list = [None] * ranks
         dist.all_gather_object(found, problems)
@@ -333,7 +347,8 @@ def misfits(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) ->
 
 
 def _digest(values: dict) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    as_read = json.loads(json.dumps(values))  # where keys are strings
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(path: Path) -> dict:

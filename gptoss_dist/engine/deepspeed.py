@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from gptoss_dist.config import Config
 from gptoss_dist.engine.base import Engine
-from gptoss_dist.engine.flat_shard import FlatShard, boxes
+from gptoss_dist.engine.flat_shard import boxes, flat_shard
 from gptoss_dist.engine.optimizer import adamw, allocate_state, freeze, parameter_groups, set_learning_rate
-from gptoss_dist.engine.zero_settings import check_layout, check_offload, deepspeed_settings, zero_stage
+from gptoss_dist.engine.zero_settings import check_frozen, check_layout, check_offload, deepspeed_settings, zero_stage
 from gptoss_dist.model.init import fill
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.parallel.context import Context
@@ -104,6 +104,7 @@ class DeepSpeedEngine(Engine):
         check_layout(config)
         self.layout = plan_layout(config.parallel, config.model.num_local_experts, context.world_size)
         settings = deepspeed_settings(config, self.layout)
+        check_frozen(settings, config.optim.freeze)
         with torch.device("meta"):
             self.model = GptOss(config.model)
         check_offload(settings, sum(p.numel() for p in self.model.parameters()), self.layout)
@@ -188,7 +189,7 @@ class DeepSpeedEngine(Engine):
                 moments = self.optimizer.state[run.flat]
                 flats |= {f"optim.{moment}": moments[moment] for moment in ("exp_avg", "exp_avg_sq")}
             for prefix, flat in flats.items():
-                shard = FlatShard(run.of(flat), run.start, shape, whole=whole, first=first)
+                shard = flat_shard(run.of(flat), run.start, shape, whole=whole, first=first)
                 if not parameter.requires_grad and self.stage < 3:  # the first ranks that have it write it
                     holders = self.layout.expert_parallel if hasattr(parameter, "group_name") else 1
                     shard.is_copy = self.context.rank >= holders
@@ -246,7 +247,8 @@ class DeepSpeedEngine(Engine):
             persistent[0].partition(persistent)
         for index in range(len(self.flats)):
             zero._reassign_or_swap_out_partitioned_parameters(index)
-        zero.invalidate_secondary_tensor()
+        for parameter in self.model.parameters():  # frozen ones too, which DeepSpeed's own function leaves out
+            parameter.ds_secondary_tensor = None
         if persistent:
             persistent[0].all_gather(persistent)
 

@@ -41,21 +41,18 @@ def _in_row(index: int, box: Box) -> Box:
     return Box((index, *box.offset), box.values[None])
 
 
-class FlatShard(BoxedTensor):
-    """Stands for a whole tensor of which this rank holds a run of elements."""
+def flat_shard(
+    run: Tensor, start: int, shape: tuple[int, ...], *, whole: tuple[int, ...] | None = None, first: int = 0
+) -> BoxedTensor:
+    """Stands for a whole tensor of which this rank holds a run of elements.
 
-    @staticmethod
-    def __new__(
-        cls, run: Tensor, start: int, shape: tuple[int, ...], *, whole: tuple[int, ...] | None = None, first: int = 0
-    ) -> FlatShard:
-        """
-        Args:
-            run: one-dimensional; writing to it is writing to the shard.
-            start: place of run[0] in the row-major tensor of `shape`.
-            whole, first: if that tensor is itself the rows from `first` on of a larger one, of shape `whole`.
-        """
-        parts = [
-            Box((box.offset[0] + first, *box.offset[1:]) if box.offset else (), box.values)
-            for box in boxes(run, start, tuple(shape))
-        ]
-        return BoxedTensor.__new__(cls, tuple(whole or shape), parts, run.dtype, run.device)
+    Args:
+        run: one-dimensional; writing to it is writing to the shard.
+        start: place of run[0] in the row-major tensor of `shape`.
+        whole, first: if that tensor is itself the rows from `first` on of a larger one, of shape `whole`.
+    """
+    parts = [
+        Box((box.offset[0] + first, *box.offset[1:]) if box.offset else (), box.values)
+        for box in boxes(run, start, tuple(shape))
+    ]
+    return BoxedTensor(tuple(whole or shape), parts, run.dtype, run.device)

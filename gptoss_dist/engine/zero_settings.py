@@ -188,6 +188,20 @@ def _check_spread_experts(zero: dict[str, Any], layout: Layout) -> None:
             )
 
 
+def check_frozen(settings: dict[str, Any], patterns: list[str]) -> None:
+    """
+    Raises:
+        ValueError: frozen parameters would be where their values cannot be written.
+    """
+    zero = settings["zero_optimization"]
+    for key, refused in (
+        ("offload_param.device=nvme", (zero.get("offload_param") or {}).get("device") == "nvme"),
+        ("zero_quantized_nontrainable_weights", bool(zero.get("zero_quantized_nontrainable_weights"))),
+    ):
+        if patterns and refused:
+            raise ValueError(f"optim.freeze={patterns} is not possible with engine.deepspeed's {key}; leave one out")
+
+
 def check_offload(settings: dict[str, Any], parameters: int, layout: Layout) -> None:
     """Whether the host's memory can take what is offloaded to it; collective where a process group is there.
 

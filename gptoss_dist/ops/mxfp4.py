@@ -36,7 +36,7 @@ def encode(x: Tensor, *, search: bool = False) -> Mxfp4:
     become 6. What was packed once is packed again without a change of value.
 
     Args:
-        x: [..., 32 G], bfloat16 or float32 (other floats are cast to float32).
+        x: [..., 32 G], bfloat16 or float32 (other floats are cast to float32). It is packed on the CPU.
         search: try the next larger and smaller scale too, and take the one with the least squared error.
 
     Raises:
@@ -45,7 +45,7 @@ def encode(x: Tensor, *, search: bool = False) -> Mxfp4:
     if x.shape[-1] % GROUP:
         raise ValueError(f"a last dimension of {x.shape[-1]} cannot be packed in groups of {GROUP}")
     x = x if x.dtype in (torch.bfloat16, torch.float32) else x.float()
-    x_GV = x.detach().reshape(-1, GROUP)
+    x_GV = x.detach().cpu().reshape(-1, GROUP)
     blocks_GB = torch.empty(len(x_GV), GROUP // 2, dtype=torch.uint8)
     scales_G = torch.empty(len(x_GV), dtype=torch.uint8)
     if not x_GV.isfinite().all():
@@ -68,8 +68,8 @@ def decode(packed: Mxfp4, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def error(x: Tensor, packed: Mxfp4) -> float:
     """Relative error of a packed tensor: the norm of what was lost over the norm of `x`."""
-    x = x.float()
-    return float((decode(packed) - x).norm() / x.norm().clamp(min=1e-38))
+    x = x.double()
+    return float((decode(packed) - x).norm() / x.norm().clamp(min=1e-300))
 
 
 def _value(code: int) -> float:
@@ -88,13 +88,13 @@ def _encode(x_GV: Tensor, blocks_GB: Tensor, scales_G: Tensor) -> None:
 def _encode_searching(x_GV: Tensor, blocks_GB: Tensor, scales_G: Tensor) -> None:
     bits_GV, mantissa = _magnitudes(x_GV)
     largest_G = _largest(bits_GV)
-    least_G = torch.full(scales_G.shape, torch.inf)
+    least_G = torch.full(scales_G.shape, torch.inf, dtype=torch.float64)
     for offset in (-2, -1, -3):  # the usual one first: it stays where another is not better
         scale_G = ((largest_G >> mantissa) + offset).clamp_(min=0)
         blocks, scales = torch.empty_like(blocks_GB), scale_G.to(torch.uint8)
         _round(x_GV, bits_GV, mantissa, scale_G, blocks)
         _repair_tiny(x_GV, largest_G, mantissa, blocks, scales)
-        error_G = (decode(Mxfp4(blocks[:, None], scales[:, None])) - x_GV).square_().sum(-1)
+        error_G = (decode(Mxfp4(blocks[:, None], scales[:, None])) - x_GV).double().square_().sum(-1)
         better_G = error_G < least_G
         least_G[better_G] = error_G[better_G]
         scales_G[better_G] = scales[better_G]

@@ -128,6 +128,19 @@ def on_rank_zero(function: Callable[[], T], group: dist.ProcessGroup | None = No
     return result
 
 
+def shared(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, on every rank; collective where there are ranks.
+
+    Raises:
+        ValueError, OSError: on every rank, if it raised one.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return function()
+    result = [on_rank_zero(function)]
+    dist.broadcast_object_list(result, device=torch.device("cpu"))
+    return result[0]
+
+
 def seed_everything(seed: int, rank: int) -> None:
     """Seed python, numpy and torch; each rank differently, because they draw noise for different samples."""
     random.seed(seed + rank)

@@ -17,7 +17,7 @@ from gptoss_dist.config import Config
 from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.inference import generate
 from gptoss_dist.parallel import launcher
-from gptoss_dist.parallel.context import Context, LocalError, on_rank_zero, seed_everything, start
+from gptoss_dist.parallel.context import Context, LocalError, on_rank_zero, seed_everything, shared, start
 from gptoss_dist.parallel.mesh import spanned_machines
 from gptoss_dist.train.faults import SkipGuard, StopRequest, TrainingError
 from gptoss_dist.train.metrics import StepTimer
@@ -56,12 +56,12 @@ def train(config: Config, context: Context) -> None:
     settings = config.train
     dataset = _open_data(config, "train")
     validation = _open_data(config, "validation") if config.validation.every else None
-    path = _checkpoint_to_resume(config, context)
+    path = _checkpoint_to_resume(config)
     if path is not None:
         info = checkpoint.read_info(path)
         _check_same_data(config, dataset, path, info)
     elif config.init["from"]:
-        pretrained = checkpoint.open_pretrained(config.init["from"])
+        pretrained = checkpoint.open_pretrained(config.init["from"], say=_say)
         checkpoint.check_architecture(pretrained, config.model)
     on_rank_zero(lambda: _check_folder(config))
     seed_everything(config.run.seed, context.rank)
@@ -288,17 +288,23 @@ def _check_same_data(config: Config, dataset: TokenDataset, path: Path, info: di
             raise ValueError(
                 f"{path} was trained with {key} {old}, now it is {new}: its place in the data is lost; undo the change"
             )
+    if before["optim"]["freeze"] != config.optim.freeze:
+        raise ValueError(
+            f"{path} was trained with optim.freeze={before['optim']['freeze']}, now it is {config.optim.freeze}: the "
+            f"optimizer's state does not fit; undo the change, or start a new run with --init.from {path}"
+        )
 
 
-def _checkpoint_to_resume(config: Config, context: Context) -> Path | None:
+def _checkpoint_to_resume(config: Config) -> Path | None:
     if config.resume is None:
         return None
     folder = config.checkpoint_folder if config.resume == "auto" else Path(config.resume)
-    if config.resume == "auto" and not list(folder.glob("step_*[0-9]")):
+    if config.resume == "auto" and shared(lambda: not list(folder.glob("step_*[0-9]"))):
         return None
+    return checkpoint.resolve(folder, _say)
 
-    def say(problem: str) -> None:
-        if context.is_main:
-            print(f"train.py: {problem}", file=sys.stderr)
 
-    return checkpoint.resolve(folder, say)
+def _say(unusual: str) -> None:
+    """To the user, before there is a log."""
+    if torch.distributed.get_rank() == 0:
+        print(f"train.py: {unusual}", file=sys.stderr)

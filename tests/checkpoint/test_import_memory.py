@@ -85,7 +85,7 @@ def test_import_needs_its_share_and_a_buffer(tmp_path, form):
         model = GptOss(config)
     outputs = [repeated(name, tuple(p.shape), form == "mxfp4") for name, p in model.named_parameters()]
     write_tensors(tmp_path, outputs, file_bytes=500_000_000)
-    values = config_json(config, dtype=torch.bfloat16, pack=form == "mxfp4", eos_id=None)
+    values = config_json(config, dtype=torch.bfloat16, pack=form == "mxfp4")
     (tmp_path / "config.json").write_text(json.dumps(values))
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gptoss_dist
-from data_pipeline import load_tokenizer
+from data_pipeline import Tokenizer, load_tokenizer
+from data_pipeline.tokenizer import PATTERNS
+from data_pipeline.tokenizer_json import huggingface_files
+from gptoss_dist.checkpoint import huggingface
 from gptoss_dist.checkpoint.export import export
 from gptoss_dist.checkpoint.inspect import describe
 from gptoss_dist.checkpoint.pretrained import check_architecture, load_into, open_pretrained
@@ -151,7 +154,7 @@ def test_any_part_of_a_packed_tensor(tmp_path):
     blocks = torch.randint(0, 256, (3, 10, 4, 16), dtype=torch.uint8, generator=generator)
     scales = torch.randint(120, 131, (3, 10, 4), dtype=torch.uint8, generator=generator)
     save_file({"model.x_blocks": blocks, "model.x_scales": scales}, tmp_path / "model.safetensors")
-    source = gptoss_dist.checkpoint.huggingface.sources(tmp_path)["model.x"]
+    source = huggingface.sources(tmp_path, print)["model.x"]
     whole = decode(Mxfp4(blocks, scales)).transpose(1, 2)
     assert source.shape == (3, 128, 10)
     for box in ((0, 3, 0, 128, 0, 10), (1, 2, 5, 6, 3, 4), (0, 3, 31, 97, 2, 9), (2, 3, 64, 96, 0, 1)):
@@ -222,23 +225,72 @@ def test_variants_are_refused_by_name(published, tmp_path):
     assert not (tmp_path / "no").exists() and not (tmp_path / "no.tmp").exists()
 
 
+def test_flags_are_not_ignored(published, tmp_path):
+    with pytest.raises(ValueError, match="--search chooses the scales of --mxfp4"):
+        export(open_pretrained(f"hf:{published[0]}"), tmp_path / "no", "hf", search=True)
+    with pytest.raises(ValueError, match="--mxfp4 needs --format hf or openai"):
+        export(open_pretrained(f"hf:{published[0]}"), tmp_path / "no", "safetensors", pack=True)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "truncate": False, "beta_fast": 16.0}, "rope_theta": 1e4},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ],
+)
+def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path, rope):
+    values = {"model_type": "gpt_oss", **SIZES, "max_position_embeddings": 512, **rope}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    theirs = transformers.GptOssForCausalLM(transformers.GptOssConfig.from_pretrained(tmp_path)).eval()
+    ours = gptoss_dist.GptOss(huggingface.read_config(tmp_path)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    assert near(logits(ours), logits(theirs))
+
+
+def test_a_rotary_embedding_that_is_not_known_is_refused(tmp_path):
+    for rope, message in (({"rope_type": "linear", "factor": 2.0}, "rope_type=linear"),
+                          ({"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}, "mscale")):  # fmt: skip
+        values = {"model_type": "gpt_oss", **SIZES, "rope_scaling": rope}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=message):
+            huggingface.read_config(tmp_path)
+
+
+def test_ids_that_end_a_text_stay(published, tmp_path):
+    folder = tmp_path / "instruct"
+    shutil.copytree(published[0], folder)
+    values = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [7, 8], "pad_token_id": 9}
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8], "pad_token_id": 9}')
+    export(open_pretrained(f"hf:{folder}"), tmp_path / "new", "hf")
+    model = load_transformers(tmp_path / "new")
+    for settings in (model.config, model.generation_config):
+        assert (settings.eos_token_id, settings.pad_token_id) == ([7, 8], 9)
+    said = []
+    export(open_pretrained(f"hf:{folder}"), tmp_path / "original", "openai", say=said.append)
+    assert "no tokenizer and no generation settings" in said[0]
+
+
 def test_inspect(published):
     text = describe(f"hf:{published[0]}")
     assert "model.layers.2.mlp.experts.down_proj  bfloat16 [6, 64, 64]" in text
     assert "sliding_window: 16" in text
 
 
-@pytest.mark.parametrize("name", ["builtin", "bytes"])
+@pytest.mark.parametrize("name", PATTERNS)
 def test_tokenizer_for_transformers(tmp_path, name):
-    from data_pipeline.tokenizer_json import huggingface_files
-
-    tokenizer = load_tokenizer(name)
+    """Every way of cutting text into words, with the built-in ranks."""
+    tokenizer = load_tokenizer("bytes" if name == "bytes" else "builtin")
+    tokenizer = Tokenizer(name, tokenizer.ranks, PATTERNS[name], tokenizer.special_tokens)
     for file, values in huggingface_files(tokenizer, 256).items():
         (tmp_path / file).write_text(json.dumps(values))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     texts = [
         "def f(x):\n    return x + 1\n\n\n",
-        "Grüße, 世界! \U0001f600 123456",
+        "Grüße, 世界! \U0001f600 2024 123456789 1.5e-10",
         "  \t x\r\n  ",
         "don't DON'T a'b",
         "",

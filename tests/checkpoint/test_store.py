@@ -1,6 +1,7 @@
 """The checkpoint store: complete or absent, on any number of ranks, without pickle."""
 
 import json
+import math
 import os
 import pickle
 import random
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from gptoss_dist import checkpoint
-from gptoss_dist.checkpoint import saver
+from gptoss_dist.checkpoint import saver, store
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -164,8 +165,40 @@ def test_what_is_saved_is_the_state_of_the_call(tmp_path, monkeypatch):
     assert checkpoint.restore_rng(tmp_path / "step_00000001", 0) and torch.equal(torch.get_rng_state(), generators)
 
 
+def test_what_json_changes_is_no_damage(tmp_path):
+    done = save(tmp_path, 1, info={"config": {2: "a", 10: ("b", None)}})
+    assert checkpoint.verify(done) == [] and checkpoint.read_info(done)["config"] == {"2": "a", "10": ["b", None]}
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    before, _ = save(tmp_path, 1), save(tmp_path, 2)
+    fingerprint = store._fingerprint
+
+    def broken_disk(path):
+        if "step_00000002" in str(path) and path.suffix == ".safetensors":
+            raise OSError(5, "Input/output error")
+        return fingerprint(path)
+
+    monkeypatch.setattr(store, "_fingerprint", broken_disk)
+    said = []
+    assert checkpoint.resolve(tmp_path, said.append) == before and "Input/output error" in said[0]
+
+
+def test_an_old_one_that_cannot_be_deleted_is_no_failure(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def busy(*_, ignore_errors=False, **__):
+        if not ignore_errors:
+            raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    for step in (2, 3):
+        assert checkpoint.verify(save(tmp_path, step, newest=1)) == []
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step_00000003"]
+
+
 def test_which_checkpoints_stay(tmp_path):
-    losses = {1: 3.0, 2: 2.0, 3: None, 4: 2.5, 5: None, 6: 2.6, 7: 2.7}
+    losses = {1: math.nan, 2: 2.0, 3: None, 4: 2.5, 5: None, 6: 2.6, 7: 2.7}
     keep = checkpoint.Keep(newest=2, every=3, best=True)
     writing = checkpoint.Saver(tmp_path, keep=keep, asynchronous=False)
     for step, loss in losses.items():
@@ -206,6 +239,9 @@ def test_every_damage_is_found_and_the_one_before_is_taken(tmp_path, seed):
         assert len(said) == 1 and any(name in said[0] for name in named), (kind, path, said)
         shutil.rmtree(whole)
         shutil.copytree(copy, whole)
+    shutil.copy(before / "rank_00000.safetensors", whole / "rank_00001.safetensors")
+    assert checkpoint.verify(whole) == ["rank_00001.safetensors does not belong to it"]
+    (whole / "rank_00001.safetensors").unlink()
     whole.rename(tmp_path / "step_00000003")
     assert checkpoint.verify(tmp_path / "step_00000003") == ["checkpoint.json is of step 2"]
 

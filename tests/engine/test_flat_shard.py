@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptoss_dist.checkpoint import load_state, save
-from gptoss_dist.engine.flat_shard import FlatShard, boxes
+from gptoss_dist.engine.flat_shard import boxes, flat_shard
 from gptoss_dist.parallel.context import start
 
 
@@ -29,7 +29,7 @@ def test_boxes_tile_every_run(shape):
 def test_a_shard_of_rows_of_a_larger_tensor():
     """Two of six experts begin at expert 4; a run of their elements that begins in the middle of the second."""
     run = torch.arange(5.0)
-    shard = FlatShard(run, 15, (2, 2, 5), whole=(6, 2, 5), first=4)
+    shard = flat_shard(run, 15, (2, 2, 5), whole=(6, 2, 5), first=4)
     assert shard.shape == (6, 2, 5)
     assert [(offset, values.tolist()) for offset, values in shard.boxes] == [((5, 1, 0), [[run.tolist()]])]
     with pytest.raises(TypeError, match="holds only a part"):
@@ -47,7 +47,7 @@ def test_written_as_runs_and_read_as_others(tmp_path):
             state = {}
             for name, tensor in tensors.items():
                 flat = tensor.view(-1)
-                shard = FlatShard(flat[:cut], 0, tensor.shape)
+                shard = flat_shard(flat[:cut], 0, tensor.shape)
                 shard.boxes += boxes(flat[cut:], cut, tuple(tensor.shape))
                 state[name] = shard
             return state

@@ -7,7 +7,7 @@ from reference import settings
 
 from gptoss_dist.config import Config, load_config
 from gptoss_dist.engine import engine_kind
-from gptoss_dist.engine.zero_settings import check_layout, check_offload, deepspeed_settings, zero_stage
+from gptoss_dist.engine.zero_settings import check_frozen, check_layout, check_offload, deepspeed_settings, zero_stage
 from gptoss_dist.parallel.mesh import Layout
 
 ONE, SPREAD = Layout(1, 4, 1), Layout(1, 4, 2)
@@ -146,3 +146,10 @@ def test_the_engine_follows_settings_then_launcher(monkeypatch):
     assert engine_kind(values) == "deepspeed"
     values.engine.kind = "fsdp"
     assert engine_kind(values) == "fsdp"
+
+
+def test_frozen_parameters_where_nobody_can_write_them_are_refused():
+    for zero in ({"offload_param": {"device": "nvme"}}, {"zero_quantized_nontrainable_weights": True}):
+        check_frozen({"zero_optimization": zero}, [])
+        with pytest.raises(ValueError, match=next(iter(zero))):
+            check_frozen({"zero_optimization": zero}, ["*.router.*"])

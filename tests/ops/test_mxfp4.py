@@ -73,6 +73,7 @@ def test_searching_loses_less():
     assert 0.11 < error(x, plain) < 0.12 and error(x, searched) < 0.98 * error(x, plain)
     of_group = [(decode(p) - x).unflatten(-1, (-1, GROUP)).square().sum(-1) for p in (plain, searched)]
     assert (of_group[1] <= of_group[0]).all()
+    assert error(x * 1e25, encode(x * 1e25, search=True)) == pytest.approx(error(x, searched), rel=1e-3)
 
 
 def test_zeros_and_strides():
