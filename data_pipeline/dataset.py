@@ -56,7 +56,8 @@ class TokenDataset:
         if self.samples_per_epoch < 1:
             raise ValueError(
                 f"{path}: split {split!r} has {self.tokens_total} tokens, too few for one sample of seq_len + 1 = "
-                f"{seq_len + 1}; prepare more text or a larger validation fraction, or use a shorter seq_len"
+                f"{seq_len + 1}; prepare more text or a larger --validation-fraction, use a shorter seq_len"
+                + (", or train with --validation.every 0" if split == "validation" else "")
             )
 
     @cached_property

@@ -129,7 +129,10 @@ def prepare(
         _publish(staging, output, overwrite)
     report(f"{output}: {_summary(manifest)}")
     if validation_fraction and not splits["validation"]:
-        report("warning: no document fell into the validation split; raise the validation fraction")
+        report(
+            "warning: no document fell into the validation split; prepare again with --validation-fraction 0.2 "
+            "--overwrite, say, or train with --validation.every 0"
+        )
     return manifest
 
 

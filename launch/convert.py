@@ -10,12 +10,13 @@ From one layout to the other:
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-WHERE = "hf:FOLDER, openai:FOLDER, or the folder of a run or of a checkpoint"
+WHERE = "hf:FOLDER, openai:FOLDER (or only FOLDER, if it has a config.json), or the folder of a run or checkpoint"
 
 
 def main(argv: list[str]) -> int:
@@ -43,7 +44,12 @@ def main(argv: list[str]) -> int:
     export.add_argument("--max-file-gb", type=float, default=5.0, help="largest file, in 10^9 bytes")
     arguments = parser.parse_args(argv)
     try:
-        return {"inspect": _inspect, "verify": _verify, "model": _model, "export": _export}[arguments.verb](arguments)
+        code = {"inspect": _inspect, "verify": _verify, "model": _model, "export": _export}[arguments.verb](arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         print(f"convert.py: {error}", file=sys.stderr)
         return 2

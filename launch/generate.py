@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="generate.py", description=__doc__.strip().splitlines()[0], epilog=f"Interactive: {REPL_HELP}"
     )
     parser.add_argument(
-        "--checkpoint", required=True, help="a run's folder, a folder of checkpoints, or one checkpoint"
+        "--checkpoint", required=True, help="a run's folder, a checkpoint, or a model that convert.py exported"
     )
     parser.add_argument("--prompt", action="append", help="text to continue; may be repeated; without it: interactive")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token (0.8)")

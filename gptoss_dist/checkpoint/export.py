@@ -82,7 +82,7 @@ def export(
     check_export(pretrained.config, layout, pack, search)
     folder, losses = Path(folder), Losses()
     if folder.exists():
-        raise ValueError(f"{folder} is there already; choose another --output")
+        raise ValueError(f"{folder} is there already; choose another folder")
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

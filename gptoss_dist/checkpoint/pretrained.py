@@ -49,9 +49,26 @@ class Pretrained(NamedTuple):
     tensors: dict[str, Source]
     """By the model's names."""
 
+    def build(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> GptOss:
+        """A model with these weights, ready for inference.
+
+        Raises:
+            ValueError: as `load_into`.
+        """
+        with torch.device("meta"):
+            model = GptOss(self.config)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.to_empty(device=device)
+        model.tie()
+        load_into(dict(chain(model.named_parameters(), model.named_buffers())), self)
+        return model.eval()
+
 
 def open_pretrained(where: str | Path, *, say: Callable[[str], None] = log.warning, verify: bool = True) -> Pretrained:
     """Weights by `hf:FOLDER`, `openai:FOLDER`, or a run's folder, checkpoint folder or checkpoint.
+
+    Without `hf:` or `openai:` a folder with a config.json is what that file says.
 
     Args:
         say: gets a line about what is unusual.
@@ -61,6 +78,9 @@ def open_pretrained(where: str | Path, *, say: Callable[[str], None] = log.warni
         ValueError: there is nothing of that kind, or it is damaged.
     """
     layout, _, folder = str(where).partition(":")
+    if (Path(where) / "config.json").is_file():
+        layout = "hf" if "model_type" in huggingface.read_json(Path(where) / "config.json") else "openai"
+        folder = str(where)
     if layout in LAYOUTS and folder:
         if not Path(folder).is_dir():
             raise ValueError(f"{where}: there is no folder {folder}")
@@ -161,18 +181,9 @@ def load_pretrained(
     """A model with its weights, ready for inference.
 
     Args:
-        where: as for `open_pretrained`; a folder with a config.json may be given without `hf:`.
+        where: as for `open_pretrained`.
 
     Raises:
         ValueError: there is no such model, or it is damaged.
     """
-    path = Path(str(where))
-    pretrained = open_pretrained(f"hf:{where}" if (path / "config.json").is_file() else where)
-    with torch.device("meta"):
-        model = GptOss(pretrained.config)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.to_empty(device=device)
-    model.tie()
-    load_into(dict(chain(model.named_parameters(), model.named_buffers())), pretrained)
-    return model.eval()
+    return open_pretrained(where).build(dtype, device)

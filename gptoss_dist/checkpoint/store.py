@@ -18,7 +18,6 @@ import math
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,29 +305,12 @@ def load_state(checkpoint: str | Path, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: names or shapes differ, or a file is damaged.
     """
-    _load(checkpoint, state)
-
-
-def load_weights(checkpoint: str | Path, weights: dict[str, Tensor]) -> None:
-    """Fill a plain model state dict from a training checkpoint, in one process without a process group.
-
-    Raises:
-        ValueError: as `load_state`; optimizer state in the checkpoint is ignored.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is meant
-        _load(checkpoint, {f"model.{name}": tensor for name, tensor in weights.items()}, "model.", no_dist=True)
-
-
-def _load(checkpoint: str | Path, state: dict[str, Tensor], prefix: str = "", **options) -> None:
-    """Fill `state` from the checkpoint's tensors whose names begin with `prefix`."""
     try:
         reader = HuggingFaceStorageReader(str(checkpoint))
-        found = reader.read_metadata().state_dict_metadata
-        stored = {name: entry for name, entry in found.items() if name.startswith(prefix)}
+        stored = reader.read_metadata().state_dict_metadata
         if problems := misfits(state, {name: entry.size for name, entry in stored.items()}):
             raise ValueError(f"checkpoint {checkpoint} does not fit the model: " + "; ".join(problems))
-        dcp.load(state, storage_reader=reader, **options)
+        dcp.load(state, storage_reader=reader)
     except ValueError:
         raise
     except Exception as error:  # safetensors, DCP and the file system each have their own

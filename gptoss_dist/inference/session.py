@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 
 import torch
 
 from data_pipeline import Tokenizer
-from gptoss_dist.checkpoint import load_weights, read_info, resolve
+from gptoss_dist.checkpoint import open_pretrained
 from gptoss_dist.inference.generate import generate
-from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
 
 
@@ -25,23 +23,15 @@ class Session:
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | None = None) -> Session:
-        """Load the newest checkpoint under `path`, in float32 on CPU and bfloat16 on CUDA.
+        """Load the newest checkpoint under `path`, or an exported model, in float32 on CPU and bfloat16 on CUDA.
 
         Raises:
-            ValueError: there is no complete checkpoint, or it does not fit.
+            ValueError: there is no intact checkpoint, it does not fit, or there is no tokenizer of ours beside it.
         """
-        checkpoint = resolve(path)
-        config = ModelConfig.from_dict(read_info(checkpoint)["config"]["model"])
+        pretrained = open_pretrained(path)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        with torch.device("meta"):
-            model = GptOss(config)
-        if device.type == "cuda":
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(torch.bfloat16)
-        model.to_empty(device=device)
-        model.tie()
-        load_weights(checkpoint, dict(chain(model.named_parameters(), model.named_buffers())))
-        return cls(model.eval(), Tokenizer.load(checkpoint))
+        model = pretrained.build(torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+        return cls(model, Tokenizer.load(pretrained.folder))
 
     def seed(self, seed: int) -> None:
         """Restart the random generator."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from data_pipeline import TokenDataset
 from gptoss_dist.config import Config
 from gptoss_dist.engine import engine_kind
 from gptoss_dist.engine.zero_settings import check_layout, deepspeed_settings, zero_stage
@@ -87,6 +88,19 @@ def memory_estimate(config: Config, layout: Layout) -> dict[str, float]:
     }
 
 
+def _describe_data(config: Config, tokens: int) -> list[str]:
+    """What is there of it, or why a run would be refused."""
+    lines = []
+    for split in ("train", "validation") if config.validation.every else ("train",):
+        try:
+            dataset = TokenDataset(config.data.path, seq_len=config.data.seq_len, split=split, seed=config.run.seed)
+        except ValueError as error:
+            return [*lines, f"NOT READY: {error}"]
+        epochs = f", {tokens / dataset.tokens_total:.2f} epochs" if split == "train" else ""
+        lines.append(f"{split}: {dataset.tokens_total:,} tokens in {dataset.documents_total:,} documents{epochs}")
+    return lines
+
+
 def describe(config: Config, world_size: int | None = None) -> str:
     """The text of a dry run: parameters, tokens, FLOPs, memory and layout.
 
@@ -113,6 +127,7 @@ def describe(config: Config, world_size: int | None = None) -> str:
         f"batch        {batch:,} samples x {config.data.seq_len:,} tokens = {tokens:,} tokens per step "
         f"({train.micro_batch_size} x {train.gradient_accumulation} accumulated x {world_size} processes)",
         f"tokens       {tokens * train.steps:,} in {train.steps:,} steps",
+        *(f"data         {line}" for line in _describe_data(config, tokens * train.steps)),
         f"compute      {flops}, {flops.training * tokens * train.steps:.3e} FLOP in all",
         f"layout       {engine}, {layout}, dispatch {config.parallel.experts}, {train.precision}, "
         f"activation checkpointing {train.activation_checkpointing or 'off'}, "

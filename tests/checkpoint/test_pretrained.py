@@ -75,6 +75,7 @@ def test_bf16_from_transformers(published, tmp_path):
     folder, expected = published
     model = gptoss_dist.load_pretrained(folder)
     assert near(logits(model), expected)
+    assert near(logits(gptoss_dist.load_pretrained(f"hf:{folder}")), expected)
     gptoss_dist.save_pretrained(model, tmp_path / "again", dtype=torch.float32)
     assert near(logits(load_transformers(tmp_path / "again")), expected)
     assert model.config.sliding_window == 16 and model.config.rope_scaling.factor == 32.0

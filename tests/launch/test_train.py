@@ -8,19 +8,16 @@ import time
 
 import pytest
 import torch
-from ranks import MODEL, ROOT, losses, run, start
+from ranks import ROOT, losses, run, start
 
-from gptoss_dist.checkpoint import checkpoints, load_weights, resolve
+from gptoss_dist import load_pretrained
+from gptoss_dist.checkpoint import checkpoints
 from gptoss_dist.inference.session import Session
 from gptoss_dist.train.tracking import read_metrics
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
-    from gptoss_dist import GptOss, ModelConfig
-
-    tensors = dict(GptOss(ModelConfig(**MODEL, tie_word_embeddings=True)).named_parameters())
-    load_weights(resolve(folder), tensors)
-    return tensors
+    return dict(load_pretrained(folder).named_parameters())
 
 
 @pytest.mark.parametrize("processes", [1, 2])
