@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from gptoss_dist.checkpoint.boxes import Box
 
 INDEX = "model.safetensors.index.json"
-PART_BYTES = 64 << 20
+PART_BYTES = 32 << 20
 """What is read or converted at a time."""
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 

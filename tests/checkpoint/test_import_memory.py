@@ -96,5 +96,5 @@ def test_import_needs_its_share_and_a_buffer(tmp_path, form):
         assert found["share"] > 0.45 * GIGABYTES * 1e9 / 2**20 and found["sum"] > 0
         extra = found["peak"] - found["before"]
         print(f"{form}: {found['share']:.0f} MiB are this rank's, {extra:.0f} MiB more at the peak")
-        # A part of 64 MiB in float32, what it is made from, and its copy.
-        assert extra < 400, found
+        # A part of 32 MiB in float32, what it is made from, and its copy; and what the allocator does not use again.
+        assert extra < 500, found
