@@ -139,13 +139,14 @@ def check(folder, case: Case, tolerance: float = 1e-6) -> None:
 def check_gradients(actual: dict, expected: dict, tolerance: float) -> None:
     """The norm of the error, relative to that of the gradient, for each kind of parameter in all layers together.
 
-    In a single layer the gradients of sinks and key biases can be so small, as differences of large sums, that stock
-    torch in float32 is 1.2e-6 to 1.5e-6 off float64 there; they are held to three times the tolerance one by one.
+    And tensor by tensor, relative to the largest value. In a single layer the gradients of sinks and key biases can be so
+    small, as differences of large sums, that stock torch in float32 is 1.2e-6 to 1.5e-6 off float64 there: twice as much.
     """
     kinds = defaultdict(list)
     for name, tensor in expected.items():
         error = actual[name] - tensor
-        assert error.abs().max() <= 3 * tolerance * tensor.abs().max(), name
+        allowed = (2 if name.endswith(("sinks", "k_proj.bias")) else 1) * tolerance
+        assert error.abs().max() <= allowed * tensor.abs().max(), name
         kinds[re.sub(r"layers\.\d+\.", "", name)].append((error.square().sum(), tensor.square().sum()))
     for kind, squares in kinds.items():
         error, whole = map(sum, zip(*squares))
