@@ -139,8 +139,9 @@ def check(folder, case: Case, tolerance: float = 1e-6) -> None:
 def check_gradients(actual: dict, expected: dict, tolerance: float) -> None:
     """The norm of the error, relative to that of the gradient, for each kind of parameter in all layers together.
 
-    And tensor by tensor, relative to the largest value. In a single layer the gradients of sinks and key biases can be so
-    small, as differences of large sums, that stock torch in float32 is 1.2e-6 to 1.5e-6 off float64 there: twice as much.
+    And tensor by tensor, relative to the largest value. In a single layer the gradients of sinks and key biases can be
+    so small, as differences of large sums, that stock torch in float32 is 1.2e-6 to 1.5e-6 off float64 there: they get
+    twice as much.
     """
     kinds = defaultdict(list)
     for name, tensor in expected.items():
