@@ -6,12 +6,13 @@ torchrun ... tests/layouts.py CASES.json FOLDER
 import hashlib
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from reference import LR, micro_batches, settings
+from reference import LR, double_precision, micro_batches, settings
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -39,6 +40,8 @@ class Case:
     model: dict = field(default_factory=dict)
     silent: list[int] = field(default_factory=list)
     """Experts that no token is sent to."""
+    double: bool = False
+    """Everything in float64."""
 
     def config(self) -> Config:
         config = settings(**{"num_local_experts": 8, "num_hidden_layers": 2} | self.model)
@@ -105,9 +108,19 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def clip_in_double(optimizer: torch.optim.AdamW, *_) -> None:
+    """The optimizer's kernel takes these in float32 only (here by its other name), whatever it steps on."""
+    for p, state in optimizer.state.items():
+        local(p.grad).div_(optimizer.grad_scale)
+        state["step"] = state["step"].to(torch.float)
+    optimizer.grad_scale, optimizer.found_inf = None, optimizer.found_inf.to(torch.float)
+
+
 def train(case: Case, context: Context, folder: Path) -> None:
     """Train and write what `test_layouts.py` looks at."""
     engine = build_engine(case.config(), context)
+    if case.double:
+        engine.optimizer.register_step_pre_hook(clip_in_double)
     parameters = dict(engine.model.named_parameters())
     sharded_by_torch = engine_kind(engine.config) == "fsdp"
     report = {
@@ -144,5 +157,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     context = start()
     for values in json.loads(Path(sys.argv[1]).read_text()):
-        train(Case(**values), context, Path(sys.argv[2]))
+        case = Case(**values)
+        with double_precision() if case.double else nullcontext():
+            train(case, context, Path(sys.argv[2]))
     finish()

@@ -1,8 +1,10 @@
 """Training written out with stock torch on the unsharded model, for engines to be compared with."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,18 @@ class Result(NamedTuple):
     """Of the first step, before clipping."""
     weights: dict[str, Tensor]
     """After the last step."""
+
+
+@contextlib.contextmanager
+def double_precision() -> Iterator[None]:
+    """Everything that names float32 computes in float64: what is left of a difference is no rounding."""
+    before = torch.get_default_dtype()
+    with patch.object(torch, "float32", torch.float64), patch.object(Tensor, "float", Tensor.double):
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def settings(**model) -> Config:
