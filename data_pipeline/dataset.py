@@ -48,8 +48,8 @@ class TokenDataset:
         self.eot_id: int = self.manifest.tokenizer["eot_id"]
         if split not in self.manifest.splits:
             raise ValueError(f"{path}: no split {split!r}, only {', '.join(self.manifest.splits)}")
-        self._shards = [reader.tokens for reader in open_shards(path, self.manifest, split)]
-        self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
+        self._files = [reader.file for reader in open_shards(path, self.manifest, split)]
+        self._ends = np.cumsum([file.n_tokens for file in self._files], dtype=np.int64)
         self.tokens_total = self.manifest.tokens(split)
         self.documents_total = self.manifest.documents(split)
         self.samples_per_epoch = (self.tokens_total - 1) // seq_len
@@ -75,22 +75,25 @@ class TokenDataset:
         """Tokens int64 [N, T+1] of samples by index, each in [0, samples_per_epoch), in the order of the text."""
         starts = np.asarray(indices, dtype=np.int64) * self.seq_len
         shards = np.searchsorted(self._ends, starts, side="right")
-        tokens = np.empty((len(starts), self.seq_len + 1), dtype=np.int64)
+        tokens = np.empty((len(starts), self.seq_len + 1), dtype=self._files[0].dtype)
         for row, start, shard in zip(tokens, starts.tolist(), shards.tolist()):
             filled = 0
             offset = start - (int(self._ends[shard - 1]) if shard else 0)
             while filled < len(row):
-                piece = self._shards[shard][offset : offset + len(row) - filled]
-                row[filled : filled + len(piece)] = piece
-                filled, shard, offset = filled + len(piece), shard + 1, 0
-        return tokens
+                file = self._files[shard]
+                count = min(file.n_tokens - offset, len(row) - filled)
+                file.read_into(offset, row[filled : filled + count])
+                filled, shard, offset = filled + count, shard + 1, 0
+        return tokens.astype(np.int64)
 
     def verify(self) -> None:
         """Reads everything and compares it with the manifest's SHA-256; raises ValueError naming the first file that
         differs.
         """
-        for shard, tokens in zip(self.manifest.splits[self.split], self._shards):
-            if hashlib.sha256(tokens).hexdigest() != shard.sha256:
+        for shard in self.manifest.splits[self.split]:
+            with open(data_path(self.path / shard.name), "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != shard.sha256:
                 raise ValueError(
                     f"{data_path(self.path / shard.name)}: content differs from its SHA-256 in {FILE_NAME}"
                 )

@@ -12,12 +12,15 @@ Layout of `.idx`, little endian, as written by Megatron-LM's `IndexedDatasetBuil
     int64   S        byte offset of each sequence in `.bin`
     int64   D + 1    first sequence of each document, then S
 
-We write one sequence per document. Files are read through a memory map, so opening costs no memory.
+We write one sequence per document.
 """
 
+import functools
 import hashlib
+import io
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +47,7 @@ def index_path(prefix: Path | str) -> Path:
 class IndexedWriter:
     """Writes PREFIX.bin while documents are added and PREFIX.idx on `close`; both are on disk (fsync) when it returns.
 
-    After `close`: `tokens`, `documents`, and `sha256` of the .bin file.
+    After `close`: `tokens`, `documents`, `max_token`, `sha256` of the .bin file and `index_sha256` of the .idx file.
     """
 
     def __init__(self, prefix: Path | str, dtype: np.dtype):
@@ -52,13 +55,10 @@ class IndexedWriter:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
         self.tokens = 0
-        self._lengths: list[int] = []
+        self.documents = self.max_token = 0
+        self._lengths: list[np.ndarray] = []
         self._hash = hashlib.sha256()
         self._file = open(data_path(prefix), "wb")  # noqa: SIM115 (closed by close or __exit__)
-
-    @property
-    def documents(self) -> int:
-        return len(self._lengths)
 
     @property
     def sha256(self) -> str:
@@ -66,21 +66,29 @@ class IndexedWriter:
 
     def add_document(self, tokens: np.ndarray) -> None:
         """Appends one document. tokens: integer ids [n], n >= 1, within the range of the dtype."""
-        data = np.ascontiguousarray(tokens, dtype=self.dtype).tobytes()
+        self.add_documents(tokens, [len(tokens)])
+
+    def add_documents(self, tokens: np.ndarray, lengths: Sequence[int]) -> None:
+        """Appends documents that follow each other in `tokens`; lengths: of each."""
+        data = memoryview(np.ascontiguousarray(tokens, dtype=self.dtype)).cast("B")
         self._file.write(data)
         self._hash.update(data)
-        self._lengths.append(len(tokens))
+        self._lengths.append(np.asarray(lengths, "<i4"))
+        self.documents += len(lengths)
         self.tokens += len(tokens)
+        self.max_token = max(self.max_token, int(tokens.max(initial=0)))
 
     def close(self) -> None:
         _close_durably(self._file)
-        lengths = np.array(self._lengths, dtype="<i4")
+        lengths = np.concatenate([np.empty(0, "<i4"), *self._lengths])
         pointers = np.zeros(len(lengths), dtype="<i8")
         np.cumsum(lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=pointers[1:])
         code = next(code for code, dtype in DTYPE_CODES.items() if dtype == self.dtype)
+        header = _HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1)
+        index = b"".join((header, lengths, pointers, np.arange(len(lengths) + 1, dtype="<i8")))
+        self.index_sha256 = hashlib.sha256(index).hexdigest()
         with open(index_path(self.prefix), "wb") as file:
-            file.write(_HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
-            file.write(lengths.tobytes() + pointers.tobytes() + np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+            file.write(index)
             _close_durably(file)
 
     def __enter__(self) -> "IndexedWriter":
@@ -93,12 +101,43 @@ class IndexedWriter:
             self._file.close()
 
 
-class IndexedReader:
-    """A memory map over PREFIX.bin and PREFIX.idx.
+class TokenFile:
+    """Token ids of one file, read at any place by system calls: unlike a map, what was read does not count as memory of
+    the process. Safe to share between threads.
 
-    `tokens` is the flat [n_tokens] array in the file's own dtype, `lengths` the tokens of each sequence, `reader[i]`
-    the ids of sequence i. Raises ValueError, naming the file, when either file is missing, truncated or not what its
-    header says.
+    n_tokens ids of `dtype` follow each other from byte `offset` on. Raises ValueError, naming the file, when it is
+    missing; reading beyond its end does too.
+    """
+
+    def __init__(self, path: Path | str, dtype: np.dtype, n_tokens: int, offset: int = 0):
+        self.path, self.dtype, self.n_tokens, self.offset = Path(path), np.dtype(dtype), n_tokens, offset
+        self.size = _size(self.path)
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fill `out`, contiguous and of this file's dtype, with the ids from position `start` on."""
+        view, position = memoryview(out).cast("B"), self.offset + start * self.dtype.itemsize
+        try:
+            descriptor = _open(self.path).fileno()
+            while view:
+                if not (count := os.preadv(descriptor, [view], position)):
+                    raise ValueError(f"{self.path}: truncated, it ends before byte {position + len(view)}")
+                view, position = view[count:], position + count
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Ids [count] from position `start` on, in the file's dtype."""
+        out = np.empty(count, self.dtype)
+        self.read_into(start, out)
+        return out
+
+
+class IndexedReader:
+    """PREFIX.bin and PREFIX.idx.
+
+    `file` is the .bin file's TokenFile, `lengths` the tokens of each sequence (a memory map), `reader[i]` the ids of
+    sequence i. Raises ValueError, naming the file, when either file is missing, truncated or not what its header says.
+    Opening looks at sizes and ends only, however long the index; `check` reads all of it.
     """
 
     def __init__(self, prefix: Path | str):
@@ -124,26 +163,35 @@ class IndexedReader:
                 f"need {expected}"
             )
         self.dtype = DTYPE_CODES[code]
+        self.index_file = index_file
         self.lengths = np.frombuffer(index, "<i4", sequences, _HEADER.size)
         self._pointers = np.frombuffer(index, "<i8", sequences, _HEADER.size + 4 * sequences)
-        self.tokens = np.asarray(_map_bytes(data_file))
-        self.n_tokens = int(self.lengths.sum(dtype=np.int64))
-        if len(self.tokens) != self.n_tokens * self.dtype.itemsize:
+        end = int(self._pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
+        self.n_tokens = end // self.dtype.itemsize
+        self.file = TokenFile(data_file, self.dtype, self.n_tokens)
+        if self.file.size != end:
             raise ValueError(
-                f"{data_file}: truncated or damaged, {len(self.tokens)} bytes where its index counts "
-                f"{self.n_tokens} {self.dtype.name} tokens = {self.n_tokens * self.dtype.itemsize} bytes"
+                f"{data_file}: truncated or damaged, {self.file.size} bytes where its index counts "
+                f"{self.n_tokens} {self.dtype.name} tokens = {end} bytes"
             )
-        self.tokens = self.tokens.view(self.dtype)
+
+    def check(self) -> None:
+        """Read the whole index. Raises ValueError when its parts do not agree with each other."""
         ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
-        if not (np.array_equal(self._pointers[1:], ends[:-1]) and not self._pointers[:1].any()):
-            raise ValueError(f"{index_file}: damaged index, its pointers do not agree with its sequence lengths")
+        agree = np.array_equal(self._pointers[1:], ends[:-1]) and not self._pointers[:1].any()
+        if not agree or (len(self) and self.lengths.min() < 0):
+            raise ValueError(f"{self.index_file}: damaged index, its pointers do not agree with its sequence lengths")
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All ids, flat [n_tokens], as a memory map."""
+        return np.asarray(_map_bytes(self.file.path)).view(self.dtype)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        start = int(self._pointers[i]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self.lengths[i])]
+        return self.file.read(int(self._pointers[i]) // self.dtype.itemsize, int(self.lengths[i]))
 
 
 def _close_durably(file) -> None:
@@ -152,9 +200,21 @@ def _close_durably(file) -> None:
     file.close()
 
 
+@functools.lru_cache(maxsize=256)  # files that are open at one time; one that is dropped closes itself
+def _open(path: Path) -> io.FileIO:
+    return io.FileIO(path)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be opened: {error.strerror or error}") from error
+
+
 def _map_bytes(path: Path) -> np.ndarray:
     try:
         # An empty file cannot be mapped.
-        return np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+        return np.memmap(path, np.uint8, mode="r") if _size(path) else np.empty(0, np.uint8)
     except OSError as error:
         raise ValueError(f"{path}: cannot be opened: {error.strerror or error}") from error

@@ -17,12 +17,17 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Shard:
-    """NAME.bin and NAME.idx. sha256: of the .bin file."""
+    """NAME.bin and NAME.idx; in a raw dataset the one file NAME.
+
+    sha256: of the file of tokens. index_sha256: of the .idx file, if known. max_token: the largest id, if known.
+    """
 
     name: str
     tokens: int
     documents: int
     sha256: str
+    index_sha256: str | None = None
+    max_token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Manifest:
     """What `prepare` wrote.
 
     tokenizer: name, sha256, n_vocab and eot_id. splits: shards by split name, in order. dropped: documents left out, by
-    reason. irregular: documents that the tokenizer had to treat, by reason (see `Tokenizer`).
+    reason. irregular: documents that the tokenizer had to treat, by reason (see `Tokenizer`). storage: "megatron" for
+    .bin and .idx, "raw" for files of token ids alone.
     """
 
     tokenizer: dict
@@ -40,6 +46,7 @@ class Manifest:
     dropped: dict[str, int]
     irregular: dict[str, int]
     python_version: str
+    storage: str = "megatron"
 
     @property
     def content_sha256(self) -> str:
@@ -86,7 +93,11 @@ class Manifest:
                     f"format {fields['format']!r} version {fields['version']!r} is not {FORMAT!r} version {VERSION}"
                 )
             splits = {split: [Shard(**shard) for shard in value["shards"]] for split, value in fields["splits"].items()}
-            manifest = cls(splits=splits, **{key: fields[key] for key in cls.__annotations__ if key != "splits"})
+            manifest = cls(
+                splits=splits,
+                **{key: fields[key] for key in cls.__annotations__ if key not in ("splits", "storage")},
+                storage=fields.get("storage", "megatron"),
+            )
             totals = {split: (value["tokens"], value["documents"]) for split, value in fields["splits"].items()}
             if totals != {split: (manifest.tokens(split), manifest.documents(split)) for split in splits}:
                 raise ValueError("the totals of a split are not the sums over its shards")

@@ -320,7 +320,8 @@ class _SplitWriter:
         if self._writer is not None:
             writer, self._writer = self._writer, None
             writer.close()
-            self.shards.append(Shard(writer.prefix.name, writer.tokens, writer.documents, writer.sha256))
+            name, index_sha256, max_token = writer.prefix.name, writer.index_sha256, writer.max_token
+            self.shards.append(Shard(name, writer.tokens, writer.documents, writer.sha256, index_sha256, max_token))
 
 
 def _write_shards(

@@ -57,5 +57,5 @@ def test_damage_is_one_clear_line_naming_the_file(tmp_path, suffix, change, mess
     else:
         path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=message) as error:
-        IndexedReader(tmp_path / "shard")
+        IndexedReader(tmp_path / "shard").check()
     assert "\n" not in str(error.value)
