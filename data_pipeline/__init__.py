@@ -7,9 +7,15 @@ data_pipeline.prepare` runs one copy of its module.
 from importlib import import_module
 
 _HOME = {
-    "BatchLoader": "dataset",
+    "BatchLoader": "loader",
+    "BestFitDataset": "packing",
+    "DocumentDataset": "packing",
+    "MixtureDataset": "mixture",
+    "Source": "mixture",
+    "Stage": "mixture",
     "TokenDataset": "dataset",
-    "validation_batches": "dataset",
+    "open_dataset": "packing",
+    "validation_batches": "loader",
     "IndexedReader": "indexed",
     "IndexedWriter": "indexed",
     "Manifest": "manifest",

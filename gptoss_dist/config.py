@@ -30,17 +30,60 @@ class RunConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One dataset of a mixture."""
+
+    path: str
+    """Folder with manifest.json."""
+    weight: float | None = None
+    """Its share of the tokens, relative to the other sources'; null is its number of tokens."""
+    max_epochs: float | None = None
+    """Passes over it, after which its weight falls to the others in proportion; null is no limit."""
+    name: str | None = None
+    """Name in stages, metrics and messages; null is that of the folder."""
+
+    @property
+    def label(self) -> str:
+        return self.name or Path(self.path).name
+
+
+@dataclass
+class StageConfig:
+    """A change of weights in the course of a run."""
+
+    from_step: int
+    """The first optimizer step, counted from 0, that has these weights."""
+    weights: dict[str, float]
+    """Weight by the source's name, in the place of all earlier ones; sources left out are not read."""
+
+
+@dataclass
 class DataConfig:
     """Token shards made by `python -m data_pipeline.prepare`."""
 
-    path: str = "data/pystdlib"
-    """Folder with manifest.json."""
+    path: str | None = None
+    """Folder with manifest.json; null is data/pystdlib, or `sources`."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Several such folders, mixed by weight, in the place of `path`."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """Curriculum: weights of the sources that replace the first ones at certain steps."""
+    change_mixture: bool = False
+    """Let a resumed run go on with other sources, weights, limits or stages, each source where it was left."""
+    packing: Literal["contiguous", "best_fit", "varlen"] = "contiguous"
+    """`contiguous` cuts the text into samples wherever that falls. `best_fit` fills samples with whole documents,
+    cutting only those longer than seq_len, with next to no padding (arXiv:2404.10830). `varlen`, for fine-tuning: a
+    sample is one document, a micro-batch its documents one after the other without padding. These two always mask."""
     seq_len: int = 1024
-    """Tokens per sample."""
+    """Tokens per sample; with `varlen` at most."""
     document_mask: bool = False
-    """Keep attention within documents of a packed sample, and do not predict across their borders."""
+    """Keep attention within documents of a contiguous sample, and do not predict across their borders."""
+    workers: int = 1
+    """Threads that read ahead; 0 reads when asked. The order does not depend on them."""
     prefetch: int = 2
-    """Optimizer steps read ahead by the background thread; 0 reads when asked."""
+    """Optimizer steps to read ahead; 0 reads when asked."""
+    verify: Literal["once", "always", "never"] = "once"
+    """Before training, compare the data with their checksums: `once` those files that have changed since they were last
+    compared, `always` all of them, `never` only their sizes."""
 
 
 @dataclass
@@ -253,7 +296,7 @@ class Config:
         zero_or_more += ("optim.weight_decay", "optim.clip_norm", "loss.aux_coef", "loss.z_coef")
         zero_or_more += ("loss.selection_bias_rate", "train.profile_step")
         zero_or_more += ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "validation.every")
-        zero_or_more += ("sampling.every", "data.prefetch")
+        zero_or_more += ("sampling.every", "data.prefetch", "data.workers")
         zero_or_more += ("sampling.temperature", "sampling.top_k", "train.log_every_s", "tracking.expert_tokens_every")
         for key in zero_or_more:
             _require(self[key] >= 0, key, self[key], "must be 0 or more")
@@ -290,7 +333,43 @@ class Config:
             f"must be in [1, train.steps={self.train.steps}] for optim.schedule=wsd",
         )
 
+        self._check_data()
         self._read_deepspeed_settings()
+
+    def _check_data(self) -> None:
+        data = self.data
+        _require(
+            not (data.path and data.sources),
+            "data.path",
+            data.path,
+            "and data.sources are both given; leave one out (null)",
+        )
+        if not data.path and not data.sources:
+            data.path = "data/pystdlib"
+        names = [source.label for source in data.sources]
+        for name in names:
+            _require(name and "/" not in name, "data.sources", name, "is no name; give the source another `name`")
+            _require(names.count(name) == 1, "data.sources", name, "is there twice; give one of them another `name`")
+        for source in data.sources:
+            key = f"data.sources: {source.label}"
+            _require(source.weight is None or source.weight >= 0, f"{key} weight", source.weight, "must be 0 or more")
+            _require(source.max_epochs is None or source.max_epochs > 0, f"{key} max_epochs", source.max_epochs,
+                     "must be positive")  # fmt: skip
+        given = [source.weight is not None for source in data.sources]
+        _require(all(given) or not any(given), "data.sources", dict(zip(names, (s.weight for s in data.sources))),
+                 "give a weight to some only; give one to all, or to none for shares by tokens")  # fmt: skip
+        _require(not data.stages or len(data.sources) > 1, "data.stages", len(data.stages), "need two data.sources")
+        last = 0
+        for stage in data.stages:
+            _require(stage.from_step > last, "data.stages: from_step", stage.from_step,
+                     f"must be more than {last}: stages come in order, after the weights of the sources")  # fmt: skip
+            last = stage.from_step
+            for name, weight in stage.weights.items():
+                key = f"data.stages: from_step={stage.from_step} weight of {name}"
+                _require(name in names, key, weight, f"is for no source; there are {', '.join(names)}")
+                _require(weight >= 0, key, weight, "must be 0 or more")
+        _require(not (data.document_mask and data.packing != "contiguous"), "data.packing", data.packing,
+                 "masks documents by itself; leave data.document_mask out")  # fmt: skip
 
     def _read_deepspeed_settings(self) -> None:
         """Put a file's contents in the place of its name: what is saved with the run needs no other file."""

@@ -149,9 +149,10 @@ class Engine(ABC):
         """Backward of this micro-batch's share of the global loss; returns detached sums for the report."""
         settings, model = self.config.loss, self.config.model
         token_loss, stats = self._forward(batch)
-        # Balance is judged over the micro-batch of *all* ranks, so that the loss does not depend on the layout.
-        tokens = batch["input_ids"].numel() * self.context.world_size
+        # Balance is judged over the micro-batch of *all* ranks, so that the loss does not depend on the layout. Ranks
+        # may bring different numbers of tokens; each token counts K times in every layer.
         counts_LE = self.context.sum(stats.counts_E.clone())
+        tokens = counts_LE[0].sum() / model.num_experts_per_tok
         loss = token_loss / valid
         aux = balance_loss(stats, counts_LE, tokens, model.num_experts_per_tok) / micro_batches
         z = z_loss(stats, tokens) / micro_batches

@@ -141,6 +141,32 @@ def shared(function: Callable[[], T]) -> T:
     return result[0]
 
 
+def on_every_rank(function: Callable[[], T]) -> T:
+    """Call `function` on every rank, each for a part of the work; collective.
+
+    Returns:
+        Its result on this rank.
+
+    Raises:
+        ValueError, OSError: on every rank, if it raised one on any; that of the lowest such rank.
+    """
+    result, failure = None, None
+    try:
+        result = function()
+    except (ValueError, OSError) as error:
+        failure = error
+    mine = None if failure is None else (isinstance(failure, OSError), str(failure))
+    failures = [mine]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        failures = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, mine)
+    for outcome in failures:
+        if outcome is not None:
+            system, text = outcome
+            raise OSError(text) if system else ValueError(text)
+    return result
+
+
 def seed_everything(seed: int, rank: int) -> None:
     """Seed python, numpy and torch; each rank differently, because they draw noise for different samples."""
     random.seed(seed + rank)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline import BatchLoader, TokenDataset, validation_batches
+from data_pipeline import BatchLoader, MixtureDataset, validation_batches
 from gptoss_dist import checkpoint
 from gptoss_dist.config import Config
 from gptoss_dist.engine import build_engine, engine_kind
@@ -19,6 +19,7 @@ from gptoss_dist.inference import generate
 from gptoss_dist.parallel import launcher
 from gptoss_dist.parallel.context import Context, LocalError, on_rank_zero, seed_everything, shared, start
 from gptoss_dist.parallel.mesh import spanned_machines
+from gptoss_dist.train.data import open_training_data, open_validation, verify
 from gptoss_dist.train.faults import SkipGuard, StopRequest, TrainingError
 from gptoss_dist.train.metrics import StepTimer
 from gptoss_dist.train.profiling import profiled
@@ -54,16 +55,20 @@ def train(config: Config, context: Context) -> None:
         TrainingError: too many steps in a row had to be skipped.
     """
     settings = config.train
-    dataset = _open_data(config, "train")
-    validation = _open_data(config, "validation") if config.validation.every else None
+    samples_per_step = settings.micro_batch_size * settings.gradient_accumulation * context.world_size
     path = _checkpoint_to_resume(config)
+    info = None
     if path is not None:
         info = checkpoint.read_info(path)
-        _check_same_data(config, dataset, path, info)
-    elif config.init["from"]:
+        _check_same_order(config, path, info)
+    data = open_training_data(config, samples_per_step, checkpoint=path, info=info)
+    dataset = data.mixture
+    validation = open_validation(config, _say) if config.validation.every else {}
+    if path is None and config.init["from"]:
         pretrained = checkpoint.open_pretrained(config.init["from"], say=_say)
         checkpoint.check_architecture(pretrained, config.model)
     on_rank_zero(lambda: _check_folder(config))
+    verify(config, context)
     seed_everything(config.run.seed, context.rank)
     engine = build_engine(config, context)
 
@@ -91,17 +96,19 @@ def train(config: Config, context: Context) -> None:
         samples_consumed=consumed,
         document_mask=config.data.document_mask,
         prefetch=config.data.prefetch,
+        workers=config.data.workers,
     )
     on_rank_zero(lambda: _open_folder(config))  # only now: a run that is refused writes nothing
     report = None
     if context.is_main:
-        tokens = consumed * config.data.seq_len
-        report = Report(config, context, engine, dataset, start=first, tokens=tokens, run_id=run_id)
+        tokens = info.get("tokens", consumed * config.data.seq_len) if path else 0
+        report = Report(config, context, engine, data, start=first, tokens=tokens, run_id=run_id)
         report.message(f"resumed {path} at step {first}" if path else f"training {config.run.name} in {config.folder}")
         if config.init["from"] and not path:
             report.message(f"started from the weights of {pretrained.folder}")
-        samples = settings.micro_batch_size * settings.gradient_accumulation * context.world_size
-        report.message(f"{context.world_size} processes, {engine.name}, {engine.layout}; {samples} samples per step")
+        layout = f"{context.world_size} processes, {engine.name}, {engine.layout}"
+        report.message(f"{layout}; {samples_per_step} samples per step")
+        report.plan(consumed, samples_per_step)
         if spanned := spanned_machines(engine.layout):
             report.message(spanned)
         for moved in checkpoint.set_aside(config.checkpoint_folder, after=first):
@@ -118,26 +125,33 @@ def train(config: Config, context: Context) -> None:
         """Report a step that was launched earlier; true if any rank was asked to stop."""
         if pending is None:
             return False
-        step, result, lr, timing = pending
+        step, result, lr, timing, position = pending
         result.wait()
         guard.observe(step, bool(result.skipped), float(result.loss), float(result.grad_norm))
         if report:
-            report.step(step, result, lr, timing, guard.total)
+            report.step(step, result, lr, timing, guard.total, position)
         guard.check(step, float(result.loss))
         return bool(result.stop)
 
     def validate(step: int) -> float:
-        batches = validation_batches(
-            validation,
-            micro_batch_size=settings.micro_batch_size,
-            rank=context.rank,
-            world_size=context.world_size,
-            max_samples=config.validation.samples,
-            document_mask=config.data.document_mask,
-        )
-        loss = engine.evaluate(batches)
+        losses = {}
+        for name, split in validation.items():
+            batches = validation_batches(
+                split,
+                micro_batch_size=settings.micro_batch_size,
+                rank=context.rank,
+                world_size=context.world_size,
+                max_samples=config.validation.samples,
+                document_mask=config.data.document_mask,
+            )
+            losses[name] = engine.evaluate(batches)
+        # By the weights that the run began with, so that a curriculum does not move what is compared over time.
+        weights = {name: dataset.weights[name] for name in losses}
+        if not sum(weights.values()):
+            weights = dict.fromkeys(losses, 1.0)
+        loss = sum(weights[name] * losses[name] for name in losses) / sum(weights.values())
         if report:
-            report.validation(step, loss)
+            report.validation(step, loss, losses)
         return loss
 
     def save(step: int, validation_loss: float | None) -> None:
@@ -146,7 +160,8 @@ def train(config: Config, context: Context) -> None:
             "skipped_steps": guard.total,
             "validation_loss": validation_loss,
             "config": config.to_dict(),
-            "data": {"path": config.data.path, "content_sha256": dataset.manifest.content_sha256},
+            "data": {"path": config.data.path} | data.place(loader.samples_consumed),
+            "tokens": report.throughput.tokens if report else None,
             "mlflow_run_id": report.tracker.run_id if report else None,
             "code": report.revision if report else None,
             "layout": f"{engine.name}, {engine.layout}",
@@ -177,7 +192,7 @@ def train(config: Config, context: Context) -> None:
                     report.message(f"CHECKPOINT FAILED: {message}")
             # Reading results one step late keeps the device busy meanwhile. It counts into the step's time.
             stopping = read_back(pending)
-            pending = (step, result, lr, timer.stop())
+            pending = (step, result, lr, timer.stop(), loader.samples_consumed)
             last = step == settings.steps
             due = {
                 name: last or every(interval, step)
@@ -217,7 +232,7 @@ def train(config: Config, context: Context) -> None:
             report.close(status)
 
 
-def _write_samples(config: Config, context: Context, engine, dataset: TokenDataset, report, step: int) -> None:
+def _write_samples(config: Config, context: Context, engine, dataset: MixtureDataset, report, step: int) -> None:
     """All ranks generate the same text in step, since each holds only a part of the weights."""
     texts, tokenizer, settings = [], dataset.tokenizer, config.sampling
     for index, prompt in enumerate(settings.prompts):
@@ -236,17 +251,6 @@ def _write_samples(config: Config, context: Context, engine, dataset: TokenDatas
         texts.append(tokenizer.decode(output[0].tolist()))
     if report:
         report.samples(step, texts)
-
-
-def _open_data(config: Config, split: str) -> TokenDataset:
-    dataset = TokenDataset(config.data.path, seq_len=config.data.seq_len, split=split, seed=config.run.seed)
-    if dataset.n_vocab > config.model.vocab_size:
-        raise ValueError(
-            f"data.path={config.data.path} was made with a tokenizer of {dataset.n_vocab} ids, more than "
-            f"model.vocab_size={config.model.vocab_size}; set --model.vocab_size {dataset.n_vocab} or more, or "
-            "prepare the data with a smaller tokenizer"
-        )
-    return dataset
 
 
 def _check_folder(config: Config) -> None:
@@ -276,12 +280,12 @@ def _open_folder(config: Config) -> None:
         log.warning("less than 1 GiB is free for %s", folder)
 
 
-def _check_same_data(config: Config, dataset: TokenDataset, path: Path, info: dict) -> None:
-    """`samples_consumed` means the same samples only in the same data, cut and shuffled alike."""
+def _check_same_order(config: Config, path: Path, info: dict) -> None:
+    """`samples_consumed` means the same samples only in data that are cut and shuffled alike."""
     before = info["config"]
     for key, old, new in (
-        ("content of data.path", info["data"]["content_sha256"][:12], dataset.manifest.content_sha256[:12]),
         ("data.seq_len", before["data"]["seq_len"], config.data.seq_len),
+        ("data.packing", before["data"].get("packing", "contiguous"), config.data.packing),
         ("run.seed", before["run"]["seed"], config.run.seed),
     ):
         if old != new:

@@ -1,6 +1,6 @@
 """What a training step reports: its parts' durations, expert load, memory and throughput, under fixed names.
 
-Names sort into sections in MLflow: `loss/`, `moe/`, `optim/`, `perf/`, `progress/`. Functions return plain
+Names sort into sections in MLflow: `data/`, `loss/`, `moe/`, `optim/`, `perf/`, `progress/`. Functions return plain
 `dict[str, float]` for the tracker to log.
 
 Shapes: L layers, E experts, R ranks.
@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from data_pipeline.mixture import Usage
 from gptoss_dist.train.flops import FlopCount, Peak, mfu
 
 PERPLEXITY_LOSS_CAP = 20.0
@@ -34,6 +35,14 @@ def perplexity(loss: float) -> float:
 def loss_metrics(split: str, loss: float) -> dict[str, float]:
     """`loss/<split>` and `loss/<split>_ppl` of a cross-entropy without auxiliary terms; split is `train` or `val`."""
     return {f"loss/{split}": loss, f"loss/{split}_ppl": perplexity(loss)}
+
+
+def mixture_metrics(usage: list[Usage]) -> dict[str, float]:
+    """`data/epochs`, or with several sources `data/<name>_epochs` and `data/<name>_share` (of the tokens)."""
+    if len(usage) == 1:
+        return {"data/epochs": usage[0].epochs}
+    metrics = {f"data/{source.name}_epochs": source.epochs for source in usage}
+    return metrics | {f"data/{source.name}_share": source.share for source in usage}
 
 
 class StepTimer:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from data_pipeline import TokenDataset
 from gptoss_dist.config import Config
 from gptoss_dist.engine import engine_kind
 from gptoss_dist.engine.zero_settings import check_layout, deepspeed_settings, zero_stage
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.parallel.mesh import Layout, plan_layout
+from gptoss_dist.train.data import open_training_data, open_validation
 from gptoss_dist.train.flops import flops_per_token
 
 GIB = 2**30
@@ -88,16 +88,29 @@ def memory_estimate(config: Config, layout: Layout) -> dict[str, float]:
     }
 
 
-def _describe_data(config: Config, tokens: int) -> list[str]:
+def _describe_data(config: Config, samples_per_step: int) -> list[str]:
     """What is there of it, or why a run would be refused."""
     lines = []
-    for split in ("train", "validation") if config.validation.every else ("train",):
-        try:
-            dataset = TokenDataset(config.data.path, seq_len=config.data.seq_len, split=split, seed=config.run.seed)
-        except ValueError as error:
-            return [*lines, f"NOT READY: {error}"]
-        epochs = f", {tokens / dataset.tokens_total:.2f} epochs" if split == "train" else ""
-        lines.append(f"{split}: {dataset.tokens_total:,} tokens in {dataset.documents_total:,} documents{epochs}")
+    try:
+        mixture = open_training_data(config, samples_per_step).mixture
+        usage = mixture.usage(config.train.steps * samples_per_step)
+        for source, used in zip(mixture.sources, usage):
+            data = source.dataset
+            packed = [f"{data.samples_per_epoch:,} samples ({data.packing})"]
+            for name in ("padding", "cut"):
+                if (share := getattr(data, f"{name}_share", None)) is not None:
+                    packed.append(f"{share:.2%} {'padding' if name == 'padding' else 'of documents cut'}")
+            whose = f"{source.name}: " if len(usage) > 1 else ""
+            share = f"{used.share:.2%} of the tokens, " if len(usage) > 1 else ""
+            lines.append(f"train: {whose}{data.tokens_total:,} tokens in {data.documents_total:,} documents, "
+                         f"{', '.join(packed)}, {share}{used.epochs:.2f} epochs")  # fmt: skip
+        lines += [f"from step {position // samples_per_step + 1}: {what}" for position, what in mixture.changes]
+        if config.validation.every:
+            for name, split in open_validation(config, lines.append).items():
+                whose = f"{name}: " if len(usage) > 1 else ""
+                lines.append(f"validation: {whose}{split.tokens_total:,} tokens in {split.documents_total:,} documents")
+    except ValueError as error:
+        lines.append(f"NOT READY: {error}")
     return lines
 
 
@@ -127,7 +140,7 @@ def describe(config: Config, world_size: int | None = None) -> str:
         f"batch        {batch:,} samples x {config.data.seq_len:,} tokens = {tokens:,} tokens per step "
         f"({train.micro_batch_size} x {train.gradient_accumulation} accumulated x {world_size} processes)",
         f"tokens       {tokens * train.steps:,} in {train.steps:,} steps",
-        *(f"data         {line}" for line in _describe_data(config, tokens * train.steps)),
+        *(f"data         {line}" for line in _describe_data(config, batch)),
         f"compute      {flops}, {flops.training * tokens * train.steps:.3e} FLOP in all",
         f"layout       {engine}, {layout}, dispatch {config.parallel.experts}, {train.precision}, "
         f"activation checkpointing {train.activation_checkpointing or 'off'}, "

@@ -11,13 +11,20 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline import TokenDataset
 from gptoss_dist.config import Config
 from gptoss_dist.engine import Engine, StepResult
 from gptoss_dist.parallel.context import Context
+from gptoss_dist.train.data import TrainingData, sources
 from gptoss_dist.train.expert_tokens import ExpertTokens
 from gptoss_dist.train.flops import flops_per_token, peak_flops
-from gptoss_dist.train.metrics import Throughput, exchange_metrics, expert_load, loss_metrics, memory_metrics
+from gptoss_dist.train.metrics import (
+    Throughput,
+    exchange_metrics,
+    expert_load,
+    loss_metrics,
+    memory_metrics,
+    mixture_metrics,
+)
 from gptoss_dist.train.plots import plot_run
 from gptoss_dist.train.progress import Progress
 from gptoss_dist.train.tracking import Tracker
@@ -33,13 +40,15 @@ class Report:
         config: Config,
         context: Context,
         engine: Engine,
-        dataset: TokenDataset,
+        data: TrainingData,
         *,
         start: int,
         tokens: int,
         run_id: str | None,
     ) -> None:
         self.config, self.context, self.folder = config, context, config.folder
+        self.data, self.start = data, start
+        self._position: int | None = None
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak = peak_flops(context.device, dtype)
         self.flops = flops_per_token(config.model, config.data.seq_len)
@@ -52,11 +61,11 @@ class Report:
             uri=config.tracking.uri,
             enabled=config.tracking.mlflow,
             params=_flatten(config.to_dict()),
-            tags=_tags(config, context, engine, self.peak),
+            tags=_tags(config, context, engine, self.peak) | _change_tags(data),
             dataset={
-                "name": Path(config.data.path).name,
-                "digest": dataset.manifest_sha256,
-                "source": config.data.path,
+                "name": " + ".join(source.label for source in sources(config)),
+                "digest": data.mixture.manifest_sha256,
+                "source": ", ".join(source.path for source in sources(config)),
             },
             resume_run_id=run_id,
             resumed_step=start or None,
@@ -75,10 +84,31 @@ class Report:
         self.progress.message(text)
         log.info(text)
 
-    def step(self, step: int, result: StepResult, lr: float, timing: dict[str, float], skipped: int) -> None:
-        """Record optimizer step `step` (1-based); its result has arrived on the host."""
+    def plan(self, position: int, samples_per_step: int) -> None:
+        """Say what is read from `position` on, and when that will change."""
+        mixture, history = self.data.mixture, self.data.history
+        if history and history[-1]["samples"] == position:
+            self.message(f"the data changed: {'; '.join(history[-1]['changed'])}")
+        if len(mixture.sources) > 1:
+            self.message(f"data: {mixture.shares(position)}")
+        for change, what in mixture.changes:
+            if change > position:
+                self.message(f"from step {self.start + (change - position) // samples_per_step + 1}: {what}")
+        self._position = position
+
+    def step(
+        self,
+        step: int,
+        result: StepResult,
+        lr: float,
+        timing: dict[str, float],
+        skipped: int,
+        position: int | None = None,
+    ) -> None:
+        """Record optimizer step `step` (1-based), after which `position` samples are consumed; its result is on the
+        host.
+        """
         train = self.config.train
-        samples = train.micro_batch_size * train.gradient_accumulation * self.context.world_size
         metrics = loss_metrics("train", float(result.loss))
         metrics |= {
             "loss/aux": float(result.aux),
@@ -92,7 +122,15 @@ class Report:
             metrics |= exchange_metrics(result.traffic_R3)
         if train.routing != "learned":
             metrics["moe/forced_routing"] = 1.0
-        metrics |= self.throughput.step(samples * self.config.data.seq_len, timing)
+        # Each token, padding included, was sent to K experts in every layer: true of any packing.
+        tokens = round(float(result.counts_LE[0].double().sum()) / self.config.model.num_experts_per_tok)
+        metrics |= self.throughput.step(tokens, timing)
+        if position is not None:
+            metrics |= mixture_metrics(self.data.mixture.usage(position))
+            for change, what in self.data.mixture.changes:
+                if self._position is not None and self._position <= change < position:
+                    self.message(f"step {step}: {what}")
+            self._position = position
         metrics |= memory_metrics(self.context.device)
         self.tracker.log(step, metrics)
         if warning := self.expert_tokens.add(step, result.counts_LE):
@@ -100,9 +138,11 @@ class Report:
         shown = {"loss": metrics["loss/train"], "tokens_per_s": metrics.get("perf/tokens_per_s"), "lr": lr}
         self.progress.update(step, **{name: value for name, value in shown.items() if value is not None})
 
-    def validation(self, step: int, loss: float) -> None:
-        """Record a validation loss and redraw the plots."""
+    def validation(self, step: int, loss: float, by_source: dict[str, float]) -> None:
+        """Record a validation loss, and that of each source if there are several, and redraw the plots."""
         metrics = loss_metrics("val", loss)
+        if len(by_source) > 1:
+            metrics |= {f"loss/val_{name}": value for name, value in by_source.items()}
         self.tracker.log(step, metrics)
         self.message(f"step {step}: validation loss {loss:.4f}, perplexity {metrics['loss/val_ppl']:.2f}")
         self.plots()
@@ -151,6 +191,11 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _change_tags(data: TrainingData) -> dict[str, str]:
+    changes = enumerate(data.history, 1)
+    return {f"data.change.{n}": f"step {change['step']}: {'; '.join(change['changed'])}" for n, change in changes}
 
 
 def _tags(config: Config, context: Context, engine: Engine, peak) -> dict[str, str]:

@@ -160,14 +160,15 @@ def test_validation_covers_each_sample_once_and_keeps_ranks_in_step(
 
 def test_errors_of_the_thread_reach_the_caller_and_the_thread_ends(dataset, monkeypatch):
     broken = TokenDataset(dataset.path, seq_len=SEQ_LEN)
-    good = broken.samples
+    good, calls = broken.micro_batch, []
 
-    def samples(positions):
-        if positions.min() >= 4:
+    def micro_batch(*arguments):
+        calls.append(arguments)
+        if len(calls) > 2:
             raise OSError("disk on fire")
-        return good(positions)
+        return good(*arguments)
 
-    monkeypatch.setattr(broken, "samples", samples)
+    monkeypatch.setattr(broken, "micro_batch", micro_batch)
     loader = BatchLoader(broken, micro_batch_size=2)
     next(loader), next(loader)
     for _ in range(2):
@@ -177,7 +178,7 @@ def test_errors_of_the_thread_reach_the_caller_and_the_thread_ends(dataset, monk
     loader.close()
 
     def threads():
-        return [thread for thread in threading.enumerate() if thread.name == "data-prefetch"]
+        return [thread for thread in threading.enumerate() if thread.name.startswith("data-prefetch")]
 
     closed, dropped = BatchLoader(dataset, micro_batch_size=2), BatchLoader(dataset, micro_batch_size=2)
     next(closed), next(dropped)
@@ -287,6 +288,7 @@ def test_impossible_datasets(directory, options, message):
         {"rank": 2, "world_size": 2},
         {"samples_consumed": -1},
         {"prefetch": -1},
+        {"workers": -1},
     ],
 )
 def test_impossible_loaders(dataset, options):

@@ -158,9 +158,9 @@ def report_steps(folder, start, last):
     settings = config(folder, every=2)
     settings.save(folder / "config.yaml")
     context = SimpleNamespace(world_size=1, device=torch.device("cpu"))
-    dataset = SimpleNamespace(manifest_sha256="0")
+    data = SimpleNamespace(mixture=SimpleNamespace(manifest_sha256="0"), history=[])
     engine = SimpleNamespace(name="fsdp", layout=Layout(1, 1, 1))
-    report = Report(settings, context, engine, dataset, start=start, tokens=0, run_id=None)
+    report = Report(settings, context, engine, data, start=start, tokens=0, run_id=None)
     zero = torch.zeros(())
     counts_LE = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
     result = SimpleNamespace(

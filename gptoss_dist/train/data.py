@@ -1,0 +1,144 @@
+"""The data of a run: opened and checked before anything is built, and its place kept in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline import Manifest, MixtureDataset, Source, Stage, open_dataset
+from data_pipeline.dataset import TokenSplit
+from data_pipeline.mixture import differences
+from gptoss_dist.config import Config, SourceConfig
+from gptoss_dist.parallel.context import Context, on_every_rank, on_rank_zero
+
+
+def sources(config: Config) -> list[SourceConfig]:
+    """Those of `data.sources`, or `data.path` as the only one."""
+    return config.data.sources or [SourceConfig(path=config.data.path)]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on, in all of its parts between resumes."""
+
+    mixture: MixtureDataset
+    """Of one source where there is only one."""
+    start_step: int
+    """Optimizer steps done when this mixture took over."""
+    history: list[dict]
+    """Changes of the mixture on resume: `step`, `samples` consumed by then, and `changed`, in words."""
+
+    def place(self, position: int) -> dict:
+        """What a checkpoint keeps: all that is needed to go on from `position`, with this mixture or another."""
+        state = {"start_step": self.start_step, "history": self.history, "read": self.mixture.consumed_at(position)}
+        return {"content_sha256": self.mixture.content_sha256, "mixture": self.mixture.state() | state}
+
+
+def open_training_data(
+    config: Config, samples_per_step: int, *, checkpoint: Path | None = None, info: dict | None = None
+) -> TrainingData:
+    """The training data, where `checkpoint` left them.
+
+    Args:
+        info: of the checkpoint that is resumed.
+
+    Raises:
+        ValueError: data that do not fit the model, the checkpoint or each other, or that end before the run.
+    """
+    opened = [
+        Source(s.label, _open(config, s, "train"), s.weight, s.max_epochs)
+        for s in sources(config)
+    ]  # fmt: skip
+
+    def mixed(start: int, step: int, consumed: dict[str, int] | None) -> MixtureDataset:
+        stages = [Stage(start + (t.from_step - step) * samples_per_step, t.weights) for t in config.data.stages]
+        return MixtureDataset(opened, stages=stages, start=start, consumed=consumed)
+
+    done, position, start_step, history = 0, 0, 0, []
+    if info is None:
+        mixture = mixed(0, 0, None)
+    else:
+        done, position, before = info["step"], info["samples_consumed"], _recorded(info)
+        start_step, history = before["start_step"], before["history"]
+        mixture = mixed(before["start"], start_step, before["consumed"])
+        if changed := differences(before, mixture.state()):
+            if not config.data.change_mixture:
+                raise ValueError(
+                    f"{checkpoint} was trained with other data: {'; '.join(changed)}; its place in them is lost; undo "
+                    "the change, or read on from where each source was left with --data.change_mixture true"
+                )
+            mixture, start_step = mixed(position, done, before["read"]), done
+            history = [*history, {"step": done, "samples": position, "changed": changed}]
+    end, needed = mixture.positions_total, position + max(config.train.steps - done, 0) * samples_per_step
+    if end is not None and needed > end:
+        possible = done + (end - position) // samples_per_step
+        raise ValueError(
+            f"train.steps={config.train.steps} needs {needed:,} samples, but the data end after {end:,}; allow more "
+            f"max_epochs, or set --train.steps {possible}"
+        )
+    return TrainingData(mixture, start_step, history)
+
+
+def open_validation(config: Config, say: Callable[[str], None]) -> dict[str, TokenSplit]:
+    """The validation split of every source that has one, by the source's name."""
+    chosen = [s for s in sources(config) if _has_validation(s)] or sources(config)[:1]  # refused when it is opened
+    for source in sources(config):
+        if source not in chosen:
+            say(f"{source.label} has no validation split: it is left out of the validation loss")
+    return {source.label: _open(config, source, "validation") for source in chosen}
+
+
+def verify(config: Config, context: Context) -> None:
+    """Compare the files of all sources with their checksums as `data.verify` says, each rank a share; collective.
+
+    Raises:
+        ValueError: on every rank, naming the first file that differs.
+    """
+    if config.data.verify == "never":
+        return
+    from data_pipeline.verify import check_content, record_content
+
+    folders = [source.path for source in sources(config)]
+
+    def check() -> None:
+        for folder in folders:
+            check_content(
+                folder,
+                Manifest.read(folder),
+                part=context.rank,
+                parts=context.world_size,
+                always=config.data.verify == "always",
+            )
+
+    on_every_rank(check)
+    on_rank_zero(lambda: [record_content(folder) for folder in folders])
+
+
+def _recorded(info: dict) -> dict:
+    """The mixture of a checkpoint; those from before there were mixtures have one source."""
+    if "mixture" in info["data"]:
+        return dict(info["data"]["mixture"])
+    sha, name = info["data"]["content_sha256"], Path(info["data"]["path"]).name
+    only = {"name": name, "content_sha256": sha, "weight": 1.0, "max_epochs": None}
+    read = {sha: info["samples_consumed"]}
+    return {"start": 0, "start_step": 0, "consumed": {}, "sources": [only], "stages": [], "read": read, "history": []}
+
+
+def _open(config: Config, source: SourceConfig, split: str) -> TokenSplit:
+    dataset = open_dataset(
+        source.path, packing=config.data.packing, seq_len=config.data.seq_len, split=split, seed=config.run.seed
+    )
+    if dataset.n_vocab > config.model.vocab_size:
+        key = f"data.path={source.path}" if config.data.path else f"data.sources: {source.path}"
+        raise ValueError(
+            f"{key} was made with a tokenizer of {dataset.n_vocab} ids, more than "
+            f"model.vocab_size={config.model.vocab_size}; set --model.vocab_size {dataset.n_vocab} or more, or "
+            "prepare the data with a smaller tokenizer"
+        )
+    return dataset
+
+
+def _has_validation(source: SourceConfig) -> bool:
+    manifest = Manifest.read(source.path)
+    return "validation" in manifest.splits and manifest.documents("validation") > 0
