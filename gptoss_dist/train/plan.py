@@ -104,6 +104,8 @@ def _describe_data(config: Config, samples_per_step: int) -> list[str]:
             share = f"{used.share:.2%} of the tokens, " if len(usage) > 1 else ""
             lines.append(f"train: {whose}{data.tokens_total:,} tokens in {data.documents_total:,} documents, "
                          f"{', '.join(packed)}, {share}{used.epochs:.2f} epochs")  # fmt: skip
+        if len(usage) > 1:
+            lines.append(f"from step 1: {mixture.shares(0)} of the tokens")
         lines += [f"from step {position // samples_per_step + 1}: {what}" for position, what in mixture.changes]
         if config.validation.every:
             for name, split in open_validation(config, lines.append).items():

@@ -225,6 +225,7 @@ MISTAKES = {
         "parallel.expert_gemm=grouped_mm needs rows of whole 16 bytes: sizes in multiples of 4",
     ),
     "nothing recomputed": (["--train.keep_all_to_all", "true"], "train.keep_all_to_all=True"),
+    "two kinds of data": (["--data.sources", "[{path: a}]"], "and data.sources are both given"),
     "impossible sampling": (["--sampling.temperature", "-1"], "sampling.temperature=-1"),
 }
 
@@ -254,6 +255,71 @@ def test_truncated_shard_is_refused(settings, tmp_path, corpus):
         file.truncate(os.path.getsize(shard) // 2)
     done = run("launch/train.py", "--config", str(settings), "--data.path", str(broken), expect=2)
     assert shard.name in done.stderr and "Traceback" not in done.stderr
+
+
+def test_flipped_bytes_are_said_once_by_any_number_of_processes(settings, tmp_path, corpus):
+    broken = tmp_path / "broken"
+    shutil.copytree(corpus, broken)
+    shard = sorted(broken.rglob("*.bin"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    options = ["--config", str(settings), "--data.path", str(broken)]
+    done = run("launch/train.py", *options, processes=2, expect=2)
+    assert done.stderr.count("train.py: ") == 1 and shard.name in done.stderr and "Traceback" not in done.stderr
+    assert not (settings.parent / "tiny").exists()
+
+
+def test_a_mixture_trains_and_its_change_is_recorded(settings, tmp_path, corpus):
+    """Interrupted and resumed it is as if nothing had happened; another mixture needs a word, and is written down."""
+    from token_data import write_dataset
+
+    other, third = tmp_path / "letters", tmp_path / "more"
+    for path in (other, third):
+        path.mkdir()
+        write_dataset(path, {"train": [40] * 60, "validation": [40] * 9}, seed=len(path.name))
+    options = ["--config", str(settings), "--data.path", "null", "--train.deterministic", "true", "--data.workers", "2"]
+    mixed = f"[{{path: {corpus}, weight: 3, name: words}}, {{path: {other}, weight: 1, max_epochs: 0.2}}]"
+    options += ["--data.sources", mixed]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run("launch/train.py", *options, "--run.dir", str(whole), "--checkpoint.keep", "0", "--tracking.mlflow", "true",
+        "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db")  # fmt: skip
+    log = (whole / "log.txt").read_text()
+    assert "letters is used up after 0.2 epochs; now words 100.00%" in log
+    rows = read_metrics(whole)
+    assert rows[-1]["metrics"]["data/letters_epochs"] == pytest.approx(0.2, abs=0.02)
+    first, last = ({n: losses(whole, f"loss/val{n}")[s] for n in ("", "_words", "_letters")} for s in (0, 12))
+    for row in (first, last):
+        assert row[""] == pytest.approx(0.75 * row["_words"] + 0.25 * row["_letters"])
+    middle = ["--resume", str(whole / "checkpoints" / "step_00000004"), "--run.dir", str(parts)]
+    run("launch/train.py", *options, *middle, "--data.workers", "0")
+    assert losses(parts) == {step: loss for step, loss in losses(whole).items() if step > 4}
+
+    more = [*options, "--run.dir", str(whole), "--resume", "auto", "--train.steps", "16", "--data.sources",
+            mixed[:-1] + f", {{path: {third}, weight: 4}}]"]  # fmt: skip
+    done = run("launch/train.py", *more, expect=2)
+    assert "more is new" in done.stderr and "--data.change_mixture true" in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    run("launch/train.py", *more, "--data.change_mixture", "true")
+    assert "the data changed: weight of words was 0.75, now 0.375" in (whole / "log.txt").read_text()
+    newest = checkpoints(whole / "checkpoints")[-1]
+    (change,) = json.loads((newest / "checkpoint.json").read_text())["data"]["mixture"]["history"]
+    assert change["step"] == 12 and "more is new" in change["changed"]
+    starts = [json.loads(line) for line in (whole / "tracking" / "journal.jsonl").read_text().splitlines()]
+    assert "more is new" in [s for s in starts if s["op"] == "run"][-1]["tags"]["data.change.1"]
+    run("launch/train.py", *more[:-4], *more[-2:], "--train.steps", "17")  # the change needs no second permission
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "varlen"])
+def test_packed_documents_train_alike_on_one_process_and_two(settings, tmp_path, packing):
+    """Ranks bring different numbers of tokens, yet every loss is that of the whole batch."""
+    options = ["--config", str(settings), "--data.packing", packing, "--validation.every", "10"]
+    run("launch/train.py", *options, "--run.dir", str(tmp_path / "one"), "--train.micro_batch_size", "4")
+    run("launch/train.py", *options, "--run.dir", str(tmp_path / "two"), processes=2)
+    assert sorted(losses(tmp_path / "one")) == list(range(1, 13))
+    for name in ("loss/train", "loss/aux", "loss/z", "loss/val", "optim/grad_norm", "progress/tokens"):
+        a, b = losses(tmp_path / "one", name), losses(tmp_path / "two", name)
+        assert a.keys() == b.keys() and max(abs(a[step] - b[step]) for step in a) <= 1e-5, name
 
 
 def test_folder_with_checkpoints_is_not_overwritten(settings, tmp_path):

@@ -1,0 +1,151 @@
+"""Packing against slow references: best fit bin by bin, each token predicted once, the loss of documents alone."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+import torch
+from token_data import write_dataset
+
+from data_pipeline import BatchLoader, BestFitDataset, DocumentDataset, open_dataset, validation_batches
+from data_pipeline.manifest import Manifest, open_shards
+from data_pipeline.packing import best_fit
+
+T = 24
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    generator = np.random.default_rng(1)
+    lengths = np.clip(generator.lognormal(2.3, 0.9, 300).astype(int), 1, 90)
+    lengths[:6] = (1, 2, T, T + 1, T + 2, 3 * T + 1)
+    return write_dataset(tmp_path_factory.mktemp("packing"), {"train": lengths, "validation": lengths[:41]})
+
+
+def documents(directory, split="train"):
+    shards = open_shards(directory, Manifest.read(directory), split)
+    return [shard[i].tolist() for shard in shards for i in range(len(shard))]
+
+
+def slow_best_fit(lengths, capacity):
+    """One piece after the other into the fullest row that has room; the rooms that are left, sorted."""
+    rooms = []
+    for length in sorted(lengths, reverse=True):
+        best = min((room for room in rooms if room >= length), default=None)
+        if best is None:
+            rooms.append(capacity - length)
+        else:
+            rooms[rooms.index(best)] = best - length
+    return sorted(rooms)
+
+
+@pytest.mark.parametrize("capacity", [1, 7, 64, 1000])
+def test_best_fit_is_best_fit(capacity):
+    generator = np.random.default_rng(capacity)
+    for lengths in (
+        np.empty(0, np.int64),
+        generator.integers(1, capacity + 1, 400),
+        np.clip(generator.lognormal(2, 1.5, 600).astype(int), 1, capacity),
+        generator.choice([1, capacity // 3 + 1, capacity // 2 + 1, capacity], 500).clip(1, capacity),
+    ):
+        order, bounds = best_fit(lengths, capacity)
+        assert sorted(order) == list(range(len(lengths)))  # each piece in one place
+        rooms = [capacity - int(lengths[order[a:b]].sum()) for a, b in itertools.pairwise(bounds)]
+        assert sorted(rooms) == slow_best_fit(lengths.tolist(), capacity) and min(rooms, default=0) >= 0
+
+
+def test_a_million_documents_pack_in_a_moment():
+    """Ten million take ten times as long; the figure is in docs/data.md."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 1.2, 1_000_000).astype(int), 1, 2048)
+    start = time.process_time()
+    _, bounds = best_fit(lengths, 2048)
+    assert time.process_time() - start < 3
+    assert 1 - lengths.sum() / (2048 * (len(bounds) - 1)) < 1e-3
+
+
+def predictions(batch):
+    """{document id of a row: (inputs, labels)} of what carries a loss, in order."""
+    found = []
+    for inputs, labels, ids in zip(*(batch[k].tolist() for k in ("input_ids", "labels", "document_ids"))):
+        assert ids == sorted(ids)
+        for document in sorted(set(ids)):
+            places = [t for t, d in enumerate(ids) if d == document]
+            if labels[places[0]] != -100:
+                found.append(([inputs[t] for t in places], [labels[t] for t in places]))
+            else:
+                assert all(labels[t] == -100 for t in places)  # padding, or a validation sample that is there twice
+    return found
+
+
+def test_best_fit_predicts_every_token_but_first_ones_once(directory):
+    dataset = BestFitDataset(directory, seq_len=T)
+    batch = dataset.micro_batch(np.arange(dataset.samples_per_epoch))
+    assert {array.shape for array in batch.values()} == {(dataset.samples_per_epoch, T)}
+    assert {array.dtype for array in batch.values()} == {np.dtype("int64")}
+    expected, cut = [], 0
+    for tokens in documents(directory):
+        cut += len(tokens) - 1 > T
+        for start in range(0, len(tokens) - 1, T):
+            expected.append((tokens[start : start + T][: len(tokens) - 1 - start], tokens[start + 1 : start + T + 1]))
+    assert sorted(predictions(batch)) == sorted(expected)
+    padding = (batch["labels"] == -100).mean()
+    assert dataset.padding_share == pytest.approx(padding) and padding < 0.05
+    assert (batch["input_ids"][batch["labels"] == -100] == dataset.eot_id).all()
+    assert dataset.inputs_total == sum(len(labels) for _, labels in expected)
+    with_inputs = sum(len(tokens) > 1 for tokens in documents(directory))
+    assert dataset.cut_share == pytest.approx(cut / with_inputs)
+    some = np.array([5, 0, 5, 11])
+    part = dataset.micro_batch(some)
+    assert all(np.array_equal(part[name], batch[name][some]) for name in batch)
+
+
+def test_varlen_rows_are_the_documents(directory):
+    dataset = DocumentDataset(directory, seq_len=T)
+    whole = [tokens[: T + 1] for tokens in documents(directory) if len(tokens) > 1]
+    assert dataset.samples_per_epoch == len(whole)
+    chosen = np.array([3, 1, 4, 100])
+    batch = dataset.micro_batch(chosen)
+    assert predictions(batch) == [(whole[i][:-1], whole[i][1:]) for i in chosen]
+    assert batch["input_ids"].shape == (1, sum(len(whole[i]) - 1 for i in chosen))
+    assert np.unique(batch["document_ids"]).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "varlen"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_validation_counts_each_sample_once(directory, packing, world_size):
+    dataset = open_dataset(directory, packing=packing, seq_len=T, split="validation")
+    found = []
+    for rank in range(world_size):
+        for batch in validation_batches(dataset, micro_batch_size=3, rank=rank, world_size=world_size):
+            found += predictions(batch)
+    everything = dataset.micro_batch(np.arange(dataset.samples_per_epoch))
+    assert sorted(found) == sorted(predictions(everything))
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "varlen"])
+def test_the_model_sees_each_document_alone(directory, packing):
+    """The loss of packed rows is that of their pieces one by one: neither position nor neighbours matter."""
+    from reference import SIZES
+
+    from gptoss_dist.model.config import ModelConfig
+    from gptoss_dist.model.init import initialize
+    from gptoss_dist.model.transformer import GptOss
+
+    model = GptOss(ModelConfig(**SIZES | {"vocab_size": 265, "sliding_window": 8}))
+    initialize(model, 0)
+    dataset = open_dataset(directory, packing=packing, seq_len=T)
+    with BatchLoader(dataset, micro_batch_size=12) as loader, torch.no_grad():
+        (batch,) = next(loader)
+        packed = model(batch["input_ids"], batch["labels"], document_ids_BT=batch["document_ids"]).token_loss
+        alone = sum(
+            model(torch.tensor([inputs]), torch.tensor([labels])).token_loss for inputs, labels in predictions(batch)
+        )
+    assert packed.item() == pytest.approx(alone.item(), rel=1e-6)
+    together = model(batch["input_ids"], batch["labels"]).token_loss
+    assert abs(together.item() - alone.item()) > 1e-4 * alone.item()
+
+
+def test_unknown_packing(directory):
+    with pytest.raises(ValueError, match="packing 'tight' is unknown; choose one of contiguous, best_fit, varlen"):
+        open_dataset(directory, packing="tight", seq_len=T)

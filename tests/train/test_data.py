@@ -1,0 +1,188 @@
+"""The data of a run: which settings are refused, and what becomes of a mixture on resume."""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from token_data import write_dataset
+
+from gptoss_dist.config import Config, SourceConfig, StageConfig
+from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.parallel.context import start
+from gptoss_dist.train.data import open_training_data, open_validation, verify
+from gptoss_dist.train.plan import describe
+
+PER_STEP = 4
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    generator, root = np.random.default_rng(5), tmp_path_factory.mktemp("data")
+    for seed, (name, n) in enumerate({"web": 300, "code": 150, "math": 80}.items()):
+        (root / name).mkdir()
+        splits = {"train": generator.integers(2, 40, n)} | ({"validation": [30, 40]} if name != "math" else {})
+        write_dataset(root / name, splits, seed=seed)
+    return root
+
+
+@pytest.fixture
+def config(folders):
+    def config(*sources, stages=(), steps=20, **data):
+        config = Config(model=ModelConfig(vocab_size=272))
+        config.train.steps, config.train.micro_batch_size = steps, PER_STEP
+        for key, value in ({"seq_len": 16} | data).items():
+            setattr(config.data, key, value)
+        if len(sources) == 1 and isinstance(sources[0], str):
+            config.data.path = str(folders / sources[0])
+        else:
+            config.data.path = None
+            config.data.sources = [SourceConfig(str(folders / name), *rest) for name, *rest in sources]
+        config.data.stages = [StageConfig(*stage) for stage in stages]
+        config._check_data()
+        return config
+
+    return config
+
+
+def checkpoint(data, step, samples):
+    """What a checkpoint's JSON keeps."""
+    info = {"step": step, "samples_consumed": samples, "data": {"path": None} | data.place(samples)}
+    return json.loads(json.dumps(info))
+
+
+def indices(data, a, b):
+    return data.mixture.order(np.arange(a, b)).tolist()
+
+
+def test_a_run_goes_on_with_its_mixture(config):
+    settings = config(("web", 0.7, 1.0), ("code", 0.3), stages=[(10, {"code": 1, "web": 1})])
+    data = open_training_data(settings, PER_STEP)
+    assert [position for position, _ in data.mixture.changes][:1] == [40]
+    again = open_training_data(settings, PER_STEP, info=checkpoint(data, 7, 28))
+    assert indices(again, 28, 200) == indices(data, 28, 200) and again.history == []
+    # Another batch would move the stage.
+    with pytest.raises(ValueError, match=r"CKPT was trained with other data: stages were .* from sample 40, now"):
+        open_training_data(settings, 2 * PER_STEP, checkpoint="CKPT", info=checkpoint(data, 7, 28))
+
+
+def test_a_change_is_refused_unless_asked_for_and_then_recorded(config):
+    first = open_training_data(config(("web", 0.7), ("code", 0.3)), PER_STEP)
+    info = checkpoint(first, 10, 40)
+    changed = config(("code", 0.5), ("math", 0.5), stages=[(15, {"math": 1})])
+    with pytest.raises(
+        ValueError, match=r"web is gone; weight of code was 0\.3, now 0\.5; math is new; stages"
+    ) as error:
+        open_training_data(changed, PER_STEP, checkpoint="CKPT", info=info)
+    assert "--data.change_mixture true" in str(error.value) and "\n" not in str(error.value)
+    changed.data.change_mixture = True
+    second = open_training_data(changed, PER_STEP, info=info)
+    assert second.history == [{"step": 10, "samples": 40, "changed": second.history[0]["changed"]}]
+    assert second.mixture.start == 40 and [position for position, _ in second.mixture.changes] == [60]
+    counts = {s.name: n for s, n in zip(second.mixture.sources, second.mixture.counts(40).tolist())}
+    assert counts == {"code": first.mixture.counts(40)[1], "math": 0}
+    # From now on it needs no permission, and goes on exactly; the change stays on record.
+    changed.data.change_mixture = False
+    third = open_training_data(changed, PER_STEP, info=checkpoint(second, 12, 48))
+    assert indices(third, 48, 150) == indices(second, 48, 150) and third.history == second.history
+    # The web comes back where it was left, forty samples later.
+    back = config(("web", 1.0), ("math", 1.0), change_mixture=True)
+    fourth = open_training_data(back, PER_STEP, info=checkpoint(third, 17, 68))
+    assert fourth.mixture.counts(68)[0] == first.mixture.counts(40)[0] and len(fourth.history) == 2
+
+
+def test_from_one_dataset_to_several_and_from_older_checkpoints(config):
+    one = open_training_data(config("web"), PER_STEP)
+    old = {"step": 3, "samples_consumed": 12, "data": {"path": "x/web", "content_sha256": one.mixture.content_sha256}}
+    assert indices(open_training_data(config("web"), PER_STEP, info=old), 12, 99) == indices(one, 12, 99)
+    for info in (old, checkpoint(one, 3, 12)):
+        with pytest.raises(ValueError, match=r"weight of web was 1\.0, now 0\.5; code is new"):
+            open_training_data(config(("web", 1.0), ("code", 1.0)), PER_STEP, info=info)
+        both = config(("web", 1.0), ("code", 1.0), change_mixture=True)
+        mixture = open_training_data(both, PER_STEP, info=info).mixture
+        assert mixture.counts(12).tolist() == [12, 0]
+
+
+def test_data_that_end_before_the_run(config):
+    settings = config(("web", 1.0, 0.2), ("code", 1.0, 0.1), steps=1000)
+    with pytest.raises(
+        ValueError, match=r"train.steps=1000 needs 4,000 samples, but the data end after (\d+)"
+    ) as error:
+        open_training_data(settings, PER_STEP)
+    settings.train.steps = int(str(error.value).split()[-1])
+    data = open_training_data(settings, PER_STEP)
+    assert settings.train.steps == data.mixture.positions_total // PER_STEP
+    settings.train.steps += 1
+    with pytest.raises(ValueError, match="the data end"):
+        open_training_data(settings, PER_STEP)
+
+
+def test_validation_and_dry_run_name_the_sources(config):
+    settings, said = config(("web", 0.7, 1.0), ("math", 0.3), packing="best_fit", steps=500), []
+    assert list(open_validation(settings, said.append)) == ["web"] and "math has no validation split" in said[0]
+    text = describe(settings, world_size=1)
+    shares = ("from step 1: web 70.0", "from step 130: web is used up after 1 epochs; now math 100.00%")
+    for expected in ("web: ", "math: ", "% padding", "% of documents cut", *shares):
+        assert expected in text, text
+    assert "NOT READY" in describe(config("math"), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"path": "a", "sources": [SourceConfig("b")]}, "data.path=a and data.sources are both given"),
+        ({"sources": [SourceConfig("x/b"), SourceConfig("y/b")]}, "data.sources=b is there twice"),
+        ({"sources": [SourceConfig("a", 1.0), SourceConfig("b")]}, "give a weight to some only"),
+        ({"sources": [SourceConfig("a", -1.0)]}, "data.sources: a weight=-1.0 must be 0 or more"),
+        ({"sources": [SourceConfig("a", None, 0.0)]}, "data.sources: a max_epochs=0.0 must be positive"),
+        ({"path": "a", "stages": [StageConfig(3, {"a": 1})]}, "data.stages=1 need two data.sources"),
+        (
+            {"sources": [SourceConfig("a"), SourceConfig("b")], "stages": [StageConfig(0, {"a": 1})]},
+            "from_step=0 must be more than 0",
+        ),
+        (
+            {"sources": [SourceConfig("a"), SourceConfig("b")], "stages": [StageConfig(5, {"c": 1})]},
+            "weight of c=1 is for no source; there are a, b",
+        ),
+        ({"packing": "varlen", "document_mask": True}, "data.packing=varlen masks documents by itself"),
+    ],
+)
+def test_contradictions_are_one_line(data, message):
+    config = Config(model=ModelConfig())
+    config.data.path = None
+    for key, value in data.items():
+        setattr(config.data, key, value)
+    with pytest.raises(ValueError, match=message) as error:
+        config._check_data()
+    assert "\n" not in str(error.value)
+
+
+def test_content_is_verified_as_asked(config, monkeypatch):
+    calls = []
+    module = ModuleType("data_pipeline.verify")
+    module.check_content = lambda folder, manifest, *, part, parts, always: calls.append((folder, part, parts, always))
+    module.record_content = lambda folder: calls.append(("recorded", folder))
+    monkeypatch.setitem(sys.modules, "data_pipeline.verify", module)
+    settings, context = config(("web", 1.0), ("code", 1.0)), start()
+    try:
+        folders = [source.path for source in settings.data.sources]
+        for kind, always in (("once", False), ("always", True)):
+            settings.data.verify = kind
+            verify(settings, context)
+            assert calls == [(f, 0, 1, always) for f in folders] + [("recorded", f) for f in folders]
+            calls.clear()
+        settings.data.verify = "never"
+        verify(settings, SimpleNamespace())
+        assert not calls
+
+        def damaged(folder, *_, **__):
+            raise ValueError(f"{folder}/train-00000.bin: content differs")
+
+        settings.data.verify, module.check_content = "once", damaged
+        with pytest.raises(ValueError, match=r"web/train-00000\.bin: content differs"):
+            verify(settings, context)
+        assert not calls  # what was not found whole is not recorded as such
+    finally:
+        dist.destroy_process_group()
