@@ -4,7 +4,7 @@ A document of L tokens, its end-of-text token last, has L - 1 inputs, each with 
 is predicted across documents, and attention stays within `document_ids`. Positions need no reset: rotary embeddings
 make attention depend on distances only, so a document's outputs are those that it has alone, up to rounding.
 
-Shapes: B samples, T = seq_len, P pieces (documents, or parts of those longer than T), N inputs in all of them.
+Shapes: B samples, T = seq_len, P pieces (documents, or parts of those longer than T), N inputs in all.
 """
 
 from __future__ import annotations
@@ -106,19 +106,20 @@ class BestFitDataset(TokenSplit):
         tokens with labels -100 and a document id of its own.
         """
         indices, T = np.asarray(indices, dtype=np.int64), self.seq_len
-        first_B, count_B = self._row_bounds[indices], self._row_bounds[indices + 1] - self._row_bounds[indices]
-        place_P = _ranges(count_B)  # of each piece in its row
-        pieces_P = np.repeat(first_B, count_B) + place_P
-        lengths_P = self._lengths[pieces_P].astype(np.int64)
-        inputs_N, labels_N = self._read_pieces(self._starts[pieces_P], lengths_P)
-        used_B = np.bincount(np.repeat(np.arange(len(indices)), count_B), lengths_P, len(indices)).astype(np.int64)
-        column_N = np.repeat(np.arange(len(indices)) * T, used_B) + _ranges(used_B)
+        counts_B = self._row_bounds[indices + 1] - self._row_bounds[indices]
+        chosen_P = np.repeat(self._row_bounds[indices], counts_B) + _ranges(counts_B)
+        pieces = iter(self._read_pieces(self._starts[chosen_P], self._lengths[chosen_P]))
         input_ids_BT = np.full((len(indices), T), self.eot_id, np.int64)
         labels_BT = np.full((len(indices), T), IGNORED_LABEL, np.int64)
-        documents_BT = np.repeat(count_B, T).reshape(len(indices), T)
-        input_ids_BT.reshape(-1)[column_N] = inputs_N
-        labels_BT.reshape(-1)[column_N] = labels_N
-        documents_BT.reshape(-1)[column_N] = np.repeat(place_P, lengths_P)
+        documents_BT = np.empty((len(indices), T), np.int64)
+        for inputs_T, labels_T, documents_T, count in zip(input_ids_BT, labels_BT, documents_BT, counts_B.tolist()):
+            begin = 0
+            for document in range(count):
+                piece = next(pieces)
+                end = begin + len(piece) - 1
+                inputs_T[begin:end], labels_T[begin:end], documents_T[begin:end] = piece[:-1], piece[1:], document
+                begin = end
+            documents_T[begin:] = count
         return {"input_ids": input_ids_BT, "labels": labels_BT, "document_ids": documents_BT}
 
 
@@ -142,14 +143,14 @@ class DocumentDataset(TokenSplit):
     def micro_batch(self, indices: np.ndarray, document_mask: bool = True) -> dict[str, np.ndarray]:
         """Arrays [1, N], see `TokenSplit`, always with `document_ids`: b for the b-th of `indices`."""
         indices = np.asarray(indices, dtype=np.int64)
-        lengths_B = self._lengths[indices].astype(np.int64)
-        inputs_N, labels_N = self._read_pieces(self._starts[indices], lengths_B)
-        arrays = {
-            "input_ids": inputs_N,
-            "labels": labels_N,
+        lengths_B = self._lengths[indices]
+        pieces = self._read_pieces(self._starts[indices], lengths_B)
+        parts = {
+            "input_ids": np.concatenate([piece[:-1] for piece in pieces]),
+            "labels": np.concatenate([piece[1:] for piece in pieces]),
             "document_ids": np.repeat(np.arange(len(indices)), lengths_B),
         }
-        return {name: array[None] for name, array in arrays.items()}
+        return {name: part.astype(np.int64)[None] for name, part in parts.items()}
 
 
 PACKINGS: dict[str, type[TokenSplit]] = {kind.packing: kind for kind in (TokenDataset, BestFitDataset, DocumentDataset)}

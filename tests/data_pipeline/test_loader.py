@@ -1,6 +1,10 @@
 """The order that training consumes: the same on any number of ranks and threads, and across a resume anywhere."""
 
 import itertools
+import resource
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,9 +110,6 @@ def test_a_mixture_that_ends_gives_all_whole_steps(directories, workers):
 
 def test_reading_ahead_hides_slow_reads(directories, monkeypatch):
     """Two threads read two steps at a time, in order, while the loop computes."""
-    import threading
-    import time
-
     dataset = open_dataset(directories[0], seq_len=T)
     read, busy, most = dataset.micro_batch, [], [0]
 
@@ -129,3 +130,24 @@ def test_reading_ahead_hides_slow_reads(directories, monkeypatch):
             next(loader)
             waits.append(time.perf_counter() - start)
     assert most[0] == 2 and sorted(waits)[3] < 0.03
+
+
+def test_a_million_documents_open_at_once_and_are_read_in_flat_memory(tmp_path):
+    """The figures at full size, 1 GB and ten million documents, are in docs/data.md; these bounds are loose."""
+    path = write_dataset(tmp_path, {"train": np.full(1_000_000, 50)})
+
+    def memory() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    start = time.process_time()
+    dataset = open_dataset(path, seq_len=2048)
+    with BatchLoader(dataset, micro_batch_size=8) as loader:
+        next(loader)
+        assert time.process_time() - start < 1
+        for _ in range(100):
+            next(loader)
+        before, start, steps = memory(), time.process_time(), dataset.samples_per_epoch // 8
+        for _ in range(steps):
+            next(loader)
+        rate = steps * 8 * 2048 / (time.process_time() - start)
+        assert memory() - before < 8 * 2**20 and rate > 3e7
