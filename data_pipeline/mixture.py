@@ -108,12 +108,8 @@ class MixtureDataset:
         self.sources, self.stages, self.start = list(sources), list(stages), start
         self._datasets = datasets = [source.dataset for source in sources]
         first = datasets[0]
-        self.seq_len, self.packing, self.n_vocab, self.eot_id = (
-            first.seq_len,
-            first.packing,
-            first.n_vocab,
-            first.eot_id,
-        )
+        self.seq_len, self.packing = first.seq_len, first.packing
+        self.n_vocab, self.eot_id = first.n_vocab, first.eot_id
         self.tokens_total = sum(d.tokens_total for d in datasets)
         self.documents_total = sum(d.documents_total for d in datasets)
         self.inputs_total = sum(d.inputs_total for d in datasets)
@@ -288,7 +284,7 @@ class MixtureDataset:
         return segments
 
     def _segment(self, start, why, weights, base_S, limited: bool = True) -> _Segment | None:
-        """None if no source that has a weight has samples left."""
+        """None if no source that has a weight has samples left. limited: heed that."""
         shares_S = np.array([weights[s.name] for s in self.sources]) / self._tokens_per_sample()
         for s, limit in enumerate(self._limits):
             if limited and limit is not None and base_S[s] >= limit:
@@ -362,7 +358,12 @@ def _check_fit(sources: Sequence[Source]) -> None:
             )
         if source.max_epochs is not None and not source.max_epochs * dataset.samples_per_epoch >= 1:
             raise ValueError(f"source {source.name}: max_epochs {source.max_epochs} is less than one sample")
-        assert (dataset.seq_len, dataset.packing) == (first.dataset.seq_len, first.dataset.packing)
+        for key in ("seq_len", "packing"):
+            if getattr(dataset, key) != getattr(first.dataset, key):
+                raise ValueError(
+                    f"source {source.name} has {key} {getattr(dataset, key)}, {first.name} "
+                    f"{getattr(first.dataset, key)}; open both alike"
+                )
 
 
 def _joined(hashes) -> str:
