@@ -20,6 +20,7 @@ class Shard:
     """NAME.bin and NAME.idx; in a raw dataset the one file NAME.
 
     sha256: of the file of tokens. index_sha256: of the .idx file, if known. max_token: the largest id, if known.
+    source: what it was made of.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Shard:
     sha256: str
     index_sha256: str | None = None
     max_token: int | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
