@@ -22,7 +22,8 @@ import numpy as np
 
 from data_pipeline.indexed import IndexedWriter, data_path, index_path, token_dtype
 from data_pipeline.manifest import SPLITS, Shard
-from data_pipeline.sources import Malformed, Part
+from data_pipeline.records import Malformed
+from data_pipeline.sources import Part
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.vocabulary import write_file_atomically
 

@@ -82,6 +82,7 @@ def prepare(
     settings = json.loads(json.dumps(settings))  # as it will be read back
     if (existing := _existing(output, settings, overwrite)) is not None:
         report(f"{output}: already prepared, {_summary(existing)}")
+        _sweep_finished(output, {piece_key(part, rules, tokenizer) for source in sources for part in source.parts})
         return existing
     for source in sources:
         report(f"{source.spec}: {source.description}")
@@ -118,7 +119,7 @@ def prepare(
         write_file_atomically(final / SETTINGS_FILE_NAME, (json.dumps(settings, indent=1) + "\n").encode())
         write_file_atomically(final / FILE_NAME, manifest.to_json())
         _publish(final, output, overwrite)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder)
     report(f"{output}: {_summary(manifest)}")
     if rules.validation_fraction and not splits["validation"]:
         report(
@@ -159,15 +160,23 @@ def _working_directory(output: Path) -> Iterator[Path]:
     """
     folder = output.with_name(f"{output.name}.preparing")
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with _locked(folder):
-            for leftover in output.parent.glob(f"{output.name}.replaced-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            sweep(folder)
+    with _locked(folder):
+        for leftover in output.parent.glob(f"{output.name}.replaced-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        sweep(folder)
+        try:
             yield folder
-    finally:
-        if folder.exists() and not finished_keys(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            if not finished_keys(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep_finished(output: Path, keys: set[str]) -> None:
+    """Remove OUTPUT.preparing if a kill just after the end left it; not what belongs to another request."""
+    folder = output.with_name(f"{output.name}.preparing")
+    with contextlib.suppress(OSError, ValueError), _locked(folder):
+        if finished_keys(folder) <= keys:
+            shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Documents from named corpora, local and remote files and Hugging Face datasets; see `open_source`."""
 
-import contextlib
 import glob
 import hashlib
 import json
@@ -8,13 +7,10 @@ import platform
 import random
 import re
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import zstandard
 
 from data_pipeline.files import (
     File,
@@ -23,8 +19,16 @@ from data_pipeline.files import (
     first_line,
     is_url,
     local_file,
-    open_bytes,
-    open_decompressed,
+)
+from data_pipeline.records import (
+    Malformed,
+    no_such_column,
+    parquet_file,
+    read_huggingface,
+    read_jsonl,
+    read_parquet,
+    read_texts,
+    stream_huggingface,
 )
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -35,17 +39,6 @@ _PYSTDLIB_MIN_FILES = 100
 _MIN_SOURCE_BYTES = 200  # an `__init__.py` with a licence line is not a document
 # A source is cut into about 256 parts, neither too small to be worth a file nor too large to be done again.
 _PARTS, _MIN_PART_BYTES, _MAX_PART_BYTES = 256, 8 << 20, 128 << 20
-
-
-@dataclass(frozen=True)
-class Malformed:
-    """A record that holds no text. where: file and line or row."""
-
-    where: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -303,17 +296,17 @@ def _text_parts(files: list[File], most: int) -> Iterator[Part]:
     for group in _grouped(files, most):
         name = group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
         paths = [file.path for file in group]
-        yield Part(name, _fingerprint(group), sum(file.size for file in group), partial(_read_texts, paths))
+        yield Part(name, _fingerprint(group), sum(file.size for file in group), partial(read_texts, paths))
 
 
 def _jsonl_parts(file: File, most: int, column: str) -> Iterator[Part]:
     # Servers of web pages need not answer for a range of bytes.
     if file.is_compressed or file.path.startswith(("http://", "https://")) or file.size <= most:
-        yield Part(file.name, _fingerprint([file], column), file.size, partial(_read_jsonl, file.path, 0, None, column))
+        yield Part(file.name, _fingerprint([file], column), file.size, partial(read_jsonl, file.path, 0, None, column))
         return
     for start in range(0, file.size, most):
         stop = min(start + most, file.size)
-        read = partial(_read_jsonl, file.path, start, stop, column)
+        read = partial(read_jsonl, file.path, start, stop, column)
         yield Part(
             f"{file.name}, bytes {start} to {stop}", _fingerprint([file], column, start, stop), stop - start, read
         )
@@ -322,111 +315,13 @@ def _jsonl_parts(file: File, most: int, column: str) -> Iterator[Part]:
 def _parquet_parts(file: File, most: int, column: str) -> Iterator[Part]:
     groups = [None]
     if file.size > 2 * most:  # only then is it worth a look at the file
-        with _parquet_file(file.path) as parquet:
+        with parquet_file(file.path) as parquet:
             each = -(-most * parquet.num_row_groups // file.size)
             groups = [list(range(parquet.num_row_groups))[i : i + each] for i in range(0, parquet.num_row_groups, each)]
     for group in groups:
         name = file.name + (f", row groups {group[0]} to {group[-1]}" if group else "")
         fingerprint = _fingerprint([file], column, group)
-        yield Part(name, fingerprint, file.size // len(groups), partial(_read_parquet, file.path, group, column))
-
-
-def _read_texts(paths: list[str]) -> Iterator[str | Malformed]:
-    for path in paths:
-        with _reading(path), open_decompressed(path) as stream:
-            data = stream.read()
-        yield _decoded(data, path)
-
-
-def _read_jsonl(path: str, start: int, stop: int | None, column: str) -> Iterator[str | Malformed]:
-    """Lines whose first byte lies in [start, stop), to the end of the file when `stop` is None."""
-    with _reading(path), open_decompressed(path) as stream:
-        if start:
-            stream.seek(start - 1)
-            position = start - 1 + len(stream.readline())
-        else:
-            position = 0
-        before = None
-        if stop is not None and position >= stop:
-            return
-        for number, line in enumerate(stream, 1):
-            record = _parsed(line, column)
-            if record is not None:
-                if isinstance(record, Malformed):
-                    if before is None:
-                        before = _lines_before(path, position) - (number - 1) if start else 0
-                    record = Malformed(f"{path}, line {before + number}", record.reason)
-                yield record
-            position += len(line)
-            if stop is not None and position >= stop:
-                return
-
-
-def _lines_before(path: str, position: int) -> int:
-    count = 0
-    with open_bytes(path) as stream:
-        while position > 0 and (block := stream.read(min(position, 1 << 22))):
-            count += block.count(b"\n")
-            position -= len(block)
-    return count
-
-
-def _parsed(line: bytes, column: str) -> str | Malformed | None:
-    """The text of one line of JSON; None for a blank line."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return Malformed("", f"not UTF-8 text (byte {error.start}: {error.reason})")
-    if text.startswith("\ufeff"):
-        text = text[1:]
-    try:
-        record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        return Malformed("", f"not valid JSON: {error}") if text.strip() else None
-    if not isinstance(record, dict):
-        return Malformed("", f"expected a JSON object, found {type(record).__name__}")
-    if column not in record:
-        return Malformed("", _no_column(column, list(record)))
-    return _checked(record[column], column, "")
-
-
-def _read_parquet(path: str, row_groups: list[int] | None, column: str) -> Iterator[str | Malformed]:
-    import pyarrow
-
-    try:
-        with _parquet_file(path) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise ValueError(f"{path}: {_no_column(column, names)}")
-            row = sum(file.metadata.row_group(i).num_rows for i in range(row_groups[0])) if row_groups else 0
-            batches = file.iter_batches(1024, row_groups=row_groups, columns=[column], use_threads=False)
-            for batch in batches:
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    record = _checked(text, column, "")
-                    yield Malformed(f"{path}, row {row}", record.reason) if isinstance(record, Malformed) else record
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read as parquet: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _parquet_file(path: str):
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with open_bytes(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
-            yield file
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read as parquet: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _reading(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        yield Part(name, fingerprint, file.size // len(groups), partial(read_parquet, file.path, group, column))
 
 
 # --- Hugging Face datasets ------------------------------------------------------------------------
@@ -440,7 +335,7 @@ def _huggingface(
     label += f", revision {revision}" if revision else ""
     which = {"path": path, "name": config_name, "split": split, "revision": revision}
     try:
-        dataset = _stream(which)
+        dataset = stream_huggingface(which)
     except Exception as error:  # the library raises many kinds, some of them bare Exception subclasses
         raise ValueError(
             f"source {spec!r} is no built-in corpus (pystdlib, installed, synthetic) and no local file, and cannot "
@@ -448,56 +343,15 @@ def _huggingface(
         ) from error
     names = dataset.column_names
     if names is not None and column not in names:
-        raise ValueError(f"{label}: {_no_column(column, names)}")
+        raise ValueError(f"{label}: {no_such_column(column, names)}")
     count = dataset.num_shards
     parts = [
         Part(
             f"{path} {split} {index + 1} of {count}",
             json.dumps([which, column, index, count], sort_keys=True),
             0,
-            partial(_read_huggingface, which, label, column, index, count),
+            partial(read_huggingface, which, label, column, index, count),
         )
         for index in range(count)
     ]
     return Source(spec, "huggingface", label, parts)
-
-
-def _stream(which: dict):
-    import datasets
-
-    return datasets.load_dataset(**which, streaming=True)
-
-
-def _read_huggingface(which: dict, label: str, column: str, index: int, count: int) -> Iterator[str | Malformed]:
-    row = 0
-    where = f"{label}, shard {index + 1} of {count}"
-    try:
-        shard = _stream(which).shard(count, index, contiguous=True)
-        for batch in shard.select_columns([column]).iter(batch_size=1000):
-            for text in batch[column]:
-                row += 1
-                yield _checked(text, column, f"{where}, row {row}")
-    except Exception as error:
-        raise ValueError(f"{where}: reading failed after row {row}: {first_line(error)}") from error
-
-
-# --- shared by all --------------------------------------------------------------------------------
-
-
-def _decoded(data: bytes, where: str) -> str | Malformed:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return Malformed(where, f"not UTF-8 text (byte {error.start}: {error.reason})")
-
-
-def _checked(value: object, column: str, where: str) -> str | Malformed:
-    if value is None:  # a missing text is an empty one, which `prepare` drops and counts
-        return ""
-    if not isinstance(value, str):
-        return Malformed(where, f"column {column!r} holds {type(value).__name__}, not text")
-    return value
-
-
-def _no_column(column: str, names: list[str]) -> str:
-    return f"no column {column!r}, only {', '.join(map(repr, names))}; choose one with --text-column"

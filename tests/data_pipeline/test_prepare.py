@@ -180,7 +180,8 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(tmp_path):
         left = {path.name for path in tmp_path.iterdir()} - {"in", "whole", "out", "out.preparing"}
         assert not left and not (output.exists() and contents(output) != expected)
     assert contents(output) == expected and continued > 0
-    assert run(folder, "--shard-tokens", 200_000, "--output", output) == 0  # sweeps what a kill after the end left
+    assert run(folder, "--shard-tokens", 200_000, "--output", output) == 0
+    assert not (tmp_path / "out.preparing").exists()  # what a kill after the end may have left is swept
     print(f"{kills} kills, continued {continued} times, {completed + 1} times complete")
 
 
@@ -354,7 +355,9 @@ def test_only_one_process_prepares_a_dataset(tmp_path, capsys):
     (tmp_path / "data.preparing").mkdir()
     descriptor = os.open(tmp_path / "data.preparing", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+    (tmp_path / "data.preparing/begun").touch()
     code, _, err = run("synthetic:documents=20", "--output", tmp_path / "data", capsys=capsys)
+    assert (tmp_path / "data.preparing/begun").exists(), "the other's work is left alone"
     assert code == 1 and "another process is preparing this dataset" in err and err.count("\n") == 1
     os.close(descriptor)
     assert run("synthetic:documents=20", "--output", tmp_path / "data") == 0
