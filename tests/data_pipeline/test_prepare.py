@@ -17,6 +17,8 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from data_pipeline import IndexedReader, Manifest, TokenDataset, load_tokenizer, open_source
@@ -312,6 +314,23 @@ def test_recipes(tmp_path, corpus, capsys):
         assert code == 1 and message in err and "recipe.yaml" in err and err.count("\n") == 1
     for path in (Path(__file__).parents[2] / "configs/data").glob("*.yaml"):
         assert _arguments(["--config", str(path), "--output", "x"]).sources
+
+
+def test_parquet_in_row_groups_and_shards_of_a_huggingface_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.sources._MIN_PART_BYTES", 2000)
+    texts = list(open_source("synthetic:documents=120").documents())
+    folder = tmp_path / "Stories/data"
+    folder.mkdir(parents=True)
+    for index in range(3):
+        table = pyarrow.table({"text": texts[40 * index : 40 * index + 40]})
+        pyarrow.parquet.write_table(table, folder / f"train-{index:05d}-of-00003.parquet", row_group_size=7)
+    files, hub = open_source(str(folder)), open_source(str(tmp_path / "Stories"), split="train")
+    assert len(files.parts) > 9 and len(hub.parts) == 3
+    assert "row groups 0 to" in files.parts[0].name
+    for name, arguments in (("files", [folder]), ("hub", [tmp_path / "Stories", "--split", "train"])):
+        options = ("--tokenizer", "bytes", "--validation-fraction", 0, "--workers", 2)
+        assert run(*arguments, "--output", tmp_path / name, *options) == 0
+        assert documents_of(tmp_path / name, "train") == texts
 
 
 def test_files_behind_a_url(tmp_path, corpora):
