@@ -75,6 +75,9 @@ def split_into_parts(
     if parts < 1:
         raise ValueError(f"parts {parts}: must be at least 1")
     manifest, tokenizer, output = _open(directory, output, shard_tokens)
+    too_many = f"{directory}: {parts} parts would not all get a document to train on; use fewer --parts"
+    if parts > manifest.documents("train"):
+        raise ValueError(too_many)
     written = []
     with staging_directory(output) as staging:
         names = [f"part-{i:05d}" for i in range(parts)]
@@ -95,10 +98,7 @@ def split_into_parts(
         for name, own in zip(names, writers):
             written.append(_finish(staging / name, manifest, tokenizer, own))
             if not written[-1].splits["train"]:
-                raise ValueError(
-                    f"{directory}: {name} of {parts} would get no document to train on, there are "
-                    f"{manifest.documents('train')}; use fewer --parts"
-                )
+                raise ValueError(too_many)
         publish(staging, output)
     for name, part in zip(names, written):
         _report(output / name, part, report)
