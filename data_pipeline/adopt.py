@@ -73,8 +73,11 @@ def adopt(
             f"apart, in directories of their own"
         )
     ((storage, dtype),) = kinds
-    with ThreadPoolExecutor(workers) as pool:
-        shards = dict(zip(readers, pool.map(lambda name: _shard(name, readers[name], described), readers)))
+    with ThreadPoolExecutor(workers) as pool:  # hashing does not hold the GIL
+        try:
+            shards = dict(zip(readers, pool.map(lambda name: _shard(name, readers[name], described), readers)))
+        finally:  # at the first error the other files need not be read
+            pool.shutdown(cancel_futures=True)
     manifest = Manifest(
         tokenizer=described,
         dtype=dtype,

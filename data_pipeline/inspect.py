@@ -16,6 +16,7 @@ from data_pipeline.manifest import FILE_NAME, SPLITS, Manifest, open_shards
 from data_pipeline.sampler import global_order
 from data_pipeline.tokenizer import Tokenizer
 
+_SHARDS_SHOWN = 10
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 
 
@@ -38,12 +39,15 @@ def summary(directory: str | Path) -> Iterator[str]:
             values = np.percentile(lengths, _PERCENTILES, method="nearest")
             listed = "  ".join(f"p{p} {int(value):,}" for p, value in zip(_PERCENTILES, values))
             yield f"            tokens per document: mean {lengths.mean():,.1f}  {listed}"
-        for shard in shards:
+        # Thousands of shards are as alike as ten.
+        for shard in shards if len(shards) <= 2 * _SHARDS_SHOWN else shards[:_SHARDS_SHOWN]:
             largest = "" if shard.max_token is None else f", largest id {shard.max_token}"
             yield (
                 f"            {shard.name}: {shard.tokens:,} tokens, {shard.documents:,} documents{largest}, "
                 f"{shard.sha256[:16]}"
             )
+        if len(shards) > 2 * _SHARDS_SHOWN:
+            yield f"            and {len(shards) - _SHARDS_SHOWN} more"
     for source in manifest.sources:
         yield f"source      {source['source']} ({source['kind']})"
     for title, counts in (("dropped", manifest.dropped), ("irregular", manifest.irregular)):

@@ -14,7 +14,7 @@ import heapq
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from data_pipeline.vocabulary import write_file_atomically
 
 STAMP_FILE_NAME = "verified.json"
 _CHUNK_BYTES = 4 << 20
+_REPORT_EVERY_SECONDS = 10.0
 _TOKEN_SUFFIXES = (".bin", ".idx", ".npy")
 
 
@@ -67,14 +68,25 @@ def record_content(directory: str | Path, manifest: Manifest) -> None:
         write_file_atomically(directory / STAMP_FILE_NAME, (json.dumps(stamp, indent=1) + "\n").encode())
 
 
-def problems(directory: str | Path, manifest: Manifest, *, workers: int = 1) -> Iterator[str]:
-    """Everything that is wrong, one line each; files are read by `workers` threads (hashing does not hold the GIL)."""
+def problems(
+    directory: str | Path, manifest: Manifest, *, workers: int = 1, report: Callable[[str], None] = print
+) -> Iterator[str]:
+    """Everything that is wrong, one line each; files are read by `workers` threads (hashing does not hold the GIL).
+    report: gets a line about how far it is, every ten seconds.
+    """
     yield from _tokenizer_problems(directory, manifest)
     shards = [shard for shards in manifest.splits.values() for shard in shards]
     with ThreadPoolExecutor(workers) as pool:
+        start = reported = time.monotonic()
+        done, total = 0, sum(shard.tokens for shard in shards)
         try:
-            for found in pool.map(lambda shard: list(_shard_problems(directory, manifest, shard)), shards):
-                yield from found
+            found = pool.map(lambda shard: list(_shard_problems(directory, manifest, shard)), shards)
+            for shard, of_shard in zip(shards, found):
+                yield from of_shard
+                done += shard.tokens
+                if (now := time.monotonic()) - reported >= _REPORT_EVERY_SECONDS:
+                    reported = now
+                    report(f"  {done / total:.1%} of {total:,} tokens, {done / (now - start) / 1e6:,.0f} M tokens/s")
         finally:
             pool.shutdown(cancel_futures=True)
     # Beside adopted files there may be others of their owner.
@@ -230,13 +242,13 @@ def _read_stamp(directory: str | Path, manifest: Manifest) -> dict[str, list[int
         return {}
 
 
-def verify(directory: str | Path, *, workers: int = 1) -> str:
+def verify(directory: str | Path, *, workers: int = 1, report: Callable[[str], None] = print) -> str:
     """One line about a sound dataset, which is also noted in verified.json. Raises ValueError with all problems, a line
     each.
     """
     manifest = Manifest.read(directory)
     start = time.perf_counter()
-    if found := list(problems(directory, manifest, workers=workers)):
+    if found := list(problems(directory, manifest, workers=workers, report=report)):
         raise ValueError("\nerror: ".join(found))
     seconds = time.perf_counter() - start
     record_content(directory, manifest)

@@ -106,7 +106,7 @@ BEYOND = np.where(np.arange(len(LONG)) == 300, 265, LONG)
         (bare(LONG[:320].astype("u2")), ["--dtype", "uint32"], "is not one of 265 ids; as uint16 it would fit: use"),
         (bare(LONG[:320].astype("u2")), ["--dtype", "int32"], "is not one of 265 ids; as uint16 it would fit: use"),
         (bare(LONG[:319].astype("u2")), ["--dtype", "int32"], "no whole number of int32 ids; as uint16 it would fit"),
-        (bare(LONG.astype("u2"))[:-1], ["--dtype", "uint16"], "no whole number of uint16 ids; restore the file, or name"),
+        (bare(LONG.astype("u2"))[:-1], ["--dtype", "uint16"], "no whole number of uint16 ids; restore the"),
         (bare(LONG.astype(">u2")), ["--dtype", "uint16"], "is not one of 265 ids; restore the file, or name"),
         (bare(BEYOND.astype("u2")), ["--dtype", "uint16"], "token id 265 is not one of 265 ids; restore the file, or"),
         (bare(-LONG.astype("i4")), ["--dtype", "int32"], "token id -257 is not one of 265 ids"),
