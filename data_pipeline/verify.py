@@ -29,7 +29,7 @@ from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.vocabulary import write_file_atomically
 
 STAMP_FILE_NAME = "verified.json"
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 1 << 20  # what was hashed is still in the cache when its tokens are looked at
 _REPORT_EVERY_SECONDS = 10.0
 _TOKEN_SUFFIXES = (".bin", ".idx", ".npy")
 
@@ -101,8 +101,9 @@ def problems(
 class Scan:
     """What one pass over a shard's file of tokens found.
 
-    documents: as end-of-text tokens divide it (raw) or as its index says. unended: position of the last token of the
-    first document that does not end with end-of-text; None if there is none, and for a raw file.
+    min_token: the smallest id, if that is negative, else 0. documents: as end-of-text tokens divide it (raw) or as its
+    index says. unended: position of the last token of the first document that does not end with end-of-text; None if
+    there is none, and for a raw file.
     """
 
     sha256: str
@@ -115,7 +116,7 @@ class Scan:
 def scan(reader: IndexedReader | RawReader, eot_id: int) -> Scan:
     """Reads the whole file of tokens once, in constant memory. The index must have been checked."""
     digest, buffer = hashlib.sha256(), bytearray(_CHUNK_BYTES)
-    smallest, largest, documents, unended, position = np.iinfo(np.int64).max, 0, 0, None, 0
+    smallest, largest, documents, unended, position = 0, 0, 0, None, 0
     last = eot_id
     with open(reader.file.path, "rb", buffering=0) as file:
         digest.update(file.read(reader.file.offset))
@@ -126,7 +127,9 @@ def scan(reader: IndexedReader | RawReader, eot_id: int) -> Scan:
             data = memoryview(buffer)[:count]
             digest.update(data)
             tokens = np.frombuffer(data, reader.dtype, count // reader.dtype.itemsize)
-            smallest, largest = min(smallest, int(tokens.min())), max(largest, int(tokens.max()))
+            largest = max(largest, int(tokens.max()))
+            if reader.dtype.kind == "i":
+                smallest = min(smallest, int(tokens.min()))
             last = int(tokens[-1])
             if isinstance(reader, RawReader):
                 documents += int(np.count_nonzero(tokens == eot_id))
