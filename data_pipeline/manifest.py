@@ -15,6 +15,7 @@ FORMAT = "gptoss_dist tokens"
 VERSION = 1
 SPLITS = ("train", "validation")
 STORAGES = {"megatron": [dtype.name for dtype in DTYPE_CODES.values()], "raw": list(DTYPES)}  # dtypes of each
+_SOURCE_KEYS = ("source", "kind")
 REMEDY = "restore it from a good copy or make the dataset again"
 
 
@@ -116,6 +117,15 @@ class Manifest:
                 raise ValueError("a shard lies outside the directory")
             if len(set(names)) < len(names):
                 raise ValueError("a shard is listed twice")
+            for value in (
+                manifest.tokenizer["name"],
+                *(source[key] for source in manifest.sources for key in _SOURCE_KEYS),
+            ):
+                if not isinstance(value, str):
+                    raise ValueError(f"{value!r} is not a name")
+            for count in (*manifest.dropped.values(), *manifest.irregular.values()):
+                if not isinstance(count, int):
+                    raise ValueError(f"{count!r} is not a number of documents")
             if manifest.dtype not in STORAGES[manifest.storage]:
                 raise ValueError(f"dtype {manifest.dtype!r} is none that storage {manifest.storage!r} has")
             if not 0 <= manifest.tokenizer["eot_id"] < manifest.tokenizer["n_vocab"]:

@@ -90,7 +90,7 @@ def problems(
         finally:
             pool.shutdown(cancel_futures=True)
     # Beside adopted files there may be others of their owner.
-    if not any(source.get("kind") == "adopted" for source in manifest.sources):
+    if not any(source["kind"] == "adopted" for source in manifest.sources):
         listed = {name for shard in shards for name in manifest.files(shard)}
         for path in sorted(Path(directory).iterdir()):
             if path.suffix in _TOKEN_SUFFIXES and path.name not in listed:
@@ -203,8 +203,8 @@ def _tokenizer_problems(directory: str | Path, manifest: Manifest) -> Iterator[s
     except ValueError as error:
         yield f"{error}; {REMEDY}"
         return
-    for key, listed in manifest.tokenizer.items():
-        if (found := getattr(tokenizer, key, None)) != listed:
+    for key in ("name", "sha256", "n_vocab", "eot_id"):
+        if (found := getattr(tokenizer, key)) != (listed := manifest.tokenizer[key]):
             yield (
                 f"{directory}/tokenizer.gptoss.json: not the tokenizer of {FILE_NAME}, its {key} is {found!r}, "
                 f"not {listed!r}; {REMEDY}"

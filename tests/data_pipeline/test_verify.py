@@ -264,3 +264,30 @@ def test_ends_of_documents_are_found_at_every_edge_of_a_chunk(data, monkeypatch)
         assert np.concatenate(found).tolist() == ends.tolist()
     monkeypatch.setattr(verify, "_CHUNK_BYTES", 66)
     check_content(data, Manifest.read(data), always=True)
+
+
+def test_random_damage_to_any_file_is_refused_or_harmless(data):
+    generator = np.random.default_rng(0)
+    files = sorted(path for path in data.iterdir() if path.name != "prepare.json")
+    for _ in range(200):
+        path = files[generator.integers(len(files))]
+        content = path.read_bytes()
+        at = int(generator.integers(len(content)))
+        damaged = (
+            content[:at],
+            flip(at)(content),
+            content[:at] + bytes(8) + content[at + 8 :],
+            content[:at] + b"null" + content[at + 1 :],
+            content[: at + 9] + content[at:],
+        )[generator.integers(5)]
+        if damaged == content:
+            continue
+        path.write_bytes(damaged)
+        try:
+            check_content(data, Manifest.read(data))
+        except ValueError as error:
+            assert "\n" not in str(error) and str(data) in str(error)
+        else:
+            # An entry of no consequence, a rank listed twice, or the cache. Never tokens.
+            assert path.suffix in (".json", ".tiktoken"), path
+        path.write_bytes(content)
