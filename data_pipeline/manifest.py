@@ -112,6 +112,8 @@ class Manifest:
                 raise ValueError("the totals of a split are not the sums over its shards")
             if manifest.content_sha256 != fields["content_sha256"]:
                 raise ValueError("content_sha256 does not match the shards it lists")
+            if set(splits) != set(SPLITS):
+                raise ValueError(f"its splits are not {' and '.join(SPLITS)}")
             names = [shard.name for shards in splits.values() for shard in shards]
             if any(Path(name).name != name for name in names):
                 raise ValueError("a shard lies outside the directory")

@@ -53,26 +53,9 @@ def merge(
     datasets = [(Path(directory), Manifest.read(directory)) for directory in directories]
     first_directory, first = datasets[0]
     for directory, manifest in datasets:
-        for what, ours, theirs in (
-            ("tokenizer", manifest.tokenizer, first.tokenizer),
-            ("storage", manifest.storage, first.storage),
-            ("dtype", manifest.dtype, first.dtype),
-        ):
-            differ = ours["sha256"] != theirs["sha256"] if what == "tokenizer" else ours != theirs
-            if differ:
-                ours, theirs = (ours["name"], theirs["name"]) if what == "tokenizer" else (ours, theirs)
-                raise ValueError(
-                    f"{directory}: {what} {ours} is not {theirs}, that of {first_directory}; prepare one of them again"
-                )
+        _check_alike(directory, manifest, first_directory, first)
         check_content(directory, manifest)
-
-    held_out = _validation_digests(datasets)
-    leaked = {}  # (directory, shard name): which of its documents, bool
-    for directory, manifest in datasets:
-        for shard in manifest.splits["train"] if len(held_out) else []:
-            mask = np.concatenate([_contains(held_out, digests) for digests in _digests(directory, manifest, shard)])
-            if mask.any():
-                leaked[directory, shard.name] = mask
+    leaked = _find_leaked(datasets)
     n_leaked = sum(int(mask.sum()) for mask in leaked.values())
     if n_leaked and not drop_leaked:
         (directory, name), mask = next(iter(leaked.items()))
@@ -86,7 +69,7 @@ def merge(
         for split in SPLITS:
             splits[split] = []
             for directory, manifest in datasets:
-                for shard in manifest.splits.get(split, []):
+                for shard in manifest.splits[split]:
                     suffix = Path(shard.name).suffix if manifest.storage == "raw" else ""
                     name = f"{split}-{len(splits[split]):05d}{suffix}"
                     mask = leaked.get((directory, shard.name))
@@ -118,6 +101,33 @@ def merge(
     return manifest
 
 
+def _check_alike(directory: Path, manifest: Manifest, first_directory: Path, first: Manifest) -> None:
+    if manifest.tokenizer["sha256"] != first.tokenizer["sha256"]:
+        what, ours, theirs = "tokenizer", manifest.tokenizer["name"], first.tokenizer["name"]
+    elif (manifest.storage, manifest.dtype) != (first.storage, first.dtype):
+        what, ours, theirs = "storage", f"{manifest.storage} {manifest.dtype}", f"{first.storage} {first.dtype}"
+    else:
+        return
+    raise ValueError(
+        f"{directory}: its {what} is {ours} where that of {first_directory} is {theirs}; prepare one of them again"
+        + (", or rewrite raw ones with `python -m data_pipeline.split`" if what == "storage" else "")
+    )
+
+
+def _find_leaked(datasets: list[tuple[Path, Manifest]]) -> dict[tuple[Path, str], np.ndarray]:
+    """Which documents of training are in a validation split too: bool [documents] for each shard that has any, by
+    directory and name.
+    """
+    held_out = _validation_digests(datasets)
+    leaked = {}
+    for directory, manifest in datasets:
+        for shard in manifest.splits["train"] if len(held_out) else []:
+            mask = np.concatenate([_contains(held_out, digests) for digests in _digests(directory, manifest, shard)])
+            if mask.any():
+                leaked[directory, shard.name] = mask
+    return leaked
+
+
 def _digests(directory: Path, manifest: Manifest, shard: Shard) -> Iterator[np.ndarray]:
     """Of documents in order, S16 [n] at a time. The end-of-text token, which the last document of a raw file may lack,
     does not count.
@@ -138,7 +148,7 @@ def _validation_digests(datasets: list[tuple[Path, Manifest]]) -> np.ndarray:
     parts = [
         digests
         for directory, manifest in datasets
-        for shard in manifest.splits.get("validation", [])
+        for shard in manifest.splits["validation"]
         for digests in _digests(directory, manifest, shard)
     ]
     return np.sort(np.concatenate([np.empty(0, _DIGEST), *parts]))

@@ -114,6 +114,8 @@ def test_raw_datasets_merge_and_split_too(tmp_path, write, capsys):
     assert run(merge.main, a, b, "--output", tmp_path / "out", "--drop-leaked") == 0
     assert documents(tmp_path / "out") == documents(a)[3:] + documents(b) and run(verify, tmp_path / "out") == 0
     assert Manifest.read(tmp_path / "out").storage == "raw"
+    assert run(merge.main, tmp_path / "out", make(tmp_path / "other", texts(9, 9)), "--output", tmp_path / "no") == 1
+    assert "its storage is megatron uint16 where that of" in capsys.readouterr().err
 
     assert run(split.main, tmp_path / "out", "--output", tmp_path / "again", "--validation-fraction", 0.3) == 0
     ended = {
@@ -127,7 +129,7 @@ def test_raw_datasets_merge_and_split_too(tmp_path, write, capsys):
 def test_what_does_not_fit_together_is_refused(tmp_path, one, two, capsys):
     builtin = make(tmp_path / "builtin", texts(4, 30), "--tokenizer", "builtin")
     for directories, message in (
-        ((one, builtin), "builtin: tokenizer builtin is not bytes, that of"),
+        ((one, builtin), "builtin: its tokenizer is builtin where that of"),
         ((one, one), "given twice"),
         ((one, tmp_path / "none"), "none: not a prepared dataset"),
     ):
