@@ -10,7 +10,8 @@ import numpy as np
 
 from data_pipeline.indexed import IndexedReader, data_path, index_path
 from data_pipeline.manifest import Shard
-from data_pipeline.pieces import HASHES, Piece, Rules, SplitWriter, hashes_path, in_validation
+from data_pipeline.pieces import HASHES, Piece, Rules, hashes_path, in_validation
+from data_pipeline.shards import SplitWriter
 
 
 def gather(
@@ -27,7 +28,7 @@ def gather(
     if rules.max_documents is not None:
         drops = _drop_beyond(pieces, drops, rules.max_documents)
     train: list[Shard] = []
-    held_out = SplitWriter(final / "validation", dtype, rules.shard_tokens)
+    held_out = SplitWriter(final, "validation", dtype, rules.shard_tokens)
     none = np.empty(0, np.uint32)
     for piece in pieces:
         drop = drops.get(piece.key, none)
@@ -36,10 +37,9 @@ def gather(
             _copy_documents(folder, piece.shards["validation"], places, held_out)
         if len(drop):
             places = _kept_documents(folder, piece, drop, rules.validation_fraction, "train")
-            writer = SplitWriter(final / "rewritten", dtype, rules.shard_tokens, piece.source)
+            writer = SplitWriter(final, "rewritten", dtype, rules.shard_tokens, piece.source)
             _copy_documents(folder, piece.shards["train"], places, writer)
-            writer.close()
-            shards, place = writer.shards, final
+            shards, place = writer.close(), final
         else:
             shards, place = piece.shards["train"], folder
         for shard in shards:
@@ -47,8 +47,7 @@ def gather(
             for path in (data_path, index_path):
                 (_link if place == folder else os.rename)(path(place / shard.name), path(final / name))
             train.append(Shard(**vars(shard) | {"name": name}))
-    held_out.close()
-    return {"train": train, "validation": held_out.shards}, dropped
+    return {"train": train, "validation": held_out.close()}, dropped
 
 
 def _drop_beyond(pieces: list[Piece], drops: dict[str, np.ndarray], most: int) -> dict[str, np.ndarray]:
@@ -129,5 +128,5 @@ def _copy_documents(directory: Path, shards: list[Shard], places: np.ndarray, wr
             if len(run):
                 start = int(ends[run[0]] - reader.lengths[run[0]])
                 tokens = reader.file.read(start, int(ends[run[-1]]) - start)
-                writer.add(tokens, reader.lengths[run[0] : run[-1] + 1])
+                writer.add_documents(tokens, reader.lengths[run[0] : run[-1] + 1])
         first += len(reader)

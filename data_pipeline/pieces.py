@@ -10,7 +10,6 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import os
 import re
 import unicodedata
 from collections import Counter
@@ -20,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.indexed import IndexedWriter, data_path, index_path, token_dtype
+from data_pipeline.indexed import data_path, index_path, token_dtype
 from data_pipeline.manifest import SPLITS, Shard
 from data_pipeline.records import Malformed
+from data_pipeline.shards import SplitWriter
 from data_pipeline.sources import Part
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.vocabulary import write_file_atomically
@@ -137,52 +137,6 @@ class Piece:
         return piece if complete and piece.key == key else None
 
 
-class SplitWriter:
-    """Cuts documents into shards PREFIX-00000, PREFIX-00001, ... of at most `shard_tokens` tokens (more only for a
-    single longer document).
-
-    A shard is written under a temporary name, synced, and renamed once it is whole. After `close`, `shards` lists them.
-    """
-
-    def __init__(self, prefix: Path, dtype: np.dtype, shard_tokens: int, source: str | None = None):
-        self.prefix, self.dtype, self.shard_tokens, self.source = prefix, dtype, shard_tokens, source
-        self.shards: list[Shard] = []
-        self._writer: IndexedWriter | None = None
-
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """tokens: documents one after the other [n]; lengths: of each."""
-        ends = np.cumsum(lengths, dtype=np.int64)
-        first = start = 0
-        while first < len(lengths):
-            room = self.shard_tokens - (self._writer.tokens if self._writer else 0)
-            last = int(np.searchsorted(ends, start + room, side="right"))
-            if last == first and self._writer is not None:
-                self.close()
-                continue
-            last = max(last, first + 1)
-            if self._writer is None:
-                name = f".tmp-{os.getpid()}-{self.prefix.name}-{len(self.shards):05d}"
-                self._writer = IndexedWriter(self.prefix.with_name(name), self.dtype)
-            end = int(ends[last - 1])
-            self._writer.add_documents(tokens[start:end], lengths[first:last])
-            first, start = last, end
-
-    def close(self) -> None:
-        if self._writer is None:
-            return
-        writer, self._writer = self._writer, None
-        writer.close()
-        final = self.prefix.with_name(f"{self.prefix.name}-{len(self.shards):05d}")
-        for path in (data_path, index_path):
-            os.rename(path(writer.prefix), path(final))
-        self.shards.append(
-            Shard(
-                final.name, writer.tokens, writer.documents, writer.sha256, writer.index_sha256, writer.max_token,
-                self.source,
-            )
-        )  # fmt: skip
-
-
 def hashes_path(directory: Path, key: str) -> Path:
     return directory / f"{key}.hashes"
 
@@ -202,7 +156,7 @@ def make_piece(
     """
     key, dtype = piece_key(part, rules, tokenizer), token_dtype(tokenizer.n_vocab)
     writers = {
-        split: SplitWriter(directory / f"{key}-{split}", dtype, rules.shard_tokens, part.name) for split in SPLITS
+        split: SplitWriter(directory, f"{key}-{split}", dtype, rules.shard_tokens, part.name) for split in SPLITS
     }
     batches: dict[str, list[str]] = {split: [] for split in SPLITS}
     filters = [(name, load_filter(name)) for name in rules.filters]
@@ -219,7 +173,7 @@ def make_piece(
         for split, texts in batches.items():
             if texts:
                 tokens, lengths = tokenizer.encode_documents(texts, dtype)
-                writers[split].add(tokens, lengths)
+                writers[split].add_documents(tokens, lengths)
                 tokens_written += len(tokens)
                 texts.clear()
         progress(waiting, tokens_written)
@@ -253,10 +207,8 @@ def make_piece(
         if rules.max_documents is not None and len(hashes) >= rules.max_documents:
             break
     write()
-    for writer in writers.values():
-        writer.close()
     _write_hashes(hashes_path(directory, key), hashes)
-    shards = {split: writer.shards for split, writer in writers.items()}
+    shards = {split: writer.close() for split, writer in writers.items()}
     files = [hashes_path(directory, key)]
     for shard in (shard for found in shards.values() for shard in found):
         files += [data_path(directory / shard.name), index_path(directory / shard.name)]

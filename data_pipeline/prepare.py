@@ -10,7 +10,6 @@ command was killed and given again.
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -29,8 +28,10 @@ from data_pipeline.indexed import token_dtype
 from data_pipeline.manifest import FILE_NAME, VERSION, Manifest, open_shards
 from data_pipeline.pieces import HASHES, Piece, Rules, finished_keys, hashes_path, piece_key, sweep
 from data_pipeline.progress import Progress
+from data_pipeline.shards import locked, publish
 from data_pipeline.sources import Source, open_source
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.verify import record_content
 from data_pipeline.vocabulary import write_file_atomically
 from data_pipeline.workers import make_pieces
 
@@ -118,7 +119,8 @@ def prepare(
             write_file_atomically(final / MALFORMED_FILE_NAME, "".join(f"{line}\n" for line in examples).encode())
         write_file_atomically(final / SETTINGS_FILE_NAME, (json.dumps(settings, indent=1) + "\n").encode())
         write_file_atomically(final / FILE_NAME, manifest.to_json())
-        _publish(final, output, overwrite)
+        record_content(final, manifest)
+        _replace(final, output)
         shutil.rmtree(folder)
     report(f"{output}: {_summary(manifest)}")
     if rules.validation_fraction and not splits["validation"]:
@@ -160,7 +162,7 @@ def _working_directory(output: Path) -> Iterator[Path]:
     """
     folder = output.with_name(f"{output.name}.preparing")
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with _alone(folder):
         for leftover in output.parent.glob(f"{output.name}.replaced-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         sweep(folder)
@@ -174,21 +176,19 @@ def _working_directory(output: Path) -> Iterator[Path]:
 def _sweep_finished(output: Path, keys: set[str]) -> None:
     """Remove OUTPUT.preparing if a kill just after the end left it; not what belongs to another request."""
     folder = output.with_name(f"{output.name}.preparing")
-    with contextlib.suppress(OSError, ValueError), _locked(folder):
+    with contextlib.suppress(OSError), locked(folder):
         if finished_keys(folder) <= keys:
             shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _alone(folder: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another process is preparing this dataset; wait for it, or end it") from error
         yield
-    except BlockingIOError as error:
-        raise ValueError(f"{directory}: another process is preparing this dataset; wait for it, or end it") from error
-    finally:
-        os.close(descriptor)
 
 
 def _make_pieces(
@@ -255,24 +255,15 @@ def _check_malformed(pieces: list[Piece], most: float, report: Callable[[str], N
     return examples
 
 
-def _publish(final: Path, output: Path, overwrite: bool) -> None:
-    _sync_directory(final)
+def _replace(final: Path, output: Path) -> None:
+    """Rename the result to its place, over an older one."""
     replaced = None
-    if overwrite and output.exists():
+    if output.exists():
         replaced = Path(tempfile.mkdtemp(dir=output.parent, prefix=f"{output.name}.replaced-"))
         os.rename(output, replaced / "replaced")
-    os.rename(final, output)
-    _sync_directory(output.parent)
+    publish(final, output)
     if replaced is not None:
         shutil.rmtree(replaced)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _summary(manifest: Manifest) -> str:
