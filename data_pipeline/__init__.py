@@ -19,10 +19,14 @@ _HOME = {
     "IndexedReader": "indexed",
     "IndexedWriter": "indexed",
     "Manifest": "manifest",
+    "RawReader": "raw",
+    "SplitWriter": "shards",
     "Tokenizer": "tokenizer",
+    "check_content": "verify",
     "load_tokenizer": "tokenizer",
     "open_source": "sources",
     "prepare": "prepare",
+    "record_content": "verify",
 }
 
 __all__ = sorted(_HOME)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.indexed import data_path
 from data_pipeline.manifest import FILE_NAME, Manifest, open_shards
 from data_pipeline.sampler import global_order
 from data_pipeline.tokenizer import Tokenizer
@@ -91,18 +90,6 @@ class TokenSplit(ABC):
         p // samples_per_epoch.
         """
         return global_order(positions, self.samples_per_epoch, seed=self.seed, shuffle=self.shuffle)
-
-    def verify(self) -> None:
-        """Reads everything and compares it with the manifest's SHA-256; raises ValueError naming the first file that
-        differs.
-        """
-        for shard in self.manifest.splits[self.split]:
-            with open(data_path(self.path / shard.name), "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != shard.sha256:
-                raise ValueError(
-                    f"{data_path(self.path / shard.name)}: content differs from its SHA-256 in {FILE_NAME}"
-                )
 
     def _read_spans(self, starts: np.ndarray, spans: list[np.ndarray]) -> None:
         """Fill each of `spans`, contiguous and of the files' dtype, with tokens from its start in the long sequence."""

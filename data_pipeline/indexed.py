@@ -15,6 +15,7 @@ Layout of `.idx`, little endian, as written by Megatron-LM's `IndexedDatasetBuil
 We write one sequence per document.
 """
 
+import bisect
 import functools
 import hashlib
 import io
@@ -29,6 +30,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 DTYPE_CODES = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 _HEADER = struct.Struct("<9sQBQQ")
+_CHECK_SEQUENCES = 1 << 20
 
 
 def token_dtype(n_vocab: int) -> np.dtype:
@@ -45,7 +47,8 @@ def index_path(prefix: Path | str) -> Path:
 
 
 class IndexedWriter:
-    """Writes PREFIX.bin while documents are added and PREFIX.idx on `close`; both are on disk (fsync) when it returns.
+    """Writes PREFIX.bin and PREFIX.idx, which appear on `close`, whole and on disk (written under another name, fsync,
+    renamed).
 
     After `close`: `tokens`, `documents`, `max_token`, `sha256` of the .bin file and `index_sha256` of the .idx file.
     """
@@ -58,7 +61,8 @@ class IndexedWriter:
         self.documents = self.max_token = 0
         self._lengths: list[np.ndarray] = []
         self._hash = hashlib.sha256()
-        self._file = open(data_path(prefix), "wb")  # noqa: SIM115 (closed by close or __exit__)
+        self._unfinished = self.prefix.with_name(f".{self.prefix.name}-{os.getpid()}")
+        self._file = open(data_path(self._unfinished), "wb")  # noqa: SIM115 (closed by close or __exit__)
 
     @property
     def sha256(self) -> str:
@@ -87,9 +91,11 @@ class IndexedWriter:
         header = _HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1)
         index = b"".join((header, lengths, pointers, np.arange(len(lengths) + 1, dtype="<i8")))
         self.index_sha256 = hashlib.sha256(index).hexdigest()
-        with open(index_path(self.prefix), "wb") as file:
+        with open(index_path(self._unfinished), "wb") as file:
             file.write(index)
             _close_durably(file)
+        for path in (data_path, index_path):
+            os.rename(path(self._unfinished), path(self.prefix))
 
     def __enter__(self) -> "IndexedWriter":
         return self
@@ -99,6 +105,7 @@ class IndexedWriter:
             self.close()
         else:
             self._file.close()
+            data_path(self._unfinished).unlink()
 
 
 class TokenFile:
@@ -133,7 +140,7 @@ class TokenFile:
 
 
 class IndexedReader:
-    """PREFIX.bin and PREFIX.idx.
+    """PREFIX.bin and PREFIX.idx, with one sequence per document.
 
     `file` is the .bin file's TokenFile, `lengths` the tokens of each sequence (a memory map), `reader[i]` the ids of
     sequence i. Raises ValueError, naming the file, when either file is missing, truncated or not what its header says.
@@ -162,10 +169,16 @@ class IndexedReader:
                 f"{index_file}: truncated or damaged index, {len(index)} bytes where {sequences} sequences "
                 f"need {expected}"
             )
+        if document_index_length != sequences + 1:
+            raise ValueError(
+                f"{index_file}: {document_index_length - 1} documents of {sequences} sequences; only documents of one "
+                f"sequence are supported, preprocess without --split-sentences"
+            )
         self.dtype = DTYPE_CODES[code]
         self.index_file = index_file
         self.lengths = np.frombuffer(index, "<i4", sequences, _HEADER.size)
         self._pointers = np.frombuffer(index, "<i8", sequences, _HEADER.size + 4 * sequences)
+        self._document_index = np.frombuffer(index, "<i8", sequences + 1, _HEADER.size + 12 * sequences)
         end = int(self._pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
         self.n_tokens = end // self.dtype.itemsize
         self.file = TokenFile(data_file, self.dtype, self.n_tokens)
@@ -176,11 +189,34 @@ class IndexedReader:
             )
 
     def check(self) -> None:
-        """Read the whole index. Raises ValueError when its parts do not agree with each other."""
-        ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
-        agree = np.array_equal(self._pointers[1:], ends[:-1]) and not self._pointers[:1].any()
-        if not agree or (len(self) and self.lengths.min() < 0):
-            raise ValueError(f"{self.index_file}: damaged index, its pointers do not agree with its sequence lengths")
+        """Read the whole index, in constant memory. Raises ValueError when its parts do not agree with each other."""
+        end = 0
+        for start in range(0, len(self), _CHECK_SEQUENCES):
+            part = slice(start, start + _CHECK_SEQUENCES)
+            ends = end + np.cumsum(self.lengths[part], dtype=np.int64) * self.dtype.itemsize
+            expected = np.concatenate([[end], ends[:-1]])
+            if not np.array_equal(self._pointers[part], expected) or self.lengths[part].min() < 0:
+                raise ValueError(
+                    f"{self.index_file}: damaged index, its pointers do not agree with its sequence lengths"
+                )
+            end = int(ends[-1])
+            if not np.array_equal(self._document_index[start : start + len(ends)], np.arange(start, start + len(ends))):
+                raise ValueError(f"{self.index_file}: damaged index, its documents are not its sequences in order")
+        if self._document_index[-1] != len(self):
+            raise ValueError(f"{self.index_file}: damaged index, its documents are not its sequences in order")
+
+    def ends_within(self, start: int, stop: int) -> np.ndarray:
+        """Positions of the last tokens of documents, those in [start, stop), int64; for an index that was checked."""
+        # Not np.searchsorted: these integers are not aligned, so it would copy all of them.
+        first = bisect.bisect_right(self._pointers, start * self.dtype.itemsize)
+        last = bisect.bisect_right(self._pointers, stop * self.dtype.itemsize)
+        ends = self._pointers[first:last] // self.dtype.itemsize - 1
+        return np.append(ends, stop - 1) if stop == self.n_tokens else ends
+
+    def index_sha256(self) -> str:
+        """Of the .idx file, which is read."""
+        with open(self.index_file, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def tokens(self) -> np.ndarray:

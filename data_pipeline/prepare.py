@@ -2,60 +2,44 @@
 
     python -m data_pipeline.prepare pystdlib --output data/pystdlib
     python -m data_pipeline.prepare corpus/*.jsonl.zst --output data/corpus --tokenizer o200k_harmony --workers 8
+    python -m data_pipeline.prepare --config configs/data/tinystories.yaml --output data/tinystories
 
-The directory appears whole or not at all, and its bytes do not depend on the number of workers.
+The directory appears whole or not at all; its bytes do not depend on the number of workers, nor on how often the
+command was killed and given again.
 """
 
 import argparse
 import contextlib
-import fcntl
-import hashlib
-import itertools
 import json
-import multiprocessing
 import os
 import platform
 import shutil
-import signal
 import sys
 import tempfile
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import yaml
 
-from data_pipeline.indexed import IndexedWriter, token_dtype
-from data_pipeline.manifest import FILE_NAME, SPLITS, VERSION, Manifest, Shard, open_shards
+from data_pipeline.gather import gather
+from data_pipeline.indexed import token_dtype
+from data_pipeline.manifest import FILE_NAME, VERSION, Manifest, open_shards
+from data_pipeline.pieces import HASHES, Piece, Rules, finished_keys, hashes_path, piece_key, sweep
+from data_pipeline.progress import Progress
+from data_pipeline.shards import locked, publish
 from data_pipeline.sources import Source, open_source
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.verify import record_content
 from data_pipeline.vocabulary import write_file_atomically
+from data_pipeline.workers import make_pieces
 
 SETTINGS_FILE_NAME = (
     "prepare.json"  # what was asked for, to recognise the same request; it may name local files, the manifest does not
 )
-_BATCH_CHARACTERS = 1 << 20
-_BATCH_DOCUMENTS = 4096
-_REPORT_EVERY_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class _Batch:
-    splits: list[str]
-    texts: list[str]
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """tokens: all documents of a batch, each with its end-of-text, one after the other; lengths: of each document."""
-
-    tokens: np.ndarray
-    lengths: list[int]
-    irregular: Counter
+MALFORMED_FILE_NAME = "malformed.txt"
+_FIRST_NAMED = 3  # malformed records
 
 
 def prepare(
@@ -63,51 +47,57 @@ def prepare(
     output: str | Path,
     tokenizer: Tokenizer,
     *,
-    validation_fraction: float = 0.01,
-    shard_tokens: int = 1 << 26,
-    max_documents: int | None = None,
     workers: int = 1,
+    max_malformed: float = 0.001,
     overwrite: bool = False,
     report: Callable[[str], None] = print,
+    **options,
 ) -> Manifest:
     """Writes the documents of `sources`, in order, as a dataset in the directory `output`, and returns its manifest.
 
-    Exact duplicates and empty documents are dropped. A document's SHA-256 alone decides its split, so no text is in
-    both. Each document ends with the tokenizer's end-of-text token. A shard holds whole documents, up to `shard_tokens`
-    tokens (more only for a single longer document).
-    workers: processes that tokenize. When `output` already holds the result of the same request nothing is done.
+    A document's SHA-256 alone decides its split, so no text is in both. Each document ends with the tokenizer's
+    end-of-text token. Each part of the sources becomes shards of its own, in OUTPUT.preparing, by processes side by
+    side; whatever is complete there is taken over. When all are, copies of earlier documents are taken out, what is
+    held out is gathered, and the result is renamed into place.
 
-    Raises ValueError for a bad argument, a bad record, no training text, or an `output` that holds something else and
-    `overwrite` is not set (with `overwrite` only a prepared dataset is replaced); OSError when it cannot be written.
+    workers: processes. options: what becomes of a text, the fields of `Rules`. max_malformed: share of the records that
+    may hold no text; they are left out and listed in malformed.txt. When `output` already holds the result of the same
+    request nothing is done.
+
+    Raises ValueError for a bad argument, too many bad records, no training text, or an `output` that holds something
+    else and `overwrite` is not set (with `overwrite` only a prepared dataset is replaced); OSError when it cannot be
+    written.
     """
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction {validation_fraction}: must be at least 0 and less than 1")
-    for name, value in (("workers", workers), ("shard_tokens", shard_tokens), ("max_documents", max_documents)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} {value}: must be at least 1")
+    rules = Rules(**options)
+    if workers < 1:
+        raise ValueError(f"workers {workers}: must be at least 1")
+    if not 0 <= max_malformed <= 1:
+        raise ValueError(f"max_malformed {max_malformed}: must be a share, from 0 to 1")
     output = Path(output).absolute()
     settings = {
         "version": VERSION,
         "sources": [[source.spec, source.fingerprint] for source in sources],
         "tokenizer_sha256": tokenizer.sha256,
-        "validation_fraction": validation_fraction,
-        "shard_tokens": shard_tokens,
-        "max_documents": max_documents,
+        **rules.fingerprint(),
     }
+    settings = json.loads(json.dumps(settings))  # as it will be read back
     if (existing := _existing(output, settings, overwrite)) is not None:
         report(f"{output}: already prepared, {_summary(existing)}")
+        _sweep_finished(output, {piece_key(part, rules, tokenizer) for source in sources for part in source.parts})
         return existing
     for source in sources:
         report(f"{source.spec}: {source.description}")
 
-    with _staging_directory(output) as staging:
-        tokenizer.save(staging)
-        dropped: Counter[str] = Counter(empty=0, duplicate=0)
-        documents = (text for source in sources for text in source.documents())
-        distinct = itertools.islice(_distinct(documents, dropped), max_documents)
-        batches = _batches(distinct, validation_fraction)
-        with _encoder(staging, tokenizer, workers) as encode:
-            splits, irregular = _write_shards(staging, encode(batches), tokenizer, shard_tokens, report)
+    with _working_directory(output) as folder:
+        tokenizer.save(folder)
+        pieces = _make_pieces(sources, folder, rules, tokenizer, workers, report)
+        examples = _check_malformed(pieces, max_malformed, report)
+        final = folder / "final"
+        shutil.rmtree(final, ignore_errors=True)
+        final.mkdir()
+        tokenizer.save(final)
+        splits, dropped = gather(folder, final, pieces, rules, token_dtype(tokenizer.n_vocab))
+        irregular = sum((Counter(piece.irregular) for piece in pieces), Counter())
         manifest = Manifest(
             tokenizer={
                 "name": tokenizer.name,
@@ -118,17 +108,22 @@ def prepare(
             dtype=token_dtype(tokenizer.n_vocab).name,
             splits=splits,
             sources=[{"source": source.spec, "kind": source.kind} for source in sources],
-            dropped=dict(dropped),
+            dropped=dropped,
             irregular={reason: irregular[reason] for reason in ("split", "repaired")},
             python_version=platform.python_version(),
         )
         if not splits["train"]:
+            shutil.rmtree(folder)
             raise ValueError("there is no training text in the sources, so nothing was prepared")
-        write_file_atomically(staging / SETTINGS_FILE_NAME, (json.dumps(settings, indent=1) + "\n").encode())
-        write_file_atomically(staging / FILE_NAME, manifest.to_json())
-        _publish(staging, output, overwrite)
+        if examples:
+            write_file_atomically(final / MALFORMED_FILE_NAME, "".join(f"{line}\n" for line in examples).encode())
+        write_file_atomically(final / SETTINGS_FILE_NAME, (json.dumps(settings, indent=1) + "\n").encode())
+        write_file_atomically(final / FILE_NAME, manifest.to_json())
+        record_content(final, manifest)
+        _replace(final, output)
+        shutil.rmtree(folder)
     report(f"{output}: {_summary(manifest)}")
-    if validation_fraction and not splits["validation"]:
+    if rules.validation_fraction and not splits["validation"]:
         report(
             "warning: no document fell into the validation split; prepare again with --validation-fraction 0.2 "
             "--overwrite, say, or train with --validation.every 0"
@@ -161,195 +156,114 @@ def _existing(output: Path, settings: dict, overwrite: bool) -> Manifest | None:
 
 
 @contextlib.contextmanager
-def _staging_directory(output: Path) -> Iterator[Path]:
-    """OUTPUT.tmp-*, removed unless it was renamed. It is locked while in use, so that what killed runs left behind can
-    be told and swept.
+def _working_directory(output: Path) -> Iterator[Path]:
+    """OUTPUT.preparing, locked while in use; it stays when the work was not finished, unless there is nothing in it
+    that could be taken over.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in output.parent.glob(f"{output.name}.tmp-*"):
-        with contextlib.suppress(OSError), _locked(leftover):
-            shutil.rmtree(leftover)
-    staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f"{output.name}.tmp-"))
-    try:
-        staging.chmod(0o755)
-        with _locked(staging):
-            yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    folder = output.with_name(f"{output.name}.preparing")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        for leftover in output.parent.glob(f"{output.name}.replaced-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        sweep(folder)
+        try:
+            yield folder
+        finally:
+            if not finished_keys(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep_finished(output: Path, keys: set[str]) -> None:
+    """Remove OUTPUT.preparing if a kill just after the end left it; not what belongs to another request."""
+    folder = output.with_name(f"{output.name}.preparing")
+    with contextlib.suppress(OSError), locked(folder):
+        if finished_keys(folder) <= keys:
+            shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _alone(folder: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another process is preparing this dataset; wait for it, or end it") from error
         yield
-    finally:
-        os.close(descriptor)
 
 
-def _publish(staging: Path, output: Path, overwrite: bool) -> None:
-    _sync_directory(staging)
+def _make_pieces(
+    sources: list[Source],
+    folder: Path,
+    rules: Rules,
+    tokenizer: Tokenizer,
+    workers: int,
+    report: Callable[[str], None],
+) -> list[Piece]:
+    """The pieces of all parts in order, or of as many as hold `max_documents`."""
+    parts = [part for source in sources for part in source.parts]
+    keys = [piece_key(part, rules, tokenizer) for part in parts]
+    pieces = {index: piece for index, key in enumerate(keys) if (piece := Piece.read(folder, key)) is not None}
+    if pieces:
+        report(f"continuing: {len(pieces)} of {len(parts)} parts are done already")
+    if others := finished_keys(folder) - set(keys):
+        report(f"{folder} holds {len(others)} parts of another request; they are removed when this one is done")
+    seen: set[tuple[int, int]] = set()
+    counted = 0
+
+    def enough() -> bool:
+        """Whether the first parts, without a gap, hold `max_documents` distinct documents."""
+        nonlocal counted
+        most = rules.max_documents
+        while most is not None and counted in pieces and len(seen) < most:
+            table = np.fromfile(hashes_path(folder, keys[counted]), HASHES)
+            if rules.deduplicate:
+                seen.update(zip(table["high"].tolist(), table["low"].tolist()))
+            else:
+                seen.update((counted, place) for place in range(len(table)))
+            counted += 1
+        return most is not None and len(seen) >= most
+
+    todo = [index for index in range(len(parts)) if index not in pieces]
+    if todo and not enough():
+        size = sum(parts[index].size for index in todo)
+        with Progress(size, report) as progress:
+            made = make_pieces([parts[index] for index in todo], folder, rules, tokenizer, workers, progress.work)
+            with contextlib.closing(made):
+                for position, piece in made:
+                    pieces[todo[position]] = piece
+                    progress.done(parts[todo[position]].size)
+                    if enough():
+                        break
+    return [pieces[index] for index in range(counted if enough() else len(parts))]
+
+
+def _check_malformed(pieces: list[Piece], most: float, report: Callable[[str], None]) -> list[str]:
+    """Names the malformed records. Raises ValueError when they are more than the share `most`."""
+    count, records = sum(piece.malformed for piece in pieces), sum(piece.records for piece in pieces)
+    examples = [line for piece in pieces for line in piece.examples]
+    if count > most * records:
+        raise ValueError(
+            f"{count:,} of {records:,} records are malformed, more than --max-malformed {most:g} allows; mend them or "
+            f"raise it: {'; '.join(examples[:_FIRST_NAMED])}"
+        )
+    if count:
+        report(
+            f"warning: {count:,} of {records:,} records are malformed and left out, listed in {MALFORMED_FILE_NAME}:"
+        )
+        for line in examples[:_FIRST_NAMED]:
+            report(f"  {line}")
+    return examples
+
+
+def _replace(final: Path, output: Path) -> None:
+    """Rename the result to its place, over an older one."""
     replaced = None
-    if overwrite and output.exists():
-        replaced = Path(tempfile.mkdtemp(dir=output.parent, prefix=f"{output.name}.tmp-"))
+    if output.exists():
+        replaced = Path(tempfile.mkdtemp(dir=output.parent, prefix=f"{output.name}.replaced-"))
         os.rename(output, replaced / "replaced")
-    os.rename(staging, output)
-    _sync_directory(output.parent)
+    publish(final, output)
     if replaced is not None:
         shutil.rmtree(replaced)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _distinct(documents: Iterable[str], dropped: Counter) -> Iterator[tuple[str, bytes]]:
-    """(text, SHA-256) of each document that is neither empty nor an exact copy of an earlier one. Keeps about 100 bytes
-    per document.
-    """
-    seen: set[bytes] = set()
-    for text in documents:
-        if not text:
-            dropped["empty"] += 1
-            continue
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        if digest[:16] in seen:
-            dropped["duplicate"] += 1
-            continue
-        seen.add(digest[:16])
-        yield text, digest
-
-
-def _batches(documents: Iterable[tuple[str, bytes]], validation_fraction: float) -> Iterator[_Batch]:
-    batch, characters = _Batch([], []), 0
-    for text, digest in documents:
-        fraction = int.from_bytes(digest[:8], "big") / 2**64
-        batch.splits.append("validation" if fraction < validation_fraction else "train")
-        batch.texts.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS or len(batch.texts) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = _Batch([], []), 0
-    if batch.texts:
-        yield batch
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> _Encoded:
-    irregular_before = tokenizer.irregular.copy()
-    end = np.array([tokenizer.eot_id], dtype=np.int32)
-    parts, lengths = [], []
-    for text in texts:
-        tokens = tokenizer.encode(text)
-        parts += (tokens, end)
-        lengths.append(len(tokens) + 1)
-    dtype = token_dtype(tokenizer.n_vocab)
-    return _Encoded(np.concatenate(parts).astype(dtype), lengths, tokenizer.irregular - irregular_before)
-
-
-_worker_tokenizer: Tokenizer | None = None
-
-
-def _start_worker(directory: Path) -> None:
-    global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    _worker_tokenizer = Tokenizer.load(directory)
-
-
-def _encode_in_worker(texts: list[str]) -> _Encoded:
-    assert _worker_tokenizer is not None
-    return _encode(_worker_tokenizer, texts)
-
-
-@contextlib.contextmanager
-def _encoder(staging: Path, tokenizer: Tokenizer, workers: int) -> Iterator[Callable]:
-    """A function from batches to (batch, encoded) in the same order. In this process for one worker, else in a pool
-    that reads ahead a little.
-    """
-    if workers == 1:
-        yield lambda batches: ((batch, _encode(tokenizer, batch.texts)) for batch in batches)
-        return
-
-    # Not fork: pyarrow and datasets run threads here. Not multiprocessing.Pool: it waits for ever when a worker is
-    # killed.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(staging,))
-
-    def encode(batches: Iterable[_Batch]) -> Iterator[tuple[_Batch, _Encoded]]:
-        pending: deque = deque()
-        for batch in batches:
-            try:
-                pending.append((batch, pool.submit(_encode_in_worker, batch.texts)))
-            except Exception as error:  # a pool that is just breaking fails in several ways, by its own closed pipes
-                raise BrokenProcessPool(str(error)) from error
-            if len(pending) > 2 * workers:
-                done, future = pending.popleft()
-                yield done, future.result()
-        for done, future in pending:
-            yield done, future.result()
-
-    try:
-        yield encode
-    except BrokenProcessPool as error:
-        raise ValueError("a tokenizing process died (out of memory?); try fewer workers") from error
-    finally:
-        with contextlib.suppress(OSError):  # the same pipe
-            pool.shutdown(cancel_futures=True)
-
-
-class _SplitWriter:
-    """Cuts one split into shards SPLIT-00000, SPLIT-00001, ..."""
-
-    def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int):
-        self.directory, self.split, self.dtype, self.shard_tokens = directory, split, dtype, shard_tokens
-        self.shards: list[Shard] = []
-        self._writer: IndexedWriter | None = None
-
-    def add(self, tokens: np.ndarray) -> None:
-        if self._writer is not None and self._writer.tokens + len(tokens) > self.shard_tokens:
-            self.close()
-        if self._writer is None:
-            self._writer = IndexedWriter(self.directory / f"{self.split}-{len(self.shards):05d}", self.dtype)
-        self._writer.add_document(tokens)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            writer.close()
-            name, index_sha256, max_token = writer.prefix.name, writer.index_sha256, writer.max_token
-            self.shards.append(Shard(name, writer.tokens, writer.documents, writer.sha256, index_sha256, max_token))
-
-
-def _write_shards(
-    directory: Path,
-    batches: Iterable[tuple[_Batch, _Encoded]],
-    tokenizer: Tokenizer,
-    shard_tokens: int,
-    report: Callable[[str], None],
-) -> tuple[dict[str, list[Shard]], Counter]:
-    dtype = token_dtype(tokenizer.n_vocab)
-    writers = {split: _SplitWriter(directory, split, dtype, shard_tokens) for split in SPLITS}
-    irregular: Counter[str] = Counter()
-    start = reported = time.monotonic()
-    n_documents = n_tokens = 0
-    for batch, encoded in batches:
-        position = 0
-        for split, length in zip(batch.splits, encoded.lengths):
-            writers[split].add(encoded.tokens[position : position + length])
-            position += length
-        irregular += encoded.irregular
-        n_documents, n_tokens = n_documents + len(batch.texts), n_tokens + position
-        if (now := time.monotonic()) - reported >= _REPORT_EVERY_SECONDS:
-            reported = now
-            rate = n_tokens / (now - start)
-            report(f"  {n_documents:,} documents, {n_tokens / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M tokens/s")
-    for writer in writers.values():
-        writer.close()
-    return {split: writer.shards for split, writer in writers.items()}, irregular
 
 
 def _summary(manifest: Manifest) -> str:
@@ -370,65 +284,131 @@ def _summary(manifest: Manifest) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.prepare",
-        description="Tokenize text into a directory that training reads.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SOURCE",
-        help="pystdlib, installed, synthetic[:documents=N,seed=S]; files, globs or directories of .txt .md .jsonl "
-        ".parquet (.gz .zst); or a Hugging Face dataset name",
-    )
-    parser.add_argument("--output", required=True, help="directory to create")
-    parser.add_argument(
-        "--tokenizer", default="builtin", help="builtin, bytes, o200k_harmony, o200k_base, cl100k_base, gpt2, or a path"
-    )
-    parser.add_argument("--pattern", help="word pattern of a tokenizer file that is not recognised")
-    parser.add_argument("--vocab-file", help="rank file of an OpenAI tokenizer, instead of searching for it")
-    parser.add_argument("--vocab-size", type=int, help="shorten the tokenizer to exactly this many ids")
-    parser.add_argument("--text-column", default="text", help="field that holds the text in records")
-    parser.add_argument("--split", help="split of a Hugging Face dataset (train when not given)")
-    parser.add_argument("--name", help="configuration of a Hugging Face dataset")
-    parser.add_argument(
-        "--validation-fraction", type=float, default=0.01, help="share of the documents held out (0.01)"
-    )
-    parser.add_argument("--shard-tokens", type=int, default=1 << 26, help="tokens per shard file (67108864)")
-    parser.add_argument("--max-documents", type=int, help="stop after this many documents")
-    parser.add_argument("--workers", type=int, default=1, help="tokenizing processes")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
-    arguments = parser.parse_args(argv)
     try:
+        arguments = _arguments(argv)
         tokenizer = load_tokenizer(
             arguments.tokenizer,
             pattern=arguments.pattern,
             vocab_file=arguments.vocab_file,
             vocab_size=arguments.vocab_size,
         )
+        tokenizer.engine = arguments.engine
         sources = [
-            open_source(spec, text_column=arguments.text_column, split=arguments.split, config_name=arguments.name)
+            open_source(
+                spec,
+                text_column=arguments.text_column,
+                split=arguments.split,
+                config_name=arguments.name,
+                revision=arguments.revision,
+            )
             for spec in arguments.sources
         ]
         prepare(
             sources,
             arguments.output,
             tokenizer,
+            workers=arguments.workers,
+            max_malformed=arguments.max_malformed,
+            overwrite=arguments.overwrite,
+            report=lambda line: print(line, flush=True),
+            normalization=arguments.normalization,
+            min_characters=arguments.min_characters,
+            max_characters=arguments.max_characters,
+            filters=tuple(arguments.filter),
+            deduplicate=not arguments.keep_duplicates,
             validation_fraction=arguments.validation_fraction,
             shard_tokens=arguments.shard_tokens,
             max_documents=arguments.max_documents,
-            workers=arguments.workers,
-            overwrite=arguments.overwrite,
-            report=lambda line: print(line, flush=True),
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing was kept", file=sys.stderr)
+        print("interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Raises ValueError for a bad recipe."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.prepare",
+        description="Tokenize text into a directory that training reads. A command that was interrupted or killed "
+        "continues when it is given again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "sources",
+        nargs="*",
+        metavar="SOURCE",
+        help="pystdlib, installed, synthetic[:documents=N,seed=S]; files, globs or directories of .txt .md .jsonl "
+        ".parquet (.gz .zst), also as s3://, gs:// or https:// URLs; or a Hugging Face dataset name",
+    )
+    add("--config", help="recipe: a YAML file of these options, such as configs/data/tinystories.yaml; options given "
+        "here count more")  # fmt: skip
+    add("--output", help="directory to create")
+    add(
+        "--tokenizer", default="builtin", help="builtin, bytes, o200k_harmony, o200k_base, cl100k_base, gpt2, or a path"
+    )
+    add("--pattern", help="word pattern of a tokenizer file that is not recognised")
+    add("--vocab-file", help="rank file of an OpenAI tokenizer, instead of searching for it")
+    add("--vocab-size", type=int, help="shorten the tokenizer to exactly this many ids")
+    add("--engine", default="auto", choices=["auto", "tiktoken", "gigatoken"], help="what tokenizes; same ids")
+    add("--text-column", default="text", help="field that holds the text in records")
+    add("--split", help="split of a Hugging Face dataset (train when not given)")
+    add("--name", help="configuration of a Hugging Face dataset")
+    add("--revision", help="revision of a Hugging Face dataset")
+    add("--normalization", choices=["NFC", "NFD", "NFKC", "NFKD"], help="Unicode normalization of the texts")
+    add("--min-characters", type=int, default=0, help="drop shorter documents")
+    add("--max-characters", type=int, help="drop longer documents")
+    add("--filter", action="append", default=[], metavar="MODULE:FUNCTION",
+        help="called with each text: True keeps it, False drops it, a text replaces it; may be repeated")  # fmt: skip
+    add("--keep-duplicates", action="store_true", help="do not drop exact copies of earlier documents")
+    add("--max-malformed", type=float, default=0.001, help="largest share of bad records; they are left out")
+    add("--validation-fraction", type=float, default=0.01, help="share of the documents held out")
+    add("--shard-tokens", type=int, default=1 << 26, help="most tokens of a shard file")
+    add("--max-documents", type=int, help="stop after this many documents")
+    add("--workers", type=int, default=1, help="processes")
+    add("--overwrite", action="store_true", help="replace an existing dataset")
+    arguments = parser.parse_args(argv)
+    if arguments.config:
+        parser.set_defaults(**_recipe(Path(arguments.config), parser))
+        arguments = parser.parse_args(argv)
+    for name in ("sources", "output"):
+        if not getattr(arguments, name):
+            raise ValueError(f"{name}: missing; see python -m data_pipeline.prepare --help")
+    return arguments
+
+
+def _recipe(path: Path, parser: argparse.ArgumentParser) -> dict:
+    """Values of a YAML file by the names of options. Raises ValueError naming file and key."""
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected options, such as `tokenizer: builtin`")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    recipe = {}
+    for key, value in values.items():
+        action = actions.get(str(key).replace("-", "_"))
+        if action is None:
+            raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(actions))}")
+        if action.nargs == "*" or isinstance(action.default, list):
+            right = isinstance(value, list) and all(isinstance(item, str) for item in value)
+            expected = "a list of texts"
+        elif isinstance(action, argparse._StoreTrueAction):
+            right, expected = isinstance(value, bool), "true or false"
+        else:
+            kinds = {int: int, float: (int, float), None: str}[action.type]
+            right = value is None or (isinstance(value, kinds) and not isinstance(value, bool))
+            right = right and (action.choices is None or value in (None, *action.choices))
+            expected = f"one of {', '.join(action.choices)}" if action.choices else f"{action.type or str}"
+        if not right:
+            raise ValueError(f"{path}: {key}: {value!r} is not {expected}")
+        recipe[action.dest] = value
+    return recipe
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from data_pipeline.fast import fast_encoder
 from data_pipeline.vocabulary import SHA256, find_ranks, format_ranks, parse_ranks, write_file_atomically
 
 END_OF_TEXT = "<|endoftext|>"
@@ -62,6 +63,7 @@ class Tokenizer:
     special_tokens: {text: id}, never produced from text by `encode`. eot_token: the special token that ends a document.
     irregular: counts of documents that `encode` had to treat: "split" (a run too long for the regular expression
         engine; no token crosses the cuts) and "repaired" (lone surrogates, which are not Unicode text, became U+FFFD).
+    engine: of `encode_documents`. rank_file: the ranks as bytes of a tiktoken rank file.
     """
 
     def __init__(
@@ -79,6 +81,8 @@ class Tokenizer:
         self.eot_id = self.special_tokens[eot_token]
         self.n_vocab = max(max(ranks.values()), max(self.special_tokens.values())) + 1
         self.irregular: Counter[str] = Counter()
+        self.engine = "auto"
+        self._fast = None
         self.ranks = ranks
         try:
             self._encoding = tiktoken.Encoding(
@@ -88,7 +92,8 @@ class Tokenizer:
             raise ValueError(f"tokenizer {name}: pattern {pattern!r} is not accepted: {error}") from error
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise ValueError(f"tokenizer {name}: pattern {pattern!r} leaves out some characters, so text would be lost")
-        ranks_sha256 = hashlib.sha256(format_ranks(ranks)).hexdigest()
+        self.rank_file = format_ranks(ranks)
+        ranks_sha256 = hashlib.sha256(self.rank_file).hexdigest()
         identity = [pattern, ranks_sha256, sorted(self.special_tokens.items()), eot_token]
         self.sha256 = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
@@ -103,6 +108,29 @@ class Tokenizer:
         except ValueError:
             self.irregular["split"] += 1
             return np.concatenate(self._encode_halves(text))
+
+    def encode_documents(self, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts, one after the other, each with its end-of-text token, in `dtype` [n]; and the number of ids
+        of each, int32 [len(texts)].
+
+        `engine` does the work: "tiktoken", "gigatoken" (the extra `fast`), or "auto", which is gigatoken where it is
+        installed and encodes a set of trial texts alike. The ids are the same. Raises ValueError when gigatoken is
+        asked for and cannot be used.
+        """
+        if self._fast is None:
+            self._fast = fast_encoder(self) if self.engine != "tiktoken" else False
+        if self._fast:
+            return self._fast.encode_documents(texts, dtype)
+        end = np.array([self.eot_id], np.uint32)
+        parts, lengths = [], []
+        for text in texts:
+            try:
+                tokens = self._encoding.encode_to_numpy(text, disallowed_special=())
+            except ValueError:  # also UnicodeEncodeError
+                tokens = self.encode(text)
+            parts += (tokens, end)
+            lengths.append(len(tokens) + 1)
+        return np.concatenate(parts, dtype=dtype, casting="unsafe"), np.array(lengths, np.int32)
 
     def decode(self, ids) -> str:
         """Text of token ids (array, tensor or list); bytes that are not UTF-8 become U+FFFD. Raises ValueError for an
@@ -130,7 +158,7 @@ class Tokenizer:
             "ranks_file": _RANKS_FILE_NAME,
             "sha256": self.sha256,
         }
-        write_file_atomically(Path(directory) / _RANKS_FILE_NAME, format_ranks(self.ranks))
+        write_file_atomically(Path(directory) / _RANKS_FILE_NAME, self.rank_file)
         text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
         write_file_atomically(Path(directory) / _FILE_NAME, text.encode())
 

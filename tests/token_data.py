@@ -10,9 +10,9 @@ from data_pipeline.manifest import Shard
 
 def write_dataset(path: Path, splits: dict, *, seed: int = 0) -> Path:
     """Documents of random letters, of given lengths (end of text included), in two shards per split."""
-    tokenizer, generator, shards = load_tokenizer("bytes"), np.random.default_rng(seed), {}
+    tokenizer, generator = load_tokenizer("bytes"), np.random.default_rng(seed)
+    shards: dict[str, list[Shard]] = {"train": [], "validation": []}
     for split, lengths in splits.items():
-        shards[split] = []
         for number, part in enumerate(np.array_split(np.asarray(lengths), 2)):
             name = f"{split}-{number:05d}"
             with IndexedWriter(path / name, np.dtype("<u2")) as writer:

@@ -9,6 +9,7 @@ from pathlib import Path
 from data_pipeline import Manifest, MixtureDataset, Source, Stage, open_dataset
 from data_pipeline.dataset import TokenSplit
 from data_pipeline.mixture import differences
+from data_pipeline.verify import check_content, record_content
 from gptoss_dist.config import Config, SourceConfig
 from gptoss_dist.parallel.context import Context, on_every_rank, on_rank_zero
 
@@ -97,22 +98,15 @@ def verify(config: Config, context: Context) -> None:
     """
     if config.data.verify == "never":
         return
-    from data_pipeline.verify import check_content, record_content
-
-    folders = [source.path for source in sources(config)]
+    manifests = {source.path: Manifest.read(source.path) for source in sources(config)}
+    always = config.data.verify == "always"
 
     def check() -> None:
-        for folder in folders:
-            check_content(
-                folder,
-                Manifest.read(folder),
-                part=context.rank,
-                parts=context.world_size,
-                always=config.data.verify == "always",
-            )
+        for folder, manifest in manifests.items():
+            check_content(folder, manifest, part=context.rank, parts=context.world_size, always=always)
 
     on_every_rank(check)
-    on_rank_zero(lambda: [record_content(folder) for folder in folders])
+    on_rank_zero(lambda: [record_content(folder, manifest) for folder, manifest in manifests.items()])
 
 
 def _recorded(info: dict) -> dict:

@@ -1,8 +1,7 @@
 """The data of a run: which settings are refused, and what becomes of a mixture on resume."""
 
 import json
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,10 +160,12 @@ def test_contradictions_are_one_line(data, message):
 
 def test_content_is_verified_as_asked(config, monkeypatch):
     calls = []
-    module = ModuleType("data_pipeline.verify")
-    module.check_content = lambda folder, manifest, *, part, parts, always: calls.append((folder, part, parts, always))
-    module.record_content = lambda folder: calls.append(("recorded", folder))
-    monkeypatch.setitem(sys.modules, "data_pipeline.verify", module)
+
+    def check(folder, manifest, *, part, parts, always):
+        calls.append((folder, part, parts, always))
+
+    monkeypatch.setattr("gptoss_dist.train.data.check_content", check)
+    monkeypatch.setattr("gptoss_dist.train.data.record_content", lambda folder, _: calls.append(("recorded", folder)))
     settings, context = config(("web", 1.0), ("code", 1.0)), start()
     try:
         folders = [source.path for source in settings.data.sources]
@@ -180,7 +181,8 @@ def test_content_is_verified_as_asked(config, monkeypatch):
         def damaged(folder, *_, **__):
             raise ValueError(f"{folder}/train-00000.bin: content differs")
 
-        settings.data.verify, module.check_content = "once", damaged
+        settings.data.verify = "once"
+        monkeypatch.setattr("gptoss_dist.train.data.check_content", damaged)
         with pytest.raises(ValueError, match=r"web/train-00000\.bin: content differs"):
             verify(settings, context)
         assert not calls  # what was not found whole is not recorded as such

@@ -1,0 +1,156 @@
+"""Input files on this machine or behind a URL (s3://, gs://, hf://, https://, through fsspec), and what is in them when
+they are compressed.
+"""
+
+import glob
+import gzip
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+COMPRESSIONS = (".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class File:
+    """path: local path or URL. size: bytes, 0 when not known. version: changes when the content does (a time, or what
+    the store says).
+    """
+
+    path: str
+    size: int
+    version: str
+
+    @property
+    def name(self) -> str:
+        return self.path.rstrip("/").rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        """Of the content: `.jsonl` for `a.jsonl.zst`."""
+        return content_suffix(self.name)
+
+    @property
+    def is_compressed(self) -> bool:
+        return self.name.endswith(COMPRESSIONS)
+
+
+def content_suffix(name: str) -> str:
+    path = Path(name)
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+def is_url(spec: str) -> bool:
+    return "://" in spec
+
+
+def find_files(spec: str, suffixes: tuple[str, ...]) -> list[File]:
+    """Files of a path, a directory (those that end in one of `suffixes`, compressed or not) or a glob, sorted by name.
+
+    Raises ValueError when a URL cannot be looked at; an empty list when nothing is there.
+    """
+    if is_url(spec):
+        return _find_remote(spec, suffixes)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        found = [file for file in sorted(path.rglob("*")) if file.is_file() and content_suffix(file.name) in suffixes]
+    elif path.exists():
+        found = [path]
+    else:
+        found = [file for file in map(Path, sorted(glob.glob(str(path), recursive=True))) if file.is_file()]
+    return [local_file(file) for file in found]
+
+
+def local_file(path: Path) -> File:
+    status = os.stat(path)
+    return File(str(path.absolute()), status.st_size, str(status.st_mtime_ns))
+
+
+def _find_remote(spec: str, suffixes: tuple[str, ...]) -> list[File]:
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(spec)
+        if glob.has_magic(path):
+            paths = system.glob(path)
+        elif not path.endswith(suffixes + COMPRESSIONS) and system.isdir(path):
+            paths = [name for name in system.find(path) if content_suffix(name) in suffixes]
+        else:
+            paths = [path]
+        found = []
+        for name in sorted(paths):
+            info = system.info(name)
+            versions = [str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "updated") if info.get(key)]
+            found.append(File(system.unstrip_protocol(name), info.get("size") or 0, "/".join(versions)))
+        return found
+    except Exception as error:  # each store raises its own kinds
+        raise ValueError(f"source {spec!r} cannot be looked at: {first_line(error)}") from error
+
+
+def open_bytes(path: str) -> BinaryIO:
+    """The file as it is. Raises OSError, also for what a store raises."""
+    if not is_url(path):
+        return open(path, "rb", buffering=1 << 20)
+    import fsspec
+
+    try:
+        return fsspec.open(path, "rb", block_size=1 << 23).open()
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(first_line(error)) from error
+
+
+def open_decompressed(path: str) -> BinaryIO:
+    """What is in a .gz or .zst file, or the file itself."""
+    if path.endswith(".gz"):
+        return io.BufferedReader(gzip.open(open_bytes(path)), 1 << 17)
+    if path.endswith(".zst"):
+        return io.BufferedReader(_ZstdStream(open_bytes(path)), buffer_size=1 << 17)
+    return open_bytes(path)
+
+
+class _ZstdStream(io.RawIOBase):
+    """Reads every frame of a .zst file. Unlike zstandard's own reader, a file cut short inside a frame is an error, not
+    an early end.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._inside_frame = False
+        self._input = self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._output:
+            self._input = self._input or self._file.read(1 << 17)
+            if not self._input:
+                if self._inside_frame:
+                    raise EOFError("compressed file ended before the end-of-stream marker was reached")
+                return 0
+            self._inside_frame = True
+            self._output = self._frame.decompress(self._input)
+            self._input = b""
+            if self._frame.eof:
+                self._input = self._frame.unused_data
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._inside_frame = False
+        count = min(len(buffer), len(self._output))
+        buffer[:count], self._output = self._output[:count], self._output[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error of another library, for a message of one line."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -1,0 +1,151 @@
+"""What is in a dataset, and what training sees of it.
+
+python -m data_pipeline.inspect data/pystdlib
+python -m data_pipeline.inspect data/pystdlib --document 3 --split validation
+python -m data_pipeline.inspect data/pystdlib --sample 1000 --seq-len 512 --seed 1
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline import command
+from data_pipeline.manifest import FILE_NAME, SPLITS, Manifest, open_shards
+from data_pipeline.sampler import global_order
+from data_pipeline.tokenizer import Tokenizer
+
+_SHARDS_SHOWN = 10
+_PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
+
+
+def summary(directory: str | Path) -> Iterator[str]:
+    """Lines about splits, shards, lengths of documents, sources, what was dropped, and the tokenizer."""
+    manifest = Manifest.read(directory)
+    tokenizer = manifest.tokenizer
+    yield f"{directory}: {manifest.storage} storage of {manifest.dtype}, content {manifest.content_sha256[:16]}"
+    yield (
+        f"tokenizer   {tokenizer['name']}, {tokenizer['n_vocab']:,} ids, end of text {tokenizer['eot_id']}, "
+        f"{tokenizer['sha256'][:16]}"
+    )
+    for split, shards in manifest.splits.items():
+        yield (
+            f"{split:<11} {manifest.tokens(split):,} tokens in {manifest.documents(split):,} documents, "
+            f"{len(shards)} shards"
+        )
+        if manifest.documents(split):
+            lengths = np.concatenate([reader.lengths for reader in open_shards(directory, manifest, split)])
+            values = np.percentile(lengths, _PERCENTILES, method="nearest")
+            listed = "  ".join(f"p{p} {int(value):,}" for p, value in zip(_PERCENTILES, values))
+            yield f"            tokens per document: mean {lengths.mean():,.1f}  {listed}"
+        # Thousands of shards are as alike as ten.
+        for shard in shards if len(shards) <= 2 * _SHARDS_SHOWN else shards[:_SHARDS_SHOWN]:
+            largest = "" if shard.max_token is None else f", largest id {shard.max_token}"
+            yield (
+                f"            {shard.name}: {shard.tokens:,} tokens, {shard.documents:,} documents{largest}, "
+                f"{shard.sha256[:16]}"
+            )
+        if len(shards) > 2 * _SHARDS_SHOWN:
+            yield f"            and {len(shards) - _SHARDS_SHOWN} more"
+    for source in manifest.sources:
+        yield f"source      {source['source']} ({source['kind']})"
+    for title, counts in (("dropped", manifest.dropped), ("irregular", manifest.irregular)):
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
+        yield f"{title:<11} {listed or 'none'}"
+
+
+def document(directory: str | Path, split: str, number: int) -> Iterator[str]:
+    """A line about document `number` of a split, counted from 0 over all shards, and its text."""
+    manifest = _read_manifest(directory, split)
+    if not 0 <= number < manifest.documents(split):
+        raise ValueError(f"document {number}: {directory} has 0 to {manifest.documents(split) - 1} in split {split}")
+    tokenizer, within = Tokenizer.load(directory), number
+    for shard, reader in zip(manifest.splits[split], open_shards(directory, manifest, split)):
+        if within < shard.documents:
+            tokens = reader[within]
+            yield f"document {number} of {split}: document {within} of {shard.name}, {len(tokens)} tokens"
+            yield tokenizer.decode(tokens)
+            return
+        within -= shard.documents
+
+
+def sample(directory: str | Path, split: str, number: int, *, seq_len: int, seed: int) -> Iterator[str]:
+    """What training with `seed` gets at position `number`: seq_len + 1 tokens, each document's part under a line that
+    says which document it is and which tokens of it.
+    """
+    from data_pipeline.dataset import TokenDataset  # brings torch
+
+    if number < 0:
+        raise ValueError(f"sample {number}: must not be negative")
+    dataset = TokenDataset(directory, seq_len=seq_len, split=split, seed=seed)
+    position = np.array([number])
+    tokens = dataset.samples(position)[0]
+    start = int(global_order(position, dataset.samples_per_epoch, seed=seed, shuffle=True)[0]) * seq_len
+    yield (
+        f"sample {number} of {split}, seed {seed}: epoch {number // dataset.samples_per_epoch}, tokens {start:,} to "
+        f"{start + seq_len:,} of {dataset.tokens_total:,}"
+    )
+    end = start + len(tokens)
+    for name, first, last, begin in _documents_at(directory, dataset.manifest, split, start, end):
+        cut = tokens[max(begin + first, start) - start : begin + last - start]
+        yield f"--- {name}, tokens {first:,} to {last - 1:,}, {len(cut)} tokens"
+        yield dataset.tokenizer.decode(cut)
+
+
+def _documents_at(
+    directory: str | Path, manifest: Manifest, split: str, start: int, end: int
+) -> Iterator[tuple[str, int, int, int]]:
+    """(title, its first and one after its last token that lie in [start, end), where it begins) of each document there.
+    Positions count through the split.
+    """
+    base = number = 0
+    for shard, reader in zip(manifest.splits[split], open_shards(directory, manifest, split)):
+        if base < end and start < base + shard.tokens:
+            ends = base + np.cumsum(reader.lengths, dtype=np.int64)
+            first = int(np.searchsorted(ends, start, side="right"))
+            for i in range(first, int(np.searchsorted(ends, end, side="left")) + 1):
+                if i == len(ends):
+                    break
+                begin, stop = int(ends[i]) - int(reader.lengths[i]), int(ends[i])
+                title = f"document {number + i} ({i} of {shard.name}, {stop - begin:,} tokens)"
+                yield title, max(start - begin, 0), min(end, stop) - begin, begin
+        base, number = base + shard.tokens, number + shard.documents
+
+
+def _read_manifest(directory: str | Path, split: str) -> Manifest:
+    manifest = Manifest.read(directory)
+    if split not in manifest.splits:
+        raise ValueError(f"{Path(directory) / FILE_NAME}: no split {split!r}, only {', '.join(manifest.splits)}")
+    return manifest
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.inspect", description="Print what is in a dataset, a document, or a sample."
+    )
+    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("--split", default="train", choices=SPLITS)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--document", type=int, metavar="N", help="the text of one document, counted from 0")
+    what.add_argument("--sample", type=int, metavar="N", help="what training reads at position N, counted from 0")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a sample (512)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of samples: the run's (0)")
+    arguments = parser.parse_args(argv)
+    place = (arguments.directory, arguments.split)
+    if arguments.document is not None:
+        lines = document(*place, arguments.document)
+    elif arguments.sample is not None:
+        lines = sample(*place, arguments.sample, seq_len=arguments.seq_len, seed=arguments.seed)
+    else:
+        lines = summary(arguments.directory)
+
+    def action() -> None:
+        for line in lines:
+            print(line)
+
+    return command.run(action)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,117 @@
+"""Processes that make pieces side by side, and end with the process that started them."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from data_pipeline.pieces import Piece, Rules, make_piece
+from data_pipeline.sources import Part
+from data_pipeline.tokenizer import Tokenizer
+
+# What a worker works with, set once when it starts.
+_tokenizer: Tokenizer | None = None
+_counters = None
+
+
+def make_pieces(
+    parts: list[Part],
+    directory: Path,
+    rules: Rules,
+    tokenizer: Tokenizer,
+    workers: int,
+    watch: Callable[[int, int], None],
+) -> Iterator[tuple[int, Piece]]:
+    """Yields (index of the part, its piece) as they are done; stops making more when the consumer does.
+
+    directory: for the pieces; the tokenizer is saved there. workers: 1 works in this process. watch: called with the
+    numbers of documents and tokens done so far, several times a second. Raises ValueError when a part cannot be read or
+    a worker died.
+    """
+    if workers == 1:
+        totals = [0, 0]
+
+        def progress(documents: int, tokens: int) -> None:
+            totals[0] += documents
+            totals[1] += tokens
+            watch(*totals)
+
+        for index, part in enumerate(parts):
+            yield index, make_piece(directory, part, rules, tokenizer, progress)
+        return
+
+    context = multiprocessing.get_context(_start_method())
+    counters = context.Array("q", 2)
+    shared = tokenizer if context.get_start_method() == "fork" else directory  # where it is saved
+    arguments = (shared, tokenizer.engine, counters, os.getpid())
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
+    left, running = iter(enumerate(parts)), {}
+
+    def submit() -> None:
+        # A few more than are at work, so that none waits; not all, because of what each future holds.
+        while len(running) < 2 * workers and (following := next(left, None)) is not None:
+            index, part = following
+            running[_submit(pool, directory, part, rules)] = index
+
+    try:
+        submit()
+        while running:
+            done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            watch(*counters[:])
+            for future in done:
+                yield running.pop(future), future.result()
+            submit()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a worker process died (out of memory?); the same command continues, with fewer --workers perhaps"
+        ) from error
+    finally:
+        processes = list((pool._processes or {}).values())
+        with contextlib.suppress(OSError):  # a pool that broke has closed its pipes
+            pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.kill()  # what it is at is written under another name
+
+
+def _submit(pool: ProcessPoolExecutor, directory: Path, part: Part, rules: Rules) -> Future:
+    try:
+        return pool.submit(_make_piece, directory, part, rules)
+    except (OSError, RuntimeError) as error:  # a pool that is just breaking fails in several ways
+        raise BrokenProcessPool(str(error)) from error
+
+
+def _start_method() -> str:
+    """`fork` starts at once and shares the tokenizer, but not after libraries have started threads."""
+    threaded = {"torch", "pyarrow", "datasets"} & sys.modules.keys()
+    return "spawn" if threaded or threading.active_count() > 1 else "fork"
+
+
+def _start_worker(tokenizer: Tokenizer | Path, engine: str, counters, parent: int) -> None:
+    global _tokenizer, _counters
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    _tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
+    _tokenizer.engine, _counters = engine, counters
+
+
+def _end_with(parent: int) -> None:
+    """A worker of a killed process would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _make_piece(directory: Path, part: Part, rules: Rules) -> Piece:
+    def progress(documents: int, tokens: int) -> None:
+        with _counters.get_lock():
+            _counters[0] += documents
+            _counters[1] += tokens
+
+    return make_piece(directory, part, rules, _tokenizer, progress)

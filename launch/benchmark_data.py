@@ -1,0 +1,269 @@
+#!/usr/bin/env python
+"""How fast text becomes shards, and shards become batches, beside what others do, in one run.
+
+    python launch/benchmark_data.py prepare --tokenizer o200k_harmony [--megabytes 200] [--rounds 3]
+    python launch/benchmark_data.py load [--gigabytes 1]
+
+`prepare` times the way from a .jsonl file to tokens on disk, each competitor in a process of its own, in turns, with
+the same tokenizer: tiktoken alone on texts in memory (one process, nothing written); this project with one and with two
+processes, and with gigatoken if it is installed; the scheme of Megatron-LM's tools/preprocess_data.py (a pool of
+processes that hand lists of ids to one writer); and `datasets.map`. Not counted: imports, loading the tokenizer.
+`load` times random access to packed batches on one core.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+COMPETITORS = {
+    "tiktoken": "tiktoken alone, texts in memory",
+    "ours1": "this project, 1 process",
+    "ours2": "this project, 2 processes",
+    "fast1": "this project, gigatoken, 1 process",
+    "fast2": "this project, gigatoken, 2 processes",
+    "megatron": "Megatron-LM's scheme, 2 processes",
+    "datasets": "datasets.map, 2 processes",
+}
+
+
+def read_texts(path: Path) -> list[str]:
+    with open(path) as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
+def run_tiktoken(path: Path, output: Path, tokenizer) -> int:
+    texts = read_texts(path)
+    encode = tokenizer._encoding.encode_to_numpy
+    start = time.perf_counter()
+    tokens = sum(len(encode(text, disallowed_special=())) + 1 for text in texts)
+    return tokens, time.perf_counter() - start
+
+
+def run_ours(path: Path, output: Path, tokenizer, workers: int, engine: str) -> int:
+    from data_pipeline.prepare import prepare
+    from data_pipeline.sources import open_source
+
+    tokenizer.engine = engine
+    start = time.perf_counter()
+    manifest = prepare(
+        [open_source(str(path))], output, tokenizer, workers=workers, validation_fraction=0.0, report=lambda line: None
+    )
+    return manifest.tokens("train"), time.perf_counter() - start
+
+
+_shared = None
+
+
+def _encode_list(line: str) -> list[int]:
+    return [*_shared._encoding.encode_ordinary(json.loads(line)["text"]), _shared.eot_id]
+
+
+def run_megatron(path: Path, output: Path, tokenizer) -> int:
+    """Partition.process_json_file of Megatron-LM: imap with chunks of 32, lists of ids to one IndexedDatasetBuilder."""
+    from data_pipeline.indexed import IndexedWriter, token_dtype
+
+    global _shared
+    _shared = tokenizer
+    output.mkdir()
+    start = time.perf_counter()
+    dtype = token_dtype(tokenizer.n_vocab)
+    pool = multiprocessing.get_context("fork").Pool(2)
+    with pool, open(path) as lines, IndexedWriter(output / "train", dtype) as writer:
+        for ids in pool.imap(_encode_list, lines, 32):
+            writer.add_document(np.array(ids, dtype))
+    return writer.tokens, time.perf_counter() - start
+
+
+def run_datasets(path: Path, output: Path, tokenizer) -> int:
+    """The usual recipe, as of nanoGPT's prepare.py: map, then copy into one memory map."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    encode, eot = tokenizer._encoding.encode_ordinary, tokenizer.eot_id
+    output.mkdir()
+    start = time.perf_counter()
+    data = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(output / "cache"))
+
+    def process(example):
+        ids = encode(example["text"])
+        ids.append(eot)
+        return {"ids": ids, "len": len(ids)}
+
+    mapped = data.map(process, remove_columns=["text"], num_proc=2)
+    total = int(np.sum(mapped["len"], dtype=np.uint64))
+    tokens = np.memmap(output / "train.bin", dtype=np.int32, mode="w+", shape=(total,))
+    position, parts = 0, min(64, len(mapped))
+    for index in range(parts):
+        batch = mapped.shard(num_shards=parts, index=index, contiguous=True).with_format("numpy")
+        ids = np.concatenate(batch["ids"])
+        tokens[position : position + len(ids)] = ids
+        position += len(ids)
+    tokens.flush()
+    return total, time.perf_counter() - start
+
+
+def compete(arguments: argparse.Namespace) -> None:
+    """One competitor, in this process; prints tokens and seconds."""
+    from data_pipeline.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    tokenizer.encode("warm up")
+    path, output = Path(arguments.corpus), Path(arguments.corpus).with_name("out")
+    shutil.rmtree(output, ignore_errors=True)
+    runs = {
+        "tiktoken": run_tiktoken,
+        "ours1": lambda *a: run_ours(*a, 1, "tiktoken"),
+        "ours2": lambda *a: run_ours(*a, 2, "tiktoken"),
+        "fast1": lambda *a: run_ours(*a, 1, "gigatoken"),
+        "fast2": lambda *a: run_ours(*a, 2, "gigatoken"),
+        "megatron": run_megatron,
+        "datasets": run_datasets,
+    }
+    before = os.times()
+    tokens, seconds = runs[arguments.only](path, output, tokenizer)
+    digest = None
+    if arguments.only.startswith(("ours", "fast")):
+        digest = json.loads((output / "manifest.json").read_bytes())["content_sha256"]
+    times = [b - a for a, b in zip(before[:4], os.times()[:4])]
+    shutil.rmtree(output, ignore_errors=True)
+    print(json.dumps({"tokens": tokens, "seconds": seconds, "cpu": sum(times), "content": digest}))
+
+
+def make_corpus(path: Path, megabytes: int) -> int:
+    """Python sources of this environment, without copies, as .jsonl; returns bytes of text."""
+    from data_pipeline.sources import open_source
+
+    seen, size = set(), 0
+    with open(path, "w") as file:
+        for text in open_source("installed").documents():
+            if text not in seen and "\ufffd" not in text:
+                seen.add(text)
+                size += len(text.encode())
+                file.write(json.dumps({"text": text}) + "\n")
+                if size >= megabytes << 20:
+                    break
+    return size
+
+
+def prepare_benchmark(arguments: argparse.Namespace) -> None:
+    names = [name for name in COMPETITORS if not name.startswith("fast")]
+    try:
+        import gigatoken  # noqa: F401
+
+        names[3:3] = ["fast1", "fast2"]
+    except ImportError:
+        print("gigatoken is not installed (the extra `fast`): not measured")
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
+        corpus = Path(folder) / "corpus.jsonl"
+        size = make_corpus(corpus, arguments.megabytes)
+        results: dict[str, list[dict]] = {name: [] for name in names}
+        for round_ in range(arguments.rounds):
+            for name in names if round_ % 2 == 0 else reversed(names):
+                command = [sys.executable, __file__, "prepare", "--only", name, "--corpus", str(corpus)]
+                done = subprocess.run([*command, "--tokenizer", arguments.tokenizer], capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"{name}: {done.stderr}")
+                results[name].append(json.loads(done.stdout.splitlines()[-1]))
+    tokens = {result["tokens"] for found in results.values() for result in found}
+    contents = {result["content"] for found in results.values() for result in found} - {None}
+    print(f"{size / 1e6:.0f} MB of text, tokenizer {arguments.tokenizer}, {arguments.rounds} rounds; medians")
+    print(f"tokens: {', '.join(f'{t:,}' for t in sorted(tokens))}; our outputs have {len(contents)} content hash(es)")
+    rate = {name: statistics.median(r["tokens"] / r["seconds"] / 1e6 for r in found) for name, found in results.items()}
+    for name in names:
+        cpu = statistics.median(r["tokens"] / r["cpu"] / 1e6 for r in results[name])
+        print(f"  {COMPETITORS[name]:<40}{rate[name]:8.2f} M tokens/s {cpu:8.2f} M tokens per CPU second")
+
+    def ratio(a: str, b: str) -> str:
+        values = [y["seconds"] / x["seconds"] for x, y in zip(results[a], results[b])]
+        return f"{statistics.median(values):.2f}x ({min(values):.2f} to {max(values):.2f})"
+
+    print(f"1 process against tiktoken alone: {ratio('ours1', 'tiktoken')}")
+    print(f"2 processes against 1: {ratio('ours2', 'ours1')}")
+    for name in ("ours2", "fast2"):
+        if name in results:
+            print(f"{COMPETITORS[name]} against Megatron-LM's scheme: {ratio(name, 'megatron')}")
+            print(f"{COMPETITORS[name]} against datasets.map: {ratio(name, 'datasets')}")
+
+
+def load_benchmark(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from data_pipeline import BatchLoader, TokenDataset
+    from data_pipeline.indexed import IndexedWriter
+    from data_pipeline.manifest import Manifest, Shard
+    from data_pipeline.tokenizer import load_tokenizer
+
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
+        folder = Path(folder)
+        tokenizer = load_tokenizer("builtin")
+        tokenizer.save(folder)
+        random, shards = np.random.default_rng(0), []
+        each = 1 << 26
+        for index in range(max(1, round(arguments.gigabytes * 1e9 / 2 / each))):
+            lengths = np.full(each // 512, 512, np.int32)
+            tokens = random.integers(0, 4096, each, np.uint16)
+            tokens[511::512] = tokenizer.eot_id
+            with IndexedWriter(folder / f"train-{index:05d}", np.dtype("<u2")) as writer:
+                writer.add_documents(tokens, lengths)
+            shards.append(Shard(writer.prefix.name, writer.tokens, writer.documents, writer.sha256))
+        description = {
+            "name": "builtin",
+            "sha256": tokenizer.sha256,
+            "n_vocab": tokenizer.n_vocab,
+            "eot_id": tokenizer.eot_id,
+        }
+        manifest = Manifest(description, "uint16", {"train": shards, "validation": []}, [], {}, {}, "")
+        (folder / "manifest.json").write_bytes(manifest.to_json())
+        dataset = TokenDataset(folder, seq_len=2048)
+
+        def memory() -> float:
+            return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+        steps = dataset.samples_per_epoch // 8
+        for workers, options in (("none", {"prefetch": 0}), ("background", {})):
+            with BatchLoader(dataset, micro_batch_size=8, **options) as loader:
+                for _ in range(20):
+                    next(loader)
+                before, start = memory(), time.perf_counter()
+                for _ in range(steps):
+                    next(loader)
+                seconds, after = time.perf_counter() - start, memory()
+            rate = steps * 8 * 2048 / seconds / 1e6
+            print(
+                f"read ahead {workers}: {rate:.0f} M tokens/s on one core over an epoch of "
+                f"{manifest.tokens('train'):,} tokens; memory {before:.0f} MiB at its start, {after:.0f} MiB at its end"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["prepare", "load"])
+    parser.add_argument("--tokenizer", default="builtin")
+    parser.add_argument("--megabytes", type=int, default=200)
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--directory", help="where to put the corpus and the results (a temporary folder)")
+    parser.add_argument("--only", choices=list(COMPETITORS), help=argparse.SUPPRESS)
+    parser.add_argument("--corpus", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.only:
+        compete(arguments)
+    else:
+        {"prepare": prepare_benchmark, "load": load_benchmark}[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    main()
