@@ -6,9 +6,11 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 from ranks import ROOT, losses, run, start
+from token_data import write_dataset
 
 from gptoss_dist import load_pretrained
 from gptoss_dist.checkpoint import checkpoints
@@ -272,8 +274,6 @@ def test_flipped_bytes_are_said_once_by_any_number_of_processes(settings, tmp_pa
 
 def test_a_mixture_trains_and_its_change_is_recorded(settings, tmp_path, corpus):
     """Interrupted and resumed it is as if nothing had happened; another mixture needs a word, and is written down."""
-    from token_data import write_dataset
-
     other, third = tmp_path / "letters", tmp_path / "more"
     for path in (other, third):
         path.mkdir()
@@ -313,7 +313,10 @@ def test_a_mixture_trains_and_its_change_is_recorded(settings, tmp_path, corpus)
 @pytest.mark.parametrize("packing", ["best_fit", "varlen"])
 def test_packed_documents_train_alike_on_one_process_and_two(settings, tmp_path, packing):
     """Ranks bring different numbers of tokens, yet every loss is that of the whole batch."""
-    options = ["--config", str(settings), "--data.packing", packing, "--validation.every", "10"]
+    lengths = np.random.default_rng(0).integers(2, 60, 150)
+    data = write_dataset(tmp_path, {"train": lengths, "validation": lengths[:20]})
+    options = ["--config", str(settings), "--data.path", str(data), "--data.packing", packing,
+               "--validation.every", "10"]  # fmt: skip
     run("launch/train.py", *options, "--run.dir", str(tmp_path / "one"), "--train.micro_batch_size", "4")
     run("launch/train.py", *options, "--run.dir", str(tmp_path / "two"), processes=2)
     assert sorted(losses(tmp_path / "one")) == list(range(1, 13))
