@@ -36,7 +36,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
     counts = np.bincount(lengths, minlength=capacity + 1)
     row_of = np.empty(len(lengths), np.int64)  # in the order of `by_length`
     stacks: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # rows by the room they have left
-    rows_with = np.zeros(capacity + 1, np.int64)
+    has_rows = np.zeros(capacity + 1, bool)
     placed = n_rows = 0
 
     def fill(rows: np.ndarray, room: int, length: int, count: int) -> int:
@@ -50,21 +50,18 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
         for group, left in ((rows[:full], room - fit * length), (rows[full : full + 1], room - rest * length)):
             if left < room and left and len(group):
                 stacks[left].append(group)
-                rows_with[left] += len(group)
+                has_rows[left] = True
         return count
 
     for length in np.flatnonzero(counts)[::-1].tolist():
-        left = int(counts[length])
-        for room in (length + np.flatnonzero(rows_with[length:])).tolist():
-            while left and stacks[room]:
-                rows = stacks[room].pop()
-                needed = -(-left // (room // length))
-                if needed < len(rows):
-                    stacks[room].append(rows[needed:])
-                rows_with[room] -= min(needed, len(rows))
-                left -= fill(rows[:needed], room, length, left)
-            if not left:
-                break
+        left, room = int(counts[length]), length
+        while left and has_rows[room := room + int(has_rows[room:].argmax())]:  # the fullest that have room
+            rows = stacks[room].pop()
+            needed = -(-left // (room // length))
+            if needed < len(rows):
+                stacks[room].append(rows[needed:])
+            has_rows[room] = bool(stacks[room])
+            left -= fill(rows[:needed], room, length, left)
         if left:
             new = -(-left // (capacity // length))
             fill(np.arange(n_rows, n_rows + new), capacity, length, left)
