@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import orjson
 import zstandard
 
 from data_pipeline.files import first_line, open_bytes, open_decompressed
@@ -64,6 +65,12 @@ def _lines_before(path: str, position: int) -> int:
 
 def _parsed(line: bytes, column: str) -> str | Malformed | None:
     """The text of one line of JSON; None for a blank line."""
+    try:
+        record = orjson.loads(line)
+        if type(record) is dict and type(text := record.get(column)) is str:
+            return text
+    except orjson.JSONDecodeError:
+        pass  # it may also be what orjson is stricter about, such as lone surrogates
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:

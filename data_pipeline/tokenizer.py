@@ -130,7 +130,10 @@ class Tokenizer:
                 tokens = self.encode(text)
             parts += (tokens, end)
             lengths.append(len(tokens) + 1)
-        return np.concatenate(parts, dtype=dtype, casting="unsafe"), np.array(lengths, np.int32)
+        tokens = np.concatenate(parts) if parts else np.empty(0, np.uint32)
+        # Ids are below 2^31: for 4 bytes another view of them will do.
+        tokens = tokens.view(dtype) if dtype.itemsize == tokens.itemsize else tokens.astype(dtype)
+        return tokens, np.array(lengths, np.int32)
 
     def decode(self, ids) -> str:
         """Text of token ids (array, tensor or list); bytes that are not UTF-8 become U+FFFD. Raises ValueError for an

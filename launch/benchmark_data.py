@@ -42,7 +42,7 @@ def read_texts(path: Path) -> list[str]:
         return [json.loads(line)["text"] for line in lines]
 
 
-def run_tiktoken(path: Path, output: Path, tokenizer) -> int:
+def run_tiktoken(path: Path, output: Path, tokenizer) -> tuple[int, float]:
     texts = read_texts(path)
     encode = tokenizer._encoding.encode_to_numpy
     start = time.perf_counter()
@@ -50,7 +50,7 @@ def run_tiktoken(path: Path, output: Path, tokenizer) -> int:
     return tokens, time.perf_counter() - start
 
 
-def run_ours(path: Path, output: Path, tokenizer, workers: int, engine: str) -> int:
+def run_ours(path: Path, output: Path, tokenizer, workers: int, engine: str) -> tuple[int, float]:
     from data_pipeline.prepare import prepare
     from data_pipeline.sources import open_source
 
@@ -65,27 +65,38 @@ def run_ours(path: Path, output: Path, tokenizer, workers: int, engine: str) -> 
 _shared = None
 
 
-def _encode_list(line: str) -> list[int]:
-    return [*_shared._encoding.encode_ordinary(json.loads(line)["text"]), _shared.eot_id]
+def _encode_line(line: str) -> tuple[dict, dict, int]:
+    """What Megatron-LM's Encoder hands to its parent: ids and lengths by the keys of the record, as lists."""
+    ids, lengths = [], []
+    sentence = _shared._encoding.encode_ordinary(json.loads(line)["text"])
+    if len(sentence) > 0:
+        ids.extend(sentence)
+        lengths.append(len(sentence))
+    if len(ids) > 0:
+        ids.append(_shared.eot_id)
+        lengths[-1] += 1
+    return {"text": ids}, {"text": lengths}, len(line)
 
 
-def run_megatron(path: Path, output: Path, tokenizer) -> int:
-    """Partition.process_json_file of Megatron-LM: imap with chunks of 32, lists of ids to one IndexedDatasetBuilder."""
-    from data_pipeline.indexed import IndexedWriter, token_dtype
+def run_megatron(path: Path, output: Path, tokenizer) -> tuple[int, float]:
+    """The scheme of `process_json_file` and `IndexedDatasetBuilder.add_document`, without their checks and messages."""
+    from data_pipeline.indexed import token_dtype
 
     global _shared
     _shared = tokenizer
     output.mkdir()
     start = time.perf_counter()
-    dtype = token_dtype(tokenizer.n_vocab)
+    dtype, lengths = token_dtype(tokenizer.n_vocab), []
     pool = multiprocessing.get_context("fork").Pool(2)
-    with pool, open(path) as lines, IndexedWriter(output / "train", dtype) as writer:
-        for ids in pool.imap(_encode_list, lines, 32):
-            writer.add_document(np.array(ids, dtype))
-    return writer.tokens, time.perf_counter() - start
+    with pool, open(path) as lines, open(output / "text_document.bin", "wb") as file:
+        for ids, sizes, _ in pool.imap(_encode_line, lines, 32):
+            file.write(np.array(ids["text"], dtype).tobytes(order="C"))
+            lengths.extend(sizes["text"])
+    np.array(lengths, np.int32).tofile(output / "text_document.idx")
+    return sum(lengths), time.perf_counter() - start
 
 
-def run_datasets(path: Path, output: Path, tokenizer) -> int:
+def run_datasets(path: Path, output: Path, tokenizer) -> tuple[int, float]:
     """The usual recipe, as of nanoGPT's prepare.py: map, then copy into one memory map."""
     import datasets
 
