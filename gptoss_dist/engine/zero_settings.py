@@ -17,6 +17,9 @@ from gptoss_dist.config import Config
 from gptoss_dist.parallel.mesh import Layout, ranks_per_node
 
 DEFAULT_STAGE = 2
+# DeepSpeed's 5e8 are a buffer of 2 GB in ZeRO-3, however small the model; buckets of this size are large enough to fill
+# a network.
+BUCKET_ELEMENTS = 2**25
 
 # Handed on: communication, logging, profiling, NVMe; none changes what is computed (`_ONLY`).
 _PASSED = {
@@ -167,7 +170,10 @@ def deepspeed_settings(config: Config, layout: Layout) -> dict[str, Any]:
                 f"engine.deepspeed: {part}.{key}={given[part][key]!r} has no place here: master weights, optimizer "
                 "state and buffers stay float32"
             )
-    _check_spread_experts(given["zero_optimization"], layout)
+    zero = given["zero_optimization"]
+    _check_spread_experts(zero, layout)
+    if zero.get("reduce_bucket_size", "auto") == "auto":
+        zero["reduce_bucket_size"] = BUCKET_ELEMENTS
     # torch's fused AdamW steps on the host too; DeepSpeed's own would have to be compiled first.
     return {
         "zero_allow_untested_optimizer": True,

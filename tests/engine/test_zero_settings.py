@@ -24,7 +24,7 @@ def config(deepspeed=None, stage=None, **train) -> Config:
 def test_ours_are_filled_in():
     found = deepspeed_settings(config(gradient_accumulation=3, micro_batch_size=2, precision="bf16"), ONE)
     assert found["train_batch_size"] == 2 * 3 * 4 and found["gradient_accumulation_steps"] == 3
-    assert found["zero_optimization"] == {"stage": 2, "compute_grad_norm": True}
+    assert found["zero_optimization"] == {"stage": 2, "compute_grad_norm": True, "reduce_bucket_size": 2**25}
     assert found["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert found["gradient_clipping"] == 1.0 and found["communication_data_type"] == "fp32"
 
@@ -153,3 +153,12 @@ def test_frozen_parameters_where_nobody_can_write_them_are_refused():
         check_frozen({"zero_optimization": zero}, [])
         with pytest.raises(ValueError, match=next(iter(zero))):
             check_frozen({"zero_optimization": zero}, ["*.router.*"])
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 2**25), ({"reduce_bucket_size": "auto"}, 2**25),
+                                                 ({"reduce_bucket_size": 1000}, 1000)])  # fmt: skip
+def test_buckets_are_smaller_than_deepspeeds_unless_said_otherwise(given, expected):
+    assert (
+        deepspeed_settings(config({"zero_optimization": given}), ONE)["zero_optimization"]["reduce_bucket_size"]
+        == expected
+    )
