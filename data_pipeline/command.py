@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable
 
 
-def run(action: Callable[[], object]) -> int:
-    """Exit code after `action`, which reports problems by ValueError or OSError."""
+def run(action: Callable[[], object], interrupted: str = "interrupted") -> int:
+    """Exit code after `action`, which reports problems by ValueError or OSError. interrupted: said after Ctrl-C."""
     try:
         action()
         sys.stdout.flush()
@@ -16,6 +16,6 @@ def run(action: Callable[[], object]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     return 0

@@ -2,7 +2,8 @@
 
 python -m data_pipeline.inspect data/pystdlib
 python -m data_pipeline.inspect data/pystdlib --document 3 --split validation
-python -m data_pipeline.inspect data/pystdlib --sample 1000 --seq-len 512 --seed 1
+python -m data_pipeline.inspect data/pystdlib --sample 1000 --seq-len 512 --seed 1 --packing best_fit
+python -m data_pipeline.inspect data/a data/b --weights 0.7 0.3 --at 100000
 """
 
 import argparse
@@ -93,6 +94,53 @@ def sample(directory: str | Path, split: str, number: int, *, seq_len: int, seed
         yield dataset.tokenizer.decode(cut)
 
 
+def packed_sample(
+    directory: str | Path, split: str, number: int, *, seq_len: int, seed: int, packing: str
+) -> Iterator[str]:
+    """As `sample`, for packings that keep documents whole: each document's inputs, and its last label."""
+    from data_pipeline.packing import open_dataset  # brings torch
+
+    dataset = open_dataset(directory, packing=packing, seq_len=seq_len, split=split, seed=seed)
+    index = dataset.order(np.array([number]))
+    batch = {name: array[0] for name, array in dataset.micro_batch(index).items()}
+    documents = batch["document_ids"]
+    yield (
+        f"sample {number} of {split}, seed {seed}, {packing}: epoch {number // dataset.samples_per_epoch}, sample "
+        f"{int(index[0]):,} of {dataset.samples_per_epoch:,}, {len(documents):,} inputs"
+    )
+    for document_id in np.unique(documents):
+        mine = documents == document_id
+        ids, labels = batch["input_ids"][mine], batch["labels"][mine]
+        if (labels < 0).all():
+            yield f"--- padding, {len(ids)} tokens"
+            continue
+        yield f"--- document {document_id} of the sample, {len(ids)} inputs"
+        yield dataset.tokenizer.decode([*ids, labels[-1]])
+
+
+def mixture(
+    directories: list[str], weights: list[float] | None, split: str, *, at: int, seq_len: int, packing: str
+) -> Iterator[str]:
+    """What training has read of each source after `at` samples of a mixture."""
+    from data_pipeline.mixture import MixtureDataset, Source  # brings torch
+    from data_pipeline.packing import open_dataset
+
+    if weights is not None and len(weights) != len(directories):
+        raise ValueError(f"--weights: {len(weights)} of them for {len(directories)} datasets; give one for each")
+    mixed = MixtureDataset(
+        [
+            Source(name, open_dataset(name, packing=packing, seq_len=seq_len, split=split), weight)
+            for name, weight in zip(directories, weights or [None] * len(directories))
+        ]
+    )
+    yield f"after {at:,} samples of up to {seq_len} tokens, {packing}:"
+    for used in mixed.usage(at):
+        yield (
+            f"  {used.name}: {used.samples:,} samples, {used.tokens:,} tokens, {used.share:.3%} of them (wanted: "
+            f"{mixed.weights[used.name]:.3%}), {used.epochs:.3f} epochs"
+        )
+
+
 def _documents_at(
     directory: str | Path, manifest: Manifest, split: str, start: int, end: int
 ) -> Iterator[tuple[str, int, int, int]]:
@@ -124,21 +172,32 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline.inspect", description="Print what is in a dataset, a document, or a sample."
     )
-    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("directory", metavar="DIR", nargs="+", help="several: what a mixture of them reads")
     parser.add_argument("--split", default="train", choices=SPLITS)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--document", type=int, metavar="N", help="the text of one document, counted from 0")
     what.add_argument("--sample", type=int, metavar="N", help="what training reads at position N, counted from 0")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a sample (512)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of samples: the run's (0)")
+    parser.add_argument("--packing", default="contiguous", choices=("contiguous", "best_fit", "varlen"))
+    parser.add_argument("--weights", type=float, nargs="+", help="of a mixture (in proportion to the tokens)")
+    parser.add_argument("--at", type=int, default=100_000, help="samples of a mixture to count (100000)")
     arguments = parser.parse_args(argv)
-    place = (arguments.directory, arguments.split)
-    if arguments.document is not None:
+    place, packing = (arguments.directory[0], arguments.split), arguments.packing
+    if len(arguments.directory) > 1:
+        lines = mixture(
+            arguments.directory, arguments.weights, arguments.split, at=arguments.at, seq_len=arguments.seq_len,
+            packing=packing,
+        )  # fmt: skip
+    elif arguments.document is not None:
         lines = document(*place, arguments.document)
+    elif arguments.sample is not None and packing != "contiguous":
+        options = {"seq_len": arguments.seq_len, "seed": arguments.seed, "packing": packing}
+        lines = packed_sample(*place, arguments.sample, **options)
     elif arguments.sample is not None:
         lines = sample(*place, arguments.sample, seq_len=arguments.seq_len, seed=arguments.seed)
     else:
-        lines = summary(arguments.directory)
+        lines = summary(arguments.directory[0])
 
     def action() -> None:
         for line in lines:

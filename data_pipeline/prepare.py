@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from data_pipeline import command
 from data_pipeline.gather import gather
 from data_pipeline.indexed import token_dtype
 from data_pipeline.manifest import FILE_NAME, VERSION, Manifest, open_shards
@@ -284,49 +285,44 @@ def _summary(manifest: Manifest) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        arguments = _arguments(argv)
-        tokenizer = load_tokenizer(
-            arguments.tokenizer,
-            pattern=arguments.pattern,
-            vocab_file=arguments.vocab_file,
-            vocab_size=arguments.vocab_size,
+    return command.run(lambda: _prepare(_arguments(argv)), interrupted="interrupted; the same command continues")
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    tokenizer = load_tokenizer(
+        arguments.tokenizer,
+        pattern=arguments.pattern,
+        vocab_file=arguments.vocab_file,
+        vocab_size=arguments.vocab_size,
+    )
+    tokenizer.engine = arguments.engine
+    sources = [
+        open_source(
+            spec,
+            text_column=arguments.text_column,
+            split=arguments.split,
+            config_name=arguments.name,
+            revision=arguments.revision,
         )
-        tokenizer.engine = arguments.engine
-        sources = [
-            open_source(
-                spec,
-                text_column=arguments.text_column,
-                split=arguments.split,
-                config_name=arguments.name,
-                revision=arguments.revision,
-            )
-            for spec in arguments.sources
-        ]
-        prepare(
-            sources,
-            arguments.output,
-            tokenizer,
-            workers=arguments.workers,
-            max_malformed=arguments.max_malformed,
-            overwrite=arguments.overwrite,
-            report=lambda line: print(line, flush=True),
-            normalization=arguments.normalization,
-            min_characters=arguments.min_characters,
-            max_characters=arguments.max_characters,
-            filters=tuple(arguments.filter),
-            deduplicate=not arguments.keep_duplicates,
-            validation_fraction=arguments.validation_fraction,
-            shard_tokens=arguments.shard_tokens,
-            max_documents=arguments.max_documents,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+        for spec in arguments.sources
+    ]
+    prepare(
+        sources,
+        arguments.output,
+        tokenizer,
+        workers=arguments.workers,
+        max_malformed=arguments.max_malformed,
+        overwrite=arguments.overwrite,
+        report=lambda line: print(line, flush=True),
+        normalization=arguments.normalization,
+        min_characters=arguments.min_characters,
+        max_characters=arguments.max_characters,
+        filters=tuple(arguments.filter),
+        deduplicate=not arguments.keep_duplicates,
+        validation_fraction=arguments.validation_fraction,
+        shard_tokens=arguments.shard_tokens,
+        max_documents=arguments.max_documents,
+    )
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

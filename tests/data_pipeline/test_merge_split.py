@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import Manifest, TokenDataset, inspect, load_tokenizer, merge, split
+from data_pipeline import Manifest, TokenDataset, inspect, load_tokenizer, merge, open_dataset, split
 from data_pipeline.adopt import adopt
 from data_pipeline.manifest import open_shards
 from data_pipeline.prepare import main as prepare
@@ -210,6 +210,24 @@ def test_inspect_prints_documents_and_samples_as_training_reads_them(one, capsys
         assert seen == expected.tolist()
     assert run(inspect.main, one, "--sample", 0, "--seq-len", 10**6) == 1
     assert "too few" in capsys.readouterr().err
+
+
+def test_inspect_shows_packed_samples_and_mixtures(one, tmp_path, capsys):
+    tokenizer, train = load_tokenizer(one), documents(one)
+    texts = {tokenizer.decode(np.array(tokens)) for tokens in train}
+    for packing in ("best_fit", "varlen"):
+        seen = []
+        for number in range(open_dataset(one, packing=packing, seq_len=4000).samples_per_epoch):
+            options = {"seq_len": 4000, "seed": 3, "packing": packing}
+            lines = list(inspect.packed_sample(one, "train", number, **options))[1:]
+            seen += [text for text in lines if not text.startswith("--- ")]
+        assert sorted(seen) == sorted(texts)
+    make(tmp_path / "b", WORDS * 9, "--keep-duplicates")
+    capsys.readouterr()
+    assert run(inspect.main, one, tmp_path / "b", "--weights", 3, 1, "--at", 20000, "--seq-len", 64) == 0
+    assert "15,000 samples, 960,000 tokens, 75.000% of them" in capsys.readouterr().out
+    assert run(inspect.main, one, tmp_path / "b", "--weights", 3) == 1
+    assert "--weights: 1 of them for 2 datasets" in capsys.readouterr().err
 
 
 def test_output_that_is_closed_early_is_no_error(one):
