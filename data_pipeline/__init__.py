@@ -25,7 +25,6 @@ _HOME = {
     "check_content": "verify",
     "load_tokenizer": "tokenizer",
     "open_source": "sources",
-    "prepare": "prepare",
     "record_content": "verify",
 }
 

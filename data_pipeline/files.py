@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 import zstandard
 
@@ -27,7 +28,8 @@ class File:
 
     @property
     def name(self) -> str:
-        return self.path.rstrip("/").rpartition("/")[2]
+        path = urlsplit(self.path).path if is_url(self.path) else self.path  # without a signature, say
+        return path.rstrip("/").rpartition("/")[2]
 
     @property
     def suffix(self) -> str:
@@ -48,8 +50,9 @@ def is_url(spec: str) -> bool:
     return "://" in spec
 
 
-def find_files(spec: str, suffixes: tuple[str, ...]) -> list[File]:
-    """Files of a path, a directory (those that end in one of `suffixes`, compressed or not) or a glob, sorted by name.
+def find_files(spec: str, suffixes: tuple[str, ...] | None) -> list[File]:
+    """Files of a path, a directory (those that end in one of `suffixes`, compressed or not; None: all) or a glob,
+    sorted by name.
 
     Raises ValueError when a URL cannot be looked at; an empty list when nothing is there.
     """
@@ -57,7 +60,8 @@ def find_files(spec: str, suffixes: tuple[str, ...]) -> list[File]:
         return _find_remote(spec, suffixes)
     path = Path(spec).expanduser()
     if path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if file.is_file() and content_suffix(file.name) in suffixes]
+        found = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        found = [file for file in found if suffixes is None or content_suffix(file.name) in suffixes]
     elif path.exists():
         found = [path]
     else:
@@ -75,7 +79,7 @@ def _find_remote(spec: str, suffixes: tuple[str, ...]) -> list[File]:
 
     try:
         system, path = fsspec.core.url_to_fs(spec)
-        if glob.has_magic(path):
+        if glob.has_magic(path) and "?" not in spec:  # which in a URL begins a query
             paths = system.glob(path)
         elif not path.endswith(suffixes + COMPRESSIONS) and system.isdir(path):
             paths = [name for name in system.find(path) if content_suffix(name) in suffixes]
@@ -88,7 +92,7 @@ def _find_remote(spec: str, suffixes: tuple[str, ...]) -> list[File]:
             found.append(File(system.unstrip_protocol(name), info.get("size") or 0, "/".join(versions)))
         return found
     except Exception as error:  # each store raises its own kinds
-        raise ValueError(f"source {spec!r} cannot be looked at: {first_line(error)}") from error
+        raise ValueError(f"source {spec.partition('?')[0]!r} cannot be looked at: {first_line(error)}") from error
 
 
 def open_bytes(path: str) -> BinaryIO:

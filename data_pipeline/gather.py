@@ -1,5 +1,6 @@
 """Finished pieces into one dataset: copies of earlier documents taken out, what is held out brought together."""
 
+import bisect
 import itertools
 import os
 import shutil
@@ -87,9 +88,7 @@ def duplicates(directory: Path, pieces: list[Piece], *, bucket: int = 1 << 22) -
         slices, owners = [], []
         for index, piece in filled:
             table = np.memmap(hashes_path(directory, piece.key), HASHES, mode="r")
-            keys = table["high"]
-            start = int(np.searchsorted(keys, np.uint64(low)))
-            stop = len(keys) if high >= 2**64 else int(np.searchsorted(keys, np.uint64(high)))
+            start, stop = (_first_from(table, int(bound)) for bound in (low, high))
             slices.append(np.array(table[start:stop]))
             owners.append(np.full(stop - start, index, np.int32))
         if not slices:
@@ -101,6 +100,11 @@ def duplicates(directory: Path, pieces: list[Piece], *, bucket: int = 1 << 22) -
         for index in np.unique(owner[again]):
             found.setdefault(pieces[index].key, []).append(table["place"][again[owner[again] == index]])
     return {key: np.sort(np.concatenate(places)) for key, places in found.items()}
+
+
+def _first_from(table: np.ndarray, high: int) -> int:
+    """Place of the first hash that is not below. numpy's search would copy the whole column out of the map."""
+    return bisect.bisect_left(range(len(table)), high, key=lambda i: int(table[i]["high"]))
 
 
 def _kept_documents(directory: Path, piece: Piece, drop: np.ndarray, fraction: float, split: str) -> np.ndarray:

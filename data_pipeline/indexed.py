@@ -16,11 +16,12 @@ We write one sequence per document.
 """
 
 import bisect
-import functools
 import hashlib
 import io
 import os
 import struct
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,8 @@ import numpy as np
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
+MAX_OPEN_FILES = 256
+_recently_opened: deque = deque()
 DTYPE_CODES = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 _HEADER = struct.Struct("<9sQBQQ")
 _CHECK_SEQUENCES = 1 << 20
@@ -118,15 +121,17 @@ class TokenFile:
 
     def __init__(self, path: Path | str, dtype: np.dtype, n_tokens: int, offset: int = 0):
         self.path, self.dtype, self.n_tokens, self.offset = Path(path), np.dtype(dtype), n_tokens, offset
-        self.size = _size(self.path)
+        status = _status(self.path)
+        self.size, self._identity = status.st_size, (status.st_dev, status.st_ino)
+        self._file: io.FileIO | None = None
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Fill `out`, contiguous and of this file's dtype, with the ids from position `start` on."""
         view, position = memoryview(out).cast("B"), self.offset + start * self.dtype.itemsize
         try:
-            descriptor = _open(self.path).fileno()
+            file = self._opened()  # held until the end, or another thread could have it closed
             while view:
-                if not (count := os.preadv(descriptor, [view], position)):
+                if not (count := os.preadv(file.fileno(), [view], position)):
                     raise ValueError(f"{self.path}: truncated, it ends before byte {position + len(view)}")
                 view, position = view[count:], position + count
         except OSError as error:
@@ -137,6 +142,24 @@ class TokenFile:
         out = np.empty(count, self.dtype)
         self.read_into(start, out)
         return out
+
+    def _opened(self) -> io.FileIO:
+        """The open file. Of all those that were opened, the latest 256 stay so; a file that nobody holds closes."""
+        file = self._file
+        if file is None:
+            file = io.FileIO(self.path)
+            status = os.fstat(file.fileno())
+            if (status.st_dev, status.st_ino) != self._identity:
+                raise ValueError(f"{self.path}: was replaced while it was in use; start again")
+            self._file = file
+            _recently_opened.append(weakref.ref(self))
+            while len(_recently_opened) > MAX_OPEN_FILES:
+                if (other := _recently_opened.popleft()()) is not None and other is not self:
+                    other._file = None
+        return file
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_file": None}
 
 
 class IndexedReader:
@@ -236,14 +259,9 @@ def _close_durably(file) -> None:
     file.close()
 
 
-@functools.lru_cache(maxsize=256)  # files that are open at one time; one that is dropped closes itself
-def _open(path: Path) -> io.FileIO:
-    return io.FileIO(path)
-
-
-def _size(path: Path) -> int:
+def _status(path: Path) -> os.stat_result:
     try:
-        return path.stat().st_size
+        return path.stat()
     except OSError as error:
         raise ValueError(f"{path}: cannot be opened: {error.strerror or error}") from error
 
@@ -251,6 +269,6 @@ def _size(path: Path) -> int:
 def _map_bytes(path: Path) -> np.ndarray:
     try:
         # An empty file cannot be mapped.
-        return np.memmap(path, np.uint8, mode="r") if _size(path) else np.empty(0, np.uint8)
+        return np.memmap(path, np.uint8, mode="r") if _status(path).st_size else np.empty(0, np.uint8)
     except OSError as error:
         raise ValueError(f"{path}: cannot be opened: {error.strerror or error}") from error

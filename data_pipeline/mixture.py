@@ -291,9 +291,12 @@ class MixtureDataset:
                 shares_S[s] = 0
         if not shares_S.any():
             return None
-        counts_S = _quantise(shares_S / shares_S.sum())
-        source_L, rank_L = _spread(counts_S)
-        return _Segment(start, base_S, source_L, rank_L, counts_S)
+        # By content: the order in which the sources are listed decides nothing.
+        order_S = np.argsort([d.content_sha256 for d in self._datasets])
+        counts_S = np.empty(len(order_S), np.int64)
+        counts_S[order_S] = _quantise(shares_S[order_S] / shares_S.sum())
+        source_L, rank_L = _spread(counts_S[order_S])
+        return _Segment(start, base_S, order_S[source_L], rank_L, counts_S)
 
     def _over(self, segment: _Segment, s: int) -> int:
         """Position at which a source would be asked for a sample more than it may give."""

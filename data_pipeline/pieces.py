@@ -8,9 +8,9 @@ killed, or one with other sources, takes over what fits.
 import contextlib
 import hashlib
 import importlib
-import importlib.util
 import json
 import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.files import first_line
 from data_pipeline.indexed import data_path, index_path, token_dtype
 from data_pipeline.manifest import SPLITS, Shard
 from data_pipeline.records import Malformed
@@ -65,17 +66,20 @@ class Rules:
                 raise ValueError(f"{name} {value}: must be at least {least}")
         if self.normalization not in (None, "NFC", "NFD", "NFKC", "NFKD"):
             raise ValueError(f"normalization {self.normalization!r}: must be NFC, NFD, NFKC or NFKD")
-        for name in self.filters:
-            load_filter(name)
+        # Once, together with loading them: a file that is edited meanwhile is another filter.
+        object.__setattr__(self, "filter_versions", {name: _filter_version(name) for name in self.filters})
 
     def fingerprint(self) -> dict:
-        """Everything about the rules that decides on the bytes, the source code of filters too."""
-        sources = {}
-        for name in self.filters:
-            origin = importlib.util.find_spec(name.partition(":")[0]).origin
-            if origin and Path(origin).is_file():
-                sources[name] = hashlib.sha256(Path(origin).read_bytes()).hexdigest()
-        return asdict(self) | {"filter_sources": sources}
+        """Everything about the rules that decides on the bytes, as JSON values. Of filters: the file of their module,
+        and its `VERSION`, which should change with whatever else they use.
+        """
+        return asdict(self) | {"filters": [[name, *self.filter_versions[name]] for name in self.filters]}
+
+    def check_filters(self) -> None:
+        """Raises ValueError when a filter is not the one that the rules were made with."""
+        for name, version in self.filter_versions.items():
+            if _filter_version(name) != version:
+                raise ValueError(f"filter {name}: was changed while the texts were being prepared; start again")
 
 
 def load_filter(name: str) -> Callable[[str], bool | str]:
@@ -83,11 +87,21 @@ def load_filter(name: str) -> Callable[[str], bool | str]:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"filter {name!r}: expected MODULE:FUNCTION that can be imported ({error})") from error
+    except Exception as error:  # whatever the module's own code raises
+        raise ValueError(
+            f"filter {name!r}: expected MODULE:FUNCTION that can be imported ({first_line(error)})"
+        ) from error
     if not callable(found):
         raise ValueError(f"filter {name!r}: {function} is not a function")
     return found
+
+
+def _filter_version(name: str) -> list:
+    load_filter(name)
+    module = sys.modules[name.partition(":")[0]]
+    file = getattr(module, "__file__", None)
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else None
+    return [digest, repr(getattr(module, "VERSION", None))]
 
 
 def in_validation(high: np.ndarray, fraction: float) -> np.ndarray:
@@ -144,17 +158,19 @@ def hashes_path(directory: Path, key: str) -> Path:
 def make_piece(
     directory: Path,
     part: Part,
+    key: str,
     rules: Rules,
     tokenizer: Tokenizer,
     progress: Callable[[int, int], None] = lambda documents, tokens: None,
 ) -> Piece:
     """Write the piece of a part into `directory`.
 
-    progress: called with the numbers of documents and tokens since its last call.
+    key: its `piece_key`. progress: called with the numbers of documents and tokens since its last call.
     Raises ValueError when the part cannot be read, or nothing but malformed records is found; OSError when the piece
     cannot be written.
     """
-    key, dtype = piece_key(part, rules, tokenizer), token_dtype(tokenizer.n_vocab)
+    dtype = token_dtype(tokenizer.n_vocab)
+    rules.check_filters()
     writers = {
         split: SplitWriter(directory, f"{key}-{split}", dtype, rules.shard_tokens, part.name) for split in SPLITS
     }
@@ -233,7 +249,10 @@ def _filtered(text: str, rules: Rules, filters: list) -> tuple[str, str | None]:
     if rules.normalization:
         text = unicodedata.normalize(rules.normalization, text)
     for name, function in filters:
-        answer = function(text)
+        try:
+            answer = function(text)
+        except Exception as error:
+            raise ValueError(f"filter {name}: {first_line(error)}, on a text that begins {text[:40]!r}") from error
         if isinstance(answer, str):
             text = answer
         elif not answer:

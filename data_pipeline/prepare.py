@@ -11,11 +11,9 @@ command was killed and given again.
 import argparse
 import contextlib
 import json
-import os
 import platform
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,19 +25,20 @@ from data_pipeline import command
 from data_pipeline.gather import gather
 from data_pipeline.indexed import token_dtype
 from data_pipeline.manifest import FILE_NAME, VERSION, Manifest, open_shards
-from data_pipeline.pieces import HASHES, Piece, Rules, finished_keys, hashes_path, piece_key, sweep
+from data_pipeline.pieces import HASHES, Piece, Rules, finished_keys, hashes_path, piece_key
 from data_pipeline.progress import Progress
-from data_pipeline.shards import locked, publish
 from data_pipeline.sources import Source, open_source
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
-from data_pipeline.verify import record_content
+from data_pipeline.unfinished import output_path, replace, sweep_finished, working_directory
+from data_pipeline.verify import check_content, record_content
 from data_pipeline.vocabulary import write_file_atomically
 from data_pipeline.workers import make_pieces
 
 SETTINGS_FILE_NAME = (
     "prepare.json"  # what was asked for, to recognise the same request; it may name local files, the manifest does not
 )
-MALFORMED_FILE_NAME = "malformed.txt"
+MALFORMED_FILE_NAME = "malformed.log"
+FINAL = "final"
 _FIRST_NAMED = 3  # malformed records
 
 
@@ -62,7 +61,7 @@ def prepare(
     held out is gathered, and the result is renamed into place.
 
     workers: processes. options: what becomes of a text, the fields of `Rules`. max_malformed: share of the records that
-    may hold no text; they are left out and listed in malformed.txt. When `output` already holds the result of the same
+    may hold no text; they are left out and listed in malformed.log. When `output` already holds the result of the same
     request nothing is done.
 
     Raises ValueError for a bad argument, too many bad records, no training text, or an `output` that holds something
@@ -74,7 +73,7 @@ def prepare(
         raise ValueError(f"workers {workers}: must be at least 1")
     if not 0 <= max_malformed <= 1:
         raise ValueError(f"max_malformed {max_malformed}: must be a share, from 0 to 1")
-    output = Path(output).absolute()
+    output = output_path(output)
     settings = {
         "version": VERSION,
         "sources": [[source.spec, source.fingerprint] for source in sources],
@@ -84,51 +83,82 @@ def prepare(
     settings = json.loads(json.dumps(settings))  # as it will be read back
     if (existing := _existing(output, settings, overwrite)) is not None:
         report(f"{output}: already prepared, {_summary(existing)}")
-        _sweep_finished(output, {piece_key(part, rules, tokenizer) for source in sources for part in source.parts})
+        sweep_finished(output, {piece_key(part, rules, tokenizer) for source in sources for part in source.parts})
         return existing
     for source in sources:
         report(f"{source.spec}: {source.description}")
 
-    with _working_directory(output) as folder:
-        tokenizer.save(folder)
-        pieces = _make_pieces(sources, folder, rules, tokenizer, workers, report)
-        examples = _check_malformed(pieces, max_malformed, report)
-        final = folder / "final"
-        shutil.rmtree(final, ignore_errors=True)
-        final.mkdir()
-        tokenizer.save(final)
-        splits, dropped = gather(folder, final, pieces, rules, token_dtype(tokenizer.n_vocab))
-        irregular = sum((Counter(piece.irregular) for piece in pieces), Counter())
-        manifest = Manifest(
-            tokenizer={
-                "name": tokenizer.name,
-                "sha256": tokenizer.sha256,
-                "n_vocab": tokenizer.n_vocab,
-                "eot_id": tokenizer.eot_id,
-            },
-            dtype=token_dtype(tokenizer.n_vocab).name,
-            splits=splits,
-            sources=[{"source": source.spec, "kind": source.kind} for source in sources],
-            dropped=dropped,
-            irregular={reason: irregular[reason] for reason in ("split", "repaired")},
-            python_version=platform.python_version(),
-        )
-        if not splits["train"]:
-            shutil.rmtree(folder)
-            raise ValueError("there is no training text in the sources, so nothing was prepared")
-        if examples:
-            write_file_atomically(final / MALFORMED_FILE_NAME, "".join(f"{line}\n" for line in examples).encode())
-        write_file_atomically(final / SETTINGS_FILE_NAME, (json.dumps(settings, indent=1) + "\n").encode())
-        write_file_atomically(final / FILE_NAME, manifest.to_json())
-        record_content(final, manifest)
-        _replace(final, output)
-        shutil.rmtree(folder)
+    with working_directory(output) as folder, _naming(folder):
+        # Again, now that no other process can be at it; and once more before something might be replaced.
+        if (existing := _existing(output, settings, overwrite)) is not None:
+            return existing
+        manifest = _make(sources, folder, tokenizer, rules, workers, max_malformed, settings, report)
+        _existing(output, settings, overwrite)
+        replace(folder, folder / FINAL, output)
     report(f"{output}: {_summary(manifest)}")
-    if rules.validation_fraction and not splits["validation"]:
+    if rules.validation_fraction and not manifest.splits["validation"]:
         report(
             "warning: no document fell into the validation split; prepare again with --validation-fraction 0.2 "
             "--overwrite, say, or train with --validation.every 0"
         )
+    return manifest
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Errors of writing, such as a full disk, do not name a file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(folder)
+        raise
+
+
+def _make(
+    sources: list[Source],
+    folder: Path,
+    tokenizer: Tokenizer,
+    rules: Rules,
+    workers: int,
+    max_malformed: float,
+    settings: dict,
+    report: Callable[[str], None],
+) -> Manifest:
+    """The whole dataset, in FOLDER/final."""
+    tokenizer.save(folder)
+    pieces = _make_pieces(sources, folder, rules, tokenizer, workers, report)
+    examples = _check_malformed(pieces, max_malformed, report)
+    final = folder / FINAL
+    shutil.rmtree(final, ignore_errors=True)
+    final.mkdir()
+    tokenizer.save(final)
+    splits, dropped = gather(folder, final, pieces, rules, token_dtype(tokenizer.n_vocab))
+    irregular = sum((Counter(piece.irregular) for piece in pieces), Counter())
+    manifest = Manifest(
+        tokenizer={
+            "name": tokenizer.name,
+            "sha256": tokenizer.sha256,
+            "n_vocab": tokenizer.n_vocab,
+            "eot_id": tokenizer.eot_id,
+        },
+        dtype=token_dtype(tokenizer.n_vocab).name,
+        splits=splits,
+        sources=[{"source": source.spec, "kind": source.kind} for source in sources],
+        dropped=dropped,
+        irregular={reason: irregular[reason] for reason in ("split", "repaired")},
+        python_version=platform.python_version(),
+    )
+    if not splits["train"]:
+        for piece in pieces:
+            for path in folder.glob(f"{piece.key}*"):
+                path.unlink()
+        raise ValueError("there is no training text in the sources, so nothing was prepared")
+    if examples:
+        write_file_atomically(final / MALFORMED_FILE_NAME, "".join(f"{line}\n" for line in examples).encode())
+    write_file_atomically(final / SETTINGS_FILE_NAME, (json.dumps(settings, indent=1) + "\n").encode())
+    write_file_atomically(final / FILE_NAME, manifest.to_json())
+    record_content(final, manifest)
     return manifest
 
 
@@ -147,6 +177,8 @@ def _existing(output: Path, settings: dict, overwrite: bool) -> Manifest | None:
             open_shards(output, manifest, split)
         differing = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
         problem = f"was prepared with other settings ({', '.join(differing)} differ)" if differing else None
+        if overwrite and not differing:  # who asks for it may know of damage that sizes do not show
+            check_content(output, manifest, always=True)
     except (OSError, ValueError, AttributeError) as error:
         problem = f"holds a damaged dataset ({error})"
     if problem is None:
@@ -154,42 +186,6 @@ def _existing(output: Path, settings: dict, overwrite: bool) -> Manifest | None:
     if not overwrite:
         raise ValueError(f"{output}: {problem}; choose another output directory, or replace it with --overwrite")
     return None
-
-
-@contextlib.contextmanager
-def _working_directory(output: Path) -> Iterator[Path]:
-    """OUTPUT.preparing, locked while in use; it stays when the work was not finished, unless there is nothing in it
-    that could be taken over.
-    """
-    folder = output.with_name(f"{output.name}.preparing")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        for leftover in output.parent.glob(f"{output.name}.replaced-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        sweep(folder)
-        try:
-            yield folder
-        finally:
-            if not finished_keys(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sweep_finished(output: Path, keys: set[str]) -> None:
-    """Remove OUTPUT.preparing if a kill just after the end left it; not what belongs to another request."""
-    folder = output.with_name(f"{output.name}.preparing")
-    with contextlib.suppress(OSError), locked(folder):
-        if finished_keys(folder) <= keys:
-            shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder))
-        except BlockingIOError as error:
-            raise ValueError(f"{folder}: another process is preparing this dataset; wait for it, or end it") from error
-        yield
 
 
 def _make_pieces(
@@ -228,7 +224,9 @@ def _make_pieces(
     if todo and not enough():
         size = sum(parts[index].size for index in todo)
         with Progress(size, report) as progress:
-            made = make_pieces([parts[index] for index in todo], folder, rules, tokenizer, workers, progress.work)
+            made = make_pieces(
+                [parts[i] for i in todo], [keys[i] for i in todo], folder, rules, tokenizer, workers, progress.work
+            )
             with contextlib.closing(made):
                 for position, piece in made:
                     pieces[todo[position]] = piece
@@ -254,17 +252,6 @@ def _check_malformed(pieces: list[Piece], most: float, report: Callable[[str], N
         for line in examples[:_FIRST_NAMED]:
             report(f"  {line}")
     return examples
-
-
-def _replace(final: Path, output: Path) -> None:
-    """Rename the result to its place, over an older one."""
-    replaced = None
-    if output.exists():
-        replaced = Path(tempfile.mkdtemp(dir=output.parent, prefix=f"{output.name}.replaced-"))
-        os.rename(output, replaced / "replaced")
-    publish(final, output)
-    if replaced is not None:
-        shutil.rmtree(replaced)
 
 
 def _summary(manifest: Manifest) -> str:
@@ -398,8 +385,9 @@ def _recipe(path: Path, parser: argparse.ArgumentParser) -> dict:
             right, expected = isinstance(value, bool), "true or false"
         else:
             kinds = {int: int, float: (int, float), None: str}[action.type]
-            right = value is None or (isinstance(value, kinds) and not isinstance(value, bool))
-            right = right and (action.choices is None or value in (None, *action.choices))
+            right = isinstance(value, kinds) and not isinstance(value, bool)
+            right = right and (action.choices is None or value in action.choices)
+            right = right or (value is None and action.default is None)
             expected = f"one of {', '.join(action.choices)}" if action.choices else f"{action.type or str}"
         if not right:
             raise ValueError(f"{path}: {key}: {value!r} is not {expected}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import orjson
 import zstandard
 
-from data_pipeline.files import first_line, open_bytes, open_decompressed
+from data_pipeline.files import first_line, is_url, open_bytes, open_decompressed
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _parsed(line: bytes, column: str) -> str | Malformed | None:
         text = text[1:]
     try:
         record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
         return Malformed("", f"not valid JSON: {error}") if text.strip() else None
     if not isinstance(record, dict):
         return Malformed("", f"expected a JSON object, found {type(record).__name__}")
@@ -125,6 +125,10 @@ def _reading(path: str) -> Iterator[None]:
         yield
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
+    except Exception as error:
+        if is_url(path):  # each store raises its own kinds
+            raise ValueError(f"{path}: cannot be read: {first_line(error)}") from error
+        raise
 
 
 def stream_huggingface(which: dict):

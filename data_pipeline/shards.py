@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from data_pipeline.raw import RawReader, RawWriter
 
 _BATCH_TOKENS = 1 << 20
 _BATCH_DOCUMENTS = 1 << 16
+_held: set[int] = set()
 
 
 class SplitWriter:
@@ -86,14 +88,14 @@ def document_batches(reader: IndexedReader | RawReader) -> Iterator[tuple[np.nda
 
 @contextlib.contextmanager
 def staging_directory(output: Path) -> Iterator[Path]:
-    """OUTPUT.tmp-*, removed at the end unless `publish` renamed it. It is locked while in use, so that what killed runs
-    left behind can be told and swept.
+    """.OUTPUT.tmp-*, removed at the end unless `publish` renamed it. It is locked while in use, so that what killed
+    runs left behind can be told and swept.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in output.parent.glob(f"{output.name}.tmp-*"):
+    for leftover in output.parent.glob(f".{glob.escape(output.name)}.tmp-*"):
         with contextlib.suppress(OSError), locked(leftover):
             shutil.rmtree(leftover)
-    staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f"{output.name}.tmp-"))
+    staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.tmp-"))
     try:
         staging.chmod(0o755)
         with locked(staging):
@@ -132,8 +134,16 @@ def sync_directory(directory: Path) -> None:
 def locked(directory: Path) -> Iterator[None]:
     """Raises BlockingIOError when another process holds it."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    _held.add(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
+        _held.discard(descriptor)
         os.close(descriptor)
+
+
+def forget_locks() -> None:
+    """For a forked process: the locks are its parent's, and end with that one."""
+    while _held:
+        os.close(_held.pop())

@@ -37,8 +37,9 @@ _TEST_FOLDERS = {"test", "tests", "idle_test", "lib2to3"}
 _PACKAGE_FOLDERS = {"site-packages", "dist-packages"}
 _PYSTDLIB_MIN_FILES = 100
 _MIN_SOURCE_BYTES = 200  # an `__init__.py` with a licence line is not a document
-# A source is cut into about 256 parts, neither too small to be worth a file nor too large to be done again.
-_PARTS, _MIN_PART_BYTES, _MAX_PART_BYTES = 256, 8 << 20, 128 << 20
+# A large file is cut into about 64 parts, neither too small to be worth a file nor too large to be done again. How it
+# is cut depends on nothing else, so that other files may come and go.
+_PARTS, _MIN_PART_BYTES, _MAX_PART_BYTES = 64, 8 << 20, 128 << 20
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ def _grouped(files: list[File], most: int) -> Iterator[list[File]]:
         yield group
 
 
-def _part_bytes(files: list[File]) -> int:
-    return min(max(sum(file.size for file in files) // _PARTS, _MIN_PART_BYTES), _MAX_PART_BYTES)
+def _part_bytes(file: File) -> int:
+    return min(max(file.size // _PARTS, _MIN_PART_BYTES), _MAX_PART_BYTES)
 
 
 def _fingerprint(files: Iterable[File], *rest: object) -> str:
@@ -189,7 +190,7 @@ def _python_parts(paths: list[Path]) -> list[Part]:
             sum(file.size for file in group),
             partial(_read_python, [file.path for file in group]),
         )
-        for group in _grouped(files, _part_bytes(files))
+        for group in _grouped(files, _MIN_PART_BYTES)
     ]
 
 
@@ -278,22 +279,23 @@ def _files(spec: str, text_column: str) -> Source:
                 f"source {spec!r}: {file.path} is of no known kind; known are {kinds}, all but .parquet also "
                 f"with .gz or .zst"
             )
-    most, parts, texts = _part_bytes(files), [], []
+    parts, texts = [], []
     for file in files:
         if file.suffix in TEXT_SUFFIXES:
             texts.append(file)
             continue
-        parts += _text_parts(texts, most)
+        parts += _text_parts(texts)
         texts = []
-        parts += (_parquet_parts if file.suffix == ".parquet" else _jsonl_parts)(file, most, text_column)
-    parts += _text_parts(texts, most)
+        cut = _parquet_parts if file.suffix == ".parquet" else _jsonl_parts
+        parts += cut(file, _part_bytes(file), text_column)
+    parts += _text_parts(texts)
     count = f"{len(files)} files" if len(files) > 1 else "1 file"
     where = f"at {spec}" if is_url(spec) else f"at {Path(spec).expanduser().absolute()}"
     return Source(spec, "files", f"{count} {where}", parts)
 
 
-def _text_parts(files: list[File], most: int) -> Iterator[Part]:
-    for group in _grouped(files, most):
+def _text_parts(files: list[File]) -> Iterator[Part]:
+    for group in _grouped(files, _MIN_PART_BYTES):
         name = group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
         paths = [file.path for file in group]
         yield Part(name, _fingerprint(group), sum(file.size for file in group), partial(read_texts, paths))
@@ -334,6 +336,10 @@ def _huggingface(
     label = f"Hugging Face dataset {path!r}" + (f" ({config_name})" if config_name else "") + f", split {split!r}"
     label += f", revision {revision}" if revision else ""
     which = {"path": path, "name": config_name, "split": split, "revision": revision}
+    if Path(path).is_dir():
+        content = [[file.path, file.size, file.version] for file in find_files(path, None)]
+    else:
+        which["revision"] = content = _resolved(path, revision)
     try:
         dataset = stream_huggingface(which)
     except Exception as error:  # the library raises many kinds, some of them bare Exception subclasses
@@ -348,10 +354,20 @@ def _huggingface(
     parts = [
         Part(
             f"{path} {split} {index + 1} of {count}",
-            json.dumps([which, column, index, count], sort_keys=True),
+            json.dumps([which, content, column, index, count], sort_keys=True),
             0,
             partial(read_huggingface, which, label, column, index, count),
         )
         for index in range(count)
     ]
     return Source(spec, "huggingface", label, parts)
+
+
+def _resolved(path: str, revision: str | None) -> str | None:
+    """The commit that a revision is now, so that a dataset that changes is not mixed with its older self."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.HfApi().dataset_info(path, revision=revision, timeout=20).sha
+    except Exception:  # without a network, what is in the cache will be read
+        return revision

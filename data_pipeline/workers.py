@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from data_pipeline.pieces import Piece, Rules, make_piece
+from data_pipeline.shards import forget_locks
 from data_pipeline.sources import Part
 from data_pipeline.tokenizer import Tokenizer
 
@@ -23,6 +24,7 @@ _counters = None
 
 def make_pieces(
     parts: list[Part],
+    keys: list[str],
     directory: Path,
     rules: Rules,
     tokenizer: Tokenizer,
@@ -31,9 +33,9 @@ def make_pieces(
 ) -> Iterator[tuple[int, Piece]]:
     """Yields (index of the part, its piece) as they are done; stops making more when the consumer does.
 
-    directory: for the pieces; the tokenizer is saved there. workers: 1 works in this process. watch: called with the
-    numbers of documents and tokens done so far, several times a second. Raises ValueError when a part cannot be read or
-    a worker died.
+    keys: of the pieces. directory: for the pieces; the tokenizer is saved there. workers: 1 works in this process.
+    watch: called with the numbers of documents and tokens done so far, several times a second. Raises ValueError when a
+    part cannot be read or a worker died.
     """
     if workers == 1:
         totals = [0, 0]
@@ -44,7 +46,7 @@ def make_pieces(
             watch(*totals)
 
         for index, part in enumerate(parts):
-            yield index, make_piece(directory, part, rules, tokenizer, progress)
+            yield index, make_piece(directory, part, keys[index], rules, tokenizer, progress)
         return
 
     context = multiprocessing.get_context(_start_method())
@@ -58,7 +60,7 @@ def make_pieces(
         # A few more than are at work, so that none waits; not all, because of what each future holds.
         while len(running) < 2 * workers and (following := next(left, None)) is not None:
             index, part = following
-            running[_submit(pool, directory, part, rules)] = index
+            running[_submit(pool, directory, part, keys[index], rules)] = index
 
     try:
         submit()
@@ -80,9 +82,9 @@ def make_pieces(
             process.kill()  # what it is at is written under another name
 
 
-def _submit(pool: ProcessPoolExecutor, directory: Path, part: Part, rules: Rules) -> Future:
+def _submit(pool: ProcessPoolExecutor, directory: Path, part: Part, key: str, rules: Rules) -> Future:
     try:
-        return pool.submit(_make_piece, directory, part, rules)
+        return pool.submit(_make_piece, directory, part, key, rules)
     except (OSError, RuntimeError) as error:  # a pool that is just breaking fails in several ways
         raise BrokenProcessPool(str(error)) from error
 
@@ -95,6 +97,7 @@ def _start_method() -> str:
 
 def _start_worker(tokenizer: Tokenizer | Path, engine: str, counters, parent: int) -> None:
     global _tokenizer, _counters
+    forget_locks()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
@@ -108,10 +111,10 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _make_piece(directory: Path, part: Part, rules: Rules) -> Piece:
+def _make_piece(directory: Path, part: Part, key: str, rules: Rules) -> Piece:
     def progress(documents: int, tokens: int) -> None:
         with _counters.get_lock():
             _counters[0] += documents
             _counters[1] += tokens
 
-    return make_piece(directory, part, rules, _tokenizer, progress)
+    return make_piece(directory, part, key, rules, _tokenizer, progress)

@@ -1,10 +1,12 @@
 """Megatron's file layout, read here with nothing but `struct`, and every way it can be broken."""
 
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from data_pipeline import indexed
 from data_pipeline.indexed import IndexedReader, IndexedWriter, token_dtype
 
 DOCUMENTS = [[1, 2, 3], [65_534], [7] * 5]
@@ -59,3 +61,27 @@ def test_damage_is_one_clear_line_naming_the_file(tmp_path, suffix, change, mess
     with pytest.raises(ValueError, match=message) as error:
         IndexedReader(tmp_path / "shard").check()
     assert "\n" not in str(error.value)
+
+
+def test_many_threads_read_more_files_than_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexed, "MAX_OPEN_FILES", 3)
+    files = []
+    for i in range(20):
+        with IndexedWriter(tmp_path / str(i), token_dtype(1000)) as writer:
+            writer.add_document(np.full(64, i))
+        files.append(IndexedReader(tmp_path / str(i)).file)
+
+    def read(thread):
+        order = np.random.default_rng(thread).integers(0, len(files), 10_000)
+        return [i for i in order if not (files[i].read(0, 64) == i).all()]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read, range(4))) == [[], [], [], []]
+    # What was replaced on disk is not read as if it were the old one, nor the old one as if it were new.
+    with IndexedWriter(tmp_path / "0", token_dtype(1000)) as writer:
+        writer.add_document(np.full(64, 99))
+    assert (IndexedReader(tmp_path / "0").file.read(0, 64) == 99).all()
+    for file in files[1:]:
+        file.read(0, 1)
+    with pytest.raises(ValueError, match=r"0\.bin: was replaced while it was in use"):
+        files[0].read(0, 64)

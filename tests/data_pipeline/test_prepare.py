@@ -22,8 +22,8 @@ import pyarrow.parquet
 import pytest
 
 from data_pipeline import IndexedReader, Manifest, TokenDataset, load_tokenizer, open_source
-from data_pipeline.gather import duplicates
-from data_pipeline.pieces import Piece, _write_hashes, hashes_path
+from data_pipeline.gather import duplicates, gather
+from data_pipeline.pieces import Piece, Rules, _write_hashes, hashes_path, make_piece
 from data_pipeline.prepare import _arguments, main, prepare
 from data_pipeline.sources import Part, Source
 
@@ -166,21 +166,21 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(tmp_path):
             shutil.rmtree(output)
             completed += 1
         workers = random.choice(["1", "2", "4"])
-        process = subprocess.Popen(
-            [*command, str(output), "--workers", workers], env=environment, stdout=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            out, _ = process.communicate(timeout=random.uniform(0.3, 1.1) * duration)
-        except subprocess.TimeoutExpired:
-            # Workers must end with their parent: sometimes only that one is killed.
-            os.killpg(process.pid, signal.SIGKILL) if random.random() < 0.5 else process.kill()
-            out, _ = process.communicate()
-            kills += 1
-        else:
-            assert process.returncode == 0
+        # Not a pipe, the end of which would wait for all workers: the next command must work at once.
+        with open(tmp_path / "log", "w+") as log:
+            process = subprocess.Popen(
+                [*command, str(output), "--workers", workers], env=environment, stdout=log, start_new_session=True
+            )
+            try:
+                assert process.wait(timeout=random.uniform(0.3, 1.1) * duration) == 0
+            except subprocess.TimeoutExpired:
+                # Workers must end with their parent: sometimes only that one is killed.
+                os.killpg(process.pid, signal.SIGKILL) if random.random() < 0.5 else process.kill()
+                process.wait()
+                kills += 1
+        out = (tmp_path / "log").read_text()
         continued += "continuing" in out
-        left = {path.name for path in tmp_path.iterdir()} - {"in", "whole", "out", "out.preparing"}
+        left = {path.name for path in tmp_path.iterdir()} - {"in", "whole", "out", "out.preparing", "log"}
         assert not left and not (output.exists() and contents(output) != expected)
     assert contents(output) == expected and continued > 0
     assert run(folder, "--shard-tokens", 200_000, "--output", output) == 0
@@ -259,7 +259,7 @@ def test_malformed_records_are_counted_named_and_left_out(tmp_path, capsys, monk
     # What was done is kept: only the limit changed.
     code, out, _ = run(path, "--output", output, "--max-malformed", 0.05, capsys=capsys)
     assert code == 0 and "continuing" in out and "3 of 100 records are malformed and left out" in out
-    assert (output / "malformed.txt").read_text().count("\n") == 3 and not (tmp_path / "data.preparing").exists()
+    assert (output / "malformed.log").read_text().count("\n") == 3 and not (tmp_path / "data.preparing").exists()
     texts = documents_of(output, "train") + documents_of(output, "validation")
     assert sorted(texts) == sorted(f"document {i}" for i in range(100) if i not in (41, 70, 71))
 
@@ -380,8 +380,68 @@ def test_only_one_process_prepares_a_dataset(tmp_path, capsys):
     assert (tmp_path / "data.preparing/begun").exists(), "the other's work is left alone"
     assert code == 1 and "another process is preparing this dataset" in err and err.count("\n") == 1
     os.close(descriptor)
+    code, _, err = run("synthetic:documents=20", "--output", tmp_path / "data", capsys=capsys)
+    assert code == 1 and "data.preparing: is needed for unfinished work, but holds something else" in err
+    (tmp_path / "data.preparing/begun").unlink()
     assert run("synthetic:documents=20", "--output", tmp_path / "data") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_replacing_loses_nothing_at_any_moment(tmp_path, capsys, monkeypatch):
+    """A kill between the two renames, and what other people put in the way."""
+    old, new, output = "synthetic:documents=20", "synthetic:documents=30", tmp_path / "data"
+    assert run(old, "--output", output) == 0
+    before = contents(output)
+    (tmp_path / "data.replaced-2023").mkdir()
+    (tmp_path / "data.tmp-mine").mkdir()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_pipeline.unfinished.publish", killed)
+    assert run(new, "--output", output, "--overwrite") == 130 and not output.exists()
+    monkeypatch.undo()
+    # Whatever is asked for next, the old dataset is back, and the new one's parts are kept.
+    code, _, err = run("synthetic:documents=0", "--output", output, "--overwrite", capsys=capsys)
+    assert code == 1 and "no training text" in err and contents(output) == before
+    code, out, _ = run(new, "--output", output, "--overwrite", capsys=capsys)
+    assert code == 0 and "continuing: 1 of 1 parts" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data.replaced-2023", "data.tmp-mine"]
+
+    # Damage that sizes do not show is repaired when it is asked for.
+    whole = contents(output)
+    (output / "train-00000.bin").write_bytes(bytes(len(whole["train-00000.bin"])))
+    assert run(new, "--output", output, "--overwrite") == 0 and contents(output) == whole
+
+    # Something that appears meanwhile is not replaced.
+    def appear(*arguments):
+        (tmp_path / "late").mkdir()
+        (tmp_path / "late/notes.txt").write_text("x")
+        return gather(*arguments)
+
+    monkeypatch.setattr("data_pipeline.prepare.gather", appear)
+    code, _, err = run(old, "--output", tmp_path / "late", "--overwrite", capsys=capsys)
+    assert code == 1 and "not a prepared dataset" in err and contents(tmp_path / "late") == {"notes.txt": b"x"}
+
+
+def test_inputs_and_filters_that_change_are_noticed(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / f"in/{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    (tmp_path / "my_filter.py").write_text("def f(text):\n    return text + '1'\n")
+    options = ("--output", tmp_path / "data", "--validation-fraction", 0, "--filter", "my_filter:f")
+    rules = Rules(filters=("my_filter:f",))
+    (tmp_path / "my_filter.py").write_text("def f(text):\n    return text + '2'\n")
+    part = open_source(str(tmp_path / "in")).parts[0]
+    with pytest.raises(ValueError, match="my_filter:f: was changed"):
+        make_piece(tmp_path, part, "0" * 32, rules, load_tokenizer("bytes"))
+    del sys.modules["my_filter"]
+    assert run(tmp_path / "in", *options) == 0 and documents_of(tmp_path / "data", "train") == ["a2", "b2"]
+    del sys.modules["my_filter"]
+    (tmp_path / "my_filter.py").write_text("def f(text):\n    return len(3)\n")
+    code, _, err = run(tmp_path / "in", *options, "--overwrite", capsys=capsys)
+    assert code == 1 and "filter my_filter:f: TypeError" in err and "begins 'a'" in err and err.count("\n") == 1
 
 
 def read_and_die(parent):

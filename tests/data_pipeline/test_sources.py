@@ -61,6 +61,7 @@ def test_blank_lines_and_missing_texts_are_not_errors(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"content": "y"}\n', "a.jsonl, line 2: no column 'text', only 'content'"),
         ("a.jsonl", b'{"text": 3}\n', "a.jsonl, line 1: column 'text' holds int"),
+        ("a.jsonl", b'{"id": ' + b"1" * 5000 + b"}\n", "a.jsonl, line 1: not valid JSON"),
         ("a.jsonl", b"[1]\n", "a.jsonl, line 1: expected a JSON object, found list"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl, line 2: not UTF-8"),
         ("a.txt", b"ok\xff", r"a.txt: not UTF-8 text \(byte 2"),
