@@ -25,7 +25,7 @@ from data_pipeline.manifest import SPLITS, Shard
 from data_pipeline.records import Malformed
 from data_pipeline.shards import SplitWriter
 from data_pipeline.sources import Part
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import Tokenizer, repaired
 from data_pipeline.vocabulary import write_file_atomically
 
 VERSION = 2
@@ -208,7 +208,13 @@ def make_piece(
         if reason:
             dropped[reason] += 1
             continue
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:  # before it is hashed: two texts that become the same tokens are one document
+            text = repaired(text)
+            data = text.encode()
+            tokenizer.irregular["repaired"] += 1
+        digest = hashlib.sha256(data).digest()
         if rules.deduplicate:
             if digest[:16] in seen:
                 dropped["duplicate"] += 1

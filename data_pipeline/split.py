@@ -34,7 +34,6 @@ def split_by_hash(
     returns its manifest.
 
     The rule is `prepare`'s, SHA-256 of a document's text, so the same document falls on the same side here and there.
-    (Texts with lone surrogates are the exception: prepare hashes them as they were, here they are already repaired.)
     The output is Megatron shards whatever the input's storage. `output` appears whole or not at all. Raises ValueError,
     one line with the remedy, for a bad argument or a damaged dataset.
     """

@@ -103,8 +103,7 @@ class Tokenizer:
             return self._encode_once(text)
         except UnicodeEncodeError:
             self.irregular["repaired"] += 1
-            # Through UTF-16, halves of a pair that belong together become the character they mean.
-            return self.encode(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
+            return self.encode(repaired(text))
         except ValueError:
             self.irregular["split"] += 1
             return np.concatenate(self._encode_halves(text))
@@ -200,6 +199,13 @@ class Tokenizer:
                     raise
                 parts += self._encode_halves(half)
         return parts
+
+
+def repaired(text: str) -> str:
+    """Unicode text instead of one with surrogates: lone ones become U+FFFD, and halves of a pair that belong together
+    the character they mean.
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def load_tokenizer(

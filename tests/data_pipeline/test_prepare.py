@@ -52,7 +52,7 @@ def documents_of(directory, split):
 def corpus(tmp_path):
     """400 documents of which some are equal, empty, broken or long."""
     texts = list(open_source("synthetic:documents=400").documents())
-    texts += [texts[3], texts[7], "", "lone \ud800 surrogate", "<|endoftext|>", "long " * 5000]
+    texts += [texts[3], texts[7], "", "lone \ud800 surrogate", "lone \ufffd surrogate", "<|endoftext|>", "long " * 5000]
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
@@ -60,10 +60,10 @@ def corpus(tmp_path):
 
 def test_every_text_is_in_exactly_one_split_and_survives(tmp_path, corpus, capsys):
     code, out, _ = run(corpus, "--output", tmp_path / "data", "--validation-fraction", 0.25, capsys=capsys)
-    assert code == 0 and "dropped 1 empty, 2 duplicate; 1 repaired" in out and "vocab_size >= 4105" in out
+    assert code == 0 and "dropped 1 empty, 3 duplicate; 1 repaired" in out and "vocab_size >= 4105" in out
     train, validation = documents_of(tmp_path / "data", "train"), documents_of(tmp_path / "data", "validation")
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
-    expected = [text.replace("\ud800", "\ufffd") for text in dict.fromkeys(texts) if text]
+    expected = list(dict.fromkeys(text.replace("\ud800", "\ufffd") for text in texts if text))
     assert not set(train) & set(validation)
     assert sorted(train + validation) == sorted(expected)
     assert train == [text for text in expected if text in set(train)], "the order of the source is kept"
@@ -95,7 +95,7 @@ def corpora(tmp_path, corpus):
 def expected_documents(sources, most=None):
     """What should be in a dataset, in order: the plain way."""
     texts = [text for source in sources for text in open_source(str(source)).documents() if text]
-    return [text.replace("\ud800", "\ufffd") for text in dict.fromkeys(texts)][:most]
+    return list(dict.fromkeys(text.replace("\ud800", "\ufffd") for text in texts))[:most]
 
 
 @pytest.mark.parametrize("most", [None, 290])
