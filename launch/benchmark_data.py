@@ -207,56 +207,69 @@ def prepare_benchmark(arguments: argparse.Namespace) -> None:
             print(f"{COMPETITORS[name]} against datasets.map: {ratio(name, 'datasets')}")
 
 
+def _write_dataset(folder: Path, tokenizer, tokens: int, length: int) -> None:
+    """Random tokens in documents of `length`."""
+    from data_pipeline.indexed import IndexedWriter
+    from data_pipeline.manifest import Manifest
+    from data_pipeline.shards import shard_of
+
+    folder.mkdir()
+    tokenizer.save(folder)
+    random, shards = np.random.default_rng(0), []
+    each = min(tokens, (1 << 26) // length * length)
+    for index in range(max(1, round(tokens / each))):
+        ids = random.integers(0, 4096, each, np.uint16)
+        ids[length - 1 :: length] = tokenizer.eot_id
+        with IndexedWriter(folder / f"train-{index:05d}", np.dtype("<u2")) as writer:
+            writer.add_documents(ids, np.full(each // length, length, np.int32))
+        shards.append(shard_of(writer))
+    description = {key: getattr(tokenizer, key) for key in ("name", "sha256", "n_vocab", "eot_id")}
+    manifest = Manifest(description, "uint16", {"train": shards, "validation": []}, [], {}, {}, "")
+    (folder / "manifest.json").write_bytes(manifest.to_json())
+
+
 def load_benchmark(arguments: argparse.Namespace) -> None:
     import torch
 
-    from data_pipeline import BatchLoader, TokenDataset
-    from data_pipeline.indexed import IndexedWriter
-    from data_pipeline.manifest import Manifest, Shard
-    from data_pipeline.tokenizer import load_tokenizer
+    from data_pipeline import BatchLoader, load_tokenizer, open_dataset
+
+    def memory() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
-        folder = Path(folder)
         tokenizer = load_tokenizer("builtin")
-        tokenizer.save(folder)
-        random, shards = np.random.default_rng(0), []
-        each = 1 << 26
-        for index in range(max(1, round(arguments.gigabytes * 1e9 / 2 / each))):
-            lengths = np.full(each // 512, 512, np.int32)
-            tokens = random.integers(0, 4096, each, np.uint16)
-            tokens[511::512] = tokenizer.eot_id
-            with IndexedWriter(folder / f"train-{index:05d}", np.dtype("<u2")) as writer:
-                writer.add_documents(tokens, lengths)
-            shards.append(Shard(writer.prefix.name, writer.tokens, writer.documents, writer.sha256))
-        description = {
-            "name": "builtin",
-            "sha256": tokenizer.sha256,
-            "n_vocab": tokenizer.n_vocab,
-            "eot_id": tokenizer.eot_id,
-        }
-        manifest = Manifest(description, "uint16", {"train": shards, "validation": []}, [], {}, {}, "")
-        (folder / "manifest.json").write_bytes(manifest.to_json())
-        dataset = TokenDataset(folder, seq_len=2048)
-
-        def memory() -> float:
-            return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-
-        steps = dataset.samples_per_epoch // 8
-        for workers, options in (("none", {"prefetch": 0}), ("background", {})):
-            with BatchLoader(dataset, micro_batch_size=8, **options) as loader:
-                for _ in range(20):
-                    next(loader)
-                before, start = memory(), time.perf_counter()
-                for _ in range(steps):
-                    next(loader)
-                seconds, after = time.perf_counter() - start, memory()
-            rate = steps * 8 * 2048 / seconds / 1e6
-            print(
-                f"read ahead {workers}: {rate:.0f} M tokens/s on one core over an epoch of "
-                f"{manifest.tokens('train'):,} tokens; memory {before:.0f} MiB at its start, {after:.0f} MiB at its end"
-            )
+        large, many = Path(folder) / "large", Path(folder) / "many"
+        _write_dataset(large, tokenizer, round(arguments.gigabytes * 1e9 / 2), 800)
+        _write_dataset(many, tokenizer, 8 * 10_000_000, 8)
+        print(f"one core, samples of 2048 tokens, micro-batches of 8, documents of 800, {arguments.gigabytes:g} GB")
+        for packing, options in (
+            ("contiguous", {}),
+            ("contiguous", {"document_mask": True}),
+            ("best_fit", {}),
+            ("varlen", {}),
+        ):
+            dataset = open_dataset(large, packing=packing, seq_len=2048)
+            for prefetch in (0, 2):
+                with BatchLoader(dataset, micro_batch_size=8, prefetch=prefetch, **options) as loader:
+                    for _ in range(20):
+                        next(loader)
+                    before, start, tokens = memory(), time.perf_counter(), 0
+                    for _ in range(dataset.samples_per_epoch // 8):
+                        tokens += next(loader)[0]["input_ids"].numel()
+                    seconds, after = time.perf_counter() - start, memory()
+                name = packing + (", document_mask" if options else "") + (", read ahead" if prefetch else "")
+                print(
+                    f"  {name:<42}{tokens / seconds / 1e6:6.0f} M tokens/s over an epoch of {tokens:,} tokens; memory "
+                    f"{before:.0f} MiB at its start, {after:.0f} MiB at its end",
+                    flush=True,
+                )
+        for packing in ("contiguous", "best_fit", "varlen"):
+            start = time.perf_counter()
+            with BatchLoader(open_dataset(many, packing=packing, seq_len=2048), micro_batch_size=8) as loader:
+                next(loader)
+            print(f"  first batch, 10,000,000 documents, {packing}: {time.perf_counter() - start:.2f} s")
 
 
 def main() -> None:
