@@ -48,11 +48,11 @@ CASES = [
     Case("2x2 loop", 2, ep=2, options={"parallel.expert_gemm": "loop"}),
     Case("2x2 grouped_mm", 2, ep=2, options={"parallel.expert_gemm": "grouped_mm"}),
 ]
-# In float64 there is next to no rounding: what differs is a mistake.
+# In float64 there is next to no rounding: what differs is a mistake. What only repeats another case is left out.
 DOUBLE = [
     dataclasses.replace(case, name=f"{case.name}, float64", double=True)
     for case in CASES
-    if "auto" not in case.name and "grouped_mm" not in case.name
+    if not case.name.endswith(("loop", "grouped_mm", "auto", "copies", "stay", "block recomputed", "4x2 recomputed"))
 ]
 ROUNDED = [
     Case("2x2 bf16", 2, ep=2, options={"train.precision": "bf16"}),
