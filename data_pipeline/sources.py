@@ -118,7 +118,7 @@ def open_source(
         return _huggingface(spec, str(path.resolve()), text_column, split, config_name, revision)
     if path.exists() or glob.has_magic(spec):
         return _files(spec, text_column)
-    looks_like_path = spec.startswith((".", "/", "~")) or content_suffix(path.name) in SUFFIXES
+    looks_like_path = spec.startswith((".", "/", "~")) or content_suffix(path.name) in (*SUFFIXES, ".json", ".csv")
     if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
         raise ValueError(f"source {spec!r}: no such file or directory")
     return _huggingface(spec, spec, text_column, split, config_name, revision)

@@ -75,11 +75,11 @@ def make_pieces(
             "a worker process died (out of memory?); the same command continues, with fewer --workers perhaps"
         ) from error
     finally:
-        processes = list((pool._processes or {}).values())
+        if running:  # what they are at is written under another name
+            for process in list((pool._processes or {}).values()):
+                process.kill()
         with contextlib.suppress(OSError):  # a pool that broke has closed its pipes
-            pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.kill()  # what it is at is written under another name
+            pool.shutdown(cancel_futures=True)
 
 
 def _submit(pool: ProcessPoolExecutor, directory: Path, part: Part, key: str, rules: Rules) -> Future:

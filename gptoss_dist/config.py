@@ -342,7 +342,7 @@ class Config:
             not (data.path and data.sources),
             "data.path",
             data.path,
-            "and data.sources are both given; leave one out (null)",
+            "and data.sources are both given; to read the sources add --data.path null",
         )
         if not data.path and not data.sources:
             data.path = "data/pystdlib"
