@@ -79,7 +79,8 @@ def _find_remote(spec: str, suffixes: tuple[str, ...]) -> list[File]:
 
     try:
         system, path = fsspec.core.url_to_fs(spec)
-        if glob.has_magic(path) and "?" not in spec:  # which in a URL begins a query
+        has_query = spec.startswith(("http://", "https://")) and "?" in spec
+        if glob.has_magic(path) and not has_query:
             paths = system.glob(path)
         elif not path.endswith(suffixes + COMPRESSIONS) and system.isdir(path):
             paths = [name for name in system.find(path) if content_suffix(name) in suffixes]

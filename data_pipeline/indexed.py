@@ -24,6 +24,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -49,58 +50,40 @@ def index_path(prefix: Path | str) -> Path:
     return Path(f"{prefix}.idx")
 
 
-class IndexedWriter:
-    """Writes PREFIX.bin and PREFIX.idx, which appear on `close`, whole and on disk (written under another name, fsync,
-    renamed).
+class TokenWriter:
+    """Writes the file `path` of ids alone, which appears on `close`, whole and on disk (written under another name,
+    fsync, renamed).
 
-    After `close`: `tokens`, `documents`, `max_token`, `sha256` of the .bin file and `index_sha256` of the .idx file.
+    After `close`: `tokens`, `documents`, `max_token`, and `sha256` of the file.
     """
 
-    def __init__(self, prefix: Path | str, dtype: np.dtype):
-        assert dtype in DTYPE_CODES.values(), dtype
-        self.prefix = Path(prefix)
+    index_sha256: str | None = None
+
+    def __init__(self, path: Path | str, dtype: np.dtype):
+        self.prefix = self._path = Path(path)
         self.dtype = np.dtype(dtype)
-        self.tokens = 0
-        self.documents = self.max_token = 0
-        self._lengths: list[np.ndarray] = []
+        self.tokens = self.documents = self.max_token = 0
         self._hash = hashlib.sha256()
-        self._unfinished = self.prefix.with_name(f".{self.prefix.name}-{os.getpid()}")
-        self._file = open(data_path(self._unfinished), "wb")  # noqa: SIM115 (closed by close or __exit__)
+        self._file = open(_unfinished(self._path), "wb")  # noqa: SIM115 (closed by close or __exit__)
 
     @property
     def sha256(self) -> str:
         return self._hash.hexdigest()
 
-    def add_document(self, tokens: np.ndarray) -> None:
-        """Appends one document. tokens: integer ids [n], n >= 1, within the range of the dtype."""
-        self.add_documents(tokens, [len(tokens)])
-
-    def add_documents(self, tokens: np.ndarray, lengths: Sequence[int]) -> None:
-        """Appends documents that follow each other in `tokens`; lengths: of each."""
+    def add_documents(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
+        """Appends documents, each with its end-of-text, that follow each other in `tokens`; lengths: of each."""
         data = memoryview(np.ascontiguousarray(tokens, dtype=self.dtype)).cast("B")
         self._file.write(data)
         self._hash.update(data)
-        self._lengths.append(np.asarray(lengths, "<i4"))
         self.documents += len(lengths)
         self.tokens += len(tokens)
         self.max_token = max(self.max_token, int(tokens.max(initial=0)))
 
     def close(self) -> None:
         _close_durably(self._file)
-        lengths = np.concatenate([np.empty(0, "<i4"), *self._lengths])
-        pointers = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=pointers[1:])
-        code = next(code for code, dtype in DTYPE_CODES.items() if dtype == self.dtype)
-        header = _HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1)
-        index = b"".join((header, lengths, pointers, np.arange(len(lengths) + 1, dtype="<i8")))
-        self.index_sha256 = hashlib.sha256(index).hexdigest()
-        with open(index_path(self._unfinished), "wb") as file:
-            file.write(index)
-            _close_durably(file)
-        for path in (data_path, index_path):
-            os.rename(path(self._unfinished), path(self.prefix))
+        os.rename(_unfinished(self._path), self._path)
 
-    def __enter__(self) -> "IndexedWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
@@ -108,7 +91,40 @@ class IndexedWriter:
             self.close()
         else:
             self._file.close()
-            data_path(self._unfinished).unlink()
+            _unfinished(self._path).unlink()
+
+
+class IndexedWriter(TokenWriter):
+    """Writes PREFIX.bin as a TokenWriter does, and PREFIX.idx after it; `index_sha256` is of that one."""
+
+    def __init__(self, prefix: Path | str, dtype: np.dtype):
+        assert dtype in DTYPE_CODES.values(), dtype
+        super().__init__(data_path(prefix), dtype)
+        self.prefix = Path(prefix)
+        self._lengths: list[np.ndarray] = []
+
+    def add_document(self, tokens: np.ndarray) -> None:
+        """Appends one document. tokens: integer ids [n], n >= 1, within the range of the dtype."""
+        self.add_documents(tokens, [len(tokens)])
+
+    def add_documents(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
+        super().add_documents(tokens, lengths)
+        self._lengths.append(np.asarray(lengths, "<i4"))
+
+    def close(self) -> None:
+        lengths = np.concatenate([np.empty(0, "<i4"), *self._lengths])
+        pointers = np.zeros(len(lengths), dtype="<i8")
+        np.cumsum(lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=pointers[1:])
+        code = next(code for code, dtype in DTYPE_CODES.items() if dtype == self.dtype)
+        header = _HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1)
+        index = b"".join((header, lengths, pointers, np.arange(len(lengths) + 1, dtype="<i8")))
+        self.index_sha256 = hashlib.sha256(index).hexdigest()
+        path = index_path(self.prefix)
+        with open(_unfinished(path), "wb") as file:
+            file.write(index)
+            _close_durably(file)
+        super().close()
+        os.rename(_unfinished(path), path)
 
 
 class TokenFile:
@@ -251,6 +267,10 @@ class IndexedReader:
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.file.read(int(self._pointers[i]) // self.dtype.itemsize, int(self.lengths[i]))
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}-{os.getpid()}")
 
 
 def _close_durably(file) -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline import command
-from data_pipeline.indexed import IndexedReader, IndexedWriter
+from data_pipeline.indexed import IndexedReader, IndexedWriter, TokenWriter
 from data_pipeline.manifest import FILE_NAME, SPLITS, Manifest, Shard, open_shard
-from data_pipeline.raw import RawReader, RawWriter
+from data_pipeline.raw import RawReader
 from data_pipeline.shards import document_batches, new_output, publish, shard_of, staging_directory
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.verify import check_content, record_content
@@ -189,7 +189,7 @@ def _copy(source: Path, destination: Path, sha256: str | None) -> None:
 def _without(reader: IndexedReader | RawReader, leaked: np.ndarray, target: Path) -> Shard:
     """The shard's documents that are not `leaked`, as a shard of the same storage."""
     position = 0
-    with (RawWriter if isinstance(reader, RawReader) else IndexedWriter)(target, reader.dtype) as writer:
+    with (TokenWriter if isinstance(reader, RawReader) else IndexedWriter)(target, reader.dtype) as writer:
         for tokens, lengths in document_batches(reader):
             keep = ~leaked[position : position + len(lengths)]
             position += len(lengths)

@@ -58,11 +58,7 @@ class Progress:
 
 
 def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{minutes} min"
-        if minutes < 100
-        else f"{minutes // 60} h {minutes % 60} min"
-    )
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -5,9 +5,6 @@ Such a file says neither its dtype nor its vocabulary. A wrong dtype gives numbe
 can tell is looked at: sizes, ids beyond the vocabulary, halves that are always zero.
 """
 
-import hashlib
-import os
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -93,45 +90,6 @@ class RawReader:
     def __getitem__(self, i: int) -> np.ndarray:
         length = int(self.lengths[i])
         return self.file.read(int(self._ends[i]) - length, length)
-
-
-class RawWriter:
-    """Writes the file `path` of ids alone; on disk (fsync) when `close` returns. Fields as `IndexedWriter`'s."""
-
-    index_sha256 = None
-
-    def __init__(self, path: Path, dtype: np.dtype):
-        self.prefix, self.dtype = path, dtype
-        self.tokens = self.documents = self.max_token = 0
-        self._hash = hashlib.sha256()
-        self._file = open(path, "wb")  # noqa: SIM115 (closed by close or __exit__)
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
-
-    def add_documents(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
-        """Appends documents, each with its end-of-text, that follow each other in `tokens`; lengths: of each."""
-        data = memoryview(np.ascontiguousarray(tokens, dtype=self.dtype)).cast("B")
-        self._file.write(data)
-        self._hash.update(data)
-        self.documents += len(lengths)
-        self.tokens += len(tokens)
-        self.max_token = max(self.max_token, int(tokens.max(initial=0)))
-
-    def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def __enter__(self) -> "RawWriter":
-        return self
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        if error_type is None:
-            self.close()
-        else:
-            self._file.close()
 
 
 def npy_header(path: Path) -> tuple[int, str, int] | None:

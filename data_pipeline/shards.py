@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.indexed import IndexedReader, IndexedWriter
+from data_pipeline.indexed import IndexedReader, IndexedWriter, TokenWriter
 from data_pipeline.manifest import Shard
-from data_pipeline.raw import RawReader, RawWriter
+from data_pipeline.raw import RawReader
 
 _BATCH_TOKENS = 1 << 20
 _BATCH_DOCUMENTS = 1 << 16
@@ -66,7 +66,7 @@ class SplitWriter:
             self._shards.append(shard_of(writer, self.source))
 
 
-def shard_of(writer: IndexedWriter | RawWriter, source: str | None = None) -> Shard:
+def shard_of(writer: TokenWriter, source: str | None = None) -> Shard:
     """The manifest's entry for what a closed writer wrote."""
     name, index_sha256, max_token = writer.prefix.name, writer.index_sha256, writer.max_token
     return Shard(name, writer.tokens, writer.documents, writer.sha256, index_sha256, max_token, source)
