@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from importlib import resources
 from pathlib import Path
@@ -48,6 +49,22 @@ PATTERNS = {
     "bytes": r"(?s:.{1,256})",
 }
 
+
+def faster(pattern: str) -> str:
+    """A pattern that cuts every text as `pattern` does, for tiktoken's engine, fancy-regex: 1.3 to 1.5 times as fast.
+
+    That engine runs a slow interpreter over a pattern with a look-ahead, and hands alternatives that need none to a
+    fast automaton, but one at a time. Brackets around them make them one, which is tried once. Possessive quantifiers
+    need the interpreter too; in PATTERNS, where alone this is done, nothing after one can match what it gave back, so
+    that ordinary ones match the same.
+    """
+    easy, hard, rest = pattern.partition(r"|\s+(?!\S)|")
+    if not hard or pattern not in PATTERNS.values():
+        return pattern
+    easy = re.sub(r"(?<=[?*+])\+|(?<=\d})\+", "", easy)
+    return f"(?:{easy}){hard}{rest}"
+
+
 _PROBE = "Word's 123 ,;\t\n \r\n\0\x7f \u00e9\u4e2d\u0301\U0001f600 "
 _LLAMA3_RANKS = 128_000
 _FILE_NAME = "tokenizer.gptoss.json"
@@ -86,7 +103,7 @@ class Tokenizer:
         self.ranks = ranks
         try:
             self._encoding = tiktoken.Encoding(
-                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens
+                name, pat_str=faster(pattern), mergeable_ranks=ranks, special_tokens=self.special_tokens
             )
         except ValueError as error:
             raise ValueError(f"tokenizer {name}: pattern {pattern!r} is not accepted: {error}") from error

@@ -4,13 +4,16 @@ import base64
 import gzip
 import hashlib
 import json
+import random
 import zipfile
 
 import numpy as np
 import pytest
+import tiktoken
 
 from data_pipeline import Tokenizer, bpe, load_tokenizer, vocabulary
-from data_pipeline.tokenizer import PATTERNS
+from data_pipeline.sources import open_source
+from data_pipeline.tokenizer import PATTERNS, faster
 
 NASTY = [
     "",
@@ -49,6 +52,27 @@ def test_a_million_spaces_and_lone_surrogates_are_counted_not_fatal():
     assert tokenizer.irregular == {"split": 1}
     assert tokenizer.decode(tokenizer.encode("a\ud800b \ud83d\ude00")) == "a\ufffdb 😀"
     assert tokenizer.irregular == {"split": 1, "repaired": 1}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_faster_pattern_cuts_every_text_as_the_published_one_does(name):
+    """Cases, digits, marks, line breaks and spaces of every kind in random order; and sources. Every pair of bytes is a
+    token, with ranks in random order, so that words that are cut elsewhere are other tokens.
+    """
+    generator = random.Random(0)
+    pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
+    generator.shuffle(pairs)
+    ranks = {token: rank for rank, token in enumerate([bytes([a]) for a in range(256)] + pairs)}
+    published, ours = (
+        tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|end|>": len(ranks)})
+        for pattern in (PATTERNS[name], faster(PATTERNS[name]))
+    )
+    assert (ours._pat_str == published._pat_str) == (name == "bytes")
+    kinds = "aBé中ǅʰ\u0301\u09031\u0663Ⅷſ\u212a'’$_./\0\x7f\u200d\ufeff😀 \t\n\r\x0b\x1c\x85\xa0\u2028\u3000"
+    pieces = [*kinds, "  ", "\r\n", "'s", "'LL", "'ſ", "//"]
+    texts = ["".join(generator.choices(pieces, k=generator.randint(1, 30))) for _ in range(30_000)]
+    for text in [*texts, *list(open_source("pystdlib").documents())[:150]]:
+        assert ours.encode_ordinary(text) == published.encode_ordinary(text), repr(text[:100])
 
 
 def test_decoding_an_unknown_id_is_a_value_error(tokenizer):
