@@ -91,6 +91,11 @@ class Manifest:
         try:
             fields = json.loads(path.read_bytes())
         except OSError as error:
+            if inside := sorted(found.parent.name for found in Path(directory).glob(f"*/{FILE_NAME}")):
+                others = f", and {len(inside) - 1} more there" if len(inside) > 1 else ""
+                raise ValueError(
+                    f"{directory}: not a prepared dataset itself, but {Path(directory) / inside[0]} is one{others}"
+                ) from error
             raise ValueError(
                 f"{directory}: not a prepared dataset, {FILE_NAME} cannot be read ({error.strerror}); make one with "
                 f"`python -m data_pipeline.prepare pystdlib --output {directory}`, or write one for token files that "

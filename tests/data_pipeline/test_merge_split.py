@@ -132,6 +132,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path, one, two, capsys):
         ((one, builtin), "builtin: its tokenizer is builtin where that of"),
         ((one, one), "given twice"),
         ((one, tmp_path / "none"), "none: not a prepared dataset"),
+        ((one, one.parent), f"not a prepared dataset itself, but {one} is one"),
     ):
         assert run(merge.main, *directories, "--output", tmp_path / "out") == 1
         err = capsys.readouterr().err

@@ -111,7 +111,7 @@ def test_workers_change_nothing(tmp_path, corpora, monkeypatch, most):
     manifest = json.loads(one["manifest.json"])
     shards = manifest["splits"]["train"]["shards"]
     assert all(shard["tokens"] <= 9000 or shard["documents"] == 1 for shard in shards)
-    assert "0.jsonl, bytes 0 to 20000" in {shard["source"] for shard in shards}
+    assert sum(shard["source"].startswith("0.jsonl, bytes ") for shard in shards) >= 4
     assert manifest["tokenizer"]["eot_id"] == 257 and manifest["dtype"] == "uint16" and manifest["version"] == 1
 
     expected = expected_documents(corpora, most)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 
@@ -99,6 +100,16 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path):
         (tmp_path / name).write_text("x")
         with pytest.raises(ValueError, match="no known kind"):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize("mebibytes, count", [(8, 1), (9, 2), (32, 4), (33, 8), (209, 28), (1000, 64), (9001, 72)])
+def test_large_files_are_cut_into_equal_parts_for_2_or_4_processes(tmp_path, mebibytes, count):
+    size = (mebibytes << 20) - 5
+    (tmp_path / "a.jsonl").touch()
+    os.truncate(tmp_path / "a.jsonl", size)
+    parts = open_source(str(tmp_path / "a.jsonl")).parts
+    sizes = [part.size for part in parts]
+    assert len(parts) == count and sum(sizes) == size and max(sizes) - min(sizes) < count
 
 
 def test_fingerprints_follow_the_input(tmp_path):
