@@ -125,6 +125,13 @@ class Tokenizer:
             self.irregular["split"] += 1
             return np.concatenate(self._encode_halves(text))
 
+    def load_engine(self) -> None:
+        """Builds what `engine` names, which `encode_documents` would do at its first call; forked processes share it.
+        Raises ValueError as that does.
+        """
+        if self._fast is None:
+            self._fast = fast_encoder(self) if self.engine != "tiktoken" else False
+
     def encode_documents(self, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts, one after the other, each with its end-of-text token, in `dtype` [n]; and the number of ids
         of each, int32 [len(texts)].
@@ -133,8 +140,7 @@ class Tokenizer:
         installed and encodes a set of trial texts alike. The ids are the same. Raises ValueError when gigatoken is
         asked for and cannot be used.
         """
-        if self._fast is None:
-            self._fast = fast_encoder(self) if self.engine != "tiktoken" else False
+        self.load_engine()
         if self._fast:
             return self._fast.encode_documents(texts, dtype)
         end = np.array([self.eot_id], np.uint32)

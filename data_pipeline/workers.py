@@ -50,6 +50,8 @@ def make_pieces(
         return
 
     context = multiprocessing.get_context(_start_method())
+    if context.get_start_method() == "fork":
+        tokenizer.load_engine()  # a thread that it starts does not come along, and is not needed: nothing is parallel
     counters = context.Array("q", 2)
     shared = tokenizer if context.get_start_method() == "fork" else directory  # where it is saved
     arguments = (shared, tokenizer.engine, counters, os.getpid())
@@ -90,8 +92,10 @@ def _submit(pool: ProcessPoolExecutor, directory: Path, part: Part, key: str, ru
 
 
 def _start_method() -> str:
-    """`fork` starts at once and shares the tokenizer, but not after libraries have started threads."""
-    threaded = {"torch", "pyarrow", "datasets"} & sys.modules.keys()
+    """`fork` starts at once and shares the tokenizer, but not after libraries have started threads. (gigatoken imports
+    pyarrow, which starts none before it reads.)
+    """
+    threaded = {"torch", "pyarrow.parquet", "datasets"} & sys.modules.keys()
     return "spawn" if threaded or threading.active_count() > 1 else "fork"
 
 

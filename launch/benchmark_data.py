@@ -69,6 +69,7 @@ def run_ours(path: Path, output: Path, tokenizer, workers: int, engine: str) -> 
     from data_pipeline.sources import open_source
 
     tokenizer.engine = engine
+    tokenizer.load_engine()
     start = time.perf_counter()
     manifest = prepare(
         [open_source(str(path))], output, tokenizer, workers=workers, validation_fraction=0.0, report=lambda line: None
