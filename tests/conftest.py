@@ -1,13 +1,11 @@
 """Nothing in the suite may reach for the network."""
 
 import os
-import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import yaml

@@ -1,6 +1,8 @@
 """The import rule of docs/design.md: launch -> train -> engine -> parallel -> model -> ops."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -64,3 +66,15 @@ def test_files_are_readable_in_one_sitting():
         if (count := len(path.read_text().splitlines())) > 500
     }
     assert not long
+
+
+def test_pytest_finds_the_packages_without_python_m():
+    """A folder `tests/data_pipeline` is found before an editable install, unless the root is on the path."""
+    pytest = Path(sys.executable).with_name("pytest")
+    done = subprocess.run(
+        [pytest, "-q", "--collect-only", "tests/data_pipeline/test_tokenizer.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
