@@ -16,6 +16,7 @@ We write one sequence per document.
 """
 
 import bisect
+import contextlib
 import hashlib
 import io
 import os
@@ -84,7 +85,8 @@ class TokenWriter:
         if size - self._on_its_way >= _WRITE_AHEAD_BYTES and hasattr(os, "posix_fadvise"):
             # Linux begins to write out what it is told will not be needed: fsync then finds little left to wait for.
             self._file.flush()
-            os.posix_fadvise(self._file.fileno(), self._on_its_way, size - self._on_its_way, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._file.fileno(), self._on_its_way, size - self._on_its_way, os.POSIX_FADV_DONTNEED)
             self._on_its_way = size
 
     def close(self) -> None:

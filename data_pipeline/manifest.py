@@ -2,6 +2,7 @@
 into place whole.
 """
 
+import contextlib
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -91,10 +92,10 @@ class Manifest:
         try:
             fields = json.loads(path.read_bytes())
         except OSError as error:
-            if inside := sorted(found.parent.name for found in Path(directory).glob(f"*/{FILE_NAME}")):
+            if isinstance(error, FileNotFoundError) and (inside := _datasets_in(Path(directory))):
                 others = f", and {len(inside) - 1} more there" if len(inside) > 1 else ""
                 raise ValueError(
-                    f"{directory}: not a prepared dataset itself, but {Path(directory) / inside[0]} is one{others}"
+                    f"{directory}: not a prepared dataset itself, but {inside[0]} is one{others}"
                 ) from error
             raise ValueError(
                 f"{directory}: not a prepared dataset, {FILE_NAME} cannot be read ({error.strerror}); make one with "
@@ -143,6 +144,15 @@ class Manifest:
             reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
             raise ValueError(f"{path}: damaged manifest: {reason}; {REMEDY}") from error
         return manifest
+
+
+def _datasets_in(directory: Path) -> list[Path]:
+    found = []
+    for path in sorted(directory.glob(f"[!.]*/{FILE_NAME}")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            if json.loads(path.read_bytes())["format"] == FORMAT:
+                found.append(path.parent)
+    return found
 
 
 def open_shards(directory: str | Path, manifest: Manifest, split: str) -> list[IndexedReader | RawReader]:

@@ -37,9 +37,9 @@ _TEST_FOLDERS = {"test", "tests", "idle_test", "lib2to3"}
 _PACKAGE_FOLDERS = {"site-packages", "dist-packages"}
 _PYSTDLIB_MIN_FILES = 100
 _MIN_SOURCE_BYTES = 200  # an `__init__.py` with a licence line is not a document
-# A large file is cut into about 64 parts, neither too small to be worth a file nor too large to be done again; equal
-# ones, a multiple of four, so that 2 or 4 processes end at one time. How it is cut depends on nothing else, so that
-# other files may come and go.
+# A large file is cut into about 64 parts, neither too small to be worth a file nor too large to be done again. Those of
+# .jsonl are equal and, beyond four, a multiple of four (so down to half of _MIN_PART_BYTES), that 2 or 4 processes end
+# at one time. How a file is cut depends on nothing but its size, so that other files may come and go.
 _PARTS, _MIN_PART_BYTES, _MAX_PART_BYTES = 64, 8 << 20, 128 << 20
 
 

@@ -51,7 +51,8 @@ PATTERNS = {
 
 
 def faster(pattern: str) -> str:
-    """A pattern that cuts every text as `pattern` does, for tiktoken's engine, fancy-regex: 1.3 to 1.5 times as fast.
+    """A pattern that cuts every text as `pattern` does, and makes tiktoken's engine, fancy-regex, 1.2 (o200k) to 2
+    (cl100k) times as fast on source code.
 
     That engine runs a slow interpreter over a pattern with a look-ahead, and hands alternatives that need none to a
     fast automaton, but one at a time. Brackets around them make them one, which is tried once. Possessive quantifiers

@@ -35,7 +35,7 @@ def make_pieces(
 
     keys: of the pieces. directory: for the pieces; the tokenizer is saved there. workers: 1 works in this process.
     watch: called with the numbers of documents and tokens done so far, several times a second. Raises ValueError when a
-    part cannot be read or a worker died.
+    part cannot be read, the tokenizer's engine cannot be used or a worker died.
     """
     if workers == 1:
         totals = [0, 0]
@@ -92,10 +92,12 @@ def _submit(pool: ProcessPoolExecutor, directory: Path, part: Part, key: str, ru
 
 
 def _start_method() -> str:
-    """`fork` starts at once and shares the tokenizer, but not after libraries have started threads. (gigatoken imports
-    pyarrow, which starts none before it reads.)
+    """`fork` starts at once and shares the tokenizer, but not after libraries have started threads of their own.
+    gigatoken imports pyarrow, whose one thread then is its allocator's, made for forks; its modules that read start
+    others.
     """
-    threaded = {"torch", "pyarrow.parquet", "datasets"} & sys.modules.keys()
+    reading = {f"pyarrow._{name}" for name in ("parquet", "dataset", "csv", "json", "fs", "flight")}
+    threaded = ({"torch", "datasets"} | reading) & sys.modules.keys()
     return "spawn" if threaded or threading.active_count() > 1 else "fork"
 
 

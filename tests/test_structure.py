@@ -1,6 +1,7 @@
 """The import rule of docs/design.md: launch -> train -> engine -> parallel -> model -> ops."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,11 +71,11 @@ def test_files_are_readable_in_one_sitting():
 
 def test_pytest_finds_the_packages_without_python_m():
     """A folder `tests/data_pipeline` is found before an editable install, unless the root is on the path."""
-    pytest = Path(sys.executable).with_name("pytest")
+    pytest = shutil.which("pytest", path=Path(sys.executable).parent) or shutil.which("pytest")
     done = subprocess.run(
         [pytest, "-q", "--collect-only", "tests/data_pipeline/test_tokenizer.py"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr

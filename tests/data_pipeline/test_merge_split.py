@@ -127,12 +127,15 @@ def test_raw_datasets_merge_and_split_too(tmp_path, write, capsys):
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path, one, two, capsys):
+    for name, content in (("app", "{}"), (".trash", (one / "manifest.json").read_text()), ("bad", "x")):
+        (one.parent / name).mkdir()  # beside a dataset
+        (one.parent / name / "manifest.json").write_text(content)
     builtin = make(tmp_path / "builtin", texts(4, 30), "--tokenizer", "builtin")
     for directories, message in (
         ((one, builtin), "builtin: its tokenizer is builtin where that of"),
         ((one, one), "given twice"),
         ((one, tmp_path / "none"), "none: not a prepared dataset"),
-        ((one, one.parent), f"not a prepared dataset itself, but {one} is one"),
+        ((one, one.parent), f"not a prepared dataset itself, but {one} is one\n"),
     ):
         assert run(merge.main, *directories, "--output", tmp_path / "out") == 1
         err = capsys.readouterr().err

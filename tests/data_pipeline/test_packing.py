@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +145,17 @@ def test_the_model_sees_each_document_alone(directory, packing):
     assert packed.item() == pytest.approx(alone.item(), rel=1e-6)
     together = model(batch["input_ids"], batch["labels"]).token_loss
     assert abs(together.item() - alone.item()) > 1e-4 * alone.item()
+
+
+@pytest.mark.parametrize("kind", [BestFitDataset, DocumentDataset])
+def test_a_document_of_more_than_31_bits_is_cut_like_any_other(kind):
+    dataset = object.__new__(kind)
+    dataset.seq_len, dataset._shards = 1 << 22, [SimpleNamespace(lengths=np.array([2**31 + 10, 50]))]
+    assert dataset._count_samples() == {BestFitDataset: 513, DocumentDataset: 2}[kind]
+    assert (
+        sorted(set(dataset._lengths.tolist()))
+        == {BestFitDataset: [9, 49, 1 << 22], DocumentDataset: [49, 1 << 22]}[kind]
+    )
 
 
 def test_unknown_packing(directory):
