@@ -160,7 +160,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(tmp_path):
     assert len(expected) > 20
 
     output, kills, completed, continued = tmp_path / "out", 0, 0, 0
-    while kills < int(os.environ.get("KILLS", 5)) or not output.exists():
+    while kills < int(os.environ.get("KILLS", 8)) or not output.exists():
         if output.exists():
             assert contents(output) == expected
             shutil.rmtree(output)
@@ -182,7 +182,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(tmp_path):
         continued += "continuing" in out
         left = {path.name for path in tmp_path.iterdir()} - {"in", "whole", "out", "out.preparing", "log"}
         assert not left and not (output.exists() and contents(output) != expected)
-    assert contents(output) == expected and (continued or kills < 8)
+    assert contents(output) == expected and continued > 0
     assert run(folder, "--shard-tokens", 200_000, "--output", output) == 0
     assert not (tmp_path / "out.preparing").exists()  # what a kill after the end may have left is swept
     print(f"{kills} kills, continued {continued} times, {completed + 1} times complete")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
 from collections import defaultdict
@@ -49,12 +48,11 @@ CASES = [
     Case("2x2 loop", 2, ep=2, options={"parallel.expert_gemm": "loop"}),
     Case("2x2 grouped_mm", 2, ep=2, options={"parallel.expert_gemm": "grouped_mm"}),
 ]
-# In float64 there is next to no rounding: what differs is a mistake. FLOAT64=all for every layout that works in it.
+# In float64 there is next to no rounding: what differs is a mistake.
 DOUBLE = [
     dataclasses.replace(case, name=f"{case.name}, float64", double=True)
     for case in CASES
-    if not case.name.endswith(("loop", "grouped_mm"))
-    and (os.environ.get("FLOAT64") == "all" or case.name in ("2x1", "2x2", "4x2 HSDP", "4x4 idle rank", "4x2 uneven"))
+    if "auto" not in case.name and "grouped_mm" not in case.name
 ]
 ROUNDED = [
     Case("2x2 bf16", 2, ep=2, options={"train.precision": "bf16"}),
