@@ -6,10 +6,11 @@ Two views of the same splits: `TokenDataset` here cuts them into samples of T + 
 Shapes: N samples, T = seq_len.
 """
 
+import bisect
 import hashlib
+import itertools
 from abc import ABC, abstractmethod
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,8 @@ class TokenSplit(ABC):
             raise ValueError(f"{path}: no split {split!r}, only {', '.join(self.manifest.splits)}")
         self._shards = open_shards(path, self.manifest, split)
         self._files = [shard.file for shard in self._shards]
-        self._ends = np.cumsum([file.n_tokens for file in self._files], dtype=np.int64)
-        self._begins = np.concatenate([[0], self._ends])
+        self._ends = list(itertools.accumulate(file.n_tokens for file in self._files))
+        self._begins = [0, *self._ends]
         self.tokens_total = self.manifest.tokens(split)
         self.documents_total = self.manifest.documents(split)
         self.samples_per_epoch = self._count_samples()
@@ -91,25 +92,33 @@ class TokenSplit(ABC):
         """
         return global_order(positions, self.samples_per_epoch, seed=self.seed, shuffle=self.shuffle)
 
-    def _read_spans(self, starts: np.ndarray, spans: list[np.ndarray]) -> None:
-        """Fill each of `spans`, contiguous and of the files' dtype, with tokens from its start in the long sequence."""
-        shards = np.searchsorted(self._ends, starts, side="right")
-        offsets = starts - self._begins[shards]
-        for span, offset, shard in zip(spans, offsets.tolist(), shards.tolist()):
-            while (count := self._files[shard].n_tokens - offset) < len(span):
-                self._files[shard].read_into(offset, span[:count])
-                span, offset, shard = span[count:], 0, shard + 1
-            self._files[shard].read_into(offset, span)
-
-    def _read_pieces(self, starts: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-        """Pieces of lengths[p] inputs and the token after them, from position starts[p] of the long sequence on; in the
-        files' dtype.
+    def _read_pieces(self, pieces: list[tuple[int, int, int]], count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and labels, int64 [count], of pieces of the long sequence: (start there, length, place here) each,
+        with the token after each input as its label. Where no piece is, inputs are end-of-text.
         """
-        bounds = [0, *np.cumsum(lengths + 1).tolist()]
-        tokens = np.empty(bounds[-1], dtype=self._files[0].dtype)
-        pieces = [tokens[a:b] for a, b in pairwise(bounds)]
-        self._read_spans(starts, pieces)
-        return pieces
+        dtype, size = self._files[0].dtype, self._files[0].dtype.itemsize
+        tokens, after = np.full(count, self.eot_id, dtype), np.empty(len(pieces), dtype)
+        into, last = memoryview(tokens).cast("B"), memoryview(after).cast("B")
+        for p, (start, length, place) in enumerate(pieces):
+            shard = bisect.bisect_right(self._ends, start)
+            file, begin = self._files[shard], start - self._begins[shard]
+            if file.n_tokens - begin > length:
+                file.read_into(begin, into[place * size : (place + length) * size], last[p * size : (p + 1) * size])
+            else:
+                piece = self._read_across(shard, begin, length + 1)
+                tokens[place : place + length], after[p] = piece[:-1], piece[-1]
+        labels = np.empty(count, np.int64)
+        labels[:-1] = tokens[1:]
+        labels[[place + length - 1 for _, length, place in pieces]] = after
+        return tokens.astype(np.int64), labels
+
+    def _read_across(self, shard: int, start: int, count: int) -> np.ndarray:
+        """Ids [count] that begin in one shard and end in another."""
+        parts = []
+        while count:
+            parts.append(self._files[shard].read(start, min(count, self._files[shard].n_tokens - start)))
+            shard, start, count = shard + 1, 0, count - len(parts[-1])
+        return np.concatenate(parts)
 
 
 class TokenDataset(TokenSplit):
@@ -132,26 +141,24 @@ class TokenDataset(TokenSplit):
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Tokens int64 [N, T+1] of samples by index, each in [0, samples_per_epoch), in the order of the text."""
-        return self._read(indices).astype(np.int64)
+        arrays = self.micro_batch(indices)
+        return np.concatenate([arrays["input_ids"], arrays["labels"][:, -1:]], axis=1)
 
     def micro_batch(self, indices: np.ndarray, document_mask: bool = False) -> dict[str, np.ndarray]:
         """Arrays [B, T], see `TokenSplit`. `document_ids` count from 0 in each row; the end-of-text token belongs to
         the document it ends, and its label, the first token of another document, is then -100.
         """
-        tokens_BT1 = self._read(indices)
-        inputs_BT, labels_BT = tokens_BT1[:, :-1].astype(np.int64), tokens_BT1[:, 1:].astype(np.int64)
-        arrays = {"input_ids": inputs_BT, "labels": labels_BT}
+        T = self.seq_len
+        pieces = [(index * T, T, row * T) for row, index in enumerate(np.asarray(indices).tolist())]
+        inputs, labels = self._read_pieces(pieces, len(pieces) * T)
+        arrays = {"input_ids": inputs, "labels": labels}
         if document_mask:
-            ends_BT = inputs_BT == self.eot_id
-            labels_BT[ends_BT] = IGNORED_LABEL
-            documents_BT = np.zeros_like(inputs_BT)
-            documents_BT[:, 1:] = ends_BT[:, :-1]
-            np.cumsum(documents_BT, axis=1, out=documents_BT)  # twice as fast in place as from bool
-            arrays["document_ids"] = documents_BT
-        return arrays
-
-    def _read(self, indices: np.ndarray) -> np.ndarray:
-        indices = np.asarray(indices, dtype=np.int64)
-        tokens = np.empty((len(indices), self.seq_len + 1), dtype=self._files[0].dtype)
-        self._read_spans(indices * self.seq_len, list(tokens))
-        return tokens
+            ends = np.flatnonzero(inputs == self.eot_id)
+            labels[ends] = IGNORED_LABEL
+            rows = np.arange(len(pieces)) * T
+            begins = np.union1d(rows, ends + 1)
+            begins = begins[begins < len(inputs)]
+            numbers = np.arange(len(begins)) - np.searchsorted(begins, rows)[begins // T]
+            # Ten times as fast as summing up where documents begin.
+            arrays["document_ids"] = np.repeat(numbers, np.diff(begins, append=len(inputs)))
+        return {name: array.reshape(-1, T) for name, array in arrays.items()}

@@ -52,6 +52,15 @@ def index_path(prefix: Path | str) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:
+    """The `.idx` file of documents of `lengths` tokens, int32, one after the other."""
+    pointers = np.zeros(len(lengths), dtype="<i8")
+    np.cumsum(lengths[:-1].astype(np.int64) * dtype.itemsize, out=pointers[1:])
+    code = next(code for code, known in DTYPE_CODES.items() if known == dtype)
+    header = _HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1)
+    return b"".join((header, lengths.astype("<i4"), pointers, np.arange(len(lengths) + 1, dtype="<i8")))
+
+
 class TokenWriter:
     """Writes the file `path` of ids alone, which appears on `close`, whole and on disk (written under another name,
     fsync, renamed).
@@ -120,12 +129,7 @@ class IndexedWriter(TokenWriter):
         self._lengths.append(np.asarray(lengths, "<i4"))
 
     def close(self) -> None:
-        lengths = np.concatenate([np.empty(0, "<i4"), *self._lengths])
-        pointers = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=pointers[1:])
-        code = next(code for code, dtype in DTYPE_CODES.items() if dtype == self.dtype)
-        header = _HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1)
-        index = b"".join((header, lengths, pointers, np.arange(len(lengths) + 1, dtype="<i8")))
+        index = index_bytes(np.concatenate([np.empty(0, "<i4"), *self._lengths]), self.dtype)
         self.index_sha256 = hashlib.sha256(index).hexdigest()
         path = index_path(self.prefix)
         with open(_unfinished(path), "wb") as file:
@@ -149,22 +153,25 @@ class TokenFile:
         self.size, self._identity = status.st_size, (status.st_dev, status.st_ino)
         self._file: io.FileIO | None = None
 
-    def read_into(self, start: int, out: np.ndarray) -> None:
-        """Fill `out`, contiguous and of this file's dtype, with the ids from position `start` on."""
-        view, position = memoryview(out).cast("B"), self.offset + start * self.dtype.itemsize
+    def read_into(self, start: int, *views: memoryview) -> None:
+        """Fill `views`, of bytes, one after the other with the ids from position `start` on."""
+        position = self.offset + start * self.dtype.itemsize
         try:
             file = self._opened()  # held until the end, or another thread could have it closed
-            while view:
-                if not (count := os.preadv(file.fileno(), [view], position)):
-                    raise ValueError(f"{self.path}: truncated, it ends before byte {position + len(view)}")
-                view, position = view[count:], position + count
+            while left := sum(map(len, views)):
+                count = os.preadv(file.fileno(), views, position)
+                if count == left:
+                    return
+                if not count:
+                    raise ValueError(f"{self.path}: truncated, it ends before byte {position + left}")
+                position, views = position + count, _from_byte(views, count)
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be read: {error.strerror or error}") from error
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Ids [count] from position `start` on, in the file's dtype."""
         out = np.empty(count, self.dtype)
-        self.read_into(start, out)
+        self.read_into(start, memoryview(out).cast("B"))
         return out
 
     def _opened(self) -> io.FileIO:
@@ -275,6 +282,15 @@ class IndexedReader:
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.file.read(int(self._pointers[i]) // self.dtype.itemsize, int(self.lengths[i]))
+
+
+def _from_byte(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of `views` after their first `count` bytes."""
+    rest = []
+    for view in views:
+        rest.append(view[count:])
+        count = max(0, count - len(view))
+    return rest
 
 
 def _unfinished(path: Path) -> Path:

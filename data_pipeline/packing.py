@@ -9,78 +9,96 @@ Shapes: B samples, T = seq_len, P pieces (documents, or parts of those longer th
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.dataset import IGNORED_LABEL, TokenDataset, TokenSplit
 
+# Rows [first, stop) that hold pieces of the same lengths, and what they hold, the last put in first: (length, how many
+# of it each row has, a row, the place of that row's first in the order of all pieces, what was put in before), or None.
+_Group = tuple[int, int, tuple | None]
+_SORTED_AT_ONCE = 1 << 20
 
-def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+
+class BestFit:
     """Best-fit-decreasing bin packing: each piece, from the longest to the shortest, goes into the fullest row that has
     room for it ("Fewer Truncations Improve Language Modeling", arXiv:2404.10830).
 
     Pieces of one length are placed together: the fullest row with room r for length n takes r // n of them before
-    another one is the fullest, so that the work is a handful of array operations per pair of a length and a room.
-    Memory is about 35 bytes per piece while it runs; what is fresh memory costs more time than the arithmetic does.
+    another one is the fullest. Rows that hold the same lengths are kept as one group, so that all but sorting takes as
+    many steps as there are pairs of a length and a room, however many pieces. Memory: 4 bytes per piece.
 
-    Args:
-        lengths: int [P], each in [1, capacity].
-
-    Returns:
-        order [P] and bounds [rows + 1], int64: row i holds pieces order[bounds[i] : bounds[i + 1]].
+    lengths: int [P], each in [1, capacity]. `len` is the number of rows, `row(i)` what row i holds.
     """
-    assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= capacity)
-    # Ascending: numpy's stable sort of 16-bit integers is a radix sort.
-    spare = np.empty(len(lengths), np.uint16 if capacity < 2**16 else np.int64)
-    np.subtract(capacity, lengths, out=spare, casting="unsafe")
-    by_length = np.argsort(spare, kind="stable")
-    counts = np.bincount(spare, minlength=capacity)[::-1]  # counts[n - 1] pieces of length n
-    del spare
-    row_type = np.int32 if len(lengths) < 2**31 else np.int64
-    row_of = np.empty(len(lengths), row_type)  # in the order of `by_length`
-    stacks: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # rows by the room they have left
-    has_rows = np.zeros(capacity + 1, bool)
-    placed = n_rows = 0
 
-    def fill(rows: np.ndarray, room: int, length: int, count: int) -> int:
-        """Put up to `count` pieces into `rows`, each as full as it gets; returns how many."""
-        nonlocal placed
-        fit = room // length
-        count = min(count, fit * len(rows))
-        row_of[placed : placed + count] = np.repeat(rows, fit)[:count]
-        placed += count
-        full, rest = divmod(count, fit)
-        for group, left in ((rows[:full], room - fit * length), (rows[full : full + 1], room - rest * length)):
-            if left < room and left and len(group):
-                stacks[left].append(group)
-                has_rows[left] = True
+    def __init__(self, lengths: np.ndarray, capacity: int):
+        assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= capacity)
+        self._order, counts = _longest_first(lengths, capacity)
+        self._rows, self._placed = 0, 0
+        self._groups: list[_Group] = []  # those that take no more
+        self._open: list[list[_Group]] = [[] for _ in range(capacity + 1)]  # by the room they have left
+        self._is_open = np.zeros(capacity + 1, bool)
+        for spare in np.flatnonzero(counts).tolist():
+            self._place(capacity - spare, int(counts[spare]), capacity)
+        self._groups += itertools.chain.from_iterable(self._open)
+        self._groups.sort()
+        self._firsts = [first for first, _, _ in self._groups]
+        del self._open, self._is_open
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def row(self, i: int) -> list[tuple[int, int]]:
+        """(index, length) of the pieces, from the longest to the shortest."""
+        _, _, content = self._groups[bisect.bisect_right(self._firsts, i) - 1]
+        found = []
+        while content is not None:
+            length, each, first, placed, content = content
+            begin = placed + (i - first) * each
+            found += [(self._order.item(place), length) for place in range(begin, begin + each)]
+        return found[::-1]
+
+    def _place(self, length: int, count: int, capacity: int) -> None:
+        room = length
+        while count and self._is_open[room := room + int(self._is_open[room:].argmax())]:  # the fullest that have room
+            first, stop, content = self._open[room].pop()
+            needed = -(-count // (room // length))
+            if needed < stop - first:
+                self._open[room].append((first + needed, stop, content))
+            self._is_open[room] = bool(self._open[room])
+            count -= self._fill((first, min(first + needed, stop), content), room, length, count)
+        if count:
+            first, self._rows = self._rows, self._rows - (-count // (capacity // length))
+            self._fill((first, self._rows, None), capacity, length, count)
+
+    def _fill(self, group: _Group, room: int, length: int, count: int) -> int:
+        """Put up to `count` pieces into the rows of a group, each as full as it gets; returns how many."""
+        first, stop, content = group
+        each = room // length
+        count = min(count, each * (stop - first))
+        middle, rest = first + count // each, count % each
+        for begin, end, pieces in ((first, middle, each), (middle, middle + 1, rest)):
+            if begin < end and pieces:
+                left = room - pieces * length
+                filled = (begin, end, (length, pieces, begin, self._placed, content))
+                self._placed += (end - begin) * pieces
+                if left:
+                    self._open[left].append(filled)
+                    self._is_open[left] = True
+                else:
+                    self._groups.append(filled)
         return count
-
-    for length in (np.flatnonzero(counts)[::-1] + 1).tolist():
-        left, room = int(counts[length - 1]), length
-        while left and has_rows[room := room + int(has_rows[room:].argmax())]:  # the fullest that have room
-            rows = stacks[room].pop()
-            needed = -(-left // (room // length))
-            if needed < len(rows):
-                stacks[room].append(rows[needed:])
-            has_rows[room] = bool(stacks[room])
-            left -= fill(rows[:needed], room, length, left)
-        if left:
-            new = -(-left // (capacity // length))
-            fill(np.arange(n_rows, n_rows + new, dtype=row_type), capacity, length, left)
-            n_rows += new
-    bounds = np.zeros(n_rows + 1, np.int64)
-    np.cumsum(np.bincount(row_of, minlength=n_rows), out=bounds[1:])
-    return by_length[np.argsort(row_of, kind="stable")], bounds
 
 
 class BestFitDataset(TokenSplit):
     """Sample i is a row of T inputs that holds whole documents, chosen so that few are cut and little is padding.
 
-    Only documents with more than T inputs are cut, into pieces of T and a rest; each token but a document's first is
-    predicted exactly once per epoch. The plan takes 12 bytes of memory per piece and 8 per row, seconds per ten
-    million, and is the same wherever it is made. Attributes and errors as in `TokenSplit`, and:
+    Only documents with more than T inputs are cut: into pieces of T, which are the first rows, and a rest. Each token
+    but a document's first is predicted exactly once per epoch. The plan takes 12 bytes of memory per document, half a
+    second per ten million, and is the same wherever it is made. Attributes and errors as in `TokenSplit`, and:
 
         padding_share: of the inputs of an epoch. cut_share: of the documents, how many are cut.
     """
@@ -88,40 +106,49 @@ class BestFitDataset(TokenSplit):
     packing = "best_fit"
 
     def _count_samples(self) -> int:
-        T, starts, lengths = self.seq_len, *_documents(self._shards)
-        self.cut_share = float((lengths > T).mean()) if len(lengths) else 0.0
-        if self.cut_share:
-            parts = -(-lengths // T)
-            part = _ranges(parts)
-            starts = np.repeat(starts, parts) + part * T
-            lengths = np.minimum(np.repeat(lengths, parts) - part * T, T)
-        order, self._row_bounds = best_fit(lengths, T)
-        self._starts, self._lengths = starts[order], lengths[order].astype(np.int32, copy=False)
-        samples = len(self._row_bounds) - 1
-        self.inputs_total = int(lengths.sum())
+        T = self.seq_len
+        self._starts, lengths = _documents(self._shards)
+        long = np.flatnonzero(lengths > T)
+        self.cut_share = len(long) / max(len(lengths), 1)
+        parts = (lengths[long] - 1) // T  # before the rest
+        self._full_rows = np.repeat(self._starts[long], parts) + _ranges(parts) * T
+        self._starts[long] += parts.astype(np.int64) * T
+        lengths[long] -= parts * T
+        self._plan = BestFit(lengths, T)
+        samples = len(self._full_rows) + len(self._plan)
+        self.inputs_total = len(self._full_rows) * T + int(lengths.sum())
         self.padding_share = 1 - self.inputs_total / max(samples * T, 1)
         return samples
+
+    def _row(self, index: int) -> list[tuple[int, int]]:
+        """(start, length) of the pieces of a sample."""
+        full = len(self._full_rows)
+        if index < full:
+            return [(self._full_rows.item(index), self.seq_len)]
+        return [(self._starts.item(piece), length) for piece, length in self._plan.row(index - full)]
 
     def micro_batch(self, indices: np.ndarray, document_mask: bool = True) -> dict[str, np.ndarray]:
         """Arrays [B, T], see `TokenSplit`, always with `document_ids`. Padding, at the end of a row, is end-of-text
         tokens with labels -100 and a document id of its own.
         """
-        indices, T = np.asarray(indices, dtype=np.int64), self.seq_len
-        counts_B = self._row_bounds[indices + 1] - self._row_bounds[indices]
-        chosen_P = np.repeat(self._row_bounds[indices], counts_B) + _ranges(counts_B)
-        pieces = iter(self._read_pieces(self._starts[chosen_P], self._lengths[chosen_P]))
-        input_ids_BT = np.full((len(indices), T), self.eot_id, np.int64)
-        labels_BT = np.full((len(indices), T), IGNORED_LABEL, np.int64)
-        documents_BT = np.empty((len(indices), T), np.int64)
-        for inputs_T, labels_T, documents_T, count in zip(input_ids_BT, labels_BT, documents_BT, counts_B.tolist()):
-            begin = 0
-            for document in range(count):
-                piece = next(pieces)
-                end = begin + len(piece) - 1
-                inputs_T[begin:end], labels_T[begin:end], documents_T[begin:end] = piece[:-1], piece[1:], document
-                begin = end
-            documents_T[begin:] = count
-        return {"input_ids": input_ids_BT, "labels": labels_BT, "document_ids": documents_BT}
+        T = self.seq_len
+        pieces, numbers, widths, paddings = [], [], [], []
+        for row, index in enumerate(np.asarray(indices).tolist()):
+            place, end = row * T, row * T + T
+            for number, (start, length) in enumerate(self._row(index)):
+                pieces.append((start, length, place))
+                numbers.append(number)
+                widths.append(length)
+                place += length
+            if place < end:
+                paddings.append(slice(place, end))
+                numbers.append(number + 1)
+                widths.append(end - place)
+        inputs, labels = self._read_pieces(pieces, len(indices) * T)
+        for padding in paddings:
+            labels[padding] = IGNORED_LABEL
+        arrays = {"input_ids": inputs, "labels": labels, "document_ids": np.repeat(numbers, widths)}
+        return {name: array.reshape(-1, T) for name, array in arrays.items()}
 
 
 class DocumentDataset(TokenSplit):
@@ -143,15 +170,11 @@ class DocumentDataset(TokenSplit):
 
     def micro_batch(self, indices: np.ndarray, document_mask: bool = True) -> dict[str, np.ndarray]:
         """Arrays [1, N], see `TokenSplit`, always with `document_ids`: b for the b-th of `indices`."""
-        indices = np.asarray(indices, dtype=np.int64)
-        lengths_B = self._lengths[indices]
-        pieces = self._read_pieces(self._starts[indices], lengths_B)
-        parts = {
-            "input_ids": np.concatenate([piece[:-1] for piece in pieces]),
-            "labels": np.concatenate([piece[1:] for piece in pieces]),
-            "document_ids": np.repeat(np.arange(len(indices)), lengths_B),
-        }
-        return {name: part.astype(np.int64)[None] for name, part in parts.items()}
+        lengths = self._lengths[indices].tolist()
+        ends = list(itertools.accumulate(lengths))
+        inputs, labels = self._read_pieces(list(zip(self._starts[indices].tolist(), lengths, [0, *ends])), ends[-1])
+        documents = np.repeat(np.arange(len(lengths)), lengths)
+        return {"input_ids": inputs[None], "labels": labels[None], "document_ids": documents[None]}
 
 
 PACKINGS: dict[str, type[TokenSplit]] = {kind.packing: kind for kind in (TokenDataset, BestFitDataset, DocumentDataset)}
@@ -173,6 +196,28 @@ def _documents(shards: list) -> tuple[np.ndarray, np.ndarray]:
         starts, lengths = starts[lengths > 1], lengths[lengths > 1]
     lengths -= 1
     return starts, lengths
+
+
+def _longest_first(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices [P] of all pieces from the longest to the shortest, those of one length in their order; and how many
+    there are of length capacity - n, for each n in [0, capacity).
+
+    By counting, a part at a time: memory that was never used costs more time than the arithmetic in it.
+    """
+    # For 16-bit integers numpy's stable sort is a radix sort.
+    spare_type = np.uint16 if capacity < 2**16 else np.int64
+    starts = range(0, len(lengths), _SORTED_AT_ONCE)
+    parts = [slice(start, start + _SORTED_AT_ONCE) for start in starts]
+    counts = [np.bincount((capacity - lengths[part]).astype(spare_type), minlength=capacity) for part in parts]
+    totals = np.sum(counts, axis=0, dtype=np.int64) if parts else np.zeros(capacity, np.int64)
+    order = np.empty(len(lengths), np.uint32 if len(lengths) < 2**32 else np.int64)
+    free = np.cumsum(totals) - totals
+    for part, count in zip(parts, counts):
+        sorted_part = np.argsort((capacity - lengths[part]).astype(spare_type), kind="stable")
+        places = np.repeat(free - (np.cumsum(count) - count), count) + np.arange(len(sorted_part))
+        order[places] = sorted_part + part.start
+        free += count
+    return order, totals
 
 
 def _ranges(counts: np.ndarray) -> np.ndarray:

@@ -5,10 +5,11 @@
     python launch/benchmark_data.py load [--gigabytes 1]
 
 `prepare` times the way from a .jsonl file to tokens on disk, each competitor in a process of its own, in turns, with
-the same tokenizer: tiktoken alone on texts in memory (one process, nothing written), with the pattern as published and
-as `data_pipeline.tokenizer.faster` writes it; this project with one and with two processes, and with gigatoken if it is
-installed; the scheme of Megatron-LM's tools/preprocess_data.py (a pool of processes that hand lists of ids to one
-writer); and `datasets.map`. Not counted: imports, loading the tokenizer and its engine (of gigatoken: half a second).
+the same tokenizer: tiktoken alone on texts in memory (nothing is written), with the pattern as published and as
+`data_pipeline.tokenizer.faster` writes it, the latter also in two processes that share nothing, which shows what the
+cores can do; this project with one and with two processes, and with gigatoken if it is installed; the scheme of
+Megatron-LM's tools/preprocess_data.py (a pool of processes that hand lists of ids to one writer); and `datasets.map`.
+Not counted: imports, loading the tokenizer and its engine (of gigatoken: half a second).
 `load` times random access to packed batches on one core.
 """
 
@@ -30,6 +31,7 @@ import numpy as np
 COMPETITORS = {
     "tiktoken": "tiktoken alone, texts in memory",
     "pattern": "the same with our form of its pattern",
+    "pattern2": "the same, 2 processes, half of the texts each",
     "ours1": "this project, 1 process",
     "ours2": "this project, 2 processes",
     "fast1": "this project, gigatoken, 1 process",
@@ -67,6 +69,24 @@ def run_tiktoken(path: Path, output: Path, encoding) -> tuple[int, np.ndarray]:
     start = clocks()
     tokens = sum(len(encode(text, disallowed_special=())) + 1 for text in texts)
     return tokens, clocks() - start
+
+
+def run_two(path: Path, output: Path, encoding) -> tuple[int, np.ndarray]:
+    """What two processes that share nothing make of this machine's cores."""
+    texts, encode = read_texts(path), encoding.encode_to_numpy
+    context = multiprocessing.get_context("fork")
+    counts = context.Array("q", 2)
+
+    def work(index: int) -> None:
+        counts[index] = sum(len(encode(text, disallowed_special=())) + 1 for text in texts[index::2])
+
+    start = clocks()
+    processes = [context.Process(target=work, args=(index,)) for index in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return sum(counts), clocks() - start
 
 
 def run_ours(path: Path, output: Path, tokenizer, workers: int, engine: str) -> tuple[int, np.ndarray]:
@@ -155,6 +175,7 @@ def compete(arguments: argparse.Namespace) -> None:
     runs = {
         "tiktoken": lambda path, output, tokenizer: run_tiktoken(path, output, published(tokenizer)),
         "pattern": lambda path, output, tokenizer: run_tiktoken(path, output, tokenizer._encoding),
+        "pattern2": lambda path, output, tokenizer: run_two(path, output, tokenizer._encoding),
         "ours1": lambda *a: run_ours(*a, 1, "tiktoken"),
         "ours2": lambda *a: run_ours(*a, 2, "tiktoken"),
         "fast1": lambda *a: run_ours(*a, 1, "gigatoken"),
@@ -191,7 +212,7 @@ def prepare_benchmark(arguments: argparse.Namespace) -> None:
     try:
         import gigatoken  # noqa: F401
 
-        names[4:4] = ["fast1", "fast2"]
+        names[5:5] = ["fast1", "fast2"]
     except ImportError:
         print("gigatoken is not installed (the extra `fast`): not measured")
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
@@ -221,31 +242,37 @@ def prepare_benchmark(arguments: argparse.Namespace) -> None:
     print(f"1 process against tiktoken alone: {ratio('ours1', 'tiktoken')}")
     print(f"1 process against tiktoken alone with our form of its pattern: {ratio('ours1', 'pattern')}")
     print(f"tiktoken alone, our form of its pattern against the published one: {ratio('pattern', 'tiktoken')}")
-    print(f"2 processes against 1: {ratio('ours2', 'ours1')}")
+    print(f"2 processes against 1: {ratio('ours2', 'ours1')}; tiktoken alone: {ratio('pattern2', 'pattern')}")
     for name in ("ours2", "fast2"):
         if name in results:
             print(f"{COMPETITORS[name]} against Megatron-LM's scheme: {ratio(name, 'megatron')}")
             print(f"{COMPETITORS[name]} against datasets.map: {ratio(name, 'datasets')}")
 
 
-def _write_dataset(folder: Path, tokenizer, tokens: int, length: int) -> None:
-    """Random tokens in documents of `length`."""
-    from data_pipeline.indexed import IndexedWriter
-    from data_pipeline.manifest import Manifest
+def _write_dataset(folder: Path, tokenizer, lengths: np.ndarray, shards: int, holes: bool = False) -> None:
+    """Random tokens in documents of `lengths`. holes: none on disk; they read as zeros."""
+    from data_pipeline.indexed import IndexedWriter, data_path, index_bytes, index_path
+    from data_pipeline.manifest import Manifest, Shard
     from data_pipeline.shards import shard_of
 
     folder.mkdir()
     tokenizer.save(folder)
-    random, shards = np.random.default_rng(0), []
-    each = min(tokens, (1 << 26) // length * length)
-    for index in range(max(1, round(tokens / each))):
-        ids = random.integers(0, 4096, each, np.uint16)
-        ids[length - 1 :: length] = tokenizer.eot_id
-        with IndexedWriter(folder / f"train-{index:05d}", np.dtype("<u2")) as writer:
-            writer.add_documents(ids, np.full(each // length, length, np.int32))
-        shards.append(shard_of(writer))
+    random, written, dtype = np.random.default_rng(0), [], np.dtype("<u2")
+    for index, part in enumerate(np.array_split(lengths, shards)):
+        prefix = folder / f"train-{index:05d}"
+        if holes:
+            index_path(prefix).write_bytes(index_bytes(part, dtype))
+            data_path(prefix).touch()
+            os.truncate(data_path(prefix), int(part.sum()) * dtype.itemsize)
+            written.append(Shard(prefix.name, int(part.sum()), len(part), "", "", 0, None))
+            continue
+        ids = random.integers(0, 4096, part.sum(), np.uint16)
+        ids[np.cumsum(part) - 1] = tokenizer.eot_id
+        with IndexedWriter(prefix, dtype) as writer:
+            writer.add_documents(ids, part)
+        written.append(shard_of(writer))
     description = {key: getattr(tokenizer, key) for key in ("name", "sha256", "n_vocab", "eot_id")}
-    manifest = Manifest(description, "uint16", {"train": shards, "validation": []}, [], {}, {}, "")
+    manifest = Manifest(description, dtype.name, {"train": written, "validation": []}, [], {}, {}, "")
     (folder / "manifest.json").write_bytes(manifest.to_json())
 
 
@@ -257,34 +284,40 @@ def load_benchmark(arguments: argparse.Namespace) -> None:
     def memory() -> float:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
+    def lengths(count: int) -> np.ndarray:
+        """As of web pages: most are short, a twelfth are longer than a sample. The mean is near 800."""
+        return np.clip(np.random.default_rng(1).lognormal(np.log(485), 1, count), 2, None).astype(np.int32)
+
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         tokenizer = load_tokenizer("builtin")
         large, many = Path(folder) / "large", Path(folder) / "many"
-        _write_dataset(large, tokenizer, round(arguments.gigabytes * 1e9 / 2), 800)
-        _write_dataset(many, tokenizer, 8 * 10_000_000, 8)
-        print(f"one core, samples of 2048 tokens, micro-batches of 8, documents of 800, {arguments.gigabytes:g} GB")
-        for packing, options in (
-            ("contiguous", {}),
-            ("contiguous", {"document_mask": True}),
-            ("best_fit", {}),
-            ("varlen", {}),
+        _write_dataset(large, tokenizer, lengths(round(arguments.gigabytes * 1e9 / 2 / 800)), 8)
+        _write_dataset(many, tokenizer, lengths(10_000_000), 128, holes=True)
+        size = sum(path.stat().st_size for path in large.glob("*.bin"))
+        print(f"one core; {size / 1e9:.2f} GB of tokens in documents of about 800, samples of 2048; inputs that carry")
+        print("a loss, over one epoch in random order, and memory of the process from its start to its end")
+        # Micro-batches of about 16,000 tokens.
+        for packing, micro_batch_size, options in (
+            ("contiguous", 8, {}),
+            ("contiguous", 8, {"document_mask": True}),
+            ("best_fit", 8, {}),
+            ("varlen", 24, {}),
         ):
             dataset = open_dataset(large, packing=packing, seq_len=2048)
             for prefetch in (0, 2):
-                with BatchLoader(dataset, micro_batch_size=8, prefetch=prefetch, **options) as loader:
+                with BatchLoader(dataset, micro_batch_size=micro_batch_size, prefetch=prefetch, **options) as loader:
                     for _ in range(20):
                         next(loader)
-                    before, start, tokens = memory(), time.perf_counter(), 0
-                    for _ in range(dataset.samples_per_epoch // 8):
-                        tokens += next(loader)[0]["input_ids"].numel()
+                    before, start, steps = memory(), time.perf_counter(), dataset.samples_per_epoch // micro_batch_size
+                    for _ in range(steps):
+                        next(loader)
                     seconds, after = time.perf_counter() - start, memory()
+                tokens = dataset.inputs_total * steps * micro_batch_size / dataset.samples_per_epoch
                 name = packing + (", document_mask" if options else "") + (", read ahead" if prefetch else "")
                 print(
-                    f"  {name:<42}{tokens / seconds / 1e6:6.0f} M tokens/s over an epoch of {tokens:,} tokens; memory "
-                    f"{before:.0f} MiB at its start, {after:.0f} MiB at its end",
-                    flush=True,
+                    f"  {name:<40}{tokens / seconds / 1e6:6.0f} M tokens/s; {before:.0f} to {after:.0f} MiB", flush=True
                 )
         for packing in ("contiguous", "best_fit", "varlen"):
             start = time.perf_counter()
