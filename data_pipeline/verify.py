@@ -68,6 +68,17 @@ def record_content(directory: str | Path, manifest: Manifest) -> None:
         write_file_atomically(directory / STAMP_FILE_NAME, (json.dumps(stamp, indent=1) + "\n").encode())
 
 
+def copy_id(directory: str | Path, manifest: Manifest) -> str:
+    """The same for all who see the same files, another for a copy of them, such as on each machine's own disk: a hash
+    of inode numbers and times of the last change of status, which no tool carries over. Raises OSError for a file that
+    is missing.
+    """
+    names = [name for shards in manifest.splits.values() for shard in shards for name in manifest.files(shard)]
+    found = [(Path(directory) / name).stat() for name in names]
+    seen = [[manifest.content_sha256], *([status.st_ino, status.st_ctime_ns] for status in found)]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+
+
 def problems(
     directory: str | Path, manifest: Manifest, *, workers: int = 1, report: Callable[[str], None] = print
 ) -> Iterator[str]:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from gptoss_dist.checkpoint.boxes import Box
 from gptoss_dist.checkpoint.tensor_files import write_boxes
-from gptoss_dist.parallel.context import on_rank_zero, shared
+from gptoss_dist.parallel.context import gathered, on_rank_zero, shared
 
 log = logging.getLogger(__name__)
 
@@ -272,9 +272,7 @@ def verify(checkpoint: str | Path) -> list[str]:
             except OSError as error:
                 problems.append(f"{name} cannot be read ({error})")
     if together:
-        found: list = [None] * ranks
-        dist.all_gather_object(found, problems)
-        problems = sorted({problem for share in found for problem in share})
+        problems = sorted({problem for share in gathered(problems) for problem in share})
     return problems
 
 

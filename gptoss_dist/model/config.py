@@ -27,6 +27,25 @@ class RopeScaling:
     """Round the ramp's borders to whole dimensions (GPT-OSS does not)."""
 
 
+SHAPING = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_local_experts",
+    "num_shared_experts",
+    "tie_word_embeddings",
+    "attention_bias",
+    "router_bias",
+    "router_selection_bias",
+    "expert_bias",
+)
+"""The settings that decide which parameters there are, and their shapes."""
+
+
 @dataclass
 class ModelConfig:
     """Architecture. Field names are those of `transformers.GptOssConfig`; the defaults are exact GPT-OSS.

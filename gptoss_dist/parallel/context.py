@@ -141,6 +141,15 @@ def shared(function: Callable[[], T]) -> T:
     return result[0]
 
 
+def gathered(value: T) -> list[T]:
+    """The values of all ranks, on all ranks; collective where there are ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def on_every_rank(function: Callable[[], T]) -> T:
     """Call `function` on every rank, each for a part of the work; collective.
 
@@ -156,11 +165,7 @@ def on_every_rank(function: Callable[[], T]) -> T:
     except (ValueError, OSError) as error:
         failure = error
     mine = None if failure is None else (isinstance(failure, OSError), str(failure))
-    failures = [mine]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, mine)
-    for outcome in failures:
+    for outcome in gathered(mine):
         if outcome is not None:
             system, text = outcome
             raise OSError(text) if system else ValueError(text)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
 from data_pipeline import Manifest, MixtureDataset, Source, Stage, open_dataset
 from data_pipeline.dataset import TokenSplit
 from data_pipeline.mixture import differences
-from data_pipeline.verify import check_content, record_content
+from data_pipeline.verify import check_content, copy_id, record_content
 from gptoss_dist.config import Config, SourceConfig
-from gptoss_dist.parallel.context import Context, on_every_rank, on_rank_zero
+from gptoss_dist.parallel.context import gathered, on_every_rank
 
 
 def sources(config: Config) -> list[SourceConfig]:
@@ -90,23 +92,34 @@ def open_validation(config: Config, say: Callable[[str], None]) -> dict[str, Tok
     return {source.label: _open(config, source, "validation") for source in chosen}
 
 
-def verify(config: Config, context: Context) -> None:
-    """Compare the files of all sources with their checksums as `data.verify` says, each rank a share; collective.
+def verify(config: Config) -> None:
+    """Compare the files of all sources with their checksums as `data.verify` says; collective. Ranks that see the same
+    files read a share of them each; where machines have copies of their own, each copy is read.
 
     Raises:
-        ValueError: on every rank, naming the first file that differs.
+        ValueError: on every rank, naming the first file that differs, or a source that is not the same everywhere.
     """
     if config.data.verify == "never":
         return
-    manifests = {source.path: Manifest.read(source.path) for source in sources(config)}
-    always = config.data.verify == "always"
+    folders = [source.path for source in sources(config)]
+    manifests = on_every_rank(lambda: [Manifest.read(folder) for folder in folders])
+    found = on_every_rank(lambda: [(m.content_sha256, copy_id(f, m)) for f, m in zip(folders, manifests)])
+    of_ranks, mine = gathered(found), dist.get_rank()
+    first_of_copy = []
 
     def check() -> None:
-        for folder, manifest in manifests.items():
-            check_content(folder, manifest, part=context.rank, parts=context.world_size, always=always)
+        for number, (folder, manifest) in enumerate(zip(folders, manifests)):
+            alike = [rank for rank, ids in enumerate(of_ranks) if ids[number] == found[number]]
+            if alike[0] == mine:
+                first_of_copy.append((folder, manifest))
+            if any(ids[number][0] != of_ranks[0][number][0] for ids in of_ranks):
+                raise ValueError(f"{folder}: is not the same dataset for all ranks; copy it to all machines again")
+            always = config.data.verify == "always"
+            check_content(folder, manifest, part=alike.index(mine), parts=len(alike), always=always)
 
     on_every_rank(check)
-    on_rank_zero(lambda: [record_content(folder, manifest) for folder, manifest in manifests.items()])
+    for folder, manifest in first_of_copy:
+        record_content(folder, manifest)
 
 
 def _recorded(info: dict) -> dict:

@@ -16,6 +16,7 @@ from gptoss_dist import checkpoint
 from gptoss_dist.config import Config
 from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.inference import generate
+from gptoss_dist.model.config import SHAPING, ModelConfig
 from gptoss_dist.parallel import launcher
 from gptoss_dist.parallel.context import Context, LocalError, on_rank_zero, seed_everything, shared, start
 from gptoss_dist.parallel.mesh import spanned_machines
@@ -60,7 +61,7 @@ def train(config: Config, context: Context) -> None:
     info = None
     if path is not None:
         info = checkpoint.read_info(path)
-        _check_same_order(config, path, info)
+        _check_resumable(config, path, info)
     data = open_training_data(config, samples_per_step, checkpoint=path, info=info)
     dataset = data.mixture
     validation = open_validation(config, _say) if config.validation.every else {}
@@ -68,7 +69,7 @@ def train(config: Config, context: Context) -> None:
         pretrained = checkpoint.open_pretrained(config.init["from"], say=_say)
         checkpoint.check_architecture(pretrained, config.model)
     on_rank_zero(lambda: _check_folder(config))
-    verify(config, context)
+    verify(config)
     seed_everything(config.run.seed, context.rank)
     engine = build_engine(config, context)
 
@@ -280,9 +281,13 @@ def _open_folder(config: Config) -> None:
         log.warning("less than 1 GiB is free for %s", folder)
 
 
-def _check_same_order(config: Config, path: Path, info: dict) -> None:
-    """`samples_consumed` means the same samples only in data that are cut and shuffled alike."""
+def _check_resumable(config: Config, path: Path, info: dict) -> None:
+    """Same parameters; and `samples_consumed` means the same samples only in data that are cut and shuffled alike."""
     before = info["config"]
+    old_model = ModelConfig.from_dict(before["model"])
+    for key in SHAPING:
+        if (old := getattr(old_model, key)) != (new := getattr(config.model, key)):
+            raise ValueError(f"{path} was trained with model.{key}={old}, now it is {new}; undo the change")
     for key, old, new in (
         ("data.seq_len", before["data"]["seq_len"], config.data.seq_len),
         ("data.packing", before["data"].get("packing", "contiguous"), config.data.packing),

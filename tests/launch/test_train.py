@@ -99,7 +99,7 @@ def test_resuming_on_other_data_is_refused(settings):
     changes = {
         "--data.seq_len": ("32", lost),
         "--run.seed": ("5", lost),
-        "--model.intermediate_size": ("16", "gate_up"),
+        "--model.intermediate_size": ("16", "was trained with model.intermediate_size=32, now it is 16; undo"),
     }
     for option, (value, message) in changes.items():
         done = run("launch/train.py", "--config", str(settings), "--resume", "auto", option, value, expect=2)

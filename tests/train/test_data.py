@@ -1,11 +1,12 @@
 """The data of a run: which settings are refused, and what becomes of a mixture on resume."""
 
 import json
-from types import SimpleNamespace
+import shutil
 
 import numpy as np
 import pytest
 import torch.distributed as dist
+from ranks import run
 from token_data import write_dataset
 
 from gptoss_dist.config import Config, SourceConfig, StageConfig
@@ -166,16 +167,17 @@ def test_content_is_verified_as_asked(config, monkeypatch):
 
     monkeypatch.setattr("gptoss_dist.train.data.check_content", check)
     monkeypatch.setattr("gptoss_dist.train.data.record_content", lambda folder, _: calls.append(("recorded", folder)))
-    settings, context = config(("web", 1.0), ("code", 1.0)), start()
+    settings = config(("web", 1.0), ("code", 1.0))
+    start()
     try:
         folders = [source.path for source in settings.data.sources]
         for kind, always in (("once", False), ("always", True)):
             settings.data.verify = kind
-            verify(settings, context)
+            verify(settings)
             assert calls == [(f, 0, 1, always) for f in folders] + [("recorded", f) for f in folders]
             calls.clear()
         settings.data.verify = "never"
-        verify(settings, SimpleNamespace())
+        verify(settings)
         assert not calls
 
         def damaged(folder, *_, **__):
@@ -184,7 +186,56 @@ def test_content_is_verified_as_asked(config, monkeypatch):
         settings.data.verify = "once"
         monkeypatch.setattr("gptoss_dist.train.data.check_content", damaged)
         with pytest.raises(ValueError, match=r"web/train-00000\.bin: content differs"):
-            verify(settings, context)
+            verify(settings)
         assert not calls  # what was not found whole is not recorded as such
     finally:
         dist.destroy_process_group()
+
+
+VERIFY_COPIES = """
+import sys
+from gptoss_dist.config import Config, SourceConfig
+from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.parallel.context import finish, start
+from gptoss_dist.train.data import verify
+
+rank, config = start().rank, Config(model=ModelConfig(vocab_size=272))
+for case in sys.argv[2:]:
+    config.data.path = f"{sys.argv[1]}/{case}/{rank}"
+    try:
+        verify(config)
+        print(case, "sound", flush=True)
+    except ValueError as error:
+        print(case, error, flush=True)
+finish()
+"""
+
+
+def test_every_copy_of_the_data_is_verified(tmp_path):
+    """Two ranks with copies of their own, as on two machines: damage in either is seen by both, whatever the shard."""
+    (tmp_path / "data").mkdir()
+    write_dataset(tmp_path / "data", {"train": [9] * 8, "validation": [9, 9]})
+    files = sorted(path.name for path in (tmp_path / "data").glob("*.bin"))
+    cases = {"sound": None, "other": None} | {f"{rank}-{name}": (rank, name) for rank in (0, 1) for name in files}
+    for case, damage in cases.items():
+        for rank in (0, 1):
+            shutil.copytree(tmp_path / "data", tmp_path / case / str(rank))
+        if damage is not None:
+            path = tmp_path / case / str(damage[0]) / damage[1]
+            path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    shutil.rmtree(tmp_path / "other" / "1")
+    (tmp_path / "other" / "1").mkdir()
+    write_dataset(tmp_path / "other" / "1", {"train": [8] * 9, "validation": [9, 9]})
+    script = tmp_path / "verify_copies.py"
+    script.write_text(VERIFY_COPIES)
+    found = {}
+    for line in run(str(script), str(tmp_path), *cases, processes=2).stdout.splitlines():
+        case, text = line.split(maxsplit=1)
+        found.setdefault(case, []).append(text)
+    for case, damage in cases.items():
+        assert len(found[case]) == 2 and found[case][0] == found[case][1]
+        if damage is not None:
+            rank, name = damage
+            assert f"{case}/{rank}/{name}: " in found[case][0]
+    assert found["sound"][0] == "sound"
+    assert "is not the same dataset for all ranks" in found["other"][0]
