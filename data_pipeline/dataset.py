@@ -38,6 +38,9 @@ class TokenSplit(ABC):
 
     packing: str
     """Its name in `packing.PACKINGS`."""
+    plan_version = 1
+    """Raised with every change of the code that makes other samples, or another order, of the same directory: a run
+    that is resumed under another one would read some samples twice and others never."""
     positions_total = None
     inputs_total: int
 
@@ -153,12 +156,12 @@ class TokenDataset(TokenSplit):
         inputs, labels = self._read_pieces(pieces, len(pieces) * T)
         arrays = {"input_ids": inputs, "labels": labels}
         if document_mask:
-            ends = np.flatnonzero(inputs == self.eot_id)
+            (ends,) = (inputs == self.eot_id).nonzero()
             labels[ends] = IGNORED_LABEL
-            rows = np.arange(len(pieces)) * T
-            begins = np.union1d(rows, ends + 1)
-            begins = begins[begins < len(inputs)]
-            numbers = np.arange(len(begins)) - np.searchsorted(begins, rows)[begins // T]
+            rows = np.arange(0, len(inputs) + 1, T)
+            edges = np.concatenate([rows, ends[ends % T != T - 1] + 1])
+            edges.sort()
+            numbers = np.arange(len(edges) - 1) - edges.searchsorted(rows)[edges[:-1] // T]
             # Ten times as fast as summing up where documents begin.
-            arrays["document_ids"] = np.repeat(numbers, np.diff(begins, append=len(inputs)))
+            arrays["document_ids"] = numbers.repeat(edges[1:] - edges[:-1])
         return {name: array.reshape(-1, T) for name, array in arrays.items()}

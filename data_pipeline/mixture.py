@@ -108,7 +108,7 @@ class MixtureDataset:
         self.sources, self.stages, self.start = list(sources), list(stages), start
         self._datasets = datasets = [source.dataset for source in sources]
         first = datasets[0]
-        self.seq_len, self.packing = first.seq_len, first.packing
+        self.seq_len, self.packing, self.plan_version = first.seq_len, first.packing, first.plan_version
         self.n_vocab, self.eot_id = first.n_vocab, first.eot_id
         self.tokens_total = sum(d.tokens_total for d in datasets)
         self.documents_total = sum(d.documents_total for d in datasets)

@@ -12,15 +12,34 @@ from __future__ import annotations
 import bisect
 import itertools
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline.dataset import IGNORED_LABEL, TokenDataset, TokenSplit
 
-# Rows [first, stop) that hold pieces of the same lengths, and what they hold, the last put in first: (length, how many
-# of it each row has, a row, the place of that row's first in the order of all pieces, what was put in before), or None.
-_Group = tuple[int, int, tuple | None]
 _SORTED_AT_ONCE = 1 << 20
+
+
+class _Content(NamedTuple):
+    """What each row of a group holds: `each` pieces of `length`, and what was put in `before` them.
+
+    Row i has those at the places placed + (i - first) * each and on, in the order of all pieces.
+    """
+
+    length: int
+    each: int
+    first: int
+    placed: int
+    before: _Content | None
+
+
+class _Group(NamedTuple):
+    """Rows [first, stop), which hold pieces of the same lengths."""
+
+    first: int
+    stop: int
+    content: _Content | None
 
 
 class BestFit:
@@ -28,10 +47,11 @@ class BestFit:
     room for it ("Fewer Truncations Improve Language Modeling", arXiv:2404.10830).
 
     Pieces of one length are placed together: the fullest row with room r for length n takes r // n of them before
-    another one is the fullest. Rows that hold the same lengths are kept as one group, so that all but sorting takes as
-    many steps as there are pairs of a length and a room, however many pieces. Memory: 4 bytes per piece.
+    another one is the fullest. Rows that hold the same lengths are kept as one group, so that work and memory, but for
+    sorting, grow with the groups (thousands to some hundred thousand, by capacity) and not with the pieces. Memory: 4
+    bytes per piece and a few hundred per group.
 
-    lengths: int [P], each in [1, capacity]. `len` is the number of rows, `row(i)` what row i holds.
+    lengths: int [P], each in [1, capacity]. `len` is the number of rows, `row(i)` what row i in [0, len) holds.
     """
 
     def __init__(self, lengths: np.ndarray, capacity: int):
@@ -44,8 +64,8 @@ class BestFit:
         for spare in np.flatnonzero(counts).tolist():
             self._place(capacity - spare, int(counts[spare]), capacity)
         self._groups += itertools.chain.from_iterable(self._open)
-        self._groups.sort()
-        self._firsts = [first for first, _, _ in self._groups]
+        self._groups.sort(key=lambda group: group.first)
+        self._firsts = [group.first for group in self._groups]
         del self._open, self._is_open
 
     def __len__(self) -> int:
@@ -53,8 +73,8 @@ class BestFit:
 
     def row(self, i: int) -> list[tuple[int, int]]:
         """(index, length) of the pieces, from the longest to the shortest."""
-        _, _, content = self._groups[bisect.bisect_right(self._firsts, i) - 1]
-        found = []
+        assert 0 <= i < self._rows, (i, self._rows)
+        content, found = self._groups[bisect.bisect_right(self._firsts, i) - 1].content, []
         while content is not None:
             length, each, first, placed, content = content
             begin = placed + (i - first) * each
@@ -67,12 +87,12 @@ class BestFit:
             first, stop, content = self._open[room].pop()
             needed = -(-count // (room // length))
             if needed < stop - first:
-                self._open[room].append((first + needed, stop, content))
+                self._open[room].append(_Group(first + needed, stop, content))
             self._is_open[room] = bool(self._open[room])
-            count -= self._fill((first, min(first + needed, stop), content), room, length, count)
+            count -= self._fill(_Group(first, min(first + needed, stop), content), room, length, count)
         if count:
             first, self._rows = self._rows, self._rows - (-count // (capacity // length))
-            self._fill((first, self._rows, None), capacity, length, count)
+            self._fill(_Group(first, self._rows, None), capacity, length, count)
 
     def _fill(self, group: _Group, room: int, length: int, count: int) -> int:
         """Put up to `count` pieces into the rows of a group, each as full as it gets; returns how many."""
@@ -83,7 +103,7 @@ class BestFit:
         for begin, end, pieces in ((first, middle, each), (middle, middle + 1, rest)):
             if begin < end and pieces:
                 left = room - pieces * length
-                filled = (begin, end, (length, pieces, begin, self._placed, content))
+                filled = _Group(begin, end, _Content(length, pieces, begin, self._placed, content))
                 self._placed += (end - begin) * pieces
                 if left:
                     self._open[left].append(filled)
@@ -97,13 +117,15 @@ class BestFitDataset(TokenSplit):
     """Sample i is a row of T inputs that holds whole documents, chosen so that few are cut and little is padding.
 
     Only documents with more than T inputs are cut: into pieces of T, which are the first rows, and a rest. Each token
-    but a document's first is predicted exactly once per epoch. The plan takes 12 bytes of memory per document, half a
-    second per ten million, and is the same wherever it is made. Attributes and errors as in `TokenSplit`, and:
+    but a document's first is predicted exactly once per epoch. The plan is the same wherever it is made. Memory: 12
+    bytes per document (about 30 while it is made), 8 per row that is a piece of T, and a few hundred per group of alike
+    rows. Attributes and errors as in `TokenSplit`, and:
 
         padding_share: of the inputs of an epoch. cut_share: of the documents, how many are cut.
     """
 
     packing = "best_fit"
+    plan_version = 2
 
     def _count_samples(self) -> int:
         T = self.seq_len
@@ -123,7 +145,7 @@ class BestFitDataset(TokenSplit):
     def _row(self, index: int) -> list[tuple[int, int]]:
         """(start, length) of the pieces of a sample."""
         full = len(self._full_rows)
-        if index < full:
+        if 0 <= index < full:
             return [(self._full_rows.item(index), self.seq_len)]
         return [(self._starts.item(piece), length) for piece, length in self._plan.row(index - full)]
 

@@ -2,9 +2,9 @@
 
     python -m data_pipeline.verify data/corpus --workers 8
 
-Training asks the same by `check_content`, each rank for its share of the files; `verified.json` remembers the size and
-time of change of files that were found sound, so that the next start does not read them again. That file is only a
-cache: without it everything is read.
+Training asks the same by `check_content`, each rank for its share of the files; `verified.json` remembers size, time of
+change and inode number of files that were found sound, so that the next start does not read them again. That file is
+only a cache: without it everything is read, and beside a copy of the files it vouches for nothing.
 """
 
 import argparse
@@ -42,8 +42,9 @@ def check_content(
 
     part, parts: each of `parts` callers, the ranks of a run, reads its share of the shards, balanced by tokens;
         together they read all.
-    always: read files also when size and time of change are those that `record_content` noted. Both survive `cp -a`
-        and `rsync -a`: after copying to another disk, ask for this.
+    always: read files also when size, time of change and inode number are those that `record_content` noted. `cp -a`
+        and `rsync -a` carry over the first two only; a copy of a whole disk carries over all three: after that, ask for
+        this.
     """
     if parts < 1 or not 0 <= part < parts:
         raise ValueError(f"part {part} of {parts}: must be one of 0 to parts - 1")
@@ -70,8 +71,8 @@ def record_content(directory: str | Path, manifest: Manifest) -> None:
 
 def copy_id(directory: str | Path, manifest: Manifest) -> str:
     """The same for all who see the same files, another for a copy of them, such as on each machine's own disk: a hash
-    of inode numbers and times of the last change of status, which no tool carries over. Raises OSError for a file that
-    is missing.
+    of inode numbers and times of the last change of status, which no tool that copies files carries over (a copy of a
+    whole disk does). Raises OSError for a file that is missing.
     """
     names = [name for shards in manifest.splits.values() for shard in shards for name in manifest.files(shard)]
     found = [(Path(directory) / name).stat() for name in names]
@@ -245,7 +246,7 @@ def _share(manifest: Manifest, part: int, parts: int) -> list[Shard]:
 
 def _state(path: Path) -> list[int]:
     status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def _read_stamp(directory: str | Path, manifest: Manifest) -> dict[str, list[int]]:

@@ -285,7 +285,7 @@ def load_benchmark(arguments: argparse.Namespace) -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
     def lengths(count: int) -> np.ndarray:
-        """As of web pages: most are short, a twelfth are longer than a sample. The mean is near 800."""
+        """As of web pages: most are short, a thirteenth are longer than a sample. The mean is near 800."""
         return np.clip(np.random.default_rng(1).lognormal(np.log(485), 1, count), 2, None).astype(np.int32)
 
     torch.set_num_threads(1)

@@ -35,7 +35,11 @@ class TrainingData:
     def place(self, position: int) -> dict:
         """What a checkpoint keeps: all that is needed to go on from `position`, with this mixture or another."""
         state = {"start_step": self.start_step, "history": self.history, "read": self.mixture.consumed_at(position)}
-        return {"content_sha256": self.mixture.content_sha256, "mixture": self.mixture.state() | state}
+        return {
+            "content_sha256": self.mixture.content_sha256,
+            "plan_version": self.mixture.plan_version,
+            "mixture": self.mixture.state() | state,
+        }
 
 
 def open_training_data(
@@ -62,6 +66,12 @@ def open_training_data(
     if info is None:
         mixture = mixed(0, 0, None)
     else:
+        if (version := info["data"].get("plan_version", 1)) != (now := opened[0].dataset.plan_version):
+            raise ValueError(
+                f"{checkpoint} was trained with version {version} of data.packing={config.data.packing}, this is "
+                f"version {now}, which makes other samples: its place in the data is lost; go on with the code that "
+                f"made it, or start a new run with --init.from {checkpoint}"
+            )
         done, position, before = info["step"], info["samples_consumed"], _recorded(info)
         start_step, history = before["start_step"], before["history"]
         mixture = mixed(before["start"], start_step, before["consumed"])
@@ -105,21 +115,19 @@ def verify(config: Config) -> None:
     manifests = on_every_rank(lambda: [Manifest.read(folder) for folder in folders])
     found = on_every_rank(lambda: [(m.content_sha256, copy_id(f, m)) for f, m in zip(folders, manifests)])
     of_ranks, mine = gathered(found), dist.get_rank()
-    first_of_copy = []
+    alike = [[rank for rank, ids in enumerate(of_ranks) if ids[n] == found[n]] for n in range(len(folders))]
 
     def check() -> None:
-        for number, (folder, manifest) in enumerate(zip(folders, manifests)):
-            alike = [rank for rank, ids in enumerate(of_ranks) if ids[number] == found[number]]
-            if alike[0] == mine:
-                first_of_copy.append((folder, manifest))
-            if any(ids[number][0] != of_ranks[0][number][0] for ids in of_ranks):
+        for n, (folder, manifest) in enumerate(zip(folders, manifests)):
+            if len({ids[n][0] for ids in of_ranks}) > 1:
                 raise ValueError(f"{folder}: is not the same dataset for all ranks; copy it to all machines again")
             always = config.data.verify == "always"
-            check_content(folder, manifest, part=alike.index(mine), parts=len(alike), always=always)
+            check_content(folder, manifest, part=alike[n].index(mine), parts=len(alike[n]), always=always)
 
     on_every_rank(check)
-    for folder, manifest in first_of_copy:
-        record_content(folder, manifest)
+    for folder, manifest, ranks in zip(folders, manifests, alike):
+        if ranks[0] == mine:
+            record_content(folder, manifest)
 
 
 def _recorded(info: dict) -> dict:

@@ -284,7 +284,10 @@ def _open_folder(config: Config) -> None:
 def _check_resumable(config: Config, path: Path, info: dict) -> None:
     """Same parameters; and `samples_consumed` means the same samples only in data that are cut and shuffled alike."""
     before = info["config"]
-    old_model = ModelConfig.from_dict(before["model"])
+    try:
+        old_model = ModelConfig.from_dict(before["model"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; resume it with the version of gptoss_dist that wrote it") from None
     for key in SHAPING:
         if (old := getattr(old_model, key)) != (new := getattr(config.model, key)):
             raise ValueError(f"{path} was trained with model.{key}={old}, now it is {new}; undo the change")

@@ -1,6 +1,8 @@
 """Packing against slow references: best fit bin by bin, each token predicted once, the loss of documents alone."""
 
+import hashlib
 import itertools
+import json
 import time
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from token_data import write_dataset
 
-from data_pipeline import BatchLoader, BestFitDataset, DocumentDataset, open_dataset, validation_batches
+from data_pipeline import BatchLoader, BestFitDataset, DocumentDataset, open_dataset, packing, validation_batches
 from data_pipeline.manifest import Manifest, open_shards
 from data_pipeline.packing import BestFit
 
@@ -56,6 +58,50 @@ def test_best_fit_is_best_fit(capacity):
         assert sorted(pieces) == list(enumerate(lengths))  # each in one place
         rooms = [capacity - sum(length for _, length in row) for row in rows]
         assert sorted(rooms) == slow_best_fit(lengths.tolist(), capacity) and min(rooms, default=0) >= 0
+
+
+def test_pieces_are_sorted_a_part_at_a_time(monkeypatch):
+    lengths = np.random.default_rng(0).integers(1, 31, 500)
+    whole = BestFit(lengths, 30)
+    monkeypatch.setattr(packing, "_SORTED_AT_ONCE", 64)
+    order, counts = packing._longest_first(lengths, 30)
+    assert order.tolist() == np.argsort(-lengths, kind="stable").tolist()
+    assert counts.tolist() == [(lengths == 30 - spare).sum() for spare in range(30)]
+    parts = BestFit(lengths, 30)
+    assert [parts.row(i) for i in range(len(parts))] == [whole.row(i) for i in range(len(whole))]
+
+
+def test_rows_that_do_not_exist(directory):
+    dataset = BestFitDataset(directory, seq_len=T)
+    for wrong in (-1, dataset.samples_per_epoch):
+        with pytest.raises(AssertionError):
+            dataset.micro_batch(np.array([wrong]))
+
+
+@pytest.mark.parametrize(
+    ("packing", "version", "digest"),
+    [
+        ("contiguous", 1, "d041eaa320a50ea4"),
+        ("best_fit", 2, "7058e86fa12e1da7"),
+        ("varlen", 1, "be45f6afcc0fd143"),
+    ],
+)
+def test_a_plan_is_forever(tmp_path, packing, version, digest):
+    """A resumed run counts on the same samples in the same order. If this fails the change loses the place in the data
+    of every checkpoint: raise `plan_version`, with which they are refused, and write the new digest here.
+    """
+    write_dataset(tmp_path, {"train": [7 * i * i % 83 + 1 for i in range(200)]})
+    dataset, plan = open_dataset(tmp_path, packing=packing, seq_len=T, seed=3), []
+
+    def read(pieces, count):
+        plan.append(pieces)
+        return np.zeros(count, np.int64), np.zeros(count, np.int64)
+
+    dataset._read_pieces = read
+    for index in dataset.order(np.arange(2 * dataset.samples_per_epoch)):
+        dataset.micro_batch(np.array([index]))
+    found = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
+    assert (dataset.plan_version, found) == (version, digest)
 
 
 def test_a_million_documents_pack_in_a_moment():

@@ -235,11 +235,22 @@ def test_what_was_read_is_not_read_again_unless_it_changed(data, monkeypatch):
     state = (data / "train-00000.bin").stat()
     rewrite("train-00000.bin", flip(3))(data)
     os.utime(data / "train-00000.bin", ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert scans() == [], "size and time of change are all that is compared"
+    assert scans() == [], "size, time of change and inode are all that is compared"
     with pytest.raises(ValueError, match=r"train-00000\.bin: content differs"):
         scans(always=True)
     with pytest.raises(ValueError, match="part 3 of 3"):
         check_content(data, manifest, part=3, parts=3)
+
+
+def test_the_stamp_does_not_vouch_for_a_copy(data, tmp_path):
+    """`cp -a` and `rsync -a` carry over verified.json and the times of change, also to a disk that damages a byte."""
+    copy = shutil.copytree(data, tmp_path / "copy", copy_function=shutil.copy2)
+    shard = copy / "train-00000.bin"
+    rewrite(shard.name, flip(3))(copy)
+    os.utime(shard, ns=(0, (data / shard.name).stat().st_mtime_ns))
+    check_content(data, Manifest.read(data))
+    with pytest.raises(ValueError, match=r"copy/train-00000\.bin: content differs"):
+        check_content(copy, Manifest.read(copy))
 
 
 def test_a_read_only_directory_is_no_error(data, monkeypatch):

@@ -2,8 +2,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
+from reference import SIZES
 
-from gptoss_dist import ModelConfig
+from gptoss_dist import GptOss, ModelConfig
+from gptoss_dist.model.config import SHAPING
 from gptoss_dist.train.plan import count_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
@@ -26,6 +29,37 @@ def test_parameter_counts(name):
 def test_smaller_configs():
     assert round(count_parameters(ModelConfig.from_yaml(CONFIGS / "gptoss_73m.yaml")).total / 1e6, 1) == 73.4
     assert round(count_parameters(ModelConfig.from_yaml(CONFIGS / "gptoss_2b9.yaml")).total / 1e9, 1) == 2.9
+
+
+def test_the_settings_that_shape_the_parameters():
+    """For each setting: it is in SHAPING if and only if another value makes another state dict."""
+    sizes = SIZES | {"vocab_size": 32, "layer_types": ["full_attention"] * SIZES["num_hidden_layers"]}
+    others = {
+        "num_hidden_layers": 5, "rope_scaling": None, "expert_activation": "silu", "num_shared_experts": 1,
+        "sink_init": "zero", "sink_clamp": [-1.0, 1.0], "rope_pruned_fraction": 0.5,
+        "layer_types": ["sliding_attention"] * SIZES["num_hidden_layers"],
+    }  # fmt: skip
+
+    def shapes(**changed):
+        with torch.device("meta"):
+            model = GptOss(ModelConfig(**sizes | changed))
+        # A tied head is no parameter of its own, and the bias for the selection is a buffer.
+        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()} | {
+            name: tuple(buffer.shape) for name, buffer in model.state_dict().items() if "selection" in name
+        }
+
+    before, shaping = shapes(), []
+    for field in dataclasses.fields(ModelConfig):
+        value = getattr(ModelConfig(**sizes), field.name)
+        if field.name in others:
+            other = others[field.name]
+        else:
+            other = not value if isinstance(value, bool) else 2 * value
+        assert other != value, field.name
+        changed = {field.name: other} | ({"layer_types": None} if field.name == "num_hidden_layers" else {})
+        if shapes(**changed) != before:
+            shaping.append(field.name)
+    assert sorted(shaping) == sorted(SHAPING)
 
 
 def test_dict_round_trip():

@@ -105,6 +105,18 @@ def test_from_one_dataset_to_several_and_from_older_checkpoints(config):
         assert mixture.counts(12).tolist() == [12, 0]
 
 
+def test_a_checkpoint_of_another_plan_of_the_samples_is_refused(config):
+    """Best fit was planned otherwise once, which its checkpoints do not say."""
+    for packing, earlier in (("best_fit", {}), ("best_fit", {"plan_version": 1}), ("varlen", {"plan_version": 0})):
+        settings = config("web", packing=packing)
+        info = checkpoint(open_training_data(settings, PER_STEP), 3, 12)
+        open_training_data(settings, PER_STEP, info=info)
+        del info["data"]["plan_version"]
+        info["data"] |= earlier
+        with pytest.raises(ValueError, match=f"CKPT was trained with version .* of data.packing={packing}, this is"):
+            open_training_data(settings, PER_STEP, checkpoint="CKPT", info=info)
+
+
 def test_data_that_end_before_the_run(config):
     settings = config(("web", 1.0, 0.2), ("code", 1.0, 0.1), steps=1000)
     with pytest.raises(
@@ -194,29 +206,38 @@ def test_content_is_verified_as_asked(config, monkeypatch):
 
 VERIFY_COPIES = """
 import sys
-from gptoss_dist.config import Config, SourceConfig
+from data_pipeline import verify as content
+from gptoss_dist.config import Config
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.parallel.context import finish, start
 from gptoss_dist.train.data import verify
 
 rank, config = start().rank, Config(model=ModelConfig(vocab_size=272))
+scan, read = content.scan, []
+content.scan = lambda reader, eot_id: read.append(reader.file.path.stem) or scan(reader, eot_id)
 for case in sys.argv[2:]:
     config.data.path = f"{sys.argv[1]}/{case}/{rank}"
+    read.clear()
     try:
         verify(config)
         print(case, "sound", flush=True)
     except ValueError as error:
         print(case, error, flush=True)
+    if case == "common":
+        print("common-read", *read, flush=True)
 finish()
 """
 
 
 def test_every_copy_of_the_data_is_verified(tmp_path):
-    """Two ranks with copies of their own, as on two machines: damage in either is seen by both, whatever the shard."""
+    """Two ranks with copies of their own, as on two machines: damage in either is seen by both, whatever the shard. Of
+    files that both see each reads a part.
+    """
     (tmp_path / "data").mkdir()
     write_dataset(tmp_path / "data", {"train": [9] * 8, "validation": [9, 9]})
     files = sorted(path.name for path in (tmp_path / "data").glob("*.bin"))
-    cases = {"sound": None, "other": None} | {f"{rank}-{name}": (rank, name) for rank in (0, 1) for name in files}
+    cases = {"sound": None, "other": None, "common": None}
+    cases |= {f"{rank}-{name}": (rank, name) for rank in (0, 1) for name in files}
     for case, damage in cases.items():
         for rank in (0, 1):
             shutil.copytree(tmp_path / "data", tmp_path / case / str(rank))
@@ -226,12 +247,16 @@ def test_every_copy_of_the_data_is_verified(tmp_path):
     shutil.rmtree(tmp_path / "other" / "1")
     (tmp_path / "other" / "1").mkdir()
     write_dataset(tmp_path / "other" / "1", {"train": [8] * 9, "validation": [9, 9]})
+    shutil.rmtree(tmp_path / "common" / "1")
+    (tmp_path / "common" / "1").symlink_to("0")
     script = tmp_path / "verify_copies.py"
     script.write_text(VERIFY_COPIES)
     found = {}
     for line in run(str(script), str(tmp_path), *cases, processes=2).stdout.splitlines():
         case, text = line.split(maxsplit=1)
         found.setdefault(case, []).append(text)
+    shares = found.pop("common-read")
+    assert sorted(" ".join(shares).split()) == sorted(name.removesuffix(".bin") for name in files) and len(shares) == 2
     for case, damage in cases.items():
         assert len(found[case]) == 2 and found[case][0] == found[case][1]
         if damage is not None:
