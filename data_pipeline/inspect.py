@@ -3,7 +3,7 @@
 python -m data_pipeline.inspect data/pystdlib
 python -m data_pipeline.inspect data/pystdlib --document 3 --split validation
 python -m data_pipeline.inspect data/pystdlib --sample 1000 --seq-len 512 --seed 1 --packing best_fit
-python -m data_pipeline.inspect data/a data/b --weights 0.7 0.3 --at 100000
+python -m data_pipeline.inspect data/a data/b --weights 0.7,0.3 --at 100000
 """
 
 import argparse
@@ -168,6 +168,13 @@ def _read_manifest(directory: str | Path, split: str) -> Manifest:
     return manifest
 
 
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be numbers separated by commas, such as 0.7,0.3") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline.inspect", description="Print what is in a dataset, a document, or a sample."
@@ -180,7 +187,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a sample (512)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of samples: the run's (0)")
     parser.add_argument("--packing", default="contiguous", choices=("contiguous", "best_fit", "varlen"))
-    parser.add_argument("--weights", type=float, nargs="+", help="of a mixture (in proportion to the tokens)")
+    parser.add_argument(
+        "--weights", type=_numbers, metavar="W,W,...", help="of a mixture (in proportion to the tokens)"
+    )
     parser.add_argument("--at", type=int, default=100_000, help="samples of a mixture to count (100000)")
     arguments = parser.parse_args(argv)
     place, packing = (arguments.directory[0], arguments.split), arguments.packing

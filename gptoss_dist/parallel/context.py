@@ -141,17 +141,27 @@ def shared(function: Callable[[], T]) -> T:
     return result[0]
 
 
-def gathered(value: T) -> list[T]:
-    """The values of all ranks, on all ranks; collective where there are ranks."""
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The values of all ranks, on all ranks; collective where there are ranks. group: as in `on_every_rank`."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def on_every_rank(function: Callable[[], T]) -> T:
+def patient_group() -> dist.ProcessGroup:
+    """A group of all ranks, on their CPUs, that waits days for whoever has more to do; collective. A rank that dies is
+    still noticed, by the launcher.
+    """
+    return dist.new_group(timeout=datetime.timedelta(days=7), backend="gloo")
+
+
+def on_every_rank(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Call `function` on every rank, each for a part of the work; collective.
+
+    Args:
+        group: of all ranks, if not the default one.
 
     Returns:
         Its result on this rank.
@@ -165,7 +175,7 @@ def on_every_rank(function: Callable[[], T]) -> T:
     except (ValueError, OSError) as error:
         failure = error
     mine = None if failure is None else (isinstance(failure, OSError), str(failure))
-    for outcome in gathered(mine):
+    for outcome in gathered(mine, group):
         if outcome is not None:
             system, text = outcome
             raise OSError(text) if system else ValueError(text)

@@ -13,7 +13,7 @@ from data_pipeline.dataset import TokenSplit
 from data_pipeline.mixture import differences
 from data_pipeline.verify import check_content, copy_id, record_content
 from gptoss_dist.config import Config, SourceConfig
-from gptoss_dist.parallel.context import gathered, on_every_rank
+from gptoss_dist.parallel.context import gathered, on_every_rank, patient_group
 
 
 def sources(config: Config) -> list[SourceConfig]:
@@ -124,7 +124,7 @@ def verify(config: Config) -> None:
             always = config.data.verify == "always"
             check_content(folder, manifest, part=alike[n].index(mine), parts=len(alike[n]), always=always)
 
-    on_every_rank(check)
+    on_every_rank(check, patient_group())  # one large file may keep one rank for hours
     for folder, manifest, ranks in zip(folders, manifests, alike):
         if ranks[0] == mine:
             record_content(folder, manifest)

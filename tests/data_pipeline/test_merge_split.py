@@ -228,10 +228,13 @@ def test_inspect_shows_packed_samples_and_mixtures(one, tmp_path, capsys):
         assert sorted(seen) == sorted(texts)
     make(tmp_path / "b", WORDS * 9, "--keep-duplicates")
     capsys.readouterr()
-    assert run(inspect.main, one, tmp_path / "b", "--weights", 3, 1, "--at", 20000, "--seq-len", 64) == 0
+    assert run(inspect.main, one, tmp_path / "b", "--weights", "3,1", "--at", 20000, "--seq-len", 64) == 0
     assert "15,000 samples, 960,000 tokens, 75.000% of them" in capsys.readouterr().out
     assert run(inspect.main, one, tmp_path / "b", "--weights", 3) == 1
     assert "--weights: 1 of them for 2 datasets" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(inspect.main, "--weights", "3;1", one, tmp_path / "b")
+    assert "'3;1': must be numbers separated by commas" in capsys.readouterr().err
 
 
 def test_output_that_is_closed_early_is_no_error(one):

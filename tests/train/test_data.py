@@ -206,6 +206,9 @@ def test_content_is_verified_as_asked(config, monkeypatch):
 
 VERIFY_COPIES = """
 import sys
+import time
+from datetime import timedelta
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from data_pipeline import verify as content
 from gptoss_dist.config import Config
 from gptoss_dist.model.config import ModelConfig
@@ -214,10 +217,20 @@ from gptoss_dist.train.data import verify
 
 rank, config = start().rank, Config(model=ModelConfig(vocab_size=272))
 scan, read = content.scan, []
-content.scan = lambda reader, eot_id: read.append(reader.file.path.stem) or scan(reader, eot_id)
+
+
+def slow_scan(reader, eot_id):
+    read.append(reader.file.path.stem)
+    if (rank, case) == (0, "sound") and len(read) == 1:
+        time.sleep(6)
+    return scan(reader, eot_id)
+
+
+content.scan = slow_scan
 for case in sys.argv[2:]:
     config.data.path = f"{sys.argv[1]}/{case}/{rank}"
     read.clear()
+    _set_pg_timeout(timedelta(seconds=4 if case == "sound" else 300))
     try:
         verify(config)
         print(case, "sound", flush=True)
@@ -231,7 +244,7 @@ finish()
 
 def test_every_copy_of_the_data_is_verified(tmp_path):
     """Two ranks with copies of their own, as on two machines: damage in either is seen by both, whatever the shard. Of
-    files that both see each reads a part.
+    files that both see each reads a part. A rank may take longer than collectives wait.
     """
     (tmp_path / "data").mkdir()
     write_dataset(tmp_path / "data", {"train": [9] * 8, "validation": [9, 9]})
