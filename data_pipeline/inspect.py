@@ -126,7 +126,9 @@ def mixture(
     from data_pipeline.packing import open_dataset
 
     if weights is not None and len(weights) != len(directories):
-        raise ValueError(f"--weights: {len(weights)} of them for {len(directories)} datasets; give one for each")
+        raise ValueError(
+            f"--weights: {len(weights)} of them for {len(directories)} datasets; give W,W with one for each"
+        )
     mixed = MixtureDataset(
         [
             Source(name, open_dataset(name, packing=packing, seq_len=seq_len, split=split), weight)
@@ -192,6 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--at", type=int, default=100_000, help="samples of a mixture to count (100000)")
     arguments = parser.parse_args(argv)
+    if arguments.weights is not None and len(arguments.directory) == 1:
+        parser.error("--weights: are those of a mixture; give several directories")
     place, packing = (arguments.directory[0], arguments.split), arguments.packing
     if len(arguments.directory) > 1:
         lines = mixture(

@@ -82,7 +82,8 @@ class MixtureDataset:
 
     A sample's index is its index in its source plus the samples of the sources before it.
 
-    Attributes, beside those of a `TokenSplit`: sources; changes, [(position, what happens there)] for people;
+    Attributes, beside those of a `TokenSplit`, but `plan_version`: sources; order_version, raised with every change of
+    the code that draws otherwise from the same sources; changes, [(position, what happens there)] for people;
     positions_total, the end of the data if every source has a limit, else None; samples_per_epoch: of all sources.
 
     Args:
@@ -93,6 +94,8 @@ class MixtureDataset:
 
     Raises ValueError, naming the source, for sources that do not fit each other and for impossible weights.
     """
+
+    order_version = 1
 
     def __init__(
         self,
@@ -108,7 +111,7 @@ class MixtureDataset:
         self.sources, self.stages, self.start = list(sources), list(stages), start
         self._datasets = datasets = [source.dataset for source in sources]
         first = datasets[0]
-        self.seq_len, self.packing, self.plan_version = first.seq_len, first.packing, first.plan_version
+        self.seq_len, self.packing = first.seq_len, first.packing
         self.n_vocab, self.eot_id = first.n_vocab, first.eot_id
         self.tokens_total = sum(d.tokens_total for d in datasets)
         self.documents_total = sum(d.documents_total for d in datasets)

@@ -95,6 +95,7 @@ def prepare(
         manifest = _make(sources, folder, tokenizer, rules, workers, max_malformed, settings, report)
         _existing(output, settings, overwrite)
         replace(folder, folder / FINAL, output)
+        record_content(output, manifest)  # now that nothing else links to its files
     report(f"{output}: {_summary(manifest)}")
     if rules.validation_fraction and not manifest.splits["validation"]:
         report(
@@ -158,7 +159,6 @@ def _make(
         write_file_atomically(final / MALFORMED_FILE_NAME, "".join(f"{line}\n" for line in examples).encode())
     write_file_atomically(final / SETTINGS_FILE_NAME, (json.dumps(settings, indent=1) + "\n").encode())
     write_file_atomically(final / FILE_NAME, manifest.to_json())
-    record_content(final, manifest)
     return manifest
 
 

@@ -2,8 +2,8 @@
 
     python -m data_pipeline.verify data/corpus --workers 8
 
-Training asks the same by `check_content`, each rank for its share of the files; `verified.json` remembers size, time of
-change and inode number of files that were found sound, so that the next start does not read them again. That file is
+Training asks the same by `check_content`, each rank for its share of the files; `verified.json` remembers size and
+status change time (ctime) of files that were found sound, so that the next start does not read them again. That file is
 only a cache: without it everything is read, and beside a copy of the files it vouches for nothing.
 """
 
@@ -42,19 +42,30 @@ def check_content(
 
     part, parts: each of `parts` callers, the ranks of a run, reads its share of the shards, balanced by tokens;
         together they read all.
-    always: read files also when size, time of change and inode number are those that `record_content` noted. `cp -a`
-        and `rsync -a` carry over the first two only; a copy of a whole disk carries over all three: after that, ask for
-        this.
+    always: read files also when size and status change time (ctime) are those that `record_content` noted. No tool
+        that copies files carries the latter over; a copy of a whole disk does: after that, ask for this.
     """
     if parts < 1 or not 0 <= part < parts:
         raise ValueError(f"part {part} of {parts}: must be one of 0 to parts - 1")
     if part == 0:
         _first(_tokenizer_problems(directory, manifest))
-    known = {} if always else _read_stamp(directory, manifest)
+    unread = set(unread_shards(directory, manifest, always=always))
     for shard in _share(manifest, part, parts):
         open_shard(directory, manifest, shard)
-        if any(known.get(name) != _state(Path(directory) / name) for name in manifest.files(shard)):
+        if shard in unread:
             _first(_shard_problems(directory, manifest, shard))
+
+
+def unread_shards(directory: str | Path, manifest: Manifest, *, always: bool = False) -> list[Shard]:
+    """Those that `check_content` would read: all but those for which `record_content` vouches."""
+    known = {} if always else _read_stamp(directory, manifest)
+
+    def is_known(name: str) -> bool:
+        path = Path(directory) / name
+        return name in known and path.exists() and known[name] == _state(path)
+
+    shards = [shard for shards in manifest.splits.values() for shard in shards]
+    return [shard for shard in shards if not all(map(is_known, manifest.files(shard)))]
 
 
 def record_content(directory: str | Path, manifest: Manifest) -> None:
@@ -246,7 +257,7 @@ def _share(manifest: Manifest, part: int, parts: int) -> list[Shard]:
 
 def _state(path: Path) -> list[int]:
     status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
+    return [status.st_size, status.st_ctime_ns]
 
 
 def _read_stamp(directory: str | Path, manifest: Manifest) -> dict[str, list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from torch import Tensor
 from gptoss_dist.checkpoint.boxes import Box, boxes_to_write
 from gptoss_dist.checkpoint.rng import rng_state
 from gptoss_dist.checkpoint.store import Keep, write
+from gptoss_dist.parallel.context import patient_group
 
 RETRY_AFTER_S = (1.0, 5.0)
 """Waits before a failed save is tried again."""
@@ -27,16 +27,18 @@ class Saver:
     and earlier checkpoints stay as they are.
     """
 
-    def __init__(self, folder: str | Path, *, keep: Keep, asynchronous: bool) -> None:
+    def __init__(
+        self, folder: str | Path, *, keep: Keep, asynchronous: bool, group: dist.ProcessGroup | None = None
+    ) -> None:
         """
         Args:
             asynchronous: write in a thread, from a copy of the state in host memory (pinned if it comes from a GPU).
                 Needs room for what the rank holds of weights and optimizer state.
+            group: of all ranks, used by nobody else as long as this saves; without one it makes one.
         """
         self.folder, self.keep, self.asynchronous = Path(folder), keep, asynchronous
         # The thread's collectives must not meet those of the training on the way.
-        # Its ranks wait for the slowest disk.
-        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+        self.group = group or patient_group()
         self.error: OSError | None = None
         """Of the newest save, if that failed for good."""
         self.pause_s = 0.0

@@ -184,12 +184,14 @@ class ModelConfig:
         Raises:
             ValueError: a key is not a field.
         """
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
-        _require(not unknown, f"model config has unknown keys {unknown}")
-        values = dict(values)
-        if isinstance(values.get("rope_scaling"), dict):
-            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-        return cls(**values)
+
+        def made(kind: type, given: dict):
+            unknown = sorted(set(given) - {f.name for f in dataclasses.fields(kind)})
+            _require(not unknown, f"model config has unknown keys {unknown}")
+            return kind(**given)
+
+        scaling = values.get("rope_scaling")
+        return made(cls, values | ({"rope_scaling": made(RopeScaling, scaling)} if isinstance(scaling, dict) else {}))
 
 
 def _require(condition: bool, message: str) -> None:

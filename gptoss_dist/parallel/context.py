@@ -151,10 +151,12 @@ def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def patient_group() -> dist.ProcessGroup:
-    """A group of all ranks, on their CPUs, that waits days for whoever has more to do; collective. A rank that dies is
-    still noticed, by the launcher.
+    """A group of all ranks, on their CPUs, that waits a day for whoever has most to read or write; collective.
+
+    A process that ends is still noticed at once, as its connections close; a machine that vanishes by the launcher
+    only. Makes a connection to every other rank: one such group is enough.
     """
-    return dist.new_group(timeout=datetime.timedelta(days=7), backend="gloo")
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
 
 def on_every_rank(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

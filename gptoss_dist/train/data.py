@@ -11,9 +11,9 @@ import torch.distributed as dist
 from data_pipeline import Manifest, MixtureDataset, Source, Stage, open_dataset
 from data_pipeline.dataset import TokenSplit
 from data_pipeline.mixture import differences
-from data_pipeline.verify import check_content, copy_id, record_content
+from data_pipeline.verify import check_content, copy_id, record_content, unread_shards
 from gptoss_dist.config import Config, SourceConfig
-from gptoss_dist.parallel.context import gathered, on_every_rank, patient_group
+from gptoss_dist.parallel.context import gathered, on_every_rank
 
 
 def sources(config: Config) -> list[SourceConfig]:
@@ -37,7 +37,7 @@ class TrainingData:
         state = {"start_step": self.start_step, "history": self.history, "read": self.mixture.consumed_at(position)}
         return {
             "content_sha256": self.mixture.content_sha256,
-            "plan_version": self.mixture.plan_version,
+            "versions": _versions(self.mixture),
             "mixture": self.mixture.state() | state,
         }
 
@@ -66,12 +66,13 @@ def open_training_data(
     if info is None:
         mixture = mixed(0, 0, None)
     else:
-        if (version := info["data"].get("plan_version", 1)) != (now := opened[0].dataset.plan_version):
-            raise ValueError(
-                f"{checkpoint} was trained with version {version} of data.packing={config.data.packing}, this is "
-                f"version {now}, which makes other samples: its place in the data is lost; go on with the code that "
-                f"made it, or start a new run with --init.from {checkpoint}"
-            )
+        for what, version in _versions(mixed(0, 0, None)).items():
+            if (old := info["data"].get("versions", {}).get(what, 1)) != version:
+                raise ValueError(
+                    f"{checkpoint} was trained with version {old} of {what}, this is version {version}, which gives "
+                    f"other samples: its place in the data is lost; go on with the code that wrote it, or start a new "
+                    f"run with --init.from {checkpoint}"
+                )
         done, position, before = info["step"], info["samples_consumed"], _recorded(info)
         start_step, history = before["start_step"], before["history"]
         mixture = mixed(before["start"], start_step, before["consumed"])
@@ -102,9 +103,13 @@ def open_validation(config: Config, say: Callable[[str], None]) -> dict[str, Tok
     return {source.label: _open(config, source, "validation") for source in chosen}
 
 
-def verify(config: Config) -> None:
+def verify(config: Config, say: Callable[[str], None], group: dist.ProcessGroup | None = None) -> None:
     """Compare the files of all sources with their checksums as `data.verify` says; collective. Ranks that see the same
     files read a share of them each; where machines have copies of their own, each copy is read.
+
+    Args:
+        say: told once what is read.
+        group: of all ranks, to wait in for the one that has most to read; if not the default one.
 
     Raises:
         ValueError: on every rank, naming the first file that differs, or a source that is not the same everywhere.
@@ -113,21 +118,37 @@ def verify(config: Config) -> None:
         return
     folders = [source.path for source in sources(config)]
     manifests = on_every_rank(lambda: [Manifest.read(folder) for folder in folders])
-    found = on_every_rank(lambda: [(m.content_sha256, copy_id(f, m)) for f, m in zip(folders, manifests)])
-    of_ranks, mine = gathered(found), dist.get_rank()
-    alike = [[rank for rank, ids in enumerate(of_ranks) if ids[n] == found[n]] for n in range(len(folders))]
+    always = config.data.verify == "always"
+
+    def look(folder: str, manifest: Manifest) -> tuple[str, str, int]:
+        unread = sum(shard.tokens for shard in unread_shards(folder, manifest, always=always))
+        return manifest.content_sha256, copy_id(folder, manifest), unread
+
+    of_ranks = gathered(on_every_rank(lambda: list(map(look, folders, manifests))))  # [rank][source]
+    for folder, found in zip(folders, zip(*of_ranks)):
+        if len({content for content, _, _ in found}) > 1:
+            raise ValueError(f"{folder}: is not the same dataset for all ranks; copy it to all machines again")
+    unread = {copy: tokens for found in of_ranks for _, copy, tokens in found if tokens}
+    if unread:
+        say(f"comparing {sum(unread.values()):,} tokens with their checksums (data.verify)")
+    mine = dist.get_rank()
+    alike = [[rank for rank, found in enumerate(of_ranks) if found[n][1] == of_ranks[mine][n][1]]
+             for n in range(len(folders))]  # fmt: skip
 
     def check() -> None:
-        for n, (folder, manifest) in enumerate(zip(folders, manifests)):
-            if len({ids[n][0] for ids in of_ranks}) > 1:
-                raise ValueError(f"{folder}: is not the same dataset for all ranks; copy it to all machines again")
-            always = config.data.verify == "always"
-            check_content(folder, manifest, part=alike[n].index(mine), parts=len(alike[n]), always=always)
+        for folder, manifest, ranks in zip(folders, manifests, alike):
+            check_content(folder, manifest, part=ranks.index(mine), parts=len(ranks), always=always)
 
-    on_every_rank(check, patient_group())  # one large file may keep one rank for hours
+    on_every_rank(check, group)
     for folder, manifest, ranks in zip(folders, manifests, alike):
         if ranks[0] == mine:
             record_content(folder, manifest)
+
+
+def _versions(mixture: MixtureDataset) -> dict[str, int]:
+    """Of the code that decides which samples come when."""
+    packing = f"data.packing={mixture.packing}"
+    return {packing: mixture.sources[0].dataset.plan_version, "mixing": mixture.order_version}
 
 
 def _recorded(info: dict) -> dict:

@@ -18,7 +18,15 @@ from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.inference import generate
 from gptoss_dist.model.config import SHAPING, ModelConfig
 from gptoss_dist.parallel import launcher
-from gptoss_dist.parallel.context import Context, LocalError, on_rank_zero, seed_everything, shared, start
+from gptoss_dist.parallel.context import (
+    Context,
+    LocalError,
+    on_rank_zero,
+    patient_group,
+    seed_everything,
+    shared,
+    start,
+)
 from gptoss_dist.parallel.mesh import spanned_machines
 from gptoss_dist.train.data import open_training_data, open_validation, verify
 from gptoss_dist.train.faults import SkipGuard, StopRequest, TrainingError
@@ -69,7 +77,8 @@ def train(config: Config, context: Context) -> None:
         pretrained = checkpoint.open_pretrained(config.init["from"], say=_say)
         checkpoint.check_architecture(pretrained, config.model)
     on_rank_zero(lambda: _check_folder(config))
-    verify(config)
+    patient = patient_group()
+    verify(config, _say, patient)
     seed_everything(config.run.seed, context.rank)
     engine = build_engine(config, context)
 
@@ -116,7 +125,9 @@ def train(config: Config, context: Context) -> None:
             report.message(f"a later checkpoint is now {moved}")
 
     settled = checkpoint.Keep(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
-    saver = checkpoint.Saver(config.checkpoint_folder, keep=settled, asynchronous=config.checkpoint.asynchronous)
+    saver = checkpoint.Saver(
+        config.checkpoint_folder, keep=settled, asynchronous=config.checkpoint.asynchronous, group=patient
+    )
     timer, stop, guard = StepTimer(context.device), StopRequest(), SkipGuard(settings.max_skipped_steps, skipped)
 
     def every(interval: int, step: int) -> bool:

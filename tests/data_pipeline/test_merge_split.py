@@ -230,6 +230,9 @@ def test_inspect_shows_packed_samples_and_mixtures(one, tmp_path, capsys):
     capsys.readouterr()
     assert run(inspect.main, one, tmp_path / "b", "--weights", "3,1", "--at", 20000, "--seq-len", 64) == 0
     assert "15,000 samples, 960,000 tokens, 75.000% of them" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(inspect.main, one, "--weights", "3,1")
+    assert "--weights: are those of a mixture" in capsys.readouterr().err
     assert run(inspect.main, one, tmp_path / "b", "--weights", 3) == 1
     assert "--weights: 1 of them for 2 datasets" in capsys.readouterr().err
     with pytest.raises(SystemExit):

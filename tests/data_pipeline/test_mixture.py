@@ -1,7 +1,11 @@
 """Mixtures: which source a position draws from, how often, until when, and what a change of mind costs."""
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
+from token_data import write_dataset
 
 from data_pipeline import MixtureDataset, Source, Stage, TokenDataset, load_tokenizer, open_source
 from data_pipeline.mixture import BLOCK, differences
@@ -115,6 +119,21 @@ def test_limits_and_stages(source):
     assert counts[50].tolist() == [50, 0, 0] and counts[90].tolist() == [50, 40, 0]
     assert counts[500].tolist() == [255, 40, 205] and staged.counts(500).tolist() == counts[500].tolist()
     assert [position for position, _ in staged.changes] == [50, 90] and "code 100.00%" in staged.shares(60)
+
+
+def test_an_order_is_forever(tmp_path):
+    """As `test_a_plan_is_forever` of test_packing.py, for `order_version`."""
+    sources = []
+    for name, weight, epochs, documents in (("a", 0.5, None, 40), ("b", 0.3, 2.5, 30), ("c", 0.2, None, 20)):
+        (tmp_path / name).mkdir()
+        write_dataset(tmp_path / name, {"train": [7 * i * i % 83 + 1 for i in range(documents)]})
+        dataset = TokenDataset(tmp_path / name, seq_len=SEQ_LEN, seed=3)
+        dataset.content_sha256 = name  # numpy's random letters decide nothing
+        sources.append(Source(name, dataset, weight, epochs))
+    mixture = MixtureDataset(sources, stages=[Stage(500, {"a": 1, "b": 1})], start=10, consumed={"c": 5})
+    assert mixture.changes[0][0] < 500, "a source is used up before the stage"
+    order = json.dumps(mixture.order(np.arange(10, 1000)).tolist())
+    assert (mixture.order_version, hashlib.sha256(order.encode()).hexdigest()[:16]) == (1, "57d4eca3be5e83b0")
 
 
 def test_another_mixture_takes_over_where_each_source_was_left(source):

@@ -71,11 +71,15 @@ def test_pieces_are_sorted_a_part_at_a_time(monkeypatch):
     assert [parts.row(i) for i in range(len(parts))] == [whole.row(i) for i in range(len(whole))]
 
 
-def test_rows_that_do_not_exist(directory):
-    dataset = BestFitDataset(directory, seq_len=T)
-    for wrong in (-1, dataset.samples_per_epoch):
-        with pytest.raises(AssertionError):
-            dataset.micro_batch(np.array([wrong]))
+@pytest.mark.parametrize("packing", ["contiguous", "best_fit", "varlen"])
+def test_samples_that_do_not_exist(directory, packing):
+    dataset = open_dataset(directory, packing=packing, seq_len=T)
+    last = dataset.samples_per_epoch - 1
+    assert dataset.micro_batch(np.array([0, last]))["input_ids"].size
+    for wrong in (-1, last + 1):
+        with pytest.raises(IndexError, match=f": sample {wrong} is none of 0 to {last}"):
+            dataset.micro_batch(np.array([0, wrong]))
+    assert not dataset.micro_batch(np.array([], np.int64))["input_ids"].size
 
 
 @pytest.mark.parametrize(
