@@ -138,8 +138,10 @@ def check(folder, case: Case, tolerance: float = 1e-6) -> None:
     weights = load_file(folder / f"{case.name}.weights.safetensors")
     for name, tensor in expected.weights.items():
         if name in weights or not case.model.get("tie_word_embeddings"):
-            # Of four steps of LR; Adam turns rounding into steps where a gradient is close to zero.
-            assert (weights[name] - tensor).abs().max() <= 5e3 * min(tolerance, 1e-6) * LR, name
+            # Of four steps of LR. Adam turns rounding into steps where a gradient is close to zero: in one element of
+            # thousands 6e-3 of LR, on a CPU without AVX-512. A single element that missed a step is 1e-2 by norm.
+            error, allowed = (weights[name] - tensor) / LR, min(tolerance, 1e-6)
+            assert error.square().mean().sqrt() <= 200 * allowed and error.abs().max() <= 2e4 * allowed, name
             frozen = any(fnmatch(name, pattern) for pattern in case.config().optim.freeze)
             assert not frozen or torch.equal(weights[name], tensor), name
 

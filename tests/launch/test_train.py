@@ -268,7 +268,8 @@ def test_flipped_bytes_are_said_once_by_any_number_of_processes(settings, tmp_pa
     shard.write_bytes(content)
     options = ["--config", str(settings), "--data.path", str(broken)]
     done = run("launch/train.py", *options, processes=2, expect=2)
-    assert done.stderr.count("train.py: ") == 1 and shard.name in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count(f"{shard.name}: content differs") == 1 and "Traceback" not in done.stderr
+    assert done.stderr.count("train.py: ") == 2 and "train.py: comparing " in done.stderr
     assert not (settings.parent / "tiny").exists()
 
 
