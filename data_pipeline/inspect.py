@@ -196,6 +196,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.weights is not None and len(arguments.directory) == 1:
         parser.error("--weights: are those of a mixture; give several directories")
+    if arguments.document is not None or arguments.sample is not None:
+        if len(arguments.directory) > 1:
+            parser.error("--document and --sample: are those of one dataset; give one directory")
+    elif arguments.packing != "contiguous" and len(arguments.directory) == 1:
+        parser.error("--packing: is that of a sample; give --sample N")
     place, packing = (arguments.directory[0], arguments.split), arguments.packing
     if len(arguments.directory) > 1:
         lines = mixture(

@@ -135,6 +135,8 @@ def _make(
     final.mkdir()
     tokenizer.save(final)
     splits, dropped = gather(folder, final, pieces, rules, token_dtype(tokenizer.n_vocab))
+    if malformed := sum(piece.malformed for piece in pieces):
+        dropped = {**dropped, "malformed": malformed}
     irregular = sum((Counter(piece.irregular) for piece in pieces), Counter())
     manifest = Manifest(
         tokenizer={
@@ -176,7 +178,7 @@ def _existing(output: Path, settings: dict, overwrite: bool) -> Manifest | None:
         for split in manifest.splits:
             open_shards(output, manifest, split)
         differing = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
-        problem = f"was prepared with other settings ({', '.join(differing)} differ)" if differing else None
+        problem = f"was prepared with other settings ({', '.join(differing)})" if differing else None
         if overwrite and not differing:  # who asks for it may know of damage that sizes do not show
             check_content(output, manifest, always=True)
     except (OSError, ValueError, AttributeError) as error:

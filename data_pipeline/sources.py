@@ -119,6 +119,11 @@ def open_source(
         return _huggingface(spec, str(path.resolve()), text_column, split, config_name, revision)
     if path.exists() or glob.has_magic(spec):
         return _files(spec, text_column)
+    if "/" in spec and Path(path.parts[0]).is_dir():  # a mistake more often than a name on the hub
+        raise ValueError(
+            f"source {spec!r}: no such file or directory in {path.parts[0]!r}; for a Hugging Face dataset of that name "
+            f"run where there is no such directory"
+        )
     looks_like_path = spec.startswith((".", "/", "~")) or content_suffix(path.name) in (*SUFFIXES, ".json", ".csv")
     if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
         raise ValueError(f"source {spec!r}: no such file or directory")

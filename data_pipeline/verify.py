@@ -174,8 +174,8 @@ def token_problems(reader: IndexedReader | RawReader, found: Scan, tokenizer: di
     if found.min_token < 0 or found.max_token >= n_vocab:
         worst = found.min_token if found.min_token < 0 else found.max_token
         yield (
-            f"{path}: token id {worst} is not one of the {n_vocab} ids of tokenizer {tokenizer['name']}; make the "
-            f"dataset again with the tokenizer that made these tokens"
+            f"{path}: token id {worst} is not one of the {n_vocab} ids of tokenizer {tokenizer['name']}; name the "
+            f"tokenizer that made these tokens, or make the dataset again"
         )
     if found.unended is not None:
         yield (

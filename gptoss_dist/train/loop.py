@@ -309,7 +309,8 @@ def _check_resumable(config: Config, path: Path, info: dict) -> None:
     ):
         if old != new:
             raise ValueError(
-                f"{path} was trained with {key} {old}, now it is {new}: its place in the data is lost; undo the change"
+                f"{path} was trained with {key} {old}, now it is {new}: its place in the data is lost; give it as "
+                f"before, --{key} {old}"
             )
     if before["optim"]["freeze"] != config.optim.freeze:
         raise ValueError(

@@ -93,7 +93,8 @@ def _describe_data(config: Config, samples_per_step: int) -> list[str]:
     lines = []
     try:
         mixture = open_training_data(config, samples_per_step).mixture
-        usage = mixture.usage(config.train.steps * samples_per_step)
+        end = config.train.steps * samples_per_step
+        usage = mixture.usage(end)
         for source, used in zip(mixture.sources, usage):
             data = source.dataset
             packed = [f"{data.samples_per_epoch:,} samples ({data.packing})"]
@@ -101,12 +102,13 @@ def _describe_data(config: Config, samples_per_step: int) -> list[str]:
                 if (share := getattr(data, f"{name}_share", None)) is not None:
                     packed.append(f"{share:.2%} {'padding' if name == 'padding' else 'of documents cut'}")
             whose = f"{source.name}: " if len(usage) > 1 else ""
-            share = f"{used.share:.2%} of the tokens, " if len(usage) > 1 else ""
+            share = f"{used.share:.2%} of this run's tokens, " if len(usage) > 1 else ""
             lines.append(f"train: {whose}{data.tokens_total:,} tokens in {data.documents_total:,} documents, "
                          f"{', '.join(packed)}, {share}{used.epochs:.2f} epochs")  # fmt: skip
         if len(usage) > 1:
             lines.append(f"from step 1: {mixture.shares(0)} of the tokens")
-        lines += [f"from step {position // samples_per_step + 1}: {what}" for position, what in mixture.changes]
+        changes = [(position, what) for position, what in mixture.changes if position < end]
+        lines += [f"from step {position // samples_per_step + 1}: {what}" for position, what in changes]
         if config.validation.every:
             for name, split in open_validation(config, lines.append).items():
                 whose = f"{name}: " if len(usage) > 1 else ""

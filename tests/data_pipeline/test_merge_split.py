@@ -233,6 +233,10 @@ def test_inspect_shows_packed_samples_and_mixtures(one, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(inspect.main, one, "--weights", "3,1")
     assert "--weights: are those of a mixture" in capsys.readouterr().err
+    for options in ((tmp_path / "b", "--sample", 3), (tmp_path / "b", "--document", 3), ("--packing", "varlen")):
+        with pytest.raises(SystemExit):
+            run(inspect.main, one, *options)
+        assert "give one directory" in (err := capsys.readouterr().err) or "give --sample N" in err
     assert run(inspect.main, one, tmp_path / "b", "--weights", 3) == 1
     assert "--weights: 1 of them for 2 datasets" in capsys.readouterr().err
     with pytest.raises(SystemExit):

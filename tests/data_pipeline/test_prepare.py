@@ -259,6 +259,7 @@ def test_malformed_records_are_counted_named_and_left_out(tmp_path, capsys, monk
     # What was done is kept: only the limit changed.
     code, out, _ = run(path, "--output", output, "--max-malformed", 0.05, capsys=capsys)
     assert code == 0 and "continuing" in out and "3 of 100 records are malformed and left out" in out
+    assert Manifest.read(output).dropped["malformed"] == 3 and "dropped 3 malformed" in out
     assert (output / "malformed.log").read_text().count("\n") == 3 and not (tmp_path / "data.preparing").exists()
     texts = documents_of(output, "train") + documents_of(output, "validation")
     assert sorted(texts) == sorted(f"document {i}" for i in range(100) if i not in (41, 70, 71))

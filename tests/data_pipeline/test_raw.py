@@ -133,7 +133,7 @@ def test_ids_beyond_the_vocabulary_are_found_far_inside(tmp_path, monkeypatch, c
     monkeypatch.setattr("data_pipeline.raw._PROBE_BYTES", 100)
     (tmp_path / "train.bin").write_bytes(bare(BEYOND.astype("u2")))
     assert adopt(tmp_path, "train.bin", "--dtype", "uint16") == 1
-    assert "train.bin: token id 265 is not one of the 265 ids of tokenizer bytes; make" in capsys.readouterr().err
+    assert "train.bin: token id 265 is not one of the 265 ids of tokenizer bytes; name" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["train.bin"]
 
 

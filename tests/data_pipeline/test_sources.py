@@ -88,9 +88,12 @@ def test_bad_parquet_columns(tmp_path):
         read(tmp_path / "a.parquet", text_column="id")
 
 
-@pytest.mark.parametrize("spec", ["./nothing", "/no/where.txt", "nothing.jsonl", "a/b/c", "*.txt", "synthetic:seed=x"])
+@pytest.mark.parametrize(
+    "spec", ["./nothing", "/no/where.txt", "nothing.jsonl", "texts/nothing", "a/b/c", "*.txt", "synthetic:seed=x"]
+)
 def test_missing_inputs(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()  # so what is not in it is no name on the hub
     with pytest.raises(ValueError, match=r"no such file|no file there|expected synthetic"):
         read(spec)
 
