@@ -99,7 +99,8 @@ def open_source(
         `installed` (that and every installed package), `synthetic[:documents=N,seed=S]`, a file, glob or directory of
         .txt, .md, .jsonl and .parquet (all but parquet also .gz or .zst), local or behind a URL that fsspec knows
         (s3://, gs://, https://), or else the name of a Hugging Face dataset, streamed. Local paths come before dataset
-        names, except that a directory with `split` or `config_name` is opened as a Hugging Face dataset.
+        names, except that a directory with `split` or `config_name` is opened as a Hugging Face dataset; A/B is not
+        sought on the hub where A is a local directory.
     text_column: the field of .jsonl, .parquet and Hugging Face records that holds the text.
     split, config_name, revision: of a Hugging Face dataset; split is "train" when not given.
 

@@ -49,23 +49,18 @@ def check_content(
         raise ValueError(f"part {part} of {parts}: must be one of 0 to parts - 1")
     if part == 0:
         _first(_tokenizer_problems(directory, manifest))
-    unread = set(unread_shards(directory, manifest, always=always))
+    known = {} if always else _read_stamp(directory, manifest)
     for shard in _share(manifest, part, parts):
         open_shard(directory, manifest, shard)
-        if shard in unread:
+        if not _is_known(known, directory, manifest, shard):
             _first(_shard_problems(directory, manifest, shard))
 
 
 def unread_shards(directory: str | Path, manifest: Manifest, *, always: bool = False) -> list[Shard]:
     """Those that `check_content` would read: all but those for which `record_content` vouches."""
     known = {} if always else _read_stamp(directory, manifest)
-
-    def is_known(name: str) -> bool:
-        path = Path(directory) / name
-        return name in known and path.exists() and known[name] == _state(path)
-
     shards = [shard for shards in manifest.splits.values() for shard in shards]
-    return [shard for shard in shards if not all(map(is_known, manifest.files(shard)))]
+    return [shard for shard in shards if not _is_known(known, directory, manifest, shard)]
 
 
 def record_content(directory: str | Path, manifest: Manifest) -> None:
@@ -258,6 +253,11 @@ def _share(manifest: Manifest, part: int, parts: int) -> list[Shard]:
 def _state(path: Path) -> list[int]:
     status = path.stat()
     return [status.st_size, status.st_ctime_ns]
+
+
+def _is_known(known: dict[str, list[int]], directory: str | Path, manifest: Manifest, shard: Shard) -> bool:
+    paths = [Path(directory) / name for name in manifest.files(shard)]
+    return all(path.name in known and path.exists() and known[path.name] == _state(path) for path in paths)
 
 
 def _read_stamp(directory: str | Path, manifest: Manifest) -> dict[str, list[int]]:

@@ -37,7 +37,7 @@ class TrainingData:
         state = {"start_step": self.start_step, "history": self.history, "read": self.mixture.consumed_at(position)}
         return {
             "content_sha256": self.mixture.content_sha256,
-            "versions": _versions(self.mixture),
+            "versions": _versions(self.mixture.sources[0].dataset),
             "mixture": self.mixture.state() | state,
         }
 
@@ -66,7 +66,7 @@ def open_training_data(
     if info is None:
         mixture = mixed(0, 0, None)
     else:
-        for what, version in _versions(mixed(0, 0, None)).items():
+        for what, version in _versions(opened[0].dataset).items():
             if (old := info["data"].get("versions", {}).get(what, 1)) != version:
                 raise ValueError(
                     f"{checkpoint} was trained with version {old} of {what}, this is version {version}, which gives "
@@ -145,10 +145,9 @@ def verify(config: Config, say: Callable[[str], None], group: dist.ProcessGroup 
             record_content(folder, manifest)
 
 
-def _versions(mixture: MixtureDataset) -> dict[str, int]:
-    """Of the code that decides which samples come when."""
-    packing = f"data.packing={mixture.packing}"
-    return {packing: mixture.sources[0].dataset.plan_version, "mixing": mixture.order_version}
+def _versions(dataset: TokenSplit) -> dict[str, int]:
+    """Of the code that decides which samples come when. dataset: any source, as all are packed alike."""
+    return {f"data.packing={dataset.packing}": dataset.plan_version, "mixing": MixtureDataset.order_version}
 
 
 def _recorded(info: dict) -> dict:
