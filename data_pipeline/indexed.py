@@ -149,29 +149,31 @@ class TokenFile:
 
     def __init__(self, path: Path | str, dtype: np.dtype, n_tokens: int, offset: int = 0):
         self.path, self.dtype, self.n_tokens, self.offset = Path(path), np.dtype(dtype), n_tokens, offset
+        self._itemsize = self.dtype.itemsize  # numpy is slow to say
         status = _status(self.path)
         self.size, self._identity = status.st_size, (status.st_dev, status.st_ino)
         self._file: io.FileIO | None = None
 
-    def read_into(self, start: int, *views: memoryview) -> None:
-        """Fill `views`, of bytes, one after the other with the ids from position `start` on."""
-        position = self.offset + start * self.dtype.itemsize
+    def read_into(self, start: int, ids: memoryview) -> None:
+        """Fill `ids`, of the file's dtype, with those from position `start` on."""
+        position = self.offset + start * self._itemsize
         try:
-            file = self._opened()  # held until the end, or another thread could have it closed
-            while left := sum(map(len, views)):
-                count = os.preadv(file.fileno(), views, position)
-                if count == left:
-                    return
-                if not count:
-                    raise ValueError(f"{self.path}: truncated, it ends before byte {position + left}")
-                position, views = position + count, _from_byte(views, count)
+            file = self._file or self._opened()  # held until the end, or another thread could have it closed
+            count = os.preadv(file.fileno(), (ids,), position)
+            if count == ids.nbytes:
+                return
+            rest = ids.cast("B")
+            while len(rest := rest[count:]):
+                position += count
+                if not (count := os.preadv(file.fileno(), (rest,), position)):
+                    raise ValueError(f"{self.path}: truncated, it ends before byte {position + len(rest)}")
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be read: {error.strerror or error}") from error
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Ids [count] from position `start` on, in the file's dtype."""
         out = np.empty(count, self.dtype)
-        self.read_into(start, memoryview(out).cast("B"))
+        self.read_into(start, memoryview(out))
         return out
 
     def _opened(self) -> io.FileIO:
@@ -282,15 +284,6 @@ class IndexedReader:
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.file.read(int(self._pointers[i]) // self.dtype.itemsize, int(self.lengths[i]))
-
-
-def _from_byte(views: Sequence[memoryview], count: int) -> list[memoryview]:
-    """What is left of `views` after their first `count` bytes."""
-    rest = []
-    for view in views:
-        rest.append(view[count:])
-        count = max(0, count - len(view))
-    return rest
 
 
 def _unfinished(path: Path) -> Path:

@@ -6,23 +6,19 @@ Shapes: B = micro_batch_size, A = accumulation, W = world_size, T = seq_len.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from data_pipeline.dataset import IGNORED_LABEL, TokenSplit
 from data_pipeline.sampler import step_positions
-
-if TYPE_CHECKING:
-    from data_pipeline.mixture import MixtureDataset
+from data_pipeline.samples import IGNORED_LABEL, Layout, Samples
 
 MicroBatch = dict[str, torch.Tensor]
-_ORDERED_AT_ONCE = 4096
-"""Positions whose order is computed in one go: numpy's cost per call is then small beside the reading."""
+_LAID_OUT_AT_ONCE = 4096
+"""Positions whose samples are looked up in one go: numpy's cost per call is then small beside the reading."""
 
 
 class BatchLoader:
@@ -42,7 +38,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: TokenSplit | MixtureDataset,
+        dataset: Samples,
         *,
         micro_batch_size: int,
         accumulation: int = 1,
@@ -69,8 +65,8 @@ class BatchLoader:
             "world_size": world_size,
         }
         self._positions_AB = step_positions(0, **layout)  # of every step, relative to its first sample
-        self._ordered: deque[np.ndarray] = deque()
-        self._next_ordered = samples_consumed
+        self._laid_out: deque[Sequence[Layout]] = deque()
+        self._next_position = samples_consumed
         self._ahead = prefetch if workers else 0
         self._reading: deque[Future] = deque()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="data-prefetch") if self._ahead else None
@@ -90,7 +86,7 @@ class BatchLoader:
         if self._closed:
             raise StopIteration
         try:
-            step = self._read_ahead() if self._threads else self._read(self._order())
+            step = self._read_ahead() if self._threads else self._read(self._next_layouts())
         except StopIteration:
             raise
         except BaseException as error:  # whatever it is, the steps after it must not be handed out
@@ -115,7 +111,7 @@ class BatchLoader:
     def _read_ahead(self) -> list[MicroBatch]:
         while len(self._reading) < self._ahead:
             try:
-                self._reading.append(self._threads.submit(self._read, self._order()))
+                self._reading.append(self._threads.submit(self._read, self._next_layouts()))
             except StopIteration:
                 break
         if not self._reading:
@@ -124,29 +120,32 @@ class BatchLoader:
         self._reading.popleft()
         # Not only at the next call: the threads would have nothing to do during the last step of computation.
         if self._has_next():
-            self._reading.append(self._threads.submit(self._read, self._order()))
+            self._reading.append(self._threads.submit(self._read, self._next_layouts()))
         return step
 
     def _has_next(self) -> bool:
-        end, start = self._dataset.positions_total, self._next_ordered - len(self._ordered) * self.samples_per_step
+        end, start = self._dataset.positions_total, self._next_position - len(self._laid_out) * self.samples_per_step
         return end is None or start + self.samples_per_step <= end
 
-    def _order(self) -> np.ndarray:
-        """Indices [A, B] of the next step's samples."""
-        if not self._ordered:
-            steps, end = max(1, _ORDERED_AT_ONCE // self._positions_AB.size), self._dataset.positions_total
+    def _next_layouts(self) -> Sequence[Layout]:
+        """What the next step's micro-batches hold, A of them."""
+        if not self._laid_out:
+            steps, end = max(1, _LAID_OUT_AT_ONCE // self._positions_AB.size), self._dataset.positions_total
             if end is not None:
-                steps = min(steps, (end - self._next_ordered) // self.samples_per_step)
+                steps = min(steps, (end - self._next_position) // self.samples_per_step)
                 if steps < 1:
                     raise StopIteration
-            starts = self._next_ordered + np.arange(steps, dtype=np.int64) * self.samples_per_step
-            self._ordered.extend(self._dataset.order(starts[:, None, None] + self._positions_AB))
-            self._next_ordered += steps * self.samples_per_step
-        return self._ordered.popleft()
+            starts = self._next_position + np.arange(steps, dtype=np.int64) * self.samples_per_step
+            accumulation, size = self._positions_AB.shape
+            indices = self._dataset.order(starts[:, None, None] + self._positions_AB).reshape(-1)
+            layouts = iter(self._dataset.layouts(indices, [size] * (steps * accumulation)))
+            self._laid_out.extend(zip(*[layouts] * accumulation))
+            self._next_position += steps * self.samples_per_step
+        return self._laid_out.popleft()
 
 
 def validation_batches(
-    dataset: TokenSplit,
+    dataset: Samples,
     *,
     micro_batch_size: int,
     rank: int = 0,
@@ -189,9 +188,9 @@ def _check_layout(micro_batch_size: int, accumulation: int, rank: int, world_siz
         raise ValueError(f"rank {rank}: must be in [0, {world_size})")
 
 
-def _read_step(dataset, document_mask: bool, pin_memory: bool, indices_AB: np.ndarray) -> list[MicroBatch]:
+def _read_step(dataset: Samples, document_mask: bool, pin_memory: bool, layouts: Sequence[Layout]) -> list[MicroBatch]:
     step = []
-    for indices_B in indices_AB:
-        batch = {name: torch.from_numpy(a) for name, a in dataset.micro_batch(indices_B, document_mask).items()}
+    for layout in layouts:
+        batch = {name: torch.from_numpy(array) for name, array in dataset.fill(layout, document_mask).items()}
         step.append({name: tensor.pin_memory() for name, tensor in batch.items()} if pin_memory else batch)
     return step

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.dataset import TokenSplit
+from data_pipeline.samples import Pieces, Samples, bounds, ranges
 
 BLOCK = 2**16
 """Positions over which weights are exact: a weight is rounded to 1 / 65,536, an error below 0.0016 %."""
@@ -76,9 +77,8 @@ class _Segment:
         return self.base_S + blocks * self.counts_S + within_S
 
 
-class MixtureDataset:
-    """Reads like a `TokenSplit`: `order`, `micro_batch`, `seq_len`, `tokenizer` and the other attributes, by positions
-    from `start` on.
+class MixtureDataset(Samples):
+    """Reads like a `TokenSplit` and has its attributes, by positions from `start` on.
 
     A sample's index is its index in its source plus the samples of the sources before it.
 
@@ -111,12 +111,15 @@ class MixtureDataset:
         self.sources, self.stages, self.start = list(sources), list(stages), start
         self._datasets = datasets = [source.dataset for source in sources]
         first = datasets[0]
+        self.path = " and ".join(str(d.path) for d in datasets)
         self.seq_len, self.packing = first.seq_len, first.packing
         self.n_vocab, self.eot_id = first.n_vocab, first.eot_id
         self.tokens_total = sum(d.tokens_total for d in datasets)
         self.documents_total = sum(d.documents_total for d in datasets)
         self.inputs_total = sum(d.inputs_total for d in datasets)
-        self._first_index_S = np.cumsum([0, *(d.samples_per_epoch for d in datasets)])
+        self._first_index_S = bounds([d.samples_per_epoch for d in datasets])
+        self._first_token_S = bounds([sum(file.n_tokens for file in d.files) for d in datasets])
+        self._set_files([file for d in datasets for file in d.files])
         self.samples_per_epoch = int(self._first_index_S[-1])
         self.content_sha256 = _joined(d.content_sha256 for d in datasets)
         self.manifest_sha256 = _joined(d.manifest_sha256 for d in datasets)
@@ -125,7 +128,6 @@ class MixtureDataset:
         ]
         # What was read of sources that are gone is kept: they may come back.
         self.consumed = {d.content_sha256: 0 for d in datasets} | {sha: int(n) for sha, n in (consumed or {}).items()}
-        self.positions_total: int | None = None
         self.changes: list[tuple[int, str]] = []
         self.weights = self._weights({s.name: float(s.dataset.tokens_total if s.weight is None else s.weight)
                                       for s in sources}, "the weights of the sources")  # fmt: skip
@@ -161,26 +163,21 @@ class MixtureDataset:
             count[chosen] = segment.base_S[s] + blocks * segment.counts_S[s] + segment.rank_L[place]
         return source, count
 
-    def micro_batch(self, indices: np.ndarray, document_mask: bool = False) -> dict[str, np.ndarray]:
-        """Arrays of samples by index, int64 [B], as `TokenSplit.micro_batch` of the sources gives them."""
-        indices = np.asarray(indices, dtype=np.int64)
-        source_B = np.searchsorted(self._first_index_S, indices, side="right") - 1
-        within_B = indices - self._first_index_S[source_B]
-        groups = [np.flatnonzero(source_B == s) for s in np.unique(source_B)]
-        if self.packing == "varlen":  # samples differ in length: one by one, in order
-            groups = [np.array([b]) for b in range(len(indices))]
-        parts = [self._datasets[source_B[g[0]]].micro_batch(within_B[g], document_mask) for g in groups]
-        if len(parts) == 1:
-            return parts[0]
-        if self.packing == "varlen":
-            for b, part in enumerate(parts):
-                part["document_ids"] += b
-            return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
-        arrays = {name: np.empty((len(indices), self.seq_len), np.int64) for name in parts[0]}
-        for group, part in zip(groups, parts):
-            for name, array in part.items():
-                arrays[name][group] = array
-        return arrays
+    def pieces(self, indices: np.ndarray) -> Pieces:
+        source_N = np.searchsorted(self._first_index_S, indices, side="right") - 1
+        parts, counts_N = [], np.empty_like(indices)
+        for s in np.unique(source_N):
+            (chosen,) = (source_N == s).nonzero()
+            part = self._datasets[s].pieces(indices[chosen] - self._first_index_S[s])
+            parts.append((chosen, self._first_token_S[s], part))
+            counts_N[chosen] = part.counts_N
+        first = bounds(counts_N)
+        starts_P, lengths_P = np.empty(first[-1], np.int64), np.empty(first[-1], np.int64)
+        for chosen, first_token, part in parts:
+            places = ranges(first[chosen], part.counts_N)
+            starts_P[places] = np.where(part.starts_P < 0, part.starts_P, part.starts_P + first_token)
+            lengths_P[places] = part.lengths_P
+        return Pieces(starts_P, lengths_P, counts_N)
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """Tokens int64 [N, T+1] at global positions, int64 [N]; for contiguous packing only."""

@@ -4,25 +4,26 @@ A document of L tokens, its end-of-text token last, has L - 1 inputs, each with 
 is predicted across documents, and attention stays within `document_ids`. Positions need no reset: rotary embeddings
 make attention depend on distances only, so a document's outputs are those that it has alone, up to rounding.
 
-Shapes: B samples, T = seq_len, P pieces (documents, or parts of those longer than T), N inputs in all.
+Shapes: N samples, T = seq_len, P pieces (documents, or parts of those longer than T).
 """
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.dataset import IGNORED_LABEL, TokenDataset, TokenSplit
+from data_pipeline.dataset import TokenDataset, TokenSplit
+from data_pipeline.samples import Pieces, bounds, ranges, slices
 
 _SORTED_AT_ONCE = 1 << 20
 
 
 class _Content(NamedTuple):
-    """What each row of a group holds: `each` pieces of `length`, and what was put in `before` them.
+    """What each row of a group holds: `each` pieces of `length`, and what was put in before them, the content at the
+    place `before`, or nothing: -1.
 
     Row i has those at the places placed + (i - first) * each and on, in the order of all pieces.
     """
@@ -31,15 +32,15 @@ class _Content(NamedTuple):
     each: int
     first: int
     placed: int
-    before: _Content | None
+    before: int
 
 
 class _Group(NamedTuple):
-    """Rows [first, stop), which hold pieces of the same lengths."""
+    """Rows [first, stop), which hold pieces of the same lengths: the content at the place `content`, or nothing: -1."""
 
     first: int
     stop: int
-    content: _Content | None
+    content: int
 
 
 class BestFit:
@@ -51,7 +52,7 @@ class BestFit:
     sorting, grow with the groups (thousands to some hundred thousand, by capacity) and not with the pieces. Memory: 4
     bytes per piece and a few hundred per group.
 
-    lengths: int [P], each in [1, capacity]. `len` is the number of rows, `row(i)` what row i in [0, len) holds.
+    lengths: int [P], each in [1, capacity]. `len` is the number of rows; `rows` says what they hold.
     """
 
     def __init__(self, lengths: np.ndarray, capacity: int):
@@ -59,27 +60,36 @@ class BestFit:
         self._order, counts = _longest_first(lengths, capacity)
         self._rows, self._placed = 0, 0
         self._groups: list[_Group] = []  # those that take no more
+        self._contents: list[_Content] = []
         self._open: list[list[_Group]] = [[] for _ in range(capacity + 1)]  # by the room they have left
         self._is_open = np.zeros(capacity + 1, bool)
         for spare in np.flatnonzero(counts).tolist():
             self._place(capacity - spare, int(counts[spare]), capacity)
         self._groups += itertools.chain.from_iterable(self._open)
         self._groups.sort(key=lambda group: group.first)
-        self._firsts = [group.first for group in self._groups]
-        del self._open, self._is_open
+        self._firsts, _, self._content = np.array(self._groups, np.int64).reshape(-1, 3).T.copy()
+        self._table = np.array(self._contents, np.int64).reshape(-1, len(_Content._fields))
+        del self._open, self._is_open, self._groups, self._contents
 
     def __len__(self) -> int:
         return self._rows
 
-    def row(self, i: int) -> list[tuple[int, int]]:
-        """(index, length) of the pieces, from the longest to the shortest."""
-        assert 0 <= i < self._rows, (i, self._rows)
-        content, found = self._groups[bisect.bisect_right(self._firsts, i) - 1].content, []
-        while content is not None:
-            length, each, first, placed, content = content
-            begin = placed + (i - first) * each
-            found += [(self._order.item(place), length) for place in range(begin, begin + each)]
-        return found[::-1]
+    def rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What rows hold, each in [0, len), int64 [N]: indices [P] of the pieces, row by row, those of a row from the
+        longest to the shortest; lengths [P] of the pieces; and how many each row has, [N].
+        """
+        assert rows.size == 0 or (rows.min() >= 0 and rows.max() < self._rows)
+        found, row = [], np.arange(len(rows))
+        place = self._content[self._firsts.searchsorted(rows, side="right") - 1]
+        while not found or row.size:  # of all rows at once, what was put in last, and so on
+            length, each, first, placed, before = self._table[place].T
+            found.append((row, placed + (rows[row] - first) * each, each, length))
+            row, place = row[before >= 0], before[before >= 0]
+        row, begin, each, length = (np.concatenate(parts) for parts in zip(*reversed(found)))
+        by_row = np.argsort(row, kind="stable")
+        row, begin, each, length = row[by_row], begin[by_row], each[by_row], length[by_row]
+        places = np.repeat(2 * begin + each - 1, each) - ranges(begin, each)  # from the last to the first
+        return self._order[places], length.repeat(each), np.bincount(row.repeat(each), minlength=len(rows))
 
     def _place(self, length: int, count: int, capacity: int) -> None:
         room = length
@@ -92,7 +102,7 @@ class BestFit:
             count -= self._fill(_Group(first, min(first + needed, stop), content), room, length, count)
         if count:
             first, self._rows = self._rows, self._rows - (-count // (capacity // length))
-            self._fill(_Group(first, self._rows, None), capacity, length, count)
+            self._fill(_Group(first, self._rows, -1), capacity, length, count)
 
     def _fill(self, group: _Group, room: int, length: int, count: int) -> int:
         """Put up to `count` pieces into the rows of a group, each as full as it gets; returns how many."""
@@ -103,7 +113,8 @@ class BestFit:
         for begin, end, pieces in ((first, middle, each), (middle, middle + 1, rest)):
             if begin < end and pieces:
                 left = room - pieces * length
-                filled = _Group(begin, end, _Content(length, pieces, begin, self._placed, content))
+                filled = _Group(begin, end, len(self._contents))
+                self._contents.append(_Content(length, pieces, begin, self._placed, content))
                 self._placed += (end - begin) * pieces
                 if left:
                     self._open[left].append(filled)
@@ -144,35 +155,20 @@ class BestFitDataset(TokenSplit):
         self.padding_share = 1 - self.inputs_total / max(samples * T, 1)
         return samples
 
-    def _row(self, index: int) -> list[tuple[int, int]]:
-        """(start, length) of the pieces of a sample."""
-        full = len(self._full_rows)
-        if index < full:
-            return [(self._full_rows.item(index), self.seq_len)]
-        return [(self._starts.item(piece), length) for piece, length in self._plan.row(index - full)]
-
-    def micro_batch(self, indices: np.ndarray, document_mask: bool = True) -> dict[str, np.ndarray]:
-        """Arrays [B, T], see `TokenSplit`, always with `document_ids`. Padding, at the end of a row, is end-of-text
-        tokens with labels -100 and a document id of its own.
-        """
-        T = self.seq_len
-        pieces, numbers, widths, paddings = [], [], [], []
-        for row, index in enumerate(self._checked(indices)):
-            place, end = row * T, row * T + T
-            for number, (start, length) in enumerate(self._row(index)):
-                pieces.append((start, length, place))
-                numbers.append(number)
-                widths.append(length)
-                place += length
-            if place < end:
-                paddings.append(slice(place, end))
-                numbers.append(number + 1)
-                widths.append(end - place)
-        inputs, labels = self._read_pieces(pieces, len(indices) * T)
-        for padding in paddings:
-            labels[padding] = IGNORED_LABEL
-        arrays = {"input_ids": inputs, "labels": labels, "document_ids": np.repeat(numbers, widths)}
-        return {name: array.reshape(-1, T) for name, array in arrays.items()}
+    def pieces(self, indices: np.ndarray) -> Pieces:
+        T, full = self.seq_len, len(self._full_rows)
+        (cut,), (packed,) = (indices < full).nonzero(), (indices >= full).nonzero()
+        documents, lengths, counts = self._plan.rows(indices[packed] - full)
+        padding = T - np.diff(bounds(lengths)[bounds(counts)])
+        counts_N = np.ones(len(indices), np.int64)
+        counts_N[packed] = counts + (padding > 0)
+        first = bounds(counts_N)
+        starts_P, lengths_P = np.full(first[-1], -1), np.empty(first[-1], np.int64)
+        starts_P[first[cut]], lengths_P[first[cut]] = self._full_rows[indices[cut]], T
+        places = ranges(first[packed], counts)
+        starts_P[places], lengths_P[places] = self._starts[documents], lengths
+        lengths_P[(first[packed] + counts)[padding > 0]] = padding[padding > 0]
+        return Pieces(starts_P, lengths_P, counts_N)
 
 
 class DocumentDataset(TokenSplit):
@@ -192,14 +188,8 @@ class DocumentDataset(TokenSplit):
         self.inputs_total = int(self._lengths.sum())
         return len(self._starts)
 
-    def micro_batch(self, indices: np.ndarray, document_mask: bool = True) -> dict[str, np.ndarray]:
-        """Arrays [1, N], see `TokenSplit`, always with `document_ids`: b for the b-th of `indices`."""
-        indices = self._checked(indices)
-        starts, lengths = self._starts[indices].tolist(), self._lengths[indices].tolist()
-        *places, count = itertools.accumulate(lengths, initial=0)
-        inputs, labels = self._read_pieces(list(zip(starts, lengths, places)), count)
-        documents = np.repeat(np.arange(len(lengths)), lengths)
-        return {"input_ids": inputs[None], "labels": labels[None], "document_ids": documents[None]}
+    def pieces(self, indices: np.ndarray) -> Pieces:
+        return Pieces(self._starts[indices], self._lengths[indices].astype(np.int64), np.ones_like(indices))
 
 
 PACKINGS: dict[str, type[TokenSplit]] = {kind.packing: kind for kind in (TokenDataset, BestFitDataset, DocumentDataset)}
@@ -229,17 +219,21 @@ def _longest_first(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.n
 
     By counting, a part at a time: memory that was never used costs more time than the arithmetic in it.
     """
-    # For 16-bit integers numpy's stable sort is a radix sort.
-    spare_type = np.uint16 if capacity < 2**16 else np.int64
-    starts = range(0, len(lengths), _SORTED_AT_ONCE)
-    parts = [slice(start, start + _SORTED_AT_ONCE) for start in starts]
-    counts = [np.bincount((capacity - lengths[part]).astype(spare_type), minlength=capacity) for part in parts]
+    # The room that is left and the place within a part in one number: numpy sorts numbers faster than it orders them.
+    key_type = np.uint32 if capacity <= 2**32 // _SORTED_AT_ONCE else np.uint64
+    parts = [lengths[start : start + _SORTED_AT_ONCE] for start in range(0, len(lengths), _SORTED_AT_ONCE)]
+    counts = [np.bincount(capacity - part, minlength=capacity) for part in parts]
     totals = np.sum(counts, axis=0, dtype=np.int64) if parts else np.zeros(capacity, np.int64)
     order = np.empty(len(lengths), np.uint32 if len(lengths) < 2**32 else np.int64)
-    free = np.cumsum(totals) - totals
-    for part, count in zip(parts, counts):
-        sorted_part = np.argsort((capacity - lengths[part]).astype(spare_type), kind="stable")
-        places = np.repeat(free - (np.cumsum(count) - count), count) + np.arange(len(sorted_part))
-        order[places] = sorted_part + part.start
-        free += count
+    free = bounds(totals).tolist()
+    for number, (part, count) in enumerate(zip(parts, counts)):
+        keys = (capacity - part).astype(key_type) * key_type(_SORTED_AT_ONCE) + np.arange(len(part), dtype=key_type)
+        keys.sort()
+        keys %= key_type(_SORTED_AT_ONCE)
+        places = keys.astype(order.dtype, copy=False) + order.dtype.type(number * _SORTED_AT_ONCE)
+        (spares,) = count.nonzero()
+        for spare, found in zip(spares.tolist(), slices(bounds(count[spares]))):
+            end = free[spare] + found.stop - found.start
+            order[free[spare] : end] = places[found]
+            free[spare] = end
     return order, totals

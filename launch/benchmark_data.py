@@ -28,6 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
+PARTS = 10
+"""Of an epoch that is timed: what else the machine does shows as their spread."""
 COMPETITORS = {
     "tiktoken": "tiktoken alone, texts in memory",
     "pattern": "the same with our form of its pattern",
@@ -297,7 +299,8 @@ def load_benchmark(arguments: argparse.Namespace) -> None:
         _write_dataset(many, tokenizer, lengths(10_000_000), 128, holes=True)
         size = sum(path.stat().st_size for path in large.glob("*.bin"))
         print(f"one core; {size / 1e9:.2f} GB of tokens in documents of about 800, samples of 2048; inputs that carry")
-        print("a loss, over one epoch in random order, and memory of the process from its start to its end")
+        print(f"a loss, over one epoch in random order, median of its {PARTS} parts (slowest to fastest), and memory")
+        print("of the process from its start to its end; time to a first batch, median of three")
         # Micro-batches of about 16,000 tokens.
         for packing, micro_batch_size, options in (
             ("contiguous", 8, {}),
@@ -310,20 +313,26 @@ def load_benchmark(arguments: argparse.Namespace) -> None:
                 with BatchLoader(dataset, micro_batch_size=micro_batch_size, prefetch=prefetch, **options) as loader:
                     for _ in range(20):
                         next(loader)
-                    before, start, steps = memory(), time.perf_counter(), dataset.samples_per_epoch // micro_batch_size
-                    for _ in range(steps):
-                        next(loader)
-                    seconds, after = time.perf_counter() - start, memory()
-                tokens = dataset.inputs_total * steps * micro_batch_size / dataset.samples_per_epoch
+                    before, rates, steps = memory(), [], dataset.samples_per_epoch // micro_batch_size // PARTS
+                    tokens = dataset.inputs_total * steps * micro_batch_size / dataset.samples_per_epoch
+                    for _ in range(PARTS):
+                        start = time.perf_counter()
+                        for _ in range(steps):
+                            next(loader)
+                        rates.append(tokens / (time.perf_counter() - start) / 1e6)
+                    after = memory()
                 name = packing + (", document_mask" if options else "") + (", read ahead" if prefetch else "")
-                print(
-                    f"  {name:<40}{tokens / seconds / 1e6:6.0f} M tokens/s; {before:.0f} to {after:.0f} MiB", flush=True
-                )
+                spread = f"{statistics.median(rates):6.0f} M tokens/s ({min(rates):.0f} to {max(rates):.0f})"
+                print(f"  {name:<40}{spread}; {before:.0f} to {after:.0f} MiB", flush=True)
         for packing in ("contiguous", "best_fit", "varlen"):
-            start = time.perf_counter()
-            with BatchLoader(open_dataset(many, packing=packing, seq_len=2048), micro_batch_size=8) as loader:
-                next(loader)
-            print(f"  first batch, 10,000,000 documents, {packing}: {time.perf_counter() - start:.2f} s")
+            seconds = []
+            for _ in range(3):
+                start = time.perf_counter()
+                with BatchLoader(open_dataset(many, packing=packing, seq_len=2048), micro_batch_size=8) as loader:
+                    next(loader)
+                seconds.append(time.perf_counter() - start)
+            spread = f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+            print(f"  first batch, 10,000,000 documents, {packing}: {spread}", flush=True)
 
 
 def main() -> None:

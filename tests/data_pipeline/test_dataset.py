@@ -159,15 +159,15 @@ def test_validation_covers_each_sample_once_and_keeps_ranks_in_step(
 
 def test_errors_of_the_thread_reach_the_caller_and_the_thread_ends(dataset, monkeypatch):
     broken = TokenDataset(dataset.path, seq_len=SEQ_LEN)
-    good, calls = broken.micro_batch, []
+    good, calls = broken.fill, []
 
-    def micro_batch(*arguments):
+    def fill(*arguments):
         calls.append(arguments)
         if len(calls) > 2:
             raise OSError("disk on fire")
         return good(*arguments)
 
-    monkeypatch.setattr(broken, "micro_batch", micro_batch)
+    monkeypatch.setattr(broken, "fill", fill)
     loader = BatchLoader(broken, micro_batch_size=2)
     next(loader), next(loader)
     for _ in range(2):

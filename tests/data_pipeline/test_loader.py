@@ -73,7 +73,7 @@ KINDS = [(packing, mixed) for packing in ("contiguous", "best_fit", "varlen") fo
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0]}{' mixture' if kind[1] else ''}")
 def test_consumed_order_is_the_same_everywhere(directories, kind, monkeypatch):
-    monkeypatch.setattr("data_pipeline.loader._ORDERED_AT_ONCE", 50)  # several blocks of steps
+    monkeypatch.setattr("data_pipeline.loader._LAID_OUT_AT_ONCE", 50)  # several blocks of steps
     dataset, varlen = open_all(directories, kind), kind[0] == "varlen"
     n = dataset.samples_per_epoch
     edge = n // ROWS * ROWS  # a step from here on crosses the end of the epoch, or begins at it
@@ -111,7 +111,7 @@ def test_a_mixture_that_ends_gives_all_whole_steps(directories, workers):
 def test_reading_ahead_hides_slow_reads(directories, monkeypatch):
     """Two threads read two steps at a time, in order, while the loop computes."""
     dataset = open_dataset(directories[0], seq_len=T)
-    read, busy, most = dataset.micro_batch, [], [0]
+    read, busy, most = dataset.fill, [], [0]
 
     def slow(*arguments):
         busy.append(threading.current_thread())
@@ -120,7 +120,7 @@ def test_reading_ahead_hides_slow_reads(directories, monkeypatch):
         busy.pop()
         return read(*arguments)
 
-    monkeypatch.setattr(dataset, "micro_batch", slow)
+    monkeypatch.setattr(dataset, "fill", slow)
     with BatchLoader(dataset, micro_batch_size=2, workers=2, prefetch=4) as loader:
         next(loader)
         waits = []

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from token_data import write_dataset
 
-from data_pipeline import MixtureDataset, Source, Stage, TokenDataset, load_tokenizer, open_source
+from data_pipeline import MixtureDataset, Source, Stage, TokenDataset, load_tokenizer, open_dataset, open_source
+from data_pipeline.adopt import adopt
 from data_pipeline.mixture import BLOCK, differences
 from data_pipeline.prepare import prepare
 
@@ -96,6 +97,35 @@ def test_each_source_is_read_in_its_own_order_from_epoch_to_epoch(source):
     assert [u.samples for u in used] == mixture.counts(n).tolist() and sum(u.share for u in used) == pytest.approx(1)
     assert used[1].epochs == used[1].samples / mixture.sources[1].dataset.samples_per_epoch
     assert used[0].tokens == used[0].samples * SEQ_LEN
+
+
+@pytest.mark.parametrize("packing", ["contiguous", "best_fit", "varlen"])
+def test_a_micro_batch_holds_the_samples_of_its_sources(tmp_path, packing):
+    """Whatever their files: several shards, ids of 2 and of 4 bytes."""
+    paths = [tmp_path / name for name in ("a", "b", "raw")]
+    for seed, path in enumerate(paths):
+        path.mkdir()
+        write_dataset(path, {"train": np.random.default_rng(seed).integers(2, 60, 40)}, seed=seed)
+    files = sorted(paths[2].iterdir())
+    for file in files:
+        if file.suffix == ".bin":
+            np.fromfile(file, "<u2").astype("<u4").tofile(file.with_suffix(".u4"))
+        file.unlink()
+    adopt(paths[2], load_tokenizer("bytes"), train=["*.u4"], dtype="uint32", report=lambda _: None)
+    datasets = [open_dataset(path, packing=packing, seq_len=SEQ_LEN) for path in paths]
+    mixture = MixtureDataset([Source(path.name, dataset) for path, dataset in zip(paths, datasets)])
+    alone = [dataset.micro_batch(np.array([i]), True) for dataset in datasets for i in range(dataset.samples_per_epoch)]
+    assert len(alone) == mixture.samples_per_epoch
+    chosen = np.random.default_rng(9).permutation(len(alone))
+    _, part = mixture.layouts(chosen, [3, len(chosen) - 3])
+    for indices, batch in ((chosen, mixture.micro_batch(chosen, True)), (chosen[3:], mixture.fill(part, True))):
+        rows = [alone[i] for i in indices]
+        if packing == "varlen":
+            rows = [row | {"document_ids": row["document_ids"] + b} for b, row in enumerate(rows)]
+        for name, found in batch.items():
+            assert np.array_equal(found, np.concatenate([row[name] for row in rows], axis=int(packing == "varlen")))
+    with pytest.raises(IndexError, match=f"raw: sample {len(alone)} is none of 0 to {len(alone) - 1}"):
+        mixture.micro_batch(np.array([0, len(alone)]))
 
 
 def test_limits_and_stages(source):

@@ -43,6 +43,17 @@ def slow_best_fit(lengths, capacity):
     return sorted(rooms)
 
 
+def rows_of(plan):
+    """(index, length) of the pieces of each row; asked for in another order, so that rows could be mistaken."""
+    asked = np.random.default_rng(0).permutation(len(plan))
+    pieces, lengths, counts = plan.rows(asked)
+    pairs, rows = iter(zip(pieces.tolist(), lengths.tolist(), strict=True)), [None] * len(plan)
+    for row, count in zip(asked.tolist(), counts.tolist(), strict=True):
+        rows[row] = list(itertools.islice(pairs, count))
+    assert next(pairs, None) is None
+    return rows
+
+
 @pytest.mark.parametrize("capacity", [1, 7, 64, 1000])
 def test_best_fit_is_best_fit(capacity):
     generator = np.random.default_rng(capacity)
@@ -53,22 +64,22 @@ def test_best_fit_is_best_fit(capacity):
         generator.choice([1, capacity // 3 + 1, capacity // 2 + 1, capacity], 500).clip(1, capacity),
     ):
         plan = BestFit(lengths, capacity)
-        rows = [plan.row(i) for i in range(len(plan))]
+        rows = rows_of(plan)
         pieces = list(itertools.chain(*rows))
         assert sorted(pieces) == list(enumerate(lengths))  # each in one place
         rooms = [capacity - sum(length for _, length in row) for row in rows]
         assert sorted(rooms) == slow_best_fit(lengths.tolist(), capacity) and min(rooms, default=0) >= 0
 
 
-def test_pieces_are_sorted_a_part_at_a_time(monkeypatch):
-    lengths = np.random.default_rng(0).integers(1, 31, 500)
-    whole = BestFit(lengths, 30)
-    monkeypatch.setattr(packing, "_SORTED_AT_ONCE", 64)
-    order, counts = packing._longest_first(lengths, 30)
+@pytest.mark.parametrize(("capacity", "at_once"), [(30, 64), (5000, 1 << 20), (5000, 1 << 8)])
+def test_pieces_are_sorted_a_part_at_a_time(monkeypatch, capacity, at_once):
+    lengths = np.random.default_rng(0).integers(1, capacity + 1, 500)
+    whole = BestFit(lengths, capacity)
+    monkeypatch.setattr(packing, "_SORTED_AT_ONCE", at_once)
+    order, counts = packing._longest_first(lengths, capacity)
     assert order.tolist() == np.argsort(-lengths, kind="stable").tolist()
-    assert counts.tolist() == [(lengths == 30 - spare).sum() for spare in range(30)]
-    parts = BestFit(lengths, 30)
-    assert [parts.row(i) for i in range(len(parts))] == [whole.row(i) for i in range(len(whole))]
+    assert counts.tolist() == [(lengths == capacity - spare).sum() for spare in range(capacity)]
+    assert rows_of(BestFit(lengths, capacity)) == rows_of(whole)
 
 
 @pytest.mark.parametrize("packing", ["contiguous", "best_fit", "varlen"])
@@ -96,14 +107,10 @@ def test_a_plan_is_forever(tmp_path, packing, version, digest):
     """
     write_dataset(tmp_path, {"train": [7 * i * i % 83 + 1 for i in range(200)]})
     dataset, plan = open_dataset(tmp_path, packing=packing, seq_len=T, seed=3), []
-
-    def read(pieces, count):
-        plan.append(pieces)
-        return np.zeros(count, np.int64), np.zeros(count, np.int64)
-
-    dataset._read_pieces = read
     for index in dataset.order(np.arange(2 * dataset.samples_per_epoch)):
-        dataset.micro_batch(np.array([index]))
+        starts, lengths, _ = dataset.pieces(np.array([index]))
+        places = np.cumsum(lengths) - lengths
+        plan.append([piece for piece in zip(*(x.tolist() for x in (starts, lengths, places))) if piece[0] >= 0])
     found = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
     assert (dataset.plan_version, found) == (version, digest)
 
@@ -212,8 +219,9 @@ def test_a_document_of_more_than_31_bits_is_cut_like_any_other():
     assert samples == 2 and dataset._lengths.tolist() == [T, 49]
     dataset, samples = opened(BestFitDataset)
     assert samples == 513
-    rows = [dataset._row(i) for i in range(samples)]
-    assert rows == [[(i * T, T)] for i in range(512)] + [[(long, 49), (512 * T, 9)]]
+    starts, lengths, counts = dataset.pieces(np.arange(samples))
+    assert starts.tolist() == [*(i * T for i in range(512)), long, 512 * T, -1]
+    assert lengths.tolist() == [T] * 512 + [49, 9, T - 58] and counts.tolist() == [1] * 512 + [3]
 
 
 def test_unknown_packing(directory):

@@ -1,0 +1,189 @@
+"""Samples by index, read as micro-batches: where their tokens are is worked out for many micro-batches at a time, so
+that little but system calls is left to do for each.
+
+Shapes: M micro-batches of B samples each, N samples in all, T = seq_len; P pieces, what a sample holds of one document.
+"""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.indexed import TokenFile
+
+IGNORED_LABEL = -100  # the default ignore_index of torch.nn.functional.cross_entropy
+
+
+class Pieces(NamedTuple):
+    """What N samples hold, one after the other, int64.
+
+    starts_P: place of a piece's first input in the sequence of all tokens, or -1: padding. lengths_P: its inputs.
+    counts_N: pieces of each sample.
+    """
+
+    starts_P: np.ndarray
+    lengths_P: np.ndarray
+    counts_N: np.ndarray
+
+
+class Layout(NamedTuple):
+    """A micro-batch of so many `inputs`, from end to end, that was not read yet.
+
+    reads: (which of `_read_into`, position in its file, first and one after the last place here) of each piece: one
+    token more than its inputs, as each has the token after it as its label. last: place of the last input of each.
+    paddings: first and one after the last place of each. numbers, widths: what the inputs' document is called, and how
+    many that follow each other are called so.
+    """
+
+    inputs: int
+    reads: list[tuple[int, int, int, int]]
+    last: np.ndarray
+    paddings: list[tuple[int, int]]
+    numbers: np.ndarray
+    widths: np.ndarray
+
+
+class Samples(ABC):
+    """A number of samples, of which micro-batches are made by index: a `TokenSplit`, or a mixture of them.
+
+    A subclass sets the attributes below, calls `_set_files`, and has `order` and `pieces`.
+
+    inputs_total: tokens that an epoch trains on. positions_total: where the data end; None: never.
+    """
+
+    packing: str
+    """Its name in `packing.PACKINGS`."""
+    path: object
+    seq_len: int
+    eot_id: int
+    samples_per_epoch: int
+    inputs_total: int
+    positions_total: int | None = None
+
+    @abstractmethod
+    def order(self, positions: np.ndarray) -> np.ndarray:
+        """Index of the sample at each global position, int64 of any shape."""
+
+    @abstractmethod
+    def pieces(self, indices: np.ndarray) -> Pieces:
+        """Of samples by index, int64 [N], each in [0, samples_per_epoch)."""
+
+    def micro_batch(self, indices: np.ndarray, document_mask: bool = False) -> dict[str, np.ndarray]:
+        """Samples by index, int64 [B], each in [0, samples_per_epoch), as contiguous int64 arrays of one shape:
+
+        `input_ids`; `labels`, the token after each input, or -100 where none is to be predicted; and with
+        `document_mask`, or where the packing needs it, `document_ids`, non-decreasing along each row.
+
+        Shapes and document ids, by packing:
+
+        contiguous: [B, T]. Ids count from 0 in each row; the end-of-text token belongs to the document that it ends,
+            and its label, the first token of another one, is then -100.
+        best_fit: [B, T]. Ids count from 0 in each row. Padding, at its end, is end-of-text tokens with labels -100 and
+            an id of its own.
+        varlen: [1, N], the documents one after the other. The id of the b-th of `indices` is b.
+
+        Raises IndexError for an index out of range.
+        """
+        indices = np.asarray(indices, np.int64)
+        (layout,) = self.layouts(indices, [len(indices)])
+        return self.fill(layout, document_mask)
+
+    def layouts(self, indices: np.ndarray, sizes: Sequence[int]) -> list[Layout]:
+        """Of micro-batches of `sizes` samples, M of them, by indices int64 [N] one after the other; raises as
+        `micro_batch` does. What it takes for thousands of samples is little more than for one.
+        """
+        out_of_range = indices[(indices < 0) | (indices >= self.samples_per_epoch)]
+        if out_of_range.size:
+            raise IndexError(f"{self.path}: sample {out_of_range[0]} is none of 0 to {self.samples_per_epoch - 1}")
+        starts, lengths, counts = self.pieces(indices)
+        batches = bounds(counts)[bounds(sizes)]  # the pieces of each micro-batch
+        inputs = bounds(lengths)[batches]
+        places = bounds(lengths)[:-1] - np.repeat(inputs[:-1], np.diff(batches))
+        alike = np.diff(batches) if self.packing == "varlen" else counts  # pieces that are numbered together
+        numbers = ranges(np.zeros_like(alike), alike)
+
+        (padding,), (held,) = (starts < 0).nonzero(), (starts >= 0).nonzero()
+        start, first, last = starts[held], places[held], places[held] + lengths[held] - 1
+        file = self._file_bounds.searchsorted(start, side="right") - 1
+        position = start - self._file_bounds[file]
+        file[start + lengths[held] >= self._file_bounds[file + 1]] += len(self.files)  # goes on in the next file
+        reads = list(zip(file.tolist(), position.tolist(), first.tolist(), (last + 2).tolist()))
+        paddings = list(zip(places[padding].tolist(), (places + lengths)[padding].tolist()))
+        parts = (slices(bound) for bound in (batches, held.searchsorted(batches), padding.searchsorted(batches)))
+        return [
+            Layout(size, reads[r], last[r], paddings[d], numbers[p], lengths[p])
+            for size, p, r, d in zip(np.diff(inputs).tolist(), *parts)
+        ]
+
+    def fill(self, layout: Layout, document_mask: bool = False) -> dict[str, np.ndarray]:
+        """The arrays of a micro-batch. Safe in several threads at once.
+
+        Raises ValueError, naming the file, when one cannot be read.
+        """
+        tokens, after = np.empty(layout.inputs + 1, self._dtype), []
+        ids, read_into = memoryview(tokens), self._read_into
+        for file, position, first, end in layout.reads:
+            read_into[file](position, ids[first:end])
+            after.append(ids[end - 1])  # the next piece is put over it
+        for first, end in layout.paddings:
+            tokens[first:end] = self.eot_id
+        inputs, labels = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
+        labels[layout.last] = after
+        for first, end in layout.paddings:
+            labels[first:end] = IGNORED_LABEL
+        arrays = {"input_ids": inputs, "labels": labels}
+        if self.packing != "contiguous":
+            arrays["document_ids"] = layout.numbers.repeat(layout.widths)
+        elif document_mask:
+            (ends,) = (tokens[:-1] == self.eot_id).nonzero()
+            labels[ends] = IGNORED_LABEL
+            arrays["document_ids"] = _documents(ends, len(inputs), self.seq_len)
+        T = layout.inputs if self.packing == "varlen" else self.seq_len
+        rows = 1 if self.packing == "varlen" else layout.inputs // T
+        return {name: array.reshape(rows, T) for name, array in arrays.items()}
+
+    def _set_files(self, files: Sequence[TokenFile]) -> None:
+        """All tokens are those of the files, one after the other."""
+        self.files = list(files)
+        self._file_bounds = bounds([file.n_tokens for file in files])
+        self._dtype = np.result_type(np.uint16, *(file.dtype for file in files))
+        across = [partial(_read_across, self.files, number) for number in range(len(self.files))]
+        alone = (f.read_into if f.dtype == self._dtype else other for f, other in zip(self.files, across))
+        self._read_into = [*alone, *across]
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """start, start + 1 and so on, `count` numbers for each start; int64."""
+    places = bounds(counts)
+    return np.arange(places[-1]) + np.repeat(starts - places[:-1], counts)
+
+
+def bounds(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    """0 and the sum of each count and those before it, int64."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def slices(bounds: np.ndarray) -> list[slice]:
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds.tolist())]
+
+
+def _documents(ends: np.ndarray, count: int, seq_len: int) -> np.ndarray:
+    """Document ids, int64 [count], of rows of seq_len tokens; ends: where end-of-text is."""
+    rows = np.arange(0, count + 1, seq_len)
+    edges = np.concatenate([rows, ends[ends % seq_len != seq_len - 1] + 1])
+    edges.sort()
+    numbers = np.arange(len(edges) - 1) - edges.searchsorted(rows)[edges[:-1] // seq_len]
+    # From the few edges: a cumsum over all tokens takes longer.
+    return numbers.repeat(edges[1:] - edges[:-1])
+
+
+def _read_across(files: list[TokenFile], number: int, position: int, ids: memoryview) -> None:
+    """Fill `ids`, of any dtype, with those from a position in a file on, and of the files after it."""
+    left, out = len(ids), np.asarray(ids)
+    while left:
+        part = files[number].read(position, min(left, files[number].n_tokens - position))
+        out[len(ids) - left :][: len(part)] = part
+        number, position, left = number + 1, 0, left - len(part)
