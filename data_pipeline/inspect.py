@@ -14,7 +14,6 @@ import numpy as np
 
 from data_pipeline import command
 from data_pipeline.manifest import FILE_NAME, SPLITS, Manifest, open_shards
-from data_pipeline.sampler import global_order
 from data_pipeline.tokenizer import Tokenizer
 
 _SHARDS_SHOWN = 10
@@ -71,51 +70,34 @@ def document(directory: str | Path, split: str, number: int) -> Iterator[str]:
         within -= shard.documents
 
 
-def sample(directory: str | Path, split: str, number: int, *, seq_len: int, seed: int) -> Iterator[str]:
-    """What training with `seed` gets at position `number`: seq_len + 1 tokens, each document's part under a line that
-    says which document it is and which tokens of it.
+def sample(
+    directory: str | Path, split: str, number: int, *, seq_len: int, seed: int, packing: str = "contiguous"
+) -> Iterator[str]:
+    """What training with `seed` gets at position `number`: its inputs and the label of the last one of each piece, each
+    document's part under a line that says which document it is and which tokens of it.
     """
-    from data_pipeline.dataset import TokenDataset  # brings torch
+    from data_pipeline.packing import open_dataset  # brings torch
 
     if number < 0:
         raise ValueError(f"sample {number}: must not be negative")
-    dataset = TokenDataset(directory, seq_len=seq_len, split=split, seed=seed)
-    position = np.array([number])
-    tokens = dataset.samples(position)[0]
-    start = int(global_order(position, dataset.samples_per_epoch, seed=seed, shuffle=True)[0]) * seq_len
-    yield (
-        f"sample {number} of {split}, seed {seed}: epoch {number // dataset.samples_per_epoch}, tokens {start:,} to "
-        f"{start + seq_len:,} of {dataset.tokens_total:,}"
-    )
-    end = start + len(tokens)
-    for name, first, last, begin in _documents_at(directory, dataset.manifest, split, start, end):
-        cut = tokens[max(begin + first, start) - start : begin + last - start]
-        yield f"--- {name}, tokens {first:,} to {last - 1:,}, {len(cut)} tokens"
-        yield dataset.tokenizer.decode(cut)
-
-
-def packed_sample(
-    directory: str | Path, split: str, number: int, *, seq_len: int, seed: int, packing: str
-) -> Iterator[str]:
-    """As `sample`, for packings that keep documents whole: each document's inputs, and its last label."""
-    from data_pipeline.packing import open_dataset  # brings torch
-
     dataset = open_dataset(directory, packing=packing, seq_len=seq_len, split=split, seed=seed)
     index = dataset.order(np.array([number]))
     batch = {name: array[0] for name, array in dataset.micro_batch(index).items()}
-    documents = batch["document_ids"]
     yield (
         f"sample {number} of {split}, seed {seed}, {packing}: epoch {number // dataset.samples_per_epoch}, sample "
-        f"{int(index[0]):,} of {dataset.samples_per_epoch:,}, {len(documents):,} inputs"
+        f"{int(index[0]):,} of {dataset.samples_per_epoch:,}, {len(batch['labels']):,} inputs"
     )
-    for document_id in np.unique(documents):
-        mine = documents == document_id
-        ids, labels = batch["input_ids"][mine], batch["labels"][mine]
-        if (labels < 0).all():
-            yield f"--- padding, {len(ids)} tokens"
+    starts, lengths, _ = dataset.pieces(index)
+    end = 0
+    for start, length in zip(starts.tolist(), lengths.tolist()):
+        first, end = end, end + length
+        if start < 0:
+            yield f"--- padding, {length:,} tokens"
             continue
-        yield f"--- document {document_id} of the sample, {len(ids)} inputs"
-        yield dataset.tokenizer.decode([*ids, labels[-1]])
+        tokens = [*batch["input_ids"][first:end], batch["labels"][end - 1]]
+        for title, begin, stop, place in _documents_at(directory, dataset.manifest, split, start, start + len(tokens)):
+            yield f"--- {title}, tokens {begin:,} to {stop - 1:,}, {stop - begin:,} tokens"
+            yield dataset.tokenizer.decode(tokens[place + begin - start : place + stop - start])
 
 
 def mixture(
@@ -209,11 +191,9 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
     elif arguments.document is not None:
         lines = document(*place, arguments.document)
-    elif arguments.sample is not None and packing != "contiguous":
-        options = {"seq_len": arguments.seq_len, "seed": arguments.seed, "packing": packing}
-        lines = packed_sample(*place, arguments.sample, **options)
     elif arguments.sample is not None:
-        lines = sample(*place, arguments.sample, seq_len=arguments.seq_len, seed=arguments.seed)
+        options = {"seq_len": arguments.seq_len, "seed": arguments.seed, "packing": packing}
+        lines = sample(*place, arguments.sample, **options)
     else:
         lines = summary(arguments.directory[0])
 

@@ -255,7 +255,7 @@ class MixtureDataset(Samples):
                 raise ValueError(f"stage {number} starts at {stage.position}, not after the one before it")
             weights, why = self._weights(stage.weights, f"the weights of stage {number}"), f"stage {number} starts"
             if stage.position <= self.start:  # over already, or in force from the start
-                changes = [(self.start, why, weights)]
+                changes = [(self.start, why if stage.position == self.start else "", weights)]
             else:
                 changes.append((stage.position, why, weights))
         base_S = self._consumed_S()

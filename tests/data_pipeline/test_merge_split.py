@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import Manifest, TokenDataset, inspect, load_tokenizer, merge, open_dataset, split
+from data_pipeline import Manifest, inspect, load_tokenizer, merge, open_dataset, split
 from data_pipeline.adopt import adopt
 from data_pipeline.manifest import open_shards
 from data_pipeline.prepare import main as prepare
@@ -202,16 +202,27 @@ def test_inspect_prints_documents_and_samples_as_training_reads_them(one, capsys
     assert run(inspect.main, one, "--document", 100) == 1
     assert "document 100: " in capsys.readouterr().err
 
-    dataset, train = TokenDataset(one, seq_len=700, seed=3), documents(one)
-    for position in range(dataset.samples_per_epoch + 1):
-        lines = list(inspect.sample(one, "train", position, seq_len=700, seed=3))
-        expected = dataset.samples(np.array([position]))[0]
-        seen = []
-        for title, text in zip(lines[1::2], lines[2::2]):
-            number, first, last = map(int, re.search(r"document (\d+) .* tokens (\d+) to (\d+),", title).groups())
-            assert text == tokenizer.decode(np.array(train[number][first : last + 1]))
-            seen += train[number][first : last + 1]
-        assert seen == expected.tolist()
+    train = documents(one)
+    for packing in ("contiguous", "best_fit", "varlen"):
+        dataset = open_dataset(one, packing=packing, seq_len=700, seed=3)
+        for position in range(dataset.samples_per_epoch + 1):
+            _, *lines = inspect.sample(one, "train", position, seq_len=700, seed=3, packing=packing)
+            (batch,) = zip(*dataset.micro_batch(dataset.order(np.array([position]))).values())
+            inputs, labels, seen, predicted = batch[0], batch[1], [], []
+            while lines and not lines[0].startswith("--- padding"):
+                title, text, *lines = lines
+                number, first, last = map(int, re.search(r"document (\d+) .* tokens (\d+) to (\d+),", title).groups())
+                assert text == tokenizer.decode(np.array(train[number][first : last + 1]))
+                seen += train[number][first : last + 1]
+                if packing != "contiguous":
+                    predicted += seen[1 - len(train[number][first : last + 1]) :]
+                    seen.pop()
+            if lines:
+                assert lines == [f"--- padding, {(labels < 0).sum()} tokens"] and packing == "best_fit"
+                inputs, labels = inputs[labels >= 0], labels[labels >= 0]
+            if packing == "contiguous":
+                seen, predicted = seen[:-1], seen[1:]
+            assert (seen, predicted) == (inputs.tolist(), labels.tolist())
     assert run(inspect.main, one, "--sample", 0, "--seq-len", 10**6) == 1
     assert "too few" in capsys.readouterr().err
 
@@ -223,7 +234,7 @@ def test_inspect_shows_packed_samples_and_mixtures(one, tmp_path, capsys):
         seen = []
         for number in range(open_dataset(one, packing=packing, seq_len=4000).samples_per_epoch):
             options = {"seq_len": 4000, "seed": 3, "packing": packing}
-            lines = list(inspect.packed_sample(one, "train", number, **options))[1:]
+            lines = list(inspect.sample(one, "train", number, **options))[1:]
             seen += [text for text in lines if not text.startswith("--- ")]
         assert sorted(seen) == sorted(texts)
     make(tmp_path / "b", WORDS * 9, "--keep-duplicates")

@@ -149,6 +149,9 @@ def test_limits_and_stages(source):
     assert counts[50].tolist() == [50, 0, 0] and counts[90].tolist() == [50, 40, 0]
     assert counts[500].tolist() == [255, 40, 205] and staged.counts(500).tolist() == counts[500].tolist()
     assert [position for position, _ in staged.changes] == [50, 90] and "code 100.00%" in staged.shares(60)
+    for start, expected in ((50, [50, 90]), (60, [90])):  # what began before is no change
+        later = MixtureDataset(staged.sources, stages=stages, start=start)
+        assert [position for position, _ in later.changes] == expected and "code 100.00%" in later.shares(60)
 
 
 def test_an_order_is_forever(tmp_path):
