@@ -76,7 +76,7 @@ def sample(
     """What training with `seed` gets at position `number`: its inputs and the label of the last one of each piece, each
     document's part under a line that says which document it is and which tokens of it.
     """
-    from data_pipeline.packing import open_dataset  # brings torch
+    from data_pipeline.packing import open_dataset
 
     if number < 0:
         raise ValueError(f"sample {number}: must not be negative")
@@ -87,15 +87,16 @@ def sample(
         f"sample {number} of {split}, seed {seed}, {packing}: epoch {number // dataset.samples_per_epoch}, sample "
         f"{int(index[0]):,} of {dataset.samples_per_epoch:,}, {len(batch['labels']):,} inputs"
     )
-    starts, lengths, _ = dataset.pieces(index)
+    starts, lengths, _ = (array.tolist() for array in dataset.pieces(index))
+    spans = [(start, start + length + 1) for start, length in zip(starts, lengths)]
     end = 0
-    for start, length in zip(starts.tolist(), lengths.tolist()):
+    for (start, _), length, found in zip(spans, lengths, _documents_at(directory, dataset.manifest, split, spans)):
         first, end = end, end + length
         if start < 0:
             yield f"--- padding, {length:,} tokens"
             continue
         tokens = [*batch["input_ids"][first:end], batch["labels"][end - 1]]
-        for title, begin, stop, place in _documents_at(directory, dataset.manifest, split, start, start + len(tokens)):
+        for title, begin, stop, place in found:
             yield f"--- {title}, tokens {begin:,} to {stop - 1:,}, {stop - begin:,} tokens"
             yield dataset.tokenizer.decode(tokens[place + begin - start : place + stop - start])
 
@@ -104,7 +105,7 @@ def mixture(
     directories: list[str], weights: list[float] | None, split: str, *, at: int, seq_len: int, packing: str
 ) -> Iterator[str]:
     """What training has read of each source after `at` samples of a mixture."""
-    from data_pipeline.mixture import MixtureDataset, Source  # brings torch
+    from data_pipeline.mixture import MixtureDataset, Source
     from data_pipeline.packing import open_dataset
 
     if weights is not None and len(weights) != len(directories):
@@ -126,23 +127,25 @@ def mixture(
 
 
 def _documents_at(
-    directory: str | Path, manifest: Manifest, split: str, start: int, end: int
-) -> Iterator[tuple[str, int, int, int]]:
-    """(title, its first and one after its last token that lie in [start, end), where it begins) of each document there.
-    Positions count through the split.
+    directory: str | Path, manifest: Manifest, split: str, spans: list[tuple[int, int]]
+) -> list[list[tuple[str, int, int, int]]]:
+    """For each span [start, end) of positions in the split its documents: (title, its first and one after its last
+    token that lie there, where it begins).
     """
+    found: list[list[tuple[str, int, int, int]]] = [[] for _ in spans]
     base = number = 0
     for shard, reader in zip(manifest.splits[split], open_shards(directory, manifest, split)):
-        if base < end and start < base + shard.tokens:
-            ends = base + np.cumsum(reader.lengths, dtype=np.int64)
-            first = int(np.searchsorted(ends, start, side="right"))
-            for i in range(first, int(np.searchsorted(ends, end, side="left")) + 1):
-                if i == len(ends):
-                    break
+        after = base + shard.tokens
+        here = [(span, titles) for span, titles in zip(spans, found) if base < span[1] and 0 <= span[0] < after]
+        ends = base + np.cumsum(reader.lengths, dtype=np.int64) if here else []
+        for (start, end), titles in here:
+            last = min(int(np.searchsorted(ends, end, side="left")), len(ends) - 1)
+            for i in range(int(np.searchsorted(ends, start, side="right")), last + 1):
                 begin, stop = int(ends[i]) - int(reader.lengths[i]), int(ends[i])
                 title = f"document {number + i} ({i} of {shard.name}, {stop - begin:,} tokens)"
-                yield title, max(start - begin, 0), min(end, stop) - begin, begin
-        base, number = base + shard.tokens, number + shard.documents
+                titles.append((title, max(start - begin, 0), min(end, stop) - begin, begin))
+        base, number = after, number + shard.documents
+    return found
 
 
 def _read_manifest(directory: str | Path, split: str) -> Manifest:

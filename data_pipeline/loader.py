@@ -17,8 +17,10 @@ from data_pipeline.sampler import step_positions
 from data_pipeline.samples import IGNORED_LABEL, Layout, Samples
 
 MicroBatch = dict[str, torch.Tensor]
-_LAID_OUT_AT_ONCE = 4096
-"""Positions whose samples are looked up in one go: numpy's cost per call is then small beside the reading."""
+_LAID_OUT_AT_ONCE = 4096, 16_384
+"""Of this rank's positions, and of the pieces that they hold, at most so many (or one step's) are looked up in one go:
+numpy's cost per call is then small beside the reading. It is a few ms, which the caller of `next` waits.
+"""
 
 
 class BatchLoader:
@@ -67,6 +69,7 @@ class BatchLoader:
         self._positions_AB = step_positions(0, **layout)  # of every step, relative to its first sample
         self._laid_out: deque[Sequence[Layout]] = deque()
         self._next_position = samples_consumed
+        self._steps_at_once = 1  # until it is known how much a step holds
         self._ahead = prefetch if workers else 0
         self._reading: deque[Future] = deque()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="data-prefetch") if self._ahead else None
@@ -130,7 +133,7 @@ class BatchLoader:
     def _next_layouts(self) -> Sequence[Layout]:
         """What the next step's micro-batches hold, A of them."""
         if not self._laid_out:
-            steps, end = max(1, _LAID_OUT_AT_ONCE // self._positions_AB.size), self._dataset.positions_total
+            steps, end = self._steps_at_once, self._dataset.positions_total
             if end is not None:
                 steps = min(steps, (end - self._next_position) // self.samples_per_step)
                 if steps < 1:
@@ -138,8 +141,11 @@ class BatchLoader:
             starts = self._next_position + np.arange(steps, dtype=np.int64) * self.samples_per_step
             accumulation, size = self._positions_AB.shape
             indices = self._dataset.order(starts[:, None, None] + self._positions_AB).reshape(-1)
-            layouts = iter(self._dataset.layouts(indices, [size] * (steps * accumulation)))
-            self._laid_out.extend(zip(*[layouts] * accumulation))
+            layouts = self._dataset.layouts(indices, [size] * (steps * accumulation))
+            self._laid_out.extend(layouts[i : i + accumulation] for i in range(0, len(layouts), accumulation))
+            positions, pieces = _LAID_OUT_AT_ONCE
+            most = min(positions // (accumulation * size), pieces * steps // max(sum(len(x.reads) for x in layouts), 1))
+            self._steps_at_once = max(1, most)
             self._next_position += steps * self.samples_per_step
         return self._laid_out.popleft()
 

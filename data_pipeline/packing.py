@@ -10,6 +10,7 @@ Shapes: N samples, T = seq_len, P pieces (documents, or parts of those longer th
 from __future__ import annotations
 
 import itertools
+from array import array
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from data_pipeline.dataset import TokenDataset, TokenSplit
 from data_pipeline.samples import Pieces, bounds, ranges, slices
 
 _SORTED_AT_ONCE = 1 << 20
+_COPIED_AT_ONCE = 10_000
 
 
 class _Content(NamedTuple):
@@ -50,7 +52,7 @@ class BestFit:
     Pieces of one length are placed together: the fullest row with room r for length n takes r // n of them before
     another one is the fullest. Rows that hold the same lengths are kept as one group, so that work and memory, but for
     sorting, grow with the groups (thousands to some hundred thousand, by capacity) and not with the pieces. Memory: 4
-    bytes per piece and a few hundred per group.
+    bytes per piece and about a hundred per group, a few hundred while the plan is made.
 
     lengths: int [P], each in [1, capacity]. `len` is the number of rows; `rows` says what they hold.
     """
@@ -60,14 +62,14 @@ class BestFit:
         self._order, counts = _longest_first(lengths, capacity)
         self._rows, self._placed = 0, 0
         self._groups: list[_Group] = []  # those that take no more
-        self._contents: list[_Content] = []
+        self._contents = array("q")
         self._open: list[list[_Group]] = [[] for _ in range(capacity + 1)]  # by the room they have left
         self._is_open = np.zeros(capacity + 1, bool)
         for spare in np.flatnonzero(counts).tolist():
             self._place(capacity - spare, int(counts[spare]), capacity)
         self._groups += itertools.chain.from_iterable(self._open)
-        self._groups.sort(key=lambda group: group.first)
-        self._firsts, _, self._content = np.array(self._groups, np.int64).reshape(-1, 3).T.copy()
+        by_row = sorted((group.first, group.content) for group in self._groups)
+        self._firsts, self._content = (np.array(column, np.int64) for column in zip(*by_row or [(0, 0)]))
         self._table = np.array(self._contents, np.int64).reshape(-1, len(_Content._fields))
         del self._open, self._is_open, self._groups, self._contents
 
@@ -113,8 +115,8 @@ class BestFit:
         for begin, end, pieces in ((first, middle, each), (middle, middle + 1, rest)):
             if begin < end and pieces:
                 left = room - pieces * length
-                filled = _Group(begin, end, len(self._contents))
-                self._contents.append(_Content(length, pieces, begin, self._placed, content))
+                filled = _Group(begin, end, len(self._contents) // len(_Content._fields))
+                self._contents.extend((length, pieces, begin, self._placed, content))
                 self._placed += (end - begin) * pieces
                 if left:
                     self._open[left].append(filled)
@@ -129,8 +131,8 @@ class BestFitDataset(TokenSplit):
 
     Only documents with more than T inputs are cut: into pieces of T, which are the first rows, and a rest. Each token
     but a document's first is predicted exactly once per epoch. The plan is the same wherever it is made. Memory: 12
-    bytes per document, 8 per row that is a piece of T, and a few hundred per group of alike rows; while it is made
-    about 30 and 16. Attributes and errors as in `TokenSplit`, and:
+    bytes per document, 8 per row that is a piece of T, and about a hundred per group of alike rows; while it is made
+    about 30, 16 and a few hundred. Attributes and errors as in `TokenSplit`, and:
 
         padding_share: of the inputs of an epoch. cut_share: of the documents, how many are cut.
     """
@@ -225,15 +227,17 @@ def _longest_first(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.n
     counts = [np.bincount(capacity - part, minlength=capacity) for part in parts]
     totals = np.sum(counts, axis=0, dtype=np.int64) if parts else np.zeros(capacity, np.int64)
     order = np.empty(len(lengths), np.uint32 if len(lengths) < 2**32 else np.int64)
-    free = bounds(totals).tolist()
+    free = bounds(totals)[:-1]
     for number, (part, count) in enumerate(zip(parts, counts)):
         keys = (capacity - part).astype(key_type) * key_type(_SORTED_AT_ONCE) + np.arange(len(part), dtype=key_type)
         keys.sort()
         keys %= key_type(_SORTED_AT_ONCE)
         places = keys.astype(order.dtype, copy=False) + order.dtype.type(number * _SORTED_AT_ONCE)
         (spares,) = count.nonzero()
-        for spare, found in zip(spares.tolist(), slices(bounds(count[spares]))):
-            end = free[spare] + found.stop - found.start
-            order[free[spare] : end] = places[found]
-            free[spare] = end
+        if len(spares) > _COPIED_AT_ONCE:
+            order[ranges(free[spares], count[spares])] = places
+        else:
+            for start, found in zip(free[spares].tolist(), slices(bounds(count[spares]))):
+                order[start : start + found.stop - found.start] = places[found]
+        free += count
     return order, totals

@@ -1,13 +1,15 @@
 """Samples by index, read as micro-batches: where their tokens are is worked out for many micro-batches at a time, so
 that little but system calls is left to do for each.
 
-Shapes: M micro-batches of B samples each, N samples in all, T = seq_len; P pieces, what a sample holds of one document.
+Shapes: M micro-batches of B samples each, N samples in all, T = seq_len; P pieces, what a sample holds of one document
+or its padding; R pieces that are read, all but padding.
 """
 
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,35 +35,37 @@ class Layout(NamedTuple):
     """A micro-batch of so many `inputs`, from end to end, that was not read yet.
 
     reads: (which of `_read_into`, position in its file, first and one after the last place here) of each piece: one
-    token more than its inputs, as each has the token after it as its label. last: place of the last input of each.
-    paddings: first and one after the last place of each. numbers, widths: what the inputs' document is called, and how
-    many that follow each other are called so.
+    token more than its inputs, as each has the token after it as its label. last_R: place of the last input of each.
+    paddings: first and one after the last place of each. numbers_P, widths_P: what the inputs' document is called, and
+    how many that follow each other are called so; padding is a piece too.
     """
 
     inputs: int
     reads: list[tuple[int, int, int, int]]
-    last: np.ndarray
+    last_R: np.ndarray
     paddings: list[tuple[int, int]]
-    numbers: np.ndarray
-    widths: np.ndarray
+    numbers_P: np.ndarray
+    widths_P: np.ndarray
 
 
 class Samples(ABC):
     """A number of samples, of which micro-batches are made by index: a `TokenSplit`, or a mixture of them.
 
-    A subclass sets the attributes below, calls `_set_files`, and has `order` and `pieces`.
+    A subclass sets the attributes below, of these `files` by `_set_files`, and has `order` and `pieces`.
 
-    inputs_total: tokens that an epoch trains on. positions_total: where the data end; None: never.
+    path: for messages. inputs_total: tokens that an epoch trains on. positions_total: where the data end; None: never.
+    files: those of all tokens, one after the other.
     """
 
     packing: str
     """Its name in `packing.PACKINGS`."""
-    path: object
+    path: Path | str
     seq_len: int
     eot_id: int
     samples_per_epoch: int
     inputs_total: int
     positions_total: int | None = None
+    files: list[TokenFile]
 
     @abstractmethod
     def order(self, positions: np.ndarray) -> np.ndarray:
@@ -87,14 +91,15 @@ class Samples(ABC):
 
         Raises IndexError for an index out of range.
         """
-        indices = np.asarray(indices, np.int64)
+        indices = np.asarray(indices).astype(np.int64, casting="same_kind")
         (layout,) = self.layouts(indices, [len(indices)])
         return self.fill(layout, document_mask)
 
     def layouts(self, indices: np.ndarray, sizes: Sequence[int]) -> list[Layout]:
         """Of micro-batches of `sizes` samples, M of them, by indices int64 [N] one after the other; raises as
-        `micro_batch` does. What it takes for thousands of samples is little more than for one.
+        `micro_batch` does. Thousands of samples take little more time than one. Takes some 300 bytes for each piece.
         """
+        assert sum(sizes) == len(indices), (sizes, len(indices))
         out_of_range = indices[(indices < 0) | (indices >= self.samples_per_epoch)]
         if out_of_range.size:
             raise IndexError(f"{self.path}: sample {out_of_range[0]} is none of 0 to {self.samples_per_epoch - 1}")
@@ -131,25 +136,25 @@ class Samples(ABC):
         for first, end in layout.paddings:
             tokens[first:end] = self.eot_id
         inputs, labels = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
-        labels[layout.last] = after
+        labels[layout.last_R] = after
         for first, end in layout.paddings:
             labels[first:end] = IGNORED_LABEL
         arrays = {"input_ids": inputs, "labels": labels}
         if self.packing != "contiguous":
-            arrays["document_ids"] = layout.numbers.repeat(layout.widths)
+            arrays["document_ids"] = layout.numbers_P.repeat(layout.widths_P)
         elif document_mask:
             (ends,) = (tokens[:-1] == self.eot_id).nonzero()
             labels[ends] = IGNORED_LABEL
-            arrays["document_ids"] = _documents(ends, len(inputs), self.seq_len)
+            arrays["document_ids"] = _document_ids(ends, len(inputs), self.seq_len)
         T = layout.inputs if self.packing == "varlen" else self.seq_len
         rows = 1 if self.packing == "varlen" else layout.inputs // T
         return {name: array.reshape(rows, T) for name, array in arrays.items()}
 
     def _set_files(self, files: Sequence[TokenFile]) -> None:
-        """All tokens are those of the files, one after the other."""
         self.files = list(files)
         self._file_bounds = bounds([file.n_tokens for file in files])
         self._dtype = np.result_type(np.uint16, *(file.dtype for file in files))
+        # For each file what reads from it alone, then what reads on in the next ones; the latter also converts.
         across = [partial(_read_across, self.files, number) for number in range(len(self.files))]
         alone = (f.read_into if f.dtype == self._dtype else other for f, other in zip(self.files, across))
         self._read_into = [*alone, *across]
@@ -166,11 +171,12 @@ def bounds(counts: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def slices(bounds: np.ndarray) -> list[slice]:
-    return [slice(start, stop) for start, stop in itertools.pairwise(bounds.tolist())]
+def slices(edges: np.ndarray) -> list[slice]:
+    """From each of the edges to the next."""
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges.tolist())]
 
 
-def _documents(ends: np.ndarray, count: int, seq_len: int) -> np.ndarray:
+def _document_ids(ends: np.ndarray, count: int, seq_len: int) -> np.ndarray:
     """Document ids, int64 [count], of rows of seq_len tokens; ends: where end-of-text is."""
     rows = np.arange(0, count + 1, seq_len)
     edges = np.concatenate([rows, ends[ends % seq_len != seq_len - 1] + 1])

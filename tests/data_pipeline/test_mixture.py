@@ -101,7 +101,7 @@ def test_each_source_is_read_in_its_own_order_from_epoch_to_epoch(source):
 
 @pytest.mark.parametrize("packing", ["contiguous", "best_fit", "varlen"])
 def test_a_micro_batch_holds_the_samples_of_its_sources(tmp_path, packing):
-    """Whatever their files: several shards, ids of 2 and of 4 bytes."""
+    """Whatever their files: ids of 2 and of 4 bytes, in shards of which a sample needs up to four."""
     paths = [tmp_path / name for name in ("a", "b", "raw")]
     for seed, path in enumerate(paths):
         path.mkdir()
@@ -109,7 +109,8 @@ def test_a_micro_batch_holds_the_samples_of_its_sources(tmp_path, packing):
     files = sorted(paths[2].iterdir())
     for file in files:
         if file.suffix == ".bin":
-            np.fromfile(file, "<u2").astype("<u4").tofile(file.with_suffix(".u4"))
+            for number, part in enumerate(np.array_split(np.fromfile(file, "<u2").astype("<u4"), 50)):
+                part.tofile(paths[2] / f"{file.stem}-{number:03d}.u4")
         file.unlink()
     adopt(paths[2], load_tokenizer("bytes"), train=["*.u4"], dtype="uint32", report=lambda _: None)
     datasets = [open_dataset(path, packing=packing, seq_len=SEQ_LEN) for path in paths]

@@ -51,7 +51,18 @@ def rows_of(plan):
     for row, count in zip(asked.tolist(), counts.tolist(), strict=True):
         rows[row] = list(itertools.islice(pairs, count))
     assert next(pairs, None) is None
+    assert rows == [slow_row(plan, i) for i in range(len(plan))]
     return rows
+
+
+def slow_row(plan, i):
+    """One row by itself: what was put into it last, and so on; from the longest to the shortest."""
+    found, place = [], plan._content[plan._firsts.searchsorted(i, side="right") - 1]
+    while place >= 0:
+        length, each, first, placed, place = plan._table[place].tolist()
+        begin = placed + (i - first) * each
+        found += [(plan._order.item(p), length) for p in range(begin, begin + each)]
+    return found[::-1]
 
 
 @pytest.mark.parametrize("capacity", [1, 7, 64, 1000])
@@ -76,6 +87,7 @@ def test_pieces_are_sorted_a_part_at_a_time(monkeypatch, capacity, at_once):
     lengths = np.random.default_rng(0).integers(1, capacity + 1, 500)
     whole = BestFit(lengths, capacity)
     monkeypatch.setattr(packing, "_SORTED_AT_ONCE", at_once)
+    monkeypatch.setattr(packing, "_COPIED_AT_ONCE", 60)
     order, counts = packing._longest_first(lengths, capacity)
     assert order.tolist() == np.argsort(-lengths, kind="stable").tolist()
     assert counts.tolist() == [(lengths == capacity - spare).sum() for spare in range(capacity)]
