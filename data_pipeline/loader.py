@@ -17,9 +17,9 @@ from data_pipeline.sampler import step_positions
 from data_pipeline.samples import IGNORED_LABEL, Layout, Samples
 
 MicroBatch = dict[str, torch.Tensor]
-_LAID_OUT_AT_ONCE = 4096, 16_384
-"""Of this rank's positions, and of the pieces that they hold, at most so many (or one step's) are looked up in one go:
-numpy's cost per call is then small beside the reading. It is a few ms, which the caller of `next` waits.
+_LAID_OUT_AT_ONCE = 1 << 23, 1 << 14
+"""At most so many places for tokens, and pieces of documents in them, or what a step has, are looked up in one go, of
+this rank. numpy's cost per call is then small beside the reading, and the caller of `next` waits 50 ms at the most.
 """
 
 
@@ -143,8 +143,9 @@ class BatchLoader:
             indices = self._dataset.order(starts[:, None, None] + self._positions_AB).reshape(-1)
             layouts = self._dataset.layouts(indices, [size] * (steps * accumulation))
             self._laid_out.extend(layouts[i : i + accumulation] for i in range(0, len(layouts), accumulation))
-            positions, pieces = _LAID_OUT_AT_ONCE
-            most = min(positions // (accumulation * size), pieces * steps // max(sum(len(x.reads) for x in layouts), 1))
+            places, pieces = _LAID_OUT_AT_ONCE
+            found = sum(len(layout.reads) for layout in layouts)
+            most = min(places // (accumulation * size * self._dataset.seq_len), pieces * steps // max(found, 1))
             self._steps_at_once = max(1, most)
             self._next_position += steps * self.samples_per_step
         return self._laid_out.popleft()

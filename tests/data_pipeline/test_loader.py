@@ -73,7 +73,7 @@ KINDS = [(packing, mixed) for packing in ("contiguous", "best_fit", "varlen") fo
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0]}{' mixture' if kind[1] else ''}")
 def test_consumed_order_is_the_same_everywhere(directories, kind, monkeypatch):
-    monkeypatch.setattr("data_pipeline.loader._LAID_OUT_AT_ONCE", (50, 100))  # several blocks of steps
+    monkeypatch.setattr("data_pipeline.loader._LAID_OUT_AT_ONCE", (50 * T, 100))  # several blocks of steps
     dataset, varlen = open_all(directories, kind), kind[0] == "varlen"
     n = dataset.samples_per_epoch
     edge = n // ROWS * ROWS  # a step from here on crosses the end of the epoch, or begins at it
@@ -133,7 +133,7 @@ def test_reading_ahead_hides_slow_reads(directories, monkeypatch):
 
 
 def test_a_look_up_is_bounded_however_short_the_documents(tmp_path):
-    """4,096 positions hold 240,000 documents here."""
+    """8 million places for tokens, the other bound, hold a million documents here."""
     path = write_dataset(tmp_path, {"train": np.full(250_000, 9)})
     dataset = open_dataset(path, packing="best_fit", seq_len=480)
     with BatchLoader(dataset, micro_batch_size=2, accumulation=2, prefetch=0) as loader:
@@ -142,6 +142,9 @@ def test_a_look_up_is_bounded_however_short_the_documents(tmp_path):
             next(loader)
             most = max(most, sum(len(layout.reads) for step in loader._laid_out for layout in step))
     assert 15_000 < most <= 16_384
+    with BatchLoader(open_dataset(path, seq_len=100_000), micro_batch_size=1, prefetch=0) as loader:
+        next(loader), next(loader)
+        assert len(loader._laid_out) == (1 << 23) // 100_000 - 1
 
 
 def test_a_million_documents_open_at_once_and_are_read_in_flat_memory(tmp_path):
