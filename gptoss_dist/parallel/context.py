@@ -7,7 +7,9 @@ import datetime
 import os
 import random
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -182,6 +184,23 @@ def on_every_rank(function: Callable[[], T], group: dist.ProcessGroup | None = N
             system, text = outcome
             raise OSError(text) if system else ValueError(text)
     return result
+
+
+def leave(say: Callable[[], None], patience_s: float = 5.0) -> None:
+    """Call `say`, and be ready to leave because of a mistake. Rank 0 waits for the others to be so too, but not for
+    long, as they may not have met it.
+
+    The processes find each other in a store that is rank 0's where it is not torchrun's: if rank 0 left at once, a rank
+    that is a moment behind would fail for that, with a traceback.
+    """
+    if not dist.is_initialized():
+        return say()
+    store, deadline = dist.distributed_c10d._get_default_store(), time.monotonic() + patience_s
+    with suppress(dist.DistError):
+        store.add("leaving", 1)
+    say()
+    while dist.get_rank() == 0 and store.add("leaving", 0) < dist.get_world_size() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def seed_everything(seed: int, rank: int) -> None:

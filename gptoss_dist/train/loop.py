@@ -21,6 +21,7 @@ from gptoss_dist.parallel import launcher
 from gptoss_dist.parallel.context import (
     Context,
     LocalError,
+    leave,
     on_rank_zero,
     patient_group,
     seed_everything,
@@ -51,7 +52,8 @@ def run(config: Config) -> int:
         train(config, context)
     except (ValueError, TrainingError) as error:
         log.error("%s", error)
-        launcher.tell(str(error), alone=isinstance(error, LocalError))
+        mistake, alone = str(error), isinstance(error, LocalError)
+        leave(lambda: launcher.tell(mistake, alone=alone))
         return 2 if isinstance(error, ValueError) else 1
     return 0
 

@@ -58,6 +58,38 @@ def test_the_first_rank_is_heard_though_it_is_the_last(tmp_path):
     assert len(said) == 1 and "stepz" in said[0], done.stderr
 
 
+SLOW_SECOND = """
+import os
+import sys
+import time
+
+import torch.distributed as dist
+
+from gptoss_dist.train import loop
+from launch.train import main
+
+
+def build_engine(config, context):
+    if context.rank == 1:
+        end, store = time.monotonic() + 1.5, dist.distributed_c10d._get_default_store()
+        while time.monotonic() < end:
+            store.add("late", 1)  # as making a group does
+    raise ValueError("no such engine")
+
+
+loop.build_engine = build_engine
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_first_rank_is_there_until_all_have_met_the_mistake(settings, tmp_path):
+    """Without torchrun its process is where the others look for each other."""
+    script = tmp_path / "script.py"
+    script.write_text(SLOW_SECOND)
+    done = run(str(script), "--config", str(settings), processes=2, expect=2)
+    assert done.stderr.count("train.py: no such engine") == 1 and "Traceback" not in done.stderr, done.stderr
+
+
 def test_a_rank_that_lives_on_says_it_too(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "1")
