@@ -20,7 +20,9 @@ from data_pipeline.dataset import TokenDataset, TokenSplit
 from data_pipeline.samples import Pieces, bounds, ranges, slices
 
 _SORTED_AT_ONCE = 1 << 20
+"""Pieces of a part that is sorted by itself."""
 _COPIED_AT_ONCE = 10_000
+"""Runs of one length in such a part that are copied one by one; more of them are scattered together."""
 
 
 class _Content(NamedTuple):
@@ -62,7 +64,7 @@ class BestFit:
         self._order, counts = _longest_first(lengths, capacity)
         self._rows, self._placed = 0, 0
         self._groups: list[_Group] = []  # those that take no more
-        self._contents = array("q")
+        self._contents = array("q")  # the fields of one `_Content` after the other
         self._open: list[list[_Group]] = [[] for _ in range(capacity + 1)]  # by the room they have left
         self._is_open = np.zeros(capacity + 1, bool)
         for spare in np.flatnonzero(counts).tolist():
