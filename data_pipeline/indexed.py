@@ -23,7 +23,7 @@ import os
 import struct
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -149,14 +149,12 @@ class TokenFile:
 
     def __init__(self, path: Path | str, dtype: np.dtype, n_tokens: int, offset: int = 0):
         self.path, self.dtype, self.n_tokens, self.offset = Path(path), np.dtype(dtype), n_tokens, offset
-        self._itemsize = self.dtype.itemsize  # numpy is slow to say
         status = _status(self.path)
         self.size, self._identity = status.st_size, (status.st_dev, status.st_ino)
         self._file: io.FileIO | None = None
 
-    def read_into(self, start: int, ids: memoryview) -> None:
-        """Fill `ids`, of the file's dtype, with those from position `start` on."""
-        position = self.offset + start * self._itemsize
+    def read_into(self, position: int, ids: memoryview) -> None:
+        """Fill `ids`, of the file's dtype, with those from byte `position` of the file on."""
         try:
             file = self._file or self._opened()  # held until the end, or another thread could have it closed
             count = os.preadv(file.fileno(), (ids,), position)
@@ -173,7 +171,7 @@ class TokenFile:
     def read(self, start: int, count: int) -> np.ndarray:
         """Ids [count] from position `start` on, in the file's dtype."""
         out = np.empty(count, self.dtype)
-        self.read_into(start, memoryview(out))
+        self.read_into(self.offset + start * self.dtype.itemsize, memoryview(out))
         return out
 
     def _opened(self) -> io.FileIO:
@@ -193,6 +191,24 @@ class TokenFile:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_file": None}
+
+
+def read_parts(files: Sequence[TokenFile], parts: Iterable[Sequence[int]], ids: memoryview) -> list[int]:
+    """Fill parts of `ids`, each (which of `files`, byte position in it, first and one after the last place in `ids`),
+    and return the last id of each, over which the next part may be put. As `read_into`, without a call for each.
+    """
+    last, preadv = [], os.preadv
+    for number, position, first, end in parts:
+        file, part = files[number], ids[first:end]
+        opened = file._file  # held until the end, or another thread could have it closed
+        try:
+            whole = opened is not None and preadv(opened.fileno(), (part,), position) == part.nbytes
+        except OSError:
+            whole = False
+        if not whole:
+            file.read_into(position, part)  # which opens it, reads on or says what is wrong
+        last.append(ids[end - 1])
+    return last
 
 
 class IndexedReader:

@@ -144,7 +144,7 @@ class BatchLoader:
             layouts = self._dataset.layouts(indices, [size] * (steps * accumulation))
             self._laid_out.extend(layouts[i : i + accumulation] for i in range(0, len(layouts), accumulation))
             places, pieces = _LAID_OUT_AT_ONCE
-            found = sum(len(layout.reads) for layout in layouts)
+            found = sum(len(layout.reads_R4) for layout in layouts)
             most = min(places // (accumulation * size * self._dataset.seq_len), pieces * steps // max(found, 1))
             self._steps_at_once = max(1, most)
             self._next_position += steps * self.samples_per_step

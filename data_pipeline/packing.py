@@ -209,8 +209,9 @@ def open_dataset(path: str | Path, *, packing: str = "contiguous", **options) ->
 def _documents(shards: list) -> tuple[np.ndarray, np.ndarray]:
     """Start in the split's sequence of tokens, int64, and number of inputs, of every document that has any."""
     lengths = np.concatenate([np.empty(0, np.int32), *(shard.lengths for shard in shards)])
-    starts = np.cumsum(lengths, dtype=np.int64)
-    starts -= lengths
+    starts = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    starts = starts[:-1]
     if len(lengths) and lengths.min() < 2:
         starts, lengths = starts[lengths > 1], lengths[lengths > 1]
     lengths -= 1

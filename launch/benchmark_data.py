@@ -30,6 +30,8 @@ import numpy as np
 
 PARTS = 10
 """Of an epoch that is timed: what else the machine does shows as their spread."""
+WHOLE_CORE = 0.75
+"""Of the speed of a loop: beside a busy hardware thread, which may be another machine's, a core has half of it."""
 COMPETITORS = {
     "tiktoken": "tiktoken alone, texts in memory",
     "pattern": "the same with our form of its pattern",
@@ -46,6 +48,17 @@ COMPETITORS = {
 def clocks() -> np.ndarray:
     """Seconds, and CPU seconds of this process and of those that it waited for."""
     return np.array([time.perf_counter(), sum(os.times()[:4])])
+
+
+def loop_speed() -> float:
+    """Of this core at this moment, in passes of an empty loop per second; takes some 10 ms."""
+    seconds = []
+    for _ in range(9):
+        start = time.perf_counter()
+        for _ in range(50_000):
+            pass
+        seconds.append(time.perf_counter() - start)
+    return 50_000 / statistics.median(seconds)
 
 
 def read_texts(path: Path) -> list[str]:
@@ -290,8 +303,12 @@ def load_benchmark(arguments: argparse.Namespace) -> None:
         """As of web pages: most are short, a thirteenth are longer than a sample. The mean is near 800."""
         return np.clip(np.random.default_rng(1).lognormal(np.log(485), 1, count), 2, None).astype(np.int32)
 
+    def spread(values: list[float], form: str = ".0f") -> str:
+        return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    fastest = max(loop_speed() for _ in range(100))
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         tokenizer = load_tokenizer("builtin")
         large, many = Path(folder) / "large", Path(folder) / "many"
@@ -300,7 +317,8 @@ def load_benchmark(arguments: argparse.Namespace) -> None:
         size = sum(path.stat().st_size for path in large.glob("*.bin"))
         print(f"one core; {size / 1e9:.2f} GB of tokens in documents of about 800, samples of 2048; inputs that carry")
         print(f"a loss, over one epoch in random order, median of its {PARTS} parts (slowest to fastest), and memory")
-        print("of the process from its start to its end; time to a first batch, median of three")
+        print("of the process from its start to its end; time to a first batch, median of three. A part has a whole")
+        print(f"core if an empty loop, before and after it, runs at {WHOLE_CORE:.0%} of the fastest seen, or more")
         # Micro-batches of about 16,000 tokens.
         for packing, micro_batch_size, options in (
             ("contiguous", 8, {}),
@@ -313,17 +331,21 @@ def load_benchmark(arguments: argparse.Namespace) -> None:
                 with BatchLoader(dataset, micro_batch_size=micro_batch_size, prefetch=prefetch, **options) as loader:
                     for _ in range(20):
                         next(loader)
-                    before, rates, steps = memory(), [], dataset.samples_per_epoch // micro_batch_size // PARTS
+                    before, rates, speeds = memory(), [], [loop_speed()]
+                    steps = dataset.samples_per_epoch // micro_batch_size // PARTS
                     tokens = dataset.inputs_total * steps * micro_batch_size / dataset.samples_per_epoch
                     for _ in range(PARTS):
                         start = time.perf_counter()
                         for _ in range(steps):
                             next(loader)
                         rates.append(tokens / (time.perf_counter() - start) / 1e6)
+                        speeds.append(loop_speed())
                     after = memory()
+                fastest = max(fastest, *speeds)
+                whole = [r for r, *around in zip(rates, speeds, speeds[1:]) if min(around) >= WHOLE_CORE * fastest]
                 name = packing + (", document_mask" if options else "") + (", read ahead" if prefetch else "")
-                spread = f"{statistics.median(rates):6.0f} M tokens/s ({min(rates):.0f} to {max(rates):.0f})"
-                print(f"  {name:<40}{spread}; {before:.0f} to {after:.0f} MiB", flush=True)
+                with_core = f"; {spread(whole)} in {len(whole)} parts with a whole core" if whole else ""
+                print(f"  {name:<40}{spread(rates)} M tokens/s{with_core}; {before:.0f} to {after:.0f} MiB", flush=True)
         for packing in ("contiguous", "best_fit", "varlen"):
             seconds = []
             for _ in range(3):
@@ -331,8 +353,7 @@ def load_benchmark(arguments: argparse.Namespace) -> None:
                 with BatchLoader(open_dataset(many, packing=packing, seq_len=2048), micro_batch_size=8) as loader:
                     next(loader)
                 seconds.append(time.perf_counter() - start)
-            spread = f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
-            print(f"  first batch, 10,000,000 documents, {packing}: {spread}", flush=True)
+            print(f"  first batch, 10,000,000 documents, {packing}: {spread(seconds, '.2f')} s", flush=True)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Megatron's file layout, read here with nothing but `struct`, and every way it can be broken."""
 
+import errno
 import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import indexed
-from data_pipeline.indexed import IndexedReader, IndexedWriter, token_dtype
+from data_pipeline.indexed import IndexedReader, IndexedWriter, read_parts, token_dtype
 
 DOCUMENTS = [[1, 2, 3], [65_534], [7] * 5]
 
@@ -49,11 +50,30 @@ def test_a_read_that_returns_less_goes_on_in_the_right_place(tmp_path, monkeypat
     file = IndexedReader(tmp_path / "shard").file
     calls.clear()
     ids = np.zeros(5, "<u2")
-    file.read_into(2, memoryview(ids))
+    file.read_into(4, memoryview(ids))
     assert ids.tolist() == [3, 65_534, 7, 7, 7]
     assert len(calls) == -(-10 // most)
     with pytest.raises(ValueError, match=r"shard\.bin: truncated, it ends before byte 20"):
-        file.read_into(5, memoryview(ids))
+        file.read_into(10, memoryview(ids))
+
+    ids = np.zeros(6, "<u2")
+    assert read_parts([None, file], [(1, 4, 0, 4), (1, 0, 3, 6)], memoryview(ids)) == [7, 3]
+    assert ids.tolist() == [3, 65_534, 7, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"shard\.bin: truncated, it ends before byte 20"):
+        read_parts([file], [(0, 10, 0, 5)], memoryview(ids))
+
+
+def test_parts_are_read_from_files_that_were_not_opened_yet_and_errors_name_the_file(tmp_path, monkeypatch):
+    write(tmp_path / "shard", 1000)
+    file, ids = IndexedReader(tmp_path / "shard").file, np.zeros(5, "<u2")
+    assert read_parts([file], [(0, 4, 0, 5)], memoryview(ids)) == [7]
+
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(ValueError, match=r"shard\.bin: cannot be read: Input/output error"):
+        read_parts([file], [(0, 4, 0, 5)], memoryview(ids))
 
 
 @pytest.mark.parametrize(

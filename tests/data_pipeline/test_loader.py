@@ -140,7 +140,7 @@ def test_a_look_up_is_bounded_however_short_the_documents(tmp_path):
         most = 0
         for _ in range(200):
             next(loader)
-            most = max(most, sum(len(layout.reads) for step in loader._laid_out for layout in step))
+            most = max(most, sum(len(layout.reads_R4) for step in loader._laid_out for layout in step))
     assert 15_000 < most <= 16_384
     with BatchLoader(open_dataset(path, seq_len=100_000), micro_batch_size=1, prefetch=0) as loader:
         next(loader), next(loader)
