@@ -91,18 +91,20 @@ def test_what_cannot_be_packed():
 
 
 def test_fast_enough():
-    """100 MB of bfloat16 per second and core are asked for; machines differ, so this looks at half of it."""
+    """100 MB of bfloat16 per second and core are asked for. Machines differ, and what else they do: this compares with
+    four passes of `exp`, which take 1.0 to 1.7 times as long, by CPU time of this thread.
+    """
     x, threads = numbers((8192, 2880), torch.bfloat16), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         encode(x[:512])
-        best = min(_seconds(x) for _ in range(3))
+        ratios = [_seconds(lambda: encode(x)) / _seconds(lambda: [x.float().exp() for _ in range(4)]) for _ in range(3)]
     finally:
         torch.set_num_threads(threads)
-    assert x.nbytes / best > 50e6
+    assert min(ratios) < 1.5, ratios
 
 
-def _seconds(x: torch.Tensor) -> float:
-    start = time.perf_counter()
-    encode(x)
-    return time.perf_counter() - start
+def _seconds(function) -> float:
+    start = time.thread_time()
+    function()
+    return time.thread_time() - start
