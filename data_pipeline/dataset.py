@@ -55,10 +55,12 @@ class TokenSplit(Samples):
         self.documents_total = self.manifest.documents(split)
         self.samples_per_epoch = self._count_samples()
         if self.samples_per_epoch < 1:
+            remedy = "prepare more text or use a shorter seq_len"
+            if split == "validation":
+                remedy = f"{remedy}, prepare with a larger --validation-fraction, or train with --validation.every 0"
             raise ValueError(
                 f"{path}: split {split!r} has {self.tokens_total} tokens, too few for one sample of seq_len + 1 = "
-                f"{seq_len + 1}; prepare more text or a larger --validation-fraction, use a shorter seq_len"
-                + (", or train with --validation.every 0" if split == "validation" else "")
+                f"{seq_len + 1}; {remedy}"
             )
 
     @abstractmethod

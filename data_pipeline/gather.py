@@ -31,8 +31,8 @@ def gather(
     train: list[Shard] = []
     held_out = SplitWriter(final, "validation", dtype, rules.shard_tokens)
     none = np.empty(0, np.uint32)
-    for piece in pieces:
-        drop = drops.get(piece.key, none)
+    for index, piece in enumerate(pieces):
+        drop = drops.get(index, none)
         if piece.shards["validation"]:
             places = _kept_documents(folder, piece, drop, rules.validation_fraction, "validation")
             _copy_documents(folder, piece.shards["validation"], places, held_out)
@@ -51,17 +51,17 @@ def gather(
     return {"train": train, "validation": held_out.close()}, dropped
 
 
-def _drop_beyond(pieces: list[Piece], drops: dict[str, np.ndarray], most: int) -> dict[str, np.ndarray]:
+def _drop_beyond(pieces: list[Piece], drops: dict[int, np.ndarray], most: int) -> dict[int, np.ndarray]:
     """Also drop all documents after the first `most` that are left."""
     cut = {}
-    for piece in pieces:
+    for index, piece in enumerate(pieces):
         keep = np.ones(piece.documents, bool)
-        keep[drops.get(piece.key, [])] = False
+        keep[drops.get(index, [])] = False
         order = np.cumsum(keep)
         keep &= order <= most
         most -= int(keep.sum())
         if not keep.all():
-            cut[piece.key] = np.flatnonzero(~keep).astype(np.uint32)
+            cut[index] = np.flatnonzero(~keep).astype(np.uint32)
     return cut
 
 
@@ -74,15 +74,16 @@ def _link(source: Path, target: Path) -> None:
             os.fsync(file.fileno())
 
 
-def duplicates(directory: Path, pieces: list[Piece], *, bucket: int = 1 << 22) -> dict[str, np.ndarray]:
-    """Places, by key of the piece, of documents that an earlier piece holds already.
+def duplicates(directory: Path, pieces: list[Piece], *, bucket: int = 1 << 22) -> dict[int, np.ndarray]:
+    """Places, by index of the piece, of documents that an earlier piece holds already. A file that is named twice is
+    two pieces of one key.
 
     bucket: documents looked at together, so that memory (about 100 bytes each) does not grow with the corpus.
     """
     total = sum(piece.documents for piece in pieces)
     # Pieces are sorted by hash, so the documents whose hashes lie in one range are a slice of each.
     bounds = np.linspace(0.0, 2.0**64, max(1, -(-total // bucket)) + 1)
-    found: dict[str, list[np.ndarray]] = {}
+    found: dict[int, list[np.ndarray]] = {}
     filled = [(index, piece) for index, piece in enumerate(pieces) if piece.documents]
     for low, high in itertools.pairwise(bounds):
         slices, owners = [], []
@@ -97,9 +98,9 @@ def duplicates(directory: Path, pieces: list[Piece], *, bucket: int = 1 << 22) -
         order = np.lexsort((owner, table["low"], table["high"]))
         table, owner = table[order], owner[order]
         again = np.flatnonzero((table["high"][1:] == table["high"][:-1]) & (table["low"][1:] == table["low"][:-1])) + 1
-        for index in np.unique(owner[again]):
-            found.setdefault(pieces[index].key, []).append(table["place"][again[owner[again] == index]])
-    return {key: np.sort(np.concatenate(places)) for key, places in found.items()}
+        for index in np.unique(owner[again]).tolist():
+            found.setdefault(index, []).append(table["place"][again[owner[again] == index]])
+    return {index: np.sort(np.concatenate(places)) for index, places in found.items()}
 
 
 def _first_from(table: np.ndarray, high: int) -> int:

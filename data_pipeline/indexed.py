@@ -25,7 +25,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -193,9 +193,29 @@ class TokenFile:
         return self.__dict__ | {"_file": None}
 
 
-def read_parts(files: Sequence[TokenFile], parts: Iterable[Sequence[int]], ids: memoryview) -> list[int]:
+class JoinedFiles(NamedTuple):
+    """Reads from `files[number]` on into the next ones, and converts to the dtype asked for."""
+
+    files: Sequence[TokenFile]
+    number: int
+    _file = None  # none of its own is open: `read_parts` calls `read_into`
+
+    def read_into(self, position: int, ids: memoryview) -> None:
+        """Fill `ids`, of any dtype, with those from byte `position` of `files[number]` on."""
+        left, out, number = len(ids), np.asarray(ids), self.number
+        start = (position - self.files[number].offset) // self.files[number].dtype.itemsize
+        while left:
+            part = self.files[number].read(start, min(left, self.files[number].n_tokens - start))
+            out[len(ids) - left :][: len(part)] = part
+            number, start, left = number + 1, 0, left - len(part)
+
+
+def read_parts(files: Sequence[TokenFile | JoinedFiles], parts: Iterable[Sequence[int]], ids: memoryview) -> list[int]:
     """Fill parts of `ids`, each (which of `files`, byte position in it, first and one after the last place in `ids`),
-    and return the last id of each, over which the next part may be put. As `read_into`, without a call for each.
+    and return the last id of each, over which the next part may be put.
+
+    As `read_into` of each file, whose dtype `ids` must have, but without a call for each part. Safe in several threads.
+    Raises ValueError, naming the file, when one cannot be read.
     """
     last, preadv = [], os.preadv
     for number, position, first, end in parts:
@@ -206,7 +226,7 @@ def read_parts(files: Sequence[TokenFile], parts: Iterable[Sequence[int]], ids: 
         except OSError:
             whole = False
         if not whole:
-            file.read_into(position, part)  # which opens it, reads on or says what is wrong
+            file.read_into(position, part)  # opens it, and begins again or says what is wrong
         last.append(ids[end - 1])
     return last
 

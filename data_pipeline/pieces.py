@@ -64,6 +64,11 @@ class Rules:
         for name, least in (("shard_tokens", 1), ("max_documents", 1), ("min_characters", 0), ("max_characters", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} {value}: must be at least {least}")
+        if self.max_characters is not None and self.min_characters > self.max_characters:
+            raise ValueError(
+                f"min_characters {self.min_characters}: must not be more than max_characters, which is "
+                f"{self.max_characters}"
+            )
         if self.normalization not in (None, "NFC", "NFD", "NFKC", "NFKD"):
             raise ValueError(f"normalization {self.normalization!r}: must be NFC, NFD, NFKC or NFKD")
         # Once, together with loading them: a file that is edited meanwhile is another filter.
@@ -261,6 +266,11 @@ def _filtered(text: str, rules: Rules, filters: list) -> tuple[str, str | None]:
             raise ValueError(f"filter {name}: {first_line(error)}, on a text that begins {text[:40]!r}") from error
         if isinstance(answer, str):
             text = answer
+        elif not isinstance(answer, (bool, np.bool_)):
+            raise ValueError(
+                f"filter {name}: returned {answer!r:.40}, on a text that begins {text[:40]!r}; expected True "
+                f"to keep it, False to drop it, or a text in its place"
+            )
         elif not answer:
             return text, name
     if not text:

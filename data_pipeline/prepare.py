@@ -156,7 +156,11 @@ def _make(
         for piece in pieces:
             for path in folder.glob(f"{piece.key}*"):
                 path.unlink()
-        raise ValueError("there is no training text in the sources, so nothing was prepared")
+        counts = {"records read": sum(piece.records for piece in pieces)} | dropped
+        if held_out := sum(shard.documents for shard in splits["validation"]):
+            counts["held out for validation"] = held_out
+        counted = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count or name == "records read")
+        raise ValueError(f"there is no training text in the sources, so nothing was prepared: {counted}")
     if examples:
         write_file_atomically(final / MALFORMED_FILE_NAME, "".join(f"{line}\n" for line in examples).encode())
     write_file_atomically(final / SETTINGS_FILE_NAME, (json.dumps(settings, indent=1) + "\n").encode())
@@ -222,7 +226,10 @@ def _make_pieces(
             counted += 1
         return most is not None and len(seen) >= most
 
-    todo = [index for index in range(len(parts)) if index not in pieces]
+    places: dict[str, list[int]] = {}  # of each key: a file that is named twice is read once
+    for index, key in enumerate(keys):
+        places.setdefault(key, []).append(index)
+    todo = [indices[0] for indices in places.values() if indices[0] not in pieces]
     if todo and not enough():
         size = sum(parts[index].size for index in todo)
         with Progress(size, report) as progress:
@@ -231,7 +238,7 @@ def _make_pieces(
             )
             with contextlib.closing(made):
                 for position, piece in made:
-                    pieces[todo[position]] = piece
+                    pieces |= dict.fromkeys(places[piece.key], piece)
                     progress.done(parts[todo[position]].size)
                     if enough():
                         break

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.indexed import TokenFile, read_parts
+from data_pipeline.indexed import JoinedFiles, TokenFile, read_parts
 
 IGNORED_LABEL = -100  # the default ignore_index of torch.nn.functional.cross_entropy
 
@@ -153,9 +153,9 @@ class Samples(ABC):
         self._offsets = np.array([file.offset for file in files], np.int64)
         self._itemsizes = np.array([file.dtype.itemsize for file in files], np.int64)
         # For each file, what reads from it alone; then, for each, what reads on in the next ones, and converts.
-        across = [_Across(self.files, number) for number in range(len(self.files))]
-        alone = (file if file.dtype == self._dtype else other for file, other in zip(self.files, across))
-        self._readers = [*alone, *across]
+        joined = [JoinedFiles(self.files, number) for number in range(len(self.files))]
+        alone = (file if file.dtype == self._dtype else other for file, other in zip(self.files, joined))
+        self._readers = [*alone, *joined]
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -182,19 +182,3 @@ def _document_ids(ends: np.ndarray, count: int, seq_len: int) -> np.ndarray:
     numbers = np.arange(len(edges) - 1) - edges.searchsorted(rows)[edges[:-1] // seq_len]
     # From the few edges: a cumsum over all tokens takes longer.
     return numbers.repeat(edges[1:] - edges[:-1])
-
-
-class _Across(NamedTuple):
-    """As a TokenFile of any dtype, one of `files` and those after it as if they were one."""
-
-    files: list[TokenFile]
-    number: int
-    _file = None
-
-    def read_into(self, position: int, ids: memoryview) -> None:
-        left, out, number = len(ids), np.asarray(ids), self.number
-        start = (position - self.files[number].offset) // self.files[number].dtype.itemsize
-        while left:
-            part = self.files[number].read(start, min(left, self.files[number].n_tokens - start))
-            out[len(ids) - left :][: len(part)] = part
-            number, start, left = number + 1, 0, left - len(part)

@@ -353,10 +353,12 @@ def _huggingface(
     try:
         dataset = stream_huggingface(which)
     except Exception as error:  # the library raises many kinds, some of them bare Exception subclasses
-        raise ValueError(
-            f"source {spec!r} is no built-in corpus (pystdlib, installed, synthetic) and no local file, and cannot "
-            f"be opened as {label}: {first_line(error)}"
-        ) from error
+        other = (
+            ""
+            if Path(path).is_dir()
+            else "is no built-in corpus (pystdlib, installed, synthetic) and no local file, and "
+        )
+        raise ValueError(f"source {spec!r} {other}cannot be opened as {label}: {first_line(error)}") from error
     names = dataset.column_names
     if names is not None and column not in names:
         raise ValueError(f"{label}: {no_such_column(column, names)}")

@@ -63,9 +63,10 @@ class DataConfig:
 
     path: str | None = None
     """Folder with manifest.json; null is data/pystdlib, or `sources`."""
-    sources: list[SourceConfig] = field(default_factory=list)
+    # Not lists: what an item of a list does not say, jsonargparse takes from an earlier list of the same length.
+    sources: tuple[SourceConfig, ...] = ()
     """Several such folders, mixed by weight, in the place of `path`."""
-    stages: list[StageConfig] = field(default_factory=list)
+    stages: tuple[StageConfig, ...] = ()
     """Curriculum: weights of the sources that replace the first ones at certain steps."""
     change_mixture: bool = False
     """Let a resumed run go on with other sources, weights, limits or stages, each source where it was left."""
@@ -398,7 +399,9 @@ class Config:
 
     def to_dict(self) -> dict:
         """Nested plain values, ready for YAML or JSON."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        values["data"] |= {name: list(values["data"][name]) for name in ("sources", "stages")}
+        return values
 
     def save(self, path: str | Path) -> None:
         """Write the settings as YAML, without `resume`, so that the file starts the same run anew under any name."""

@@ -10,7 +10,8 @@ the same tokenizer: tiktoken alone on texts in memory (nothing is written), with
 cores can do; this project with one and with two processes, and with gigatoken if it is installed; the scheme of
 Megatron-LM's tools/preprocess_data.py (a pool of processes that hand lists of ids to one writer); and `datasets.map`.
 Not counted: imports, loading the tokenizer and its engine (of gigatoken: half a second).
-`load` times random access to packed batches on one core.
+`load` times random access to packed batches on one core: an epoch in ten parts, and which of these had the core to
+themselves.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -30,8 +32,10 @@ import numpy as np
 
 PARTS = 10
 """Of an epoch that is timed: what else the machine does shows as their spread."""
-WHOLE_CORE = 0.75
-"""Of the speed of a loop: beside a busy hardware thread, which may be another machine's, a core has half of it."""
+WHOLE_CORE = 0.75, 0.95
+"""A part has a whole core from these shares on: of the fastest pass through a loop, just before and after the part
+(beside a busy hardware thread, which may be another machine's, it is about half), and of its time, that on the CPU.
+"""
 COMPETITORS = {
     "tiktoken": "tiktoken alone, texts in memory",
     "pattern": "the same with our form of its pattern",
@@ -51,14 +55,14 @@ def clocks() -> np.ndarray:
 
 
 def loop_speed() -> float:
-    """Of this core at this moment, in passes of an empty loop per second; takes some 10 ms."""
+    """Of this core at this moment, in passes of an empty loop per microsecond; takes some 10 ms."""
     seconds = []
     for _ in range(9):
         start = time.perf_counter()
         for _ in range(50_000):
             pass
         seconds.append(time.perf_counter() - start)
-    return 50_000 / statistics.median(seconds)
+    return 0.05 / statistics.median(seconds)
 
 
 def read_texts(path: Path) -> list[str]:
@@ -308,17 +312,13 @@ def load_benchmark(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    fastest = max(loop_speed() for _ in range(100))
+    epochs, seen = [], [loop_speed() for _ in range(100)]
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         tokenizer = load_tokenizer("builtin")
         large, many = Path(folder) / "large", Path(folder) / "many"
         _write_dataset(large, tokenizer, lengths(round(arguments.gigabytes * 1e9 / 2 / 800)), 8)
         _write_dataset(many, tokenizer, lengths(10_000_000), 128, holes=True)
         size = sum(path.stat().st_size for path in large.glob("*.bin"))
-        print(f"one core; {size / 1e9:.2f} GB of tokens in documents of about 800, samples of 2048; inputs that carry")
-        print(f"a loss, over one epoch in random order, median of its {PARTS} parts (slowest to fastest), and memory")
-        print("of the process from its start to its end; time to a first batch, median of three. A part has a whole")
-        print(f"core if an empty loop, before and after it, runs at {WHOLE_CORE:.0%} of the fastest seen, or more")
         # Micro-batches of about 16,000 tokens.
         for packing, micro_batch_size, options in (
             ("contiguous", 8, {}),
@@ -331,21 +331,34 @@ def load_benchmark(arguments: argparse.Namespace) -> None:
                 with BatchLoader(dataset, micro_batch_size=micro_batch_size, prefetch=prefetch, **options) as loader:
                     for _ in range(20):
                         next(loader)
-                    before, rates, speeds = memory(), [], [loop_speed()]
+                    before, parts, speed = memory(), [], loop_speed()
                     steps = dataset.samples_per_epoch // micro_batch_size // PARTS
                     tokens = dataset.inputs_total * steps * micro_batch_size / dataset.samples_per_epoch
                     for _ in range(PARTS):
-                        start = time.perf_counter()
+                        start, cpu = time.perf_counter(), time.process_time()
                         for _ in range(steps):
                             next(loader)
-                        rates.append(tokens / (time.perf_counter() - start) / 1e6)
-                        speeds.append(loop_speed())
-                    after = memory()
-                fastest = max(fastest, *speeds)
-                whole = [r for r, *around in zip(rates, speeds, speeds[1:]) if min(around) >= WHOLE_CORE * fastest]
-                name = packing + (", document_mask" if options else "") + (", read ahead" if prefetch else "")
-                with_core = f"; {spread(whole)} in {len(whole)} parts with a whole core" if whole else ""
-                print(f"  {name:<40}{spread(rates)} M tokens/s{with_core}; {before:.0f} to {after:.0f} MiB", flush=True)
+                        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+                        slower, speed = speed, loop_speed()
+                        seen.append(speed)
+                        parts.append((tokens / seconds / 1e6, min(slower, speed), cpu / seconds))
+                    name = packing + (", document_mask" if options else "") + (", read ahead" if prefetch else "")
+                    epochs.append((name, parts, before, memory()))
+        least_speed, least_share = WHOLE_CORE[0] * max(seen), WHOLE_CORE[1]
+        about = (
+            f"One core; {size / 1e9:.2f} GB of tokens in documents of about 800, samples of 2048. M tokens/s, without "
+            f"padding, over one epoch in random order: median of its {PARTS} parts (slowest to fastest); the same of "
+            f"parts with a whole core, which had {least_share:.0%} of its time, and before and after which an empty "
+            f"loop made {least_speed:.0f} passes per us or more (of {min(seen):.0f} to {max(seen):.0f} seen); memory "
+            "of the process at the start and the end of the epoch, MiB. Then the time to a first batch, of three."
+        )
+        print(textwrap.fill(about, 110))
+        print(f"  {'':<38}{'all parts':<20}{'with a whole core':<27}memory")
+        for name, parts, before, after in epochs:
+            rates = [rate for rate, *_ in parts]
+            whole = [rate for rate, speed, share in parts if speed >= least_speed and share >= least_share]
+            with_core = f"{spread(whole)}, {len(whole)} of {PARTS}" if whole else f"none of {PARTS}"
+            print(f"  {name:<38}{spread(rates):<20}{with_core:<27}{before:.0f} to {after:.0f}")
         for packing in ("contiguous", "best_fit", "varlen"):
             seconds = []
             for _ in range(3):

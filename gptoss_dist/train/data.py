@@ -96,7 +96,13 @@ def open_training_data(
 
 def open_validation(config: Config, say: Callable[[str], None]) -> dict[str, TokenSplit]:
     """The validation split of every source that has one, by the source's name."""
-    chosen = [s for s in sources(config) if _has_validation(s)] or sources(config)[:1]  # refused when it is opened
+    chosen = [source for source in sources(config) if _has_validation(source)]
+    if not chosen:
+        raise ValueError(
+            f"{', '.join(source.path for source in sources(config))}: no validation split; prepare with a larger "
+            f"--validation-fraction, hold documents out with python -m data_pipeline.split, or train with "
+            f"--validation.every 0"
+        )
     for source in sources(config):
         if source not in chosen:
             say(f"{source.label} has no validation split: it is left out of the validation loss")

@@ -106,6 +106,28 @@ def test_damage_is_one_clear_line_naming_the_file(tmp_path, suffix, change, mess
     assert "\n" not in str(error.value)
 
 
+def test_a_file_that_another_thread_closes_is_read_to_the_end(tmp_path, monkeypatch):
+    """Its number would be that of the next file that is opened."""
+    monkeypatch.setattr(indexed, "MAX_OPEN_FILES", 1)
+    files, preadv = [], os.preadv
+    for i in range(3):
+        with IndexedWriter(tmp_path / str(i), token_dtype(1000)) as writer:
+            writer.add_document(np.full(4, i))
+        files.append(IndexedReader(tmp_path / str(i)).file)
+
+    def interrupted(*arguments):
+        monkeypatch.setattr(os, "preadv", preadv)
+        assert [file.read(0, 1) for file in files[1:]] == [1, 2] and files[0]._file is None
+        return preadv(*arguments)
+
+    for read in (lambda ids: files[0].read_into(0, ids), lambda ids: read_parts(files, [(0, 0, 0, 4)], ids)):
+        ids = np.full(4, 99, "<u2")
+        files[0].read(0, 1)
+        monkeypatch.setattr(os, "preadv", interrupted)
+        read(memoryview(ids))
+        assert os.preadv is preadv and ids.tolist() == [0] * 4
+
+
 def test_many_threads_read_more_files_than_may_be_open(tmp_path, monkeypatch):
     monkeypatch.setattr(indexed, "MAX_OPEN_FILES", 3)
     files = []

@@ -26,6 +26,7 @@ from data_pipeline.gather import duplicates, gather
 from data_pipeline.pieces import Piece, Rules, _write_hashes, hashes_path, make_piece
 from data_pipeline.prepare import _arguments, main, prepare
 from data_pipeline.sources import Part, Source
+from data_pipeline.verify import main as verify
 
 
 def run(*arguments, capsys=None):
@@ -133,9 +134,7 @@ def test_duplicates_are_found_in_ranges_of_hashes(tmp_path, monkeypatch):
         digests = [hashlib.sha256(key).digest()[:16] for key in keys]
         _write_hashes(hashes_path(tmp_path, str(index)), digests)
         pieces.append(Piece(str(index), "", 0, count, {}, {}, {}, 0, [], {}))
-        expected[str(index)] = [
-            place for place, digest in enumerate(digests) if first.setdefault(digest, index) != index
-        ]
+        expected[index] = [place for place, digest in enumerate(digests) if first.setdefault(digest, index) != index]
     expected = {key: places for key, places in expected.items() if places}
     for bucket in (1 << 20, 100, 1):
         found = duplicates(tmp_path, pieces, bucket=bucket)
@@ -231,7 +230,9 @@ def test_a_directory_of_something_else_is_never_replaced(tmp_path, capsys):
         (["synthetic", "--tokenizer", "nonsense"], "neither a known name"),
         (["synthetic", "--validation-fraction", "1"], "validation_fraction 1.0"),
         (["synthetic", "--workers", "0"], "workers 0"),
-        (["synthetic:documents=0"], "no training text"),
+        (["synthetic:documents=0"], "no training text in the sources, so nothing was prepared: 0 records read"),
+        (["synthetic:documents=9", "--max-characters", "1"], "prepared: 9 records read, 9 long"),
+        (["synthetic", "--min-characters", "9", "--max-characters", "8"], "min_characters 9: must not be more than"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, arguments, message):
@@ -271,12 +272,40 @@ def test_malformed_records_are_counted_named_and_left_out(tmp_path, capsys, monk
     assert code == 1 and "no column 'txt', only 'text'" in err and "the first 100 records" in err
 
 
+@pytest.mark.parametrize("most", [None, 10])
+def test_a_file_that_is_named_twice(tmp_path, corpus, most):
+    """Its second copy is all duplicates, and the first one stays; what is read in parts is read once."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(8)))
+    options = ["--validation-fraction", 0.1, *(["--max-documents", most] if most else [])]
+    assert run(other, corpus, "--output", tmp_path / "once", *options) == 0
+    once = [documents_of(tmp_path / "once", split) for split in ("train", "validation")]
+    for workers in (1, 2):
+        output = tmp_path / f"twice{workers}"
+        assert run(other, corpus, other, tmp_path / "*.jsonl", "--output", output, *options, "--workers", workers) == 0
+        assert [documents_of(output, split) for split in ("train", "validation")] == once
+    if not most:
+        read = len(list(open_source(str(corpus)).documents())) + 8
+        dropped = [Manifest.read(tmp_path / name).dropped for name in ("once", "twice1")]
+        assert dropped[1]["duplicate"] + dropped[1]["empty"] == dropped[0]["duplicate"] + dropped[0]["empty"] + read + 8
+
+    options = ["--keep-duplicates", "--validation-fraction", 0.5]
+    assert run(other, other, "--output", tmp_path / "kept", *options, "--workers", 2) == 0
+    kept = documents_of(tmp_path / "kept", "train") + documents_of(tmp_path / "kept", "validation")
+    assert sorted(kept) == sorted(2 * [f"document {i}" for i in range(8)])
+    assert verify([str(tmp_path / "kept")]) == 0
+
+
 def keep_even(text):
     return len(text) % 2 == 0
 
 
 def shout(text):
     return text.upper()
+
+
+def forgets_to_return(text):
+    pass
 
 
 def test_filters_and_normalization(tmp_path, capsys, monkeypatch):
@@ -291,7 +320,9 @@ def test_filters_and_normalization(tmp_path, capsys, monkeypatch):
         assert documents_of(output, "train") == ["\u00c9!", "EVEN", "AB"]
     dropped = {"empty": 0, "duplicate": 0, "long": 1, "test_prepare:keep_even": 2}
     assert Manifest.read(output).dropped == dropped
-    for bad, message in (("nonsense", "expected MODULE:FUNCTION"), ("json:nothing", "has no attribute 'nothing'")):
+    for bad, message in (("nonsense", "expected MODULE:FUNCTION"), ("json:nothing", "has no attribute 'nothing'"),
+                         ("test_prepare:forgets_to_return", "returned None, on a text that begins 'e"),
+                         ("builtins:len", "returned 3, on a text that begins 'e")):  # fmt: skip
         code, _, err = run(path, "--output", tmp_path / "b", "--filter", bad, capsys=capsys)
         assert code == 1 and message in err and err.count("\n") == 1
 

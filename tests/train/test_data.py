@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch.distributed as dist
+import yaml
 from ranks import run
 from token_data import write_dataset
 
 from data_pipeline import Manifest
-from gptoss_dist.config import Config, SourceConfig, StageConfig
+from gptoss_dist.config import Config, SourceConfig, StageConfig, load_config
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.parallel.context import start
 from gptoss_dist.train.data import open_training_data, open_validation, verify
@@ -147,9 +149,15 @@ def test_data_that_end_before_the_run(config):
         open_training_data(settings, PER_STEP)
 
 
-def test_validation_and_dry_run_name_the_sources(config):
+def test_validation_and_dry_run_name_the_sources(config, folders):
     settings, said = config(("web", 0.7, 1.0), ("math", 0.3), packing="best_fit", steps=500), []
     assert list(open_validation(settings, said.append)) == ["web"] and "math has no validation split" in said[0]
+    for names in (["math"], ["math", "math"]):
+        without, said = config("web"), []
+        without.data.path, without.data.sources = None, [SourceConfig(str(folders / name)) for name in names]
+        with pytest.raises(ValueError, match=r"math: no validation split; prepare with a larger"):
+            open_validation(without, said.append)
+        assert not said
     text = describe(settings, world_size=1)
     shares = ("from step 1: web 70.0", "from step 130: web is used up after 1 epochs; now math 100.00%")
     for expected in ("web: ", "math: ", "% padding", "% of documents cut", *shares):
@@ -185,6 +193,26 @@ def test_contradictions_are_one_line(data, message):
     with pytest.raises(ValueError, match=message) as error:
         config._check_data()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_later_lists_take_the_place_of_earlier_ones(tmp_path, count):
+    """Whatever their lengths: no weight, limit or name of an earlier source stays."""
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    named = [SourceConfig("x/a", 0.5, 1.0, "one"), SourceConfig("x/b", 0.5, None, "two")]
+    stages = [StageConfig(3, {"one": 1.0}), StageConfig(5, {"two": 1.0})]
+    earlier = {"sources": [asdict(source) for source in named], "stages": [asdict(stage) for stage in stages]}
+    first.write_text(yaml.safe_dump({"data": earlier}))
+    assert load_config(first).data.sources == tuple(named) and load_config(first).data.stages == tuple(stages)
+    later = [{"path": f"y/{n}"} for n in range(count)]
+    second.write_text(yaml.safe_dump({"data": {"sources": later, "stages": []}}))
+    for config in (
+        load_config(first, second),
+        load_config(first, overrides={"data.stages": "[]", "data.sources": json.dumps(later)}),
+    ):
+        assert config.data.sources == tuple(SourceConfig(f"y/{n}") for n in range(count)) and config.data.stages == ()
+    (tmp_path / "saved.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    assert load_config(tmp_path / "saved.yaml").data == config.data
 
 
 def test_content_is_verified_as_asked(config, monkeypatch):
