@@ -201,8 +201,7 @@ def main(argv: list[str] | None = None) -> int:
         lines = summary(arguments.directory[0])
 
     def action() -> None:
-        for line in lines:
-            print(line)
+        print("\n".join(lines))  # all or nothing, where a shard turns out to be damaged
 
     return command.run(action)
 

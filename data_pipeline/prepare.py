@@ -182,7 +182,8 @@ def _existing(output: Path, settings: dict, overwrite: bool) -> Manifest | None:
         for split in manifest.splits:
             open_shards(output, manifest, split)
         differing = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
-        problem = f"was prepared with other settings ({', '.join(differing)})" if differing else None
+        said = (_said(key, found.get(key), settings.get(key)) for key in differing)
+        problem = f"was prepared with other settings ({', '.join(said)})" if differing else None
         if overwrite and not differing:  # who asks for it may know of damage that sizes do not show
             check_content(output, manifest, always=True)
     except (OSError, ValueError, AttributeError) as error:
@@ -192,6 +193,15 @@ def _existing(output: Path, settings: dict, overwrite: bool) -> Manifest | None:
     if not overwrite:
         raise ValueError(f"{output}: {problem}; choose another output directory, or replace it with --overwrite")
     return None
+
+
+def _said(key: str, theirs: object, ours: object) -> str:
+    """What differs, and how, where that is short."""
+    if key == "tokenizer_sha256":
+        return "another tokenizer"
+    if isinstance(theirs, (list, dict)) or isinstance(ours, (list, dict)):
+        return f"other {key}"
+    return f"{key} {theirs}, not {ours}"
 
 
 def _make_pieces(

@@ -197,9 +197,10 @@ def test_a_second_request_is_recognised_or_refused(tmp_path, corpus, capsys):
     assert code == 0 and "already prepared" in out
 
     for different, key in (
-        (("--tokenizer", "builtin"), "tokenizer_sha256"),
-        (("--validation-fraction", "0.5"), "validation_fraction"),
-        (("--max-documents", "5"), "max_documents"),
+        (("--tokenizer", "builtin"), "(another tokenizer)"),
+        (("--validation-fraction", "0.5"), "(validation_fraction 0.01, not 0.5)"),
+        (("--max-documents", "5"), "(max_documents None, not 5)"),
+        (("synthetic",), "(other sources)"),
     ):
         code, _, err = run(*base, *different, capsys=capsys)
         assert code == 1 and key in err and "--overwrite" in err and err.count("\n") == 1
