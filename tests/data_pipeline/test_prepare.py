@@ -200,10 +200,11 @@ def test_a_second_request_is_recognised_or_refused(tmp_path, corpus, capsys):
         (("--tokenizer", "builtin"), "(another tokenizer)"),
         (("--validation-fraction", "0.5"), "(validation_fraction 0.01, not 0.5)"),
         (("--max-documents", "5"), "(max_documents None, not 5)"),
-        (("synthetic",), "(other sources)"),
     ):
         code, _, err = run(*base, *different, capsys=capsys)
         assert code == 1 and key in err and "--overwrite" in err and err.count("\n") == 1
+    code, _, err = run("synthetic", *base[1:], capsys=capsys)
+    assert code == 1 and "(other sources)" in err
     assert contents(output) == before
 
     assert run(*base, "--max-documents", 5, "--overwrite") == 0
