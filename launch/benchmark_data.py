@@ -350,7 +350,7 @@ def load_benchmark(arguments: argparse.Namespace) -> None:
             f"padding, over one epoch in random order: median of its {PARTS} parts (slowest to fastest); the same of "
             f"parts with a whole core, which had {least_share:.0%} of its time, and before and after which an empty "
             f"loop made {least_speed:.0f} passes per us or more (of {min(seen):.0f} to {max(seen):.0f} seen); memory "
-            "of the process at the start and the end of the epoch, MiB. Then the time to a first batch, of three."
+            "of the process at the start and the end of the epoch, MiB. Then a first batch's time, median of three."
         )
         print(textwrap.fill(about, 110))
         print(f"  {'':<38}{'all parts':<20}{'with a whole core':<27}memory")
