@@ -353,11 +353,8 @@ def _huggingface(
     try:
         dataset = stream_huggingface(which)
     except Exception as error:  # the library raises many kinds, some of them bare Exception subclasses
-        other = (
-            ""
-            if Path(path).is_dir()
-            else "is no built-in corpus (pystdlib, installed, synthetic) and no local file, and "
-        )
+        other = "is no built-in corpus (pystdlib, installed, synthetic), no local file, and "
+        other = "" if Path(path).is_dir() else other
         raise ValueError(f"source {spec!r} {other}cannot be opened as {label}: {first_line(error)}") from error
     names = dataset.column_names
     if names is not None and column not in names:
