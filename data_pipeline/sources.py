@@ -346,16 +346,16 @@ def _huggingface(
     label = f"Hugging Face dataset {path!r}" + (f" ({config_name})" if config_name else "") + f", split {split!r}"
     label += f", revision {revision}" if revision else ""
     which = {"path": path, "name": config_name, "split": split, "revision": revision}
+    not_local = ""
     if Path(path).is_dir():
         content = [[file.path, file.size, file.version] for file in find_files(path, None)]
     else:
         which["revision"] = content = _resolved(path, revision)
+        not_local = "is no built-in corpus (pystdlib, installed, synthetic), no local file, and "
     try:
         dataset = stream_huggingface(which)
     except Exception as error:  # the library raises many kinds, some of them bare Exception subclasses
-        other = "is no built-in corpus (pystdlib, installed, synthetic), no local file, and "
-        other = "" if Path(path).is_dir() else other
-        raise ValueError(f"source {spec!r} {other}cannot be opened as {label}: {first_line(error)}") from error
+        raise ValueError(f"source {spec!r} {not_local}cannot be opened as {label}: {first_line(error)}") from error
     names = dataset.column_names
     if names is not None and column not in names:
         raise ValueError(f"{label}: {no_such_column(column, names)}")
