@@ -362,7 +362,7 @@ def test_parquet_in_row_groups_and_shards_of_a_huggingface_dataset(tmp_path, mon
     files, hub = open_source(str(folder)), open_source(str(tmp_path / "Stories"), split="train")
     assert len(files.parts) > 9 and len(hub.parts) == 3
     assert "row groups 0 to" in files.parts[0].name
-    with pytest.raises(ValueError, match=r"^source '[^']*' cannot be opened as .*, split 'test': ValueError: Bad split"):
+    with pytest.raises(ValueError, match=r"^source '[^']*' cannot be opened as .* 'test': ValueError: Bad split"):
         open_source(str(tmp_path / "Stories"), split="test")
     for name, arguments in (("files", [folder]), ("hub", [tmp_path / "Stories", "--split", "train"])):
         options = ("--tokenizer", "bytes", "--validation-fraction", 0, "--workers", 2)
