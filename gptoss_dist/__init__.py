@@ -8,8 +8,8 @@ __version__ = "0.1.0"
 _HOME = {
     "GptOss": "gptoss_dist.model.transformer",
     "ModelConfig": "gptoss_dist.model.config",
-    "load_pretrained": "gptoss_dist.checkpoint.pretrained",
-    "save_pretrained": "gptoss_dist.checkpoint.export",
+    "load_pretrained": "gptoss_dist.checkpoint.formats.pretrained",
+    "save_pretrained": "gptoss_dist.checkpoint.formats.export",
 }
 
 

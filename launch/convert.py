@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from gptoss_dist.checkpoint.inspect import describe
+    from gptoss_dist.checkpoint.formats.inspect import describe
 
     print(describe(arguments.source))
     return 0
@@ -76,7 +76,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _model(arguments: argparse.Namespace) -> int:
     import yaml
 
-    from gptoss_dist.checkpoint.pretrained import open_pretrained
+    from gptoss_dist.checkpoint.formats.pretrained import open_pretrained
 
     print(yaml.safe_dump(open_pretrained(arguments.source, verify=False).config.to_dict(), sort_keys=False), end="")
     return 0
@@ -85,8 +85,8 @@ def _model(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     import torch
 
-    from gptoss_dist.checkpoint.export import export
-    from gptoss_dist.checkpoint.pretrained import open_pretrained
+    from gptoss_dist.checkpoint.formats.export import export
+    from gptoss_dist.checkpoint.formats.pretrained import open_pretrained
 
     losses = export(
         open_pretrained(arguments.source, say=print, verify=not arguments.no_verify),

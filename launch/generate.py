@@ -11,18 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-REPL_HELP = ":t TEMPERATURE   :k TOP_K   :p TOP_P   :n NEW_TOKENS   :q quit; anything else is a prompt"
-REPL_SETTINGS = {
-    ":t": ("temperature", float),
-    ":k": ("top_k", int),
-    ":p": ("top_p", float),
-    ":n": ("max_new_tokens", int),
-}
+from gptoss_dist.inference.interactive import REPL_HELP, repl
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="generate.py", description=__doc__.strip().splitlines()[0], epilog=f"Interactive: {REPL_HELP}"
+        prog="generate.py", description=__doc__.strip().splitlines()[0], epilog="Interactive: " + REPL_HELP
     )
     parser.add_argument(
         "--checkpoint", required=True, help="a run's folder, a checkpoint, or a model that convert.py exported"
@@ -60,32 +54,6 @@ def main(argv: list[str]) -> int:
         print(f"generate.py: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def repl(session, settings: dict) -> int:
-    print(REPL_HELP)
-    while True:
-        try:
-            line = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return 0
-        command, _, value = line.partition(" ")
-        if command == ":q":
-            return 0
-        try:
-            if command in REPL_SETTINGS:
-                name, kind = REPL_SETTINGS[command]
-                settings[name] = kind(value)
-                print(f"{name} = {settings[name]}")
-            elif command.startswith(":"):
-                print(REPL_HELP)
-            elif line:
-                print(line, end="", flush=True)
-                session.write(line, on_text=lambda text: print(text, end="", flush=True), **settings)
-                print()
-        except ValueError as error:
-            print(f"could not: {error}")
 
 
 if __name__ == "__main__":

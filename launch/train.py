@@ -16,25 +16,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def main(argv: list[str]) -> int:
     from gptoss_dist.config import build_parser, parse_arguments
-    from gptoss_dist.parallel import launcher
+    from gptoss_dist.distributed import launchers
 
     parser = build_parser(prog="train.py", description=__doc__.strip().splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="print parameters, tokens, memory and layout, and exit")
     try:
-        launcher.complete()
-        config, flags = parse_arguments(launcher.without_local_rank(argv), parser)
+        launchers.complete()
+        config, flags = parse_arguments(launchers.without_local_rank(argv), parser)
         if flags["dry_run"]:
-            from gptoss_dist.train.plan import describe
+            from gptoss_dist.train.dry_run import describe
 
             plan = describe(config)
             if int(os.environ.get("RANK", 0)) == 0:
                 print(plan)
             return 0
     except ValueError as error:
-        launcher.tell(str(error))
+        launchers.tell(str(error))
         return 2
 
-    from gptoss_dist.parallel.context import finish
+    from gptoss_dist.distributed.processes import finish
     from gptoss_dist.train.loop import run
 
     return finish(run(config))

@@ -9,13 +9,14 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 import pytest
 import yaml
-from ranks import MODEL
+
+from tests.support.ranks import MODEL
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A small synthetic dataset with the `bytes` tokenizer, for training tests."""
-    from data_pipeline.prepare import main
+    from data_pipeline.prepare.__main__ import main
 
     path = tmp_path_factory.mktemp("corpus") / "synthetic"
     code = main(["synthetic", "--output", str(path), "--tokenizer", "bytes", "--validation-fraction", "0.2",

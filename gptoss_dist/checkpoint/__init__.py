@@ -1,7 +1,7 @@
 """Sharded, resumable checkpoints, and models of other tools."""
 
-from gptoss_dist.checkpoint.export import export, save_pretrained
-from gptoss_dist.checkpoint.pretrained import check_architecture, load_into, load_pretrained, open_pretrained
+from gptoss_dist.checkpoint.formats.export import export, save_pretrained
+from gptoss_dist.checkpoint.formats.pretrained import check_architecture, load_into, load_pretrained, open_pretrained
 from gptoss_dist.checkpoint.rng import restore_rng
 from gptoss_dist.checkpoint.saver import Saver, save
 from gptoss_dist.checkpoint.store import (

@@ -14,7 +14,7 @@ from torch import Tensor
 from gptoss_dist.checkpoint.boxes import Box, boxes_to_write
 from gptoss_dist.checkpoint.rng import rng_state
 from gptoss_dist.checkpoint.store import Keep, write
-from gptoss_dist.parallel.context import patient_group
+from gptoss_dist.distributed.collectives import patient_group
 
 RETRY_AFTER_S = (1.0, 5.0)
 """Waits before a failed save is tried again."""

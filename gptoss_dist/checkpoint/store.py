@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from gptoss_dist.checkpoint.boxes import Box
-from gptoss_dist.checkpoint.tensor_files import write_boxes
-from gptoss_dist.parallel.context import gathered, on_rank_zero, shared
+from gptoss_dist.checkpoint.formats.tensor_files import write_boxes
+from gptoss_dist.distributed.collectives import gathered, on_rank_zero, shared
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gptoss_dist.config import Config
+from gptoss_dist.distributed.processes import Context
 from gptoss_dist.model.losses import balance_loss, updated_selection_bias, z_loss
 from gptoss_dist.model.transformer import IGNORE_INDEX, GptOss
-from gptoss_dist.parallel.context import Context
 from gptoss_dist.parallel.exchange import Exchange
 from gptoss_dist.parallel.mesh import Layout
 

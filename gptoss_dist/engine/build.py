@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from gptoss_dist.config import Config
+from gptoss_dist.distributed.launchers import is_deepspeed
+from gptoss_dist.distributed.processes import Context
 from gptoss_dist.engine.base import Engine
-from gptoss_dist.parallel.context import Context
-from gptoss_dist.parallel.launcher import is_deepspeed
 
 
 def engine_kind(config: Config) -> str:

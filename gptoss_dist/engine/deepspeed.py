@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from gptoss_dist.config import Config
+from gptoss_dist.distributed.processes import Context
 from gptoss_dist.engine.base import Engine
 from gptoss_dist.engine.flat_shard import boxes, flat_shard
 from gptoss_dist.engine.optimizer import adamw, allocate_state, freeze, parameter_groups, set_learning_rate
 from gptoss_dist.engine.zero_settings import check_frozen, check_layout, check_offload, deepspeed_settings, zero_stage
 from gptoss_dist.model.init import fill
 from gptoss_dist.model.transformer import GptOss
-from gptoss_dist.parallel.context import Context
 from gptoss_dist.parallel.mesh import build_meshes, local, plan_layout
 from gptoss_dist.parallel.parallelize import place_experts, wrap_blocks
 

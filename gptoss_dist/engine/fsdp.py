@@ -8,11 +8,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from gptoss_dist.config import Config
+from gptoss_dist.distributed.processes import Context
 from gptoss_dist.engine.base import Engine
 from gptoss_dist.engine.optimizer import build_optimizer, freeze, set_learning_rate
 from gptoss_dist.model.init import fill
 from gptoss_dist.model.transformer import GptOss
-from gptoss_dist.parallel.context import Context
 from gptoss_dist.parallel.mesh import build_meshes, local, plan_layout
 from gptoss_dist.parallel.parallelize import parallelize
 

@@ -1,6 +1,6 @@
-"""Text generation with a key/value cache."""
+"""Sessions with a trained model, for people and for evaluation."""
 
-from gptoss_dist.inference.generate import generate, sample
-from gptoss_dist.inference.kv_cache import KVCache
+from gptoss_dist.model.generate import generate, sample
+from gptoss_dist.model.kv_cache import KVCache
 
 __all__ = ["KVCache", "generate", "sample"]

@@ -10,7 +10,7 @@ import torch
 
 from data_pipeline import Tokenizer
 from gptoss_dist.checkpoint import open_pretrained
-from gptoss_dist.inference.generate import generate
+from gptoss_dist.model.generate import generate
 from gptoss_dist.model.transformer import GptOss
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gptoss_dist.model.config import SLIDING, ModelConfig
 from gptoss_dist.model.linear import Linear
 from gptoss_dist.model.rope import apply_rotary
-from gptoss_dist.ops.sink_attention import masked_sink_attention, sink_attention
+from gptoss_dist.ops.attention.sink_attention import masked_sink_attention, sink_attention
 
 
 class LayerCache(Protocol):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.ops.experts.grouped_experts import grouped_experts
 from gptoss_dist.ops.gemm import linear
-from gptoss_dist.ops.grouped_experts import grouped_experts
 
 
 class RouterStats(NamedTuple):

@@ -6,22 +6,21 @@ Shapes: B batch, T tokens, D hidden_size, V vocab_size, L layers, E experts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gptoss_dist.model.attention import Attention
 from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.model.generate import generate
+from gptoss_dist.model.kv_cache import KVCache
 from gptoss_dist.model.linear import Linear
 from gptoss_dist.model.losses import balance_loss, z_loss
 from gptoss_dist.model.moe import MoE, RouterStats
 from gptoss_dist.model.rope import RotaryTables
 from gptoss_dist.ops.cross_entropy import linear_cross_entropy
 from gptoss_dist.ops.rms_norm import rms_norm
-
-if TYPE_CHECKING:
-    from gptoss_dist.inference.kv_cache import KVCache
 
 IGNORE_INDEX = -100
 """Label of a token that carries no loss (the convention of torch and transformers)."""
@@ -152,7 +151,5 @@ class GptOss(nn.Module):
         return sums.token_loss / valid, auxiliary
 
     def generate(self, input_ids_BT: Tensor, **kwargs) -> Tensor:
-        """Continue token ids [B, T]; arguments and result as in `gptoss_dist.inference.generate.generate`."""
-        from gptoss_dist.inference.generate import generate
-
+        """Continue token ids [B, T]; arguments and result as in `gptoss_dist.model.generate.generate`."""
         return generate(self, input_ids_BT, **kwargs)

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from gptoss_dist.model.moe import Experts
-from gptoss_dist.ops.grouped_experts import grouped_experts
+from gptoss_dist.ops.experts.grouped_experts import grouped_experts
 from gptoss_dist.parallel.exchange import Exchange
 from gptoss_dist.parallel.megablocks_compat import load_megablocks
 from gptoss_dist.parallel.mesh import local

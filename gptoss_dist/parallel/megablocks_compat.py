@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptoss_dist.parallel.context import LocalError
+from gptoss_dist.distributed.collectives import LocalError
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard
 
 from gptoss_dist.config import Config
 from gptoss_dist.model.transformer import GptOss
-from gptoss_dist.ops.grouped_experts import grouped_mm_limit
+from gptoss_dist.ops.experts.grouped import grouped_mm_limit
 from gptoss_dist.parallel.exchange import Exchange
 from gptoss_dist.parallel.mesh import Meshes, local
 from gptoss_dist.parallel.recompute import checkpoint_activations

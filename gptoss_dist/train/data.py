@@ -9,11 +9,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data_pipeline import Manifest, MixtureDataset, Source, Stage, open_dataset
-from data_pipeline.dataset import TokenSplit
-from data_pipeline.mixture import differences
-from data_pipeline.verify import check_content, copy_id, record_content, unread_shards
+from data_pipeline.batches.contiguous import TokenSplit
+from data_pipeline.batches.mixture_changes import differences
+from data_pipeline.shards.checksums import check_content, copy_id, record_content, unread_shards
 from gptoss_dist.config import Config, SourceConfig
-from gptoss_dist.parallel.context import gathered, on_every_rank
+from gptoss_dist.distributed.collectives import gathered, on_every_rank
 
 
 def sources(config: Config) -> list[SourceConfig]:

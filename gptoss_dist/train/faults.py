@@ -1,33 +1,14 @@
-"""Requests to stop, and steps that went wrong."""
+"""Steps that went wrong, and what ends a run because of them."""
 
 from __future__ import annotations
 
 import logging
-import signal
 
 log = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is for the user, and checkpoints are intact."""
-
-
-class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a flag, so that the step is finished and saved. A second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _handle(self, number: int, _frame) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def close(self) -> None:
-        """Put the former handlers back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 class SkipGuard:

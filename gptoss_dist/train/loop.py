@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import sys
 from contextlib import nullcontext, suppress
-from pathlib import Path
 
 import torch
 
-from data_pipeline import BatchLoader, MixtureDataset, validation_batches
+from data_pipeline import BatchLoader, validation_batches
 from gptoss_dist import checkpoint
 from gptoss_dist.config import Config
+from gptoss_dist.distributed import launchers
+from gptoss_dist.distributed.collectives import LocalError, on_rank_zero, patient_group
+from gptoss_dist.distributed.processes import Context, leave, seed_everything, start
+from gptoss_dist.distributed.signals import StopRequest
 from gptoss_dist.engine import build_engine, engine_kind
-from gptoss_dist.inference import generate
-from gptoss_dist.model.config import SHAPING, ModelConfig
-from gptoss_dist.parallel import launcher
-from gptoss_dist.parallel.context import (
-    Context,
-    LocalError,
-    leave,
-    on_rank_zero,
-    patient_group,
-    seed_everything,
-    shared,
-    start,
-)
 from gptoss_dist.parallel.mesh import spanned_machines
+from gptoss_dist.tracking.metrics import StepTimer
+from gptoss_dist.tracking.profiling import profiled
 from gptoss_dist.train.data import open_training_data, open_validation, verify
-from gptoss_dist.train.faults import SkipGuard, StopRequest, TrainingError
-from gptoss_dist.train.metrics import StepTimer
-from gptoss_dist.train.profiling import profiled
+from gptoss_dist.train.faults import SkipGuard, TrainingError
+from gptoss_dist.train.periodic import write_samples
 from gptoss_dist.train.report import Report
 from gptoss_dist.train.schedule import learning_rate
+from gptoss_dist.train.start import check_folder, check_resumable, checkpoint_to_resume, open_folder, say
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +43,7 @@ def run(config: Config) -> int:
     except (ValueError, TrainingError) as error:
         log.error("%s", error)
         mistake, alone = str(error), isinstance(error, LocalError)
-        leave(lambda: launcher.tell(mistake, alone=alone))
+        leave(lambda: launchers.tell(mistake, alone=alone))
         return 2 if isinstance(error, ValueError) else 1
     return 0
 
@@ -67,20 +57,20 @@ def train(config: Config, context: Context) -> None:
     """
     settings = config.train
     samples_per_step = settings.micro_batch_size * settings.gradient_accumulation * context.world_size
-    path = _checkpoint_to_resume(config)
+    path = checkpoint_to_resume(config)
     info = None
     if path is not None:
         info = checkpoint.read_info(path)
-        _check_resumable(config, path, info)
+        check_resumable(config, path, info)
     data = open_training_data(config, samples_per_step, checkpoint=path, info=info)
     dataset = data.mixture
-    validation = open_validation(config, _say) if config.validation.every else {}
+    validation = open_validation(config, say) if config.validation.every else {}
     if path is None and config.init["from"]:
-        pretrained = checkpoint.open_pretrained(config.init["from"], say=_say)
+        pretrained = checkpoint.open_pretrained(config.init["from"], say=say)
         checkpoint.check_architecture(pretrained, config.model)
-    on_rank_zero(lambda: _check_folder(config))
+    on_rank_zero(lambda: check_folder(config))
     patient = patient_group()
-    verify(config, _say, patient)
+    verify(config, say, patient)
     seed_everything(config.run.seed, context.rank)
     engine = build_engine(config, context)
 
@@ -110,7 +100,7 @@ def train(config: Config, context: Context) -> None:
         prefetch=config.data.prefetch,
         workers=config.data.workers,
     )
-    on_rank_zero(lambda: _open_folder(config))  # only now: a run that is refused writes nothing
+    on_rank_zero(lambda: open_folder(config))  # only now: a run that is refused writes nothing
     report = None
     if context.is_main:
         tokens = info.get("tokens", consumed * config.data.seq_len) if path else 0
@@ -223,7 +213,7 @@ def train(config: Config, context: Context) -> None:
                 break
             validation_loss = validate(step) if validation and due["validation"] else None
             if config.sampling.prompts and due["samples"]:
-                _write_samples(config, context, engine, dataset, report, step)
+                write_samples(config, context, engine, dataset, report, step)
             if due["checkpoint"]:
                 save(step, validation_loss)
                 saved = step
@@ -244,93 +234,3 @@ def train(config: Config, context: Context) -> None:
         loader.close()
         if report:
             report.close(status)
-
-
-def _write_samples(config: Config, context: Context, engine, dataset: MixtureDataset, report, step: int) -> None:
-    """All ranks generate the same text in step, since each holds only a part of the weights."""
-    texts, tokenizer, settings = [], dataset.tokenizer, config.sampling
-    for index, prompt in enumerate(settings.prompts):
-        ids = torch.tensor([tokenizer.encode(prompt).tolist() or [tokenizer.eot_id]], device=context.device)
-        # Compiled blocks would be compiled anew for the cache, the prompt and one token, until the compiler gives up.
-        with torch.compiler.set_stance("force_eager"):
-            output = generate(
-                engine.model,
-                ids,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                vocab_size=tokenizer.n_vocab,
-                generator=torch.Generator().manual_seed(config.run.seed + index),
-            )
-        texts.append(tokenizer.decode(output[0].tolist()))
-    if report:
-        report.samples(step, texts)
-
-
-def _check_folder(config: Config) -> None:
-    """Refuse to mix two runs in one folder. For rank 0."""
-    if config.resume is None and checkpoint.checkpoints(config.checkpoint_folder):
-        raise ValueError(
-            f"checkpoint.dir={config.checkpoint_folder} holds checkpoints already; continue with --resume auto, or "
-            "choose another --run.name"
-        )
-
-
-def _open_folder(config: Config) -> None:
-    """Create the run's folder and start log.txt. For rank 0."""
-    folder, checkpoints = config.folder, config.checkpoint_folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        config.save(folder / "config.yaml")
-        handler = logging.FileHandler(folder / "log.txt")
-    except OSError as error:
-        raise ValueError(f"{error.filename} cannot be written ({error.strerror}); choose another --run.dir") from None
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger("gptoss_dist")
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    if shutil.disk_usage(folder).free < 2**30:
-        log.warning("less than 1 GiB is free for %s", folder)
-
-
-def _check_resumable(config: Config, path: Path, info: dict) -> None:
-    """Same parameters; and `samples_consumed` means the same samples only in data that are cut and shuffled alike."""
-    before = info["config"]
-    try:
-        old_model = ModelConfig.from_dict(before["model"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; resume it with the version of gptoss_dist that wrote it") from None
-    for key in SHAPING:
-        if (old := getattr(old_model, key)) != (new := getattr(config.model, key)):
-            raise ValueError(f"{path} was trained with model.{key}={old}, now it is {new}; undo the change")
-    for key, old, new in (
-        ("data.seq_len", before["data"]["seq_len"], config.data.seq_len),
-        ("data.packing", before["data"].get("packing", "contiguous"), config.data.packing),
-        ("run.seed", before["run"]["seed"], config.run.seed),
-    ):
-        if old != new:
-            raise ValueError(
-                f"{path} was trained with {key} {old}, now it is {new}: its place in the data is lost; give it as "
-                f"before, --{key} {old}"
-            )
-    if before["optim"]["freeze"] != config.optim.freeze:
-        raise ValueError(
-            f"{path} was trained with optim.freeze={before['optim']['freeze']}, now it is {config.optim.freeze}: the "
-            f"optimizer's state does not fit; undo the change, or start a new run with --init.from {path}"
-        )
-
-
-def _checkpoint_to_resume(config: Config) -> Path | None:
-    if config.resume is None:
-        return None
-    folder = config.checkpoint_folder if config.resume == "auto" else Path(config.resume)
-    if config.resume == "auto" and shared(lambda: not list(folder.glob("step_*[0-9]"))):
-        return None
-    return checkpoint.resolve(folder, _say)
-
-
-def _say(unusual: str) -> None:
-    """To the user, before there is a log."""
-    if torch.distributed.get_rank() == 0:
-        print(f"train.py: {unusual}", file=sys.stderr)

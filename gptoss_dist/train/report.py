@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from gptoss_dist.config import Config
+from gptoss_dist.distributed.processes import Context
 from gptoss_dist.engine import Engine, StepResult
-from gptoss_dist.parallel.context import Context
-from gptoss_dist.train.data import TrainingData, sources
-from gptoss_dist.train.expert_tokens import ExpertTokens
-from gptoss_dist.train.flops import flops_per_token, peak_flops
-from gptoss_dist.train.metrics import (
+from gptoss_dist.planner.flops import flops_per_token
+from gptoss_dist.planner.hardware import peak_flops
+from gptoss_dist.tracking.expert_tokens import ExpertTokens
+from gptoss_dist.tracking.metrics import (
     Throughput,
     exchange_metrics,
     expert_load,
@@ -25,9 +25,10 @@ from gptoss_dist.train.metrics import (
     memory_metrics,
     mixture_metrics,
 )
-from gptoss_dist.train.plots import plot_run
-from gptoss_dist.train.progress import Progress
-from gptoss_dist.train.tracking import Tracker
+from gptoss_dist.tracking.plots import plot_run
+from gptoss_dist.tracking.progress import Progress
+from gptoss_dist.tracking.tracker import Tracker
+from gptoss_dist.train.data import TrainingData, sources
 
 log = logging.getLogger(__name__)
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
-from reference import LR, micro_batches, settings
 
 from gptoss_dist.checkpoint import load_state, save
+from gptoss_dist.distributed.processes import start
 from gptoss_dist.engine import build_engine
 from gptoss_dist.engine.deepspeed import DeepSpeedEngine
 from gptoss_dist.engine.fsdp import FsdpEngine
-from gptoss_dist.parallel.context import start
 from gptoss_dist.parallel.mesh import local
+from tests.support.reference import LR, micro_batches, settings
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gptoss_dist.checkpoint import load_state, save
+from gptoss_dist.distributed.processes import start
 from gptoss_dist.engine.flat_shard import boxes, flat_shard
-from gptoss_dist.parallel.context import start
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 4), (3, 1, 4), (2, 2, 2, 3)])

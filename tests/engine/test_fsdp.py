@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from reference import LR, SIZES, micro_batches, plain, settings
 
 from gptoss_dist.config import Config
+from gptoss_dist.distributed.processes import start
 from gptoss_dist.engine import build_engine
 from gptoss_dist.engine.optimizer import is_decayed
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
-from gptoss_dist.parallel.context import start
 from gptoss_dist.parallel.mesh import local
-from gptoss_dist.train.loop import _write_samples
+from gptoss_dist.train.periodic import write_samples
+from tests.support.reference import LR, SIZES, micro_batches, plain, settings
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_samples_compile_nothing_and_validation_little(context):
         engine.update(LR)
         engine.evaluate(micro_batches(step, 2))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        _write_samples(config, context, engine, SimpleNamespace(tokenizer=tokenizer), report, step)
+        write_samples(config, context, engine, SimpleNamespace(tokenizer=tokenizer), report, step)
     assert len(texts) == 3 and len(texts[0]) == 2
     assert graphs[0] > 0 and graphs == graphs[:1] * 3
 

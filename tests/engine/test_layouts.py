@@ -11,10 +11,11 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
-from layouts import SAMPLES, STEPS, Case
-from ranks import run
-from reference import LR, double_precision, plain
 from safetensors.torch import load_file
+
+from tests.support.layouts import SAMPLES, STEPS, Case
+from tests.support.ranks import run
+from tests.support.reference import LR, double_precision, plain
 
 RECOMPUTE = {"train.activation_checkpointing": 1}
 KEEP = RECOMPUTE | {"train.keep_all_to_all": True}
@@ -112,7 +113,7 @@ def trained(tmp_path_factory):
             cases = [other for other in together if other.world == case.world]
             path = folder / "cases.json"
             path.write_text(json.dumps([dataclasses.asdict(other) for other in cases]))
-            run("tests/layouts.py", str(path), str(folder), processes=case.world)
+            run("tests/support/layouts.py", str(path), str(folder), processes=case.world)
             done.update(other.name for other in cases)
         return folder
 

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from reference import settings
 
 from gptoss_dist.config import Config, load_config
 from gptoss_dist.engine import engine_kind
 from gptoss_dist.engine.zero_settings import check_frozen, check_layout, check_offload, deepspeed_settings, zero_stage
 from gptoss_dist.parallel.mesh import Layout
+from tests.support.reference import settings
 
 ONE, SPREAD = Layout(1, 4, 1), Layout(1, 4, 2)
 

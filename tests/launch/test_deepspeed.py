@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import command, environment, losses, run
 
 from gptoss_dist.checkpoint import checkpoints
+from tests.support.ranks import command, environment, losses, run
 
 NAMES = ("loss/train", "loss/aux", "optim/grad_norm")
 

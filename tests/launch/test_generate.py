@@ -4,7 +4,8 @@ import subprocess
 
 import pytest
 import yaml
-from ranks import MODEL, command, environment, run
+
+from tests.support.ranks import MODEL, command, environment, run
 
 
 @pytest.fixture(scope="module")

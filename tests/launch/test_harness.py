@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import yaml
-from ranks import environment, run
+
+from tests.support.ranks import environment, run
 
 pytest.importorskip("lm_eval", reason="needs sh launch/install.sh --extras test,eval")
 pytest.importorskip("transformers")

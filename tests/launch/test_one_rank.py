@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from ranks import run
 
-from gptoss_dist.parallel.context import LocalError, start
-from gptoss_dist.parallel.launcher import tell
+from gptoss_dist.distributed.collectives import LocalError
+from gptoss_dist.distributed.launchers import tell
+from gptoss_dist.distributed.processes import start
+from tests.support.ranks import run
 
 SCRIPT = """
 import os

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from ranks import MODEL, run
 
 import gptoss_dist
 from data_pipeline import BatchLoader, TokenDataset
 from gptoss_dist.config import load_config
 from gptoss_dist.engine.optimizer import is_decayed
+from tests.support.ranks import MODEL, run
 
 transformers = pytest.importorskip("transformers")
 SAMPLES, STEPS, LR = 8, 2, 3e-4

@@ -9,13 +9,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from ranks import ROOT, losses, run, start
-from token_data import write_dataset
 
 from gptoss_dist import load_pretrained
 from gptoss_dist.checkpoint import checkpoints
 from gptoss_dist.inference.session import Session
-from gptoss_dist.train.tracking import read_metrics
+from gptoss_dist.tracking.tracker import read_metrics
+from tests.support.ranks import ROOT, losses, run, start
+from tests.support.token_data import write_dataset
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

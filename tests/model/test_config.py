@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import SIZES
 
 from gptoss_dist import GptOss, ModelConfig
 from gptoss_dist.model.config import SHAPING
-from gptoss_dist.train.plan import count_parameters
+from gptoss_dist.planner.memory import count_parameters
+from tests.support.reference import SIZES
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 

@@ -6,17 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from reference import micro_batches, settings
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from gptoss_dist.distributed.processes import Context
 from gptoss_dist.engine import build_engine
 from gptoss_dist.model.transformer import GptOss
-from gptoss_dist.parallel.context import Context
 from gptoss_dist.parallel.experts import use_megablocks
 from gptoss_dist.parallel.mesh import build_meshes, plan_layout
 from gptoss_dist.parallel.parallelize import place_experts
+from tests.support.reference import micro_batches, settings
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,10 +10,10 @@ import time
 
 import pytest
 import torch
-from ranks import losses, run, start
 
 from gptoss_dist.checkpoint import checkpoints, load_state, read_info, verify
-from gptoss_dist.checkpoint.tensor_files import stored_tensors
+from gptoss_dist.checkpoint.formats.tensor_files import stored_tensors
+from tests.support.ranks import losses, run, start
 
 KILLS = max(1, int(os.environ.get("KILLS", "4")) // 4)
 """Of each of the four cases."""

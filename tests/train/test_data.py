@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 import yaml
-from ranks import run
-from token_data import write_dataset
 
 from data_pipeline import Manifest
 from gptoss_dist.config import Config, SourceConfig, StageConfig, load_config
+from gptoss_dist.distributed.processes import start
 from gptoss_dist.model.config import ModelConfig
-from gptoss_dist.parallel.context import start
 from gptoss_dist.train.data import open_training_data, open_validation, verify
-from gptoss_dist.train.loop import _check_resumable
-from gptoss_dist.train.plan import describe
+from gptoss_dist.train.dry_run import describe
+from gptoss_dist.train.start import check_resumable
+from tests.support.ranks import run
+from tests.support.token_data import write_dataset
 
 PER_STEP = 4
 
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_another_model_code_is_named(config, model):
     with pytest.raises(
         ValueError, match=r"CKPT: model config has unknown keys \['wings'\]; resume it with the version"
     ):
-        _check_resumable(config("web"), "CKPT", info)
+        check_resumable(config("web"), "CKPT", info)
 
 
 def test_data_that_end_before_the_run(config):

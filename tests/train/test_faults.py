@@ -3,7 +3,8 @@ import signal
 
 import pytest
 
-from gptoss_dist.train.faults import SkipGuard, StopRequest, TrainingError
+from gptoss_dist.distributed.signals import StopRequest
+from gptoss_dist.train.faults import SkipGuard, TrainingError
 
 
 def test_signals_become_a_flag_and_a_second_ctrl_c_stops():

@@ -1,0 +1,184 @@
+"""Samples by index, read as micro-batches: where their tokens are is worked out for many micro-batches at a time, so
+that little but system calls is left to do for each.
+
+Shapes: M micro-batches of B samples each, N samples in all, T = seq_len; P pieces, what a sample holds of one document
+or its padding; R pieces that are read, all but padding.
+"""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.shards.token_files import JoinedFiles, TokenFile, read_parts
+
+IGNORED_LABEL = -100  # the default ignore_index of torch.nn.functional.cross_entropy
+
+
+class Pieces(NamedTuple):
+    """What N samples hold, one after the other, int64.
+
+    starts_P: place of a piece's first input in the sequence of all tokens, or -1: padding. lengths_P: its inputs.
+    counts_N: pieces of each sample.
+    """
+
+    starts_P: np.ndarray
+    lengths_P: np.ndarray
+    counts_N: np.ndarray
+
+
+class Layout(NamedTuple):
+    """A micro-batch of so many `inputs`, from end to end, that was not read yet.
+
+    reads_R4: of each piece, which of `_readers`, byte position in its file, first and one after the last place here: a
+    token more than its inputs, as each has the token after it as its label. last_R: place of the last input of each.
+    paddings: first and one after the last place of each. numbers_P, widths_P: what the inputs' document is called, and
+    how many that follow each other are called so; padding is a piece too.
+    """
+
+    inputs: int
+    reads_R4: np.ndarray
+    last_R: np.ndarray
+    paddings: list[tuple[int, int]]
+    numbers_P: np.ndarray
+    widths_P: np.ndarray
+
+
+class Samples(ABC):
+    """A number of samples, of which micro-batches are made by index: a `TokenSplit`, or a mixture of them.
+
+    A subclass sets the attributes below, of these `files` by `_set_files`, and has `order` and `pieces`.
+
+    path: for messages. inputs_total: tokens that an epoch trains on. positions_total: where the data end; None: never.
+    files: those of all tokens, one after the other.
+    """
+
+    packing: str
+    """Its name in `documents.PACKINGS`."""
+    path: Path | str
+    seq_len: int
+    eot_id: int
+    samples_per_epoch: int
+    inputs_total: int
+    positions_total: int | None = None
+    files: list[TokenFile]
+
+    @abstractmethod
+    def order(self, positions: np.ndarray) -> np.ndarray:
+        """Index of the sample at each global position, int64 of any shape."""
+
+    @abstractmethod
+    def pieces(self, indices: np.ndarray) -> Pieces:
+        """Of samples by index, int64 [N], each in [0, samples_per_epoch)."""
+
+    def micro_batch(self, indices: np.ndarray, document_mask: bool = False) -> dict[str, np.ndarray]:
+        """Samples by index, int64 [B], each in [0, samples_per_epoch), as contiguous int64 arrays of one shape:
+
+        `input_ids`; `labels`, the token after each input, or -100 where none is to be predicted; and with
+        `document_mask`, or where the packing needs it, `document_ids`, non-decreasing along each row.
+
+        Shapes and document ids, by packing:
+
+        contiguous: [B, T]. Ids count from 0 in each row; the end-of-text token belongs to the document that it ends,
+            and its label, the first token of another one, is then -100.
+        best_fit: [B, T]. Ids count from 0 in each row. Padding, at its end, is end-of-text tokens with labels -100 and
+            an id of its own.
+        varlen: [1, N], the documents one after the other. The id of the b-th of `indices` is b.
+
+        Raises IndexError for an index out of range.
+        """
+        indices = np.asarray(indices).astype(np.int64, casting="same_kind")
+        (layout,) = self.layouts(indices, [len(indices)])
+        return self.fill(layout, document_mask)
+
+    def layouts(self, indices: np.ndarray, sizes: Sequence[int]) -> list[Layout]:
+        """Of micro-batches of `sizes` samples, M of them, by indices int64 [N] one after the other; raises as
+        `micro_batch` does. Thousands of samples take little more time than one. Takes some 200 bytes for each piece.
+        """
+        assert sum(sizes) == len(indices), (sizes, len(indices))
+        out_of_range = indices[(indices < 0) | (indices >= self.samples_per_epoch)]
+        if out_of_range.size:
+            raise IndexError(f"{self.path}: sample {out_of_range[0]} is none of 0 to {self.samples_per_epoch - 1}")
+        starts, lengths, counts = self.pieces(indices)
+        batches = bounds(counts)[bounds(sizes)]  # the pieces of each micro-batch
+        inputs = bounds(lengths)[batches]
+        places = bounds(lengths)[:-1] - np.repeat(inputs[:-1], np.diff(batches))
+        alike = np.diff(batches) if self.packing == "varlen" else counts  # pieces that are numbered together
+        numbers = ranges(np.zeros_like(alike), alike)
+
+        (padding,), (held,) = (starts < 0).nonzero(), (starts >= 0).nonzero()
+        start, first, last = starts[held], places[held], places[held] + lengths[held] - 1
+        file = self._file_bounds.searchsorted(start, side="right") - 1
+        position = self._offsets[file] + (start - self._file_bounds[file]) * self._itemsizes[file]
+        file[start + lengths[held] >= self._file_bounds[file + 1]] += len(self.files)  # goes on in the next file
+        reads = np.stack([file, position, first, last + 2], axis=1)
+        paddings = list(zip(places[padding].tolist(), (places + lengths)[padding].tolist()))
+        parts = (slices(bound) for bound in (batches, held.searchsorted(batches), padding.searchsorted(batches)))
+        return [
+            Layout(size, reads[r], last[r], paddings[d], numbers[p], lengths[p])
+            for size, p, r, d in zip(np.diff(inputs).tolist(), *parts)
+        ]
+
+    def fill(self, layout: Layout, document_mask: bool = False) -> dict[str, np.ndarray]:
+        """The arrays of a micro-batch. Safe in several threads at once.
+
+        Raises ValueError, naming the file, when one cannot be read.
+        """
+        tokens = np.empty(layout.inputs + 1, self._dtype)
+        after = read_parts(self._readers, layout.reads_R4.tolist(), memoryview(tokens))
+        for first, end in layout.paddings:
+            tokens[first:end] = self.eot_id
+        inputs, labels = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
+        labels[layout.last_R] = after
+        for first, end in layout.paddings:
+            labels[first:end] = IGNORED_LABEL
+        arrays = {"input_ids": inputs, "labels": labels}
+        if self.packing != "contiguous":
+            arrays["document_ids"] = layout.numbers_P.repeat(layout.widths_P)
+        elif document_mask:
+            (ends,) = (tokens[:-1] == self.eot_id).nonzero()
+            labels[ends] = IGNORED_LABEL
+            arrays["document_ids"] = _document_ids(ends, len(inputs), self.seq_len)
+        T = layout.inputs if self.packing == "varlen" else self.seq_len
+        rows = 1 if self.packing == "varlen" else layout.inputs // T
+        return {name: array.reshape(rows, T) for name, array in arrays.items()}
+
+    def _set_files(self, files: Sequence[TokenFile]) -> None:
+        self.files = list(files)
+        self._file_bounds = bounds([file.n_tokens for file in files])
+        self._dtype = np.result_type(np.uint16, *(file.dtype for file in files))
+        self._offsets = np.array([file.offset for file in files], np.int64)
+        self._itemsizes = np.array([file.dtype.itemsize for file in files], np.int64)
+        # For each file, what reads from it alone; then, for each, what reads on in the next ones, and converts.
+        joined = [JoinedFiles(self.files, number) for number in range(len(self.files))]
+        alone = (file if file.dtype == self._dtype else other for file, other in zip(self.files, joined))
+        self._readers = [*alone, *joined]
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """start, start + 1 and so on, `count` numbers for each start; int64."""
+    places = bounds(counts)
+    return np.arange(places[-1]) + np.repeat(starts - places[:-1], counts)
+
+
+def bounds(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    """0 and the sum of each count and those before it, int64."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def slices(edges: np.ndarray) -> list[slice]:
+    """From each of the edges to the next."""
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges.tolist())]
+
+
+def _document_ids(ends: np.ndarray, count: int, seq_len: int) -> np.ndarray:
+    """Document ids, int64 [count], of rows of seq_len tokens; ends: where end-of-text is."""
+    rows = np.arange(0, count + 1, seq_len)
+    edges = np.concatenate([rows, ends[ends % seq_len != seq_len - 1] + 1])
+    edges.sort()
+    numbers = np.arange(len(edges) - 1) - edges.searchsorted(rows)[edges[:-1] // seq_len]
+    # From the few edges: a cumsum over all tokens takes longer.
+    return numbers.repeat(edges[1:] - edges[:-1])

@@ -1,0 +1,1 @@
+"""Where text comes from: files, records, hub datasets and built-in corpora."""

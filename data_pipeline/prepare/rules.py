@@ -1,0 +1,117 @@
+"""What becomes of a text: normalisation, filters, limits of length, and which split it goes to."""
+
+import hashlib
+import importlib
+import sys
+import unicodedata
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.corpora.files import first_line
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What becomes of a text.
+
+    normalization: a Unicode form (NFC, NFD, NFKC, NFKD) or None. min_characters, max_characters: shorter and longer
+    documents are dropped. filters: MODULE:FUNCTION each, called with the text; True keeps it, False drops it, a string
+    replaces it. deduplicate: drop exact copies of earlier documents. validation_fraction: share of the documents held
+    out, decided by their hash. shard_tokens: most tokens of a shard. max_documents: stop after so many.
+
+    Raises ValueError for impossible values and for filters that cannot be imported.
+    """
+
+    normalization: str | None = None
+    min_characters: int = 0
+    max_characters: int | None = None
+    filters: tuple[str, ...] = ()
+    deduplicate: bool = True
+    validation_fraction: float = 0.01
+    shard_tokens: int = 1 << 26
+    max_documents: int | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction {self.validation_fraction}: must be at least 0 and less than 1")
+        for name, least in (("shard_tokens", 1), ("max_documents", 1), ("min_characters", 0), ("max_characters", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} {value}: must be at least {least}")
+        if self.max_characters is not None and self.min_characters > self.max_characters:
+            raise ValueError(
+                f"min_characters {self.min_characters}: must not be more than max_characters, which is "
+                f"{self.max_characters}"
+            )
+        if self.normalization not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+            raise ValueError(f"normalization {self.normalization!r}: must be NFC, NFD, NFKC or NFKD")
+        # Once, together with loading them: a file that is edited meanwhile is another filter.
+        object.__setattr__(self, "filter_versions", {name: _filter_version(name) for name in self.filters})
+
+    def fingerprint(self) -> dict:
+        """Everything about the rules that decides on the bytes, as JSON values. Of filters: the file of their module,
+        and its `VERSION`, which should change with whatever else they use.
+        """
+        return asdict(self) | {"filters": [[name, *self.filter_versions[name]] for name in self.filters]}
+
+    def check_filters(self) -> None:
+        """Raises ValueError when a filter is not the one that the rules were made with."""
+        for name, version in self.filter_versions.items():
+            if _filter_version(name) != version:
+                raise ValueError(f"filter {name}: was changed while the texts were being prepared; start again")
+
+
+def load_filter(name: str) -> Callable[[str], bool | str]:
+    """The function of MODULE:FUNCTION. Raises ValueError when there is none."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever the module's own code raises
+        raise ValueError(
+            f"filter {name!r}: expected MODULE:FUNCTION that can be imported ({first_line(error)})"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"filter {name!r}: {function} is not a function")
+    return found
+
+
+def _filter_version(name: str) -> list:
+    load_filter(name)
+    module = sys.modules[name.partition(":")[0]]
+    file = getattr(module, "__file__", None)
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else None
+    return [digest, repr(getattr(module, "VERSION", None))]
+
+
+def in_validation(high: np.ndarray, fraction: float) -> np.ndarray:
+    """Whether documents are held out, by the first 8 bytes of their SHA-256, as numbers in [0, 2^64)."""
+    return high.astype(np.float64) / 2.0**64 < fraction
+
+
+def apply_rules(text: str, rules: Rules, filters: list) -> tuple[str, str | None]:
+    """The text as it will be tokenized, and why it is dropped, if it is."""
+    if rules.normalization:
+        text = unicodedata.normalize(rules.normalization, text)
+    for name, function in filters:
+        try:
+            answer = function(text)
+        except Exception as error:
+            raise ValueError(f"filter {name}: {first_line(error)}, on a text that begins {text[:40]!r}") from error
+        if isinstance(answer, str):
+            text = answer
+        elif not isinstance(answer, (bool, np.bool_)):
+            raise ValueError(
+                f"filter {name}: returned {answer!r:.40}, on a text that begins {text[:40]!r}; expected True "
+                f"to keep it, False to drop it, or a text in its place"
+            )
+        elif not answer:
+            return text, name
+    if not text:
+        return text, "empty"
+    if len(text) < rules.min_characters:
+        return text, "short"
+    if rules.max_characters is not None and len(text) > rules.max_characters:
+        return text, "long"
+    return text, None

@@ -1,0 +1,95 @@
+"""OUTPUT.preparing, where a dataset is made: it outlives a kill, belongs to one process at a time, and ends by being
+renamed.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_pipeline.disk import locked, publish
+from data_pipeline.prepare.part import finished_keys, sweep
+
+_MARK = "unfinished.txt"
+_TEXT = "An unfinished dataset of `python -m data_pipeline.prepare`; the same command continues, and removes this.\n"
+
+
+def output_path(output: str | Path) -> Path:
+    """Where the dataset will really be. Raises ValueError for a place that nothing can be renamed to."""
+    output = Path(output).absolute()
+    if output.is_symlink():
+        output = output.resolve()
+    if output.is_mount():
+        raise ValueError(f"{output}: is a mount point, to which nothing can be renamed; choose a directory below it")
+    return output
+
+
+def _folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.preparing")
+
+
+@contextlib.contextmanager
+def working_directory(output: Path) -> Iterator[Path]:
+    """OUTPUT.preparing, locked while in use; it stays when the work was not finished, unless there is nothing in it
+    that could be taken over.
+
+    Raises ValueError when another process is at work there, or when it is somebody else's.
+    """
+    folder = _folder(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another process is preparing this dataset; wait for it, or end it") from error
+        if not (folder / _MARK).exists():
+            if any(folder.iterdir()):
+                raise ValueError(f"{folder}: is needed for unfinished work, but holds something else; move it away")
+            (folder / _MARK).write_text(_TEXT)
+        if (folder / "replaced").exists() and not output.exists():  # killed between the two renames of `replace`
+            os.rename(folder / "replaced", output)
+        sweep(folder)
+        try:
+            yield folder
+        finally:
+            if not finished_keys(folder):
+                _remove(folder)
+
+
+def replace(folder: Path, final: Path, output: Path) -> None:
+    """Rename the result to its place, and end the work; an older dataset there is removed after that."""
+    replaced = folder / "replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if output.exists():
+        os.rename(output, replaced)
+    try:
+        publish(final, output)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, output)
+        raise
+    _remove(folder)
+
+
+def sweep_finished(output: Path, keys: set[str]) -> None:
+    """Remove OUTPUT.preparing if a kill just after the end left it; not what belongs to another request."""
+    folder = _folder(output)
+    with contextlib.suppress(OSError), locked(folder):
+        if (folder / _MARK).exists() and finished_keys(folder) <= keys:
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """The mark last: a kill on the way leaves what is known to be ours. So does a worker of a killed run that is still
+    at its last file.
+    """
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _MARK:
+                path.unlink(missing_ok=True)
+        if [path.name for path in folder.iterdir()] == [_MARK]:
+            (folder / _MARK).unlink()
+        folder.rmdir()

@@ -1,0 +1,113 @@
+"""Files of token ids that any number of threads read at any place, and runs of tokens that go on in the next file."""
+
+import io
+import os
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+MAX_OPEN_FILES = 256
+_recently_opened: deque = deque()
+
+
+class TokenFile:
+    """Token ids of one file, read at any place by system calls: unlike a map, what was read does not count as memory of
+    the process. Safe to share between threads.
+
+    n_tokens ids of `dtype` follow each other from byte `offset` on. Raises ValueError, naming the file, when it is
+    missing; reading beyond its end does too.
+    """
+
+    def __init__(self, path: Path | str, dtype: np.dtype, n_tokens: int, offset: int = 0):
+        self.path, self.dtype, self.n_tokens, self.offset = Path(path), np.dtype(dtype), n_tokens, offset
+        status = file_status(self.path)
+        self.size, self._identity = status.st_size, (status.st_dev, status.st_ino)
+        self._file: io.FileIO | None = None
+
+    def read_into(self, position: int, ids: memoryview) -> None:
+        """Fill `ids`, of the file's dtype, with those from byte `position` of the file on."""
+        try:
+            file = self._file or self._opened()  # held until the end, or another thread could have it closed
+            count = os.preadv(file.fileno(), (ids,), position)
+            if count == ids.nbytes:
+                return
+            rest = ids.cast("B")
+            while len(rest := rest[count:]):
+                position += count
+                if not (count := os.preadv(file.fileno(), (rest,), position)):
+                    raise ValueError(f"{self.path}: truncated, it ends before byte {position + len(rest)}")
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Ids [count] from position `start` on, in the file's dtype."""
+        out = np.empty(count, self.dtype)
+        self.read_into(self.offset + start * self.dtype.itemsize, memoryview(out))
+        return out
+
+    def _opened(self) -> io.FileIO:
+        """The open file. Of all those that were opened, the latest 256 stay so; a file that nobody holds closes."""
+        file = self._file
+        if file is None:
+            file = io.FileIO(self.path)
+            status = os.fstat(file.fileno())
+            if (status.st_dev, status.st_ino) != self._identity:
+                raise ValueError(f"{self.path}: was replaced while it was in use; start again")
+            self._file = file
+            _recently_opened.append(weakref.ref(self))
+            while len(_recently_opened) > MAX_OPEN_FILES:
+                if (other := _recently_opened.popleft()()) is not None and other is not self:
+                    other._file = None
+        return file
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_file": None}
+
+
+class JoinedFiles(NamedTuple):
+    """Reads from `files[number]` on into the next ones, and converts to the dtype asked for."""
+
+    files: Sequence[TokenFile]
+    number: int
+    _file = None  # none of its own is open: `read_parts` calls `read_into`
+
+    def read_into(self, position: int, ids: memoryview) -> None:
+        """Fill `ids`, of any dtype, with those from byte `position` of `files[number]` on."""
+        left, out, number = len(ids), np.asarray(ids), self.number
+        start = (position - self.files[number].offset) // self.files[number].dtype.itemsize
+        while left:
+            part = self.files[number].read(start, min(left, self.files[number].n_tokens - start))
+            out[len(ids) - left :][: len(part)] = part
+            number, start, left = number + 1, 0, left - len(part)
+
+
+def read_parts(files: Sequence[TokenFile | JoinedFiles], parts: Iterable[Sequence[int]], ids: memoryview) -> list[int]:
+    """Fill parts of `ids`, each (which of `files`, byte position in it, first and one after the last place in `ids`),
+    and return the last id of each, over which the next part may be put.
+
+    As `read_into` of each file, whose dtype `ids` must have, but without a call for each part. Safe in several threads.
+    Raises ValueError, naming the file, when one cannot be read.
+    """
+    last, preadv = [], os.preadv
+    for number, position, first, end in parts:
+        file, part = files[number], ids[first:end]
+        opened = file._file  # held until the end, or another thread could have it closed
+        try:
+            whole = opened is not None and preadv(opened.fileno(), (part,), position) == part.nbytes
+        except OSError:
+            whole = False
+        if not whole:
+            file.read_into(position, part)  # opens it, and begins again or says what is wrong
+        last.append(ids[end - 1])
+    return last
+
+
+def file_status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be opened: {error.strerror or error}") from error

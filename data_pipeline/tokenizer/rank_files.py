@@ -1,0 +1,205 @@
+"""Byte-pair rank files: the tiktoken text format, and where to find OpenAI's published ones without tiktoken
+downloading anything.
+
+    python -m data_pipeline.vocabulary o200k_base               # look everywhere, then download; store in our cache
+    python -m data_pipeline.vocabulary o200k_base --from FILE   # from a rank file, or a wheel, zip or npm tarball that
+    contains it
+
+Every published file is pinned by its SHA-256, so any place that has the bytes will do.
+"""
+
+import argparse
+import base64
+import binascii
+import gzip
+import hashlib
+import importlib.util
+import logging
+import os
+import sys
+import tarfile
+import time
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_pipeline.disk import write_file_atomically
+
+logger = logging.getLogger(__name__)
+
+SHA256 = {
+    "o200k_base": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+    "cl100k_base": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+    "r50k_base": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+}
+_SOCKET_TIMEOUT_SECONDS = 20
+_DOWNLOAD_LIMIT_SECONDS = 300
+
+
+def parse_ranks(data: bytes, origin: str) -> dict[bytes, int]:
+    """{token bytes: rank} of a tiktoken rank file (lines of `base64 rank`). Raises ValueError naming `origin` and the
+    line.
+    """
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise ValueError(f"{origin}, line {number}: not a tiktoken rank file (lines are `base64 rank`)") from error
+    if len(set(ranks.values())) != len(ranks) or any(rank < 0 for rank in ranks.values()):
+        raise ValueError(f"{origin}: ranks must be distinct and not negative")
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise ValueError(f"{origin}: a byte-level vocabulary needs a rank for each of the 256 single bytes")
+    return ranks
+
+
+def format_ranks(ranks: dict[bytes, int]) -> bytes:
+    """The inverse of `parse_ranks`, in order of rank."""
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
+
+
+def cache_directory() -> Path:
+    """$XDG_CACHE_HOME/gptoss_dist, or ~/.cache/gptoss_dist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoss_dist"
+
+
+def find_ranks(name: str, *, vocab_file: str | Path | None = None, download: bool = True) -> bytes:
+    """The bytes of a published rank file: from `vocab_file`, our cache, installed packages, tiktoken's cache, or a
+    download, in that order.
+
+    download: on a cluster let one rank look first; the others then find our cache. Raises ValueError saying what to put
+        where.
+    """
+    if vocab_file is not None:
+        return read_matching(Path(vocab_file), name)
+    looked: list[str] = []
+    for path in _candidates(name):
+        if not path.is_file():
+            looked.append(str(path))
+            continue
+        try:
+            data = read_matching(path, name)
+        except ValueError:
+            logger.warning("%s has not the SHA-256 of %s; ignored", path, name)
+            looked.append(f"{path} (wrong content)")
+        else:
+            logger.info("vocabulary %s from %s", name, path)
+            return data
+    reason = "downloading is turned off"
+    if download:
+        try:
+            return _download(name)
+        except (OSError, ValueError) as error:
+            reason = f"{_url(name)} cannot be downloaded ({error})"
+    install = "" if name == "r50k_base" else "`pip install bpe-openai`; or "  # which does not have that one
+    raise ValueError(
+        f"The vocabulary {name} is not on this machine and {reason}. Either {install}copy {name}.tiktoken to "
+        f"{_cache_path(name)}; or run `python -m data_pipeline.vocabulary {name} --from FILE` with that file or with a "
+        f"wheel or npm tarball that contains it (litellm, llama-index-core, gpt-tokenizer); or use --tokenizer "
+        f"builtin, whose ids are different. Looked in: {'; '.join(looked)}"
+    )
+
+
+def read_matching(path: Path, name: str) -> bytes:
+    """The published rank file `name`, read from a plain or gzipped file or from any member of a wheel, zip or tar
+    archive.
+    """
+    try:
+        for data in _contents(path, name):
+            if hashlib.sha256(data).hexdigest() == SHA256[name]:
+                return data
+    except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    raise ValueError(f"{path}: is not, and does not contain, the vocabulary {name} (SHA-256 {SHA256[name]})")
+
+
+def _url(name: str) -> str:
+    return f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken"
+
+
+def _tiktoken_cache_name(name: str) -> str:
+    return hashlib.sha1(_url(name).encode()).hexdigest()
+
+
+def _cache_path(name: str) -> Path:
+    return cache_directory() / f"{name}.tiktoken"
+
+
+def _candidates(name: str) -> Iterator[Path]:
+    yield _cache_path(name)
+    for package, relative in (
+        ("bpe_openai", f"data/{name}.tiktoken.gz"),
+        ("litellm", f"litellm_core_utils/tokenizers/{_tiktoken_cache_name(name)}"),
+        ("llama_index", f"core/_static/tiktoken_cache/{_tiktoken_cache_name(name)}"),
+    ):
+        spec = importlib.util.find_spec(package)  # finds the folder without importing the package
+        for root in (spec.submodule_search_locations or []) if spec else []:
+            yield Path(root) / relative
+    if directory := os.environ.get("TIKTOKEN_CACHE_DIR"):
+        yield Path(directory) / _tiktoken_cache_name(name)
+
+
+def _contents(path: Path, name: str) -> Iterator[bytes]:
+    """The file itself, or the members of an archive that are called like the vocabulary; unzipped."""
+    names = {f"{name}.tiktoken", f"{name}.tiktoken.gz", _tiktoken_cache_name(name)}
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                if Path(member).name in names:
+                    yield _unzipped(archive.read(member))
+    elif tarfile.is_tarfile(path):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.isfile() and Path(member.name).name in names:
+                    yield _unzipped(archive.extractfile(member).read())
+    else:
+        yield _unzipped(path.read_bytes())
+
+
+def _unzipped(data: bytes) -> bytes:
+    return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+
+
+def _download(name: str) -> bytes:
+    deadline = time.monotonic() + _DOWNLOAD_LIMIT_SECONDS
+    data = bytearray()
+    with urllib.request.urlopen(_url(name), timeout=_SOCKET_TIMEOUT_SECONDS) as response:
+        while chunk := response.read(1 << 16):
+            data += chunk
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not complete after {_DOWNLOAD_LIMIT_SECONDS} s")
+    if hashlib.sha256(data).hexdigest() != SHA256[name]:
+        raise ValueError("what was received has another SHA-256")
+    _store(name, bytes(data))
+    return bytes(data)
+
+
+def _store(name: str, data: bytes) -> None:
+    path = _cache_path(name)
+    try:
+        write_file_atomically(path, data)
+    except OSError as error:
+        logger.warning("the vocabulary %s could not be kept in %s: %s", name, path, error)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.vocabulary", description="Store a published vocabulary."
+    )
+    parser.add_argument("name", choices=sorted(SHA256))
+    parser.add_argument("--from", dest="vocab_file", help="rank file, or wheel, zip or npm tarball that contains it")
+    arguments = parser.parse_args(argv)
+    path = _cache_path(arguments.name)
+    try:
+        write_file_atomically(path, find_ranks(arguments.name, vocab_file=arguments.vocab_file))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{arguments.name}: {path}")
+    return 0

@@ -1,0 +1,179 @@
+"""Byte-pair tokenizers on tiktoken's engine; see `published.load_tokenizer` for those with a name."""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from data_pipeline.disk import write_file_atomically
+from data_pipeline.tokenizer.gigatoken_engine import fast_encoder
+from data_pipeline.tokenizer.patterns import faster
+from data_pipeline.tokenizer.rank_files import format_ranks, parse_ranks
+
+END_OF_TEXT = "<|endoftext|>"
+_PROBE = "Word's 123 ,;\t\n \r\n\0\x7f \u00e9\u4e2d\u0301\U0001f600 "
+_FILE_NAME = "tokenizer.gptoss.json"
+_RANKS_FILE_NAME = "tokenizer.tiktoken"
+_FORMAT = "gptoss_dist tokenizer"
+
+
+class Tokenizer:
+    """Text to token ids and back, exactly.
+
+    name: for people; what makes two tokenizers the same is `sha256`, of pattern, ranks, special tokens, end of text.
+    ranks: {token bytes: id}; must hold the 256 single bytes. pattern: regular expression that cuts text into words.
+    special_tokens: {text: id}, never produced from text by `encode`. eot_token: the special token that ends a document.
+    irregular: counts of documents that `encode` had to treat: "split" (a run too long for the regular expression
+        engine; no token crosses the cuts) and "repaired" (lone surrogates, which are not Unicode text, became U+FFFD).
+    engine: of `encode_documents`. rank_file: the ranks as bytes of a tiktoken rank file.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ranks: dict[bytes, int],
+        pattern: str,
+        special_tokens: dict[str, int],
+        eot_token: str = END_OF_TEXT,
+    ):
+        self.name = name
+        self.pattern = pattern
+        self.special_tokens = dict(special_tokens)
+        self.eot_token = eot_token
+        self.eot_id = self.special_tokens[eot_token]
+        self.n_vocab = max(max(ranks.values()), max(self.special_tokens.values())) + 1
+        self.irregular: Counter[str] = Counter()
+        self.engine = "auto"
+        self._fast = None
+        self.ranks = ranks
+        try:
+            self._encoding = tiktoken.Encoding(
+                name, pat_str=faster(pattern), mergeable_ranks=ranks, special_tokens=self.special_tokens
+            )
+        except ValueError as error:
+            raise ValueError(f"tokenizer {name}: pattern {pattern!r} is not accepted: {error}") from error
+        if self.decode(self.encode(_PROBE)) != _PROBE:
+            raise ValueError(f"tokenizer {name}: pattern {pattern!r} leaves out some characters, so text would be lost")
+        self.rank_file = format_ranks(ranks)
+        ranks_sha256 = hashlib.sha256(self.rank_file).hexdigest()
+        identity = [pattern, ranks_sha256, sorted(self.special_tokens.items()), eot_token]
+        self.sha256 = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of `text`, int32 [n]. Text that looks like a special token is encoded as ordinary text."""
+        try:
+            return self._encode_once(text)
+        except UnicodeEncodeError:
+            self.irregular["repaired"] += 1
+            return self.encode(repaired(text))
+        except ValueError:
+            self.irregular["split"] += 1
+            return np.concatenate(self._encode_halves(text))
+
+    def load_engine(self) -> None:
+        """Builds what `engine` names, which `encode_documents` would do at its first call; forked processes share it.
+        Raises ValueError as that does.
+        """
+        if self._fast is None:
+            self._fast = fast_encoder(self) if self.engine != "tiktoken" else False
+
+    def encode_documents(self, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts, one after the other, each with its end-of-text token, in `dtype` [n]; and the number of ids
+        of each, int32 [len(texts)].
+
+        `engine` does the work: "tiktoken", "gigatoken" (the extra `fast`), or "auto", which is gigatoken where it is
+        installed and encodes a set of trial texts alike. The ids are the same. Raises ValueError when gigatoken is
+        asked for and cannot be used.
+        """
+        self.load_engine()
+        if self._fast:
+            return self._fast.encode_documents(texts, dtype)
+        end = np.array([self.eot_id], np.uint32)
+        parts, lengths = [], []
+        for text in texts:
+            try:
+                tokens = self._encoding.encode_to_numpy(text, disallowed_special=())
+            except ValueError:  # also UnicodeEncodeError
+                tokens = self.encode(text)
+            parts += (tokens, end)
+            lengths.append(len(tokens) + 1)
+        tokens = np.concatenate(parts) if parts else np.empty(0, np.uint32)
+        # Ids are below 2^31: for 4 bytes another view of them will do.
+        tokens = tokens.view(dtype) if dtype.itemsize == tokens.itemsize else tokens.astype(dtype)
+        return tokens, np.array(lengths, np.int32)
+
+    def decode(self, ids) -> str:
+        """Text of token ids (array, tensor or list); bytes that are not UTF-8 become U+FFFD. Raises ValueError for an
+        id without a token.
+        """
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids) -> bytes:
+        """As `decode`, without assuming that the ids end at a character boundary."""
+        try:
+            return self._encoding.decode_bytes(np.asarray(ids).ravel().tolist())
+        except (KeyError, OverflowError) as error:
+            raise ValueError(f"tokenizer {self.name} (n_vocab {self.n_vocab}) cannot decode: {error}") from error
+
+    def save(self, directory: str | Path) -> None:
+        """Writes tokenizer.gptoss.json, and tokenizer.tiktoken with the ranks, into `directory`."""
+        description = {
+            "format": _FORMAT,
+            "version": 1,
+            "name": self.name,
+            "n_vocab": self.n_vocab,
+            "pattern": self.pattern,
+            "special_tokens": self.special_tokens,
+            "eot_token": self.eot_token,
+            "ranks_file": _RANKS_FILE_NAME,
+            "sha256": self.sha256,
+        }
+        write_file_atomically(Path(directory) / _RANKS_FILE_NAME, self.rank_file)
+        text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
+        write_file_atomically(Path(directory) / _FILE_NAME, text.encode())
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Tokenizer":
+        """The tokenizer saved in `directory`. Raises ValueError, naming the file, when it is missing, damaged or
+        altered.
+        """
+        path = Path(directory) / _FILE_NAME
+        try:
+            saved = json.loads(path.read_text("utf-8"))
+            if saved["format"] != _FORMAT or saved["version"] != 1:
+                raise ValueError(f"format {saved['format']!r} version {saved['version']!r} is not known")
+            ranks_path = path.with_name(Path(saved["ranks_file"]).name)
+            ranks = parse_ranks(ranks_path.read_bytes(), str(ranks_path))
+            tokenizer = cls(saved["name"], ranks, saved["pattern"], saved["special_tokens"], saved["eot_token"])
+            if tokenizer.sha256 != saved["sha256"]:
+                raise ValueError("its content does not match its own SHA-256")
+        except OSError as error:
+            raise ValueError(f"no tokenizer in {directory}: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: damaged tokenizer: {error}") from error
+        return tokenizer
+
+    def _encode_once(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+
+    def _encode_halves(self, text: str) -> list[np.ndarray]:
+        middle = len(text) // 2
+        parts = []
+        for half in (text[:middle], text[middle:]):
+            try:
+                parts.append(self._encode_once(half))
+            except ValueError:
+                if len(half) < 1024:
+                    raise
+                parts += self._encode_halves(half)
+        return parts
+
+
+def repaired(text: str) -> str:
+    """Unicode text instead of one with surrogates: lone ones become U+FFFD, and halves of a pair that belong together
+    the character they mean.
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -1,0 +1,1 @@
+"""Commands on prepared datasets: adopt, merge, split, inspect, verify; and training a vocabulary."""

@@ -1,0 +1,171 @@
+"""A manifest for token files that are there already.
+
+    python -m data_pipeline.adopt data/openwebtext --tokenizer gpt2 --dtype uint16 \\
+        --train train.bin --validation val.bin
+    python -m data_pipeline.adopt data/pile --tokenizer o200k_harmony --train 'pile_*_text_document'
+
+The first is nanoGPT's, the second Megatron-LM's. Everything is read once; nothing that is there is changed.
+"""
+
+import argparse
+import os
+import platform
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from data_pipeline.disk import sync_directory, write_file_atomically
+from data_pipeline.shards.checksums import record_content, scan, token_problems
+from data_pipeline.shards.manifest import FILE_NAME, Manifest, Shard
+from data_pipeline.shards.megatron import IndexedReader, index_path
+from data_pipeline.shards.raw import DTYPES, RawReader, npy_header
+from data_pipeline.tokenizer.published import load_tokenizer
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from data_pipeline.tools import command
+
+
+def adopt(
+    directory: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    train: list[str],
+    validation: list[str] = [],  # noqa: B006 (never changed)
+    dtype: str | None = None,
+    workers: int = 1,
+    report: Callable[[str], None] = print,
+) -> Manifest:
+    """Writes manifest.json and the tokenizer beside existing token files, which are read once; returns the manifest.
+
+    train, validation: patterns of names in `directory`; the files of a split are in the order of the patterns, and of
+        the names within one. Files with an .idx beside them are Megatron's (no suffix needed), all others raw.
+    dtype: of raw files, "uint16", "uint32" or "int32"; Megatron's indices and the headers of numpy.save know theirs.
+
+    Raises ValueError, one line with the file and the remedy, when there is a manifest or another tokenizer already,
+    when a pattern matches nothing, when a file makes no sense as `dtype` or has ids beyond the vocabulary, or when
+    documents of a Megatron file do not end with the end-of-text token. Then nothing was written.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory; name the one that holds the token files")
+    if (directory / FILE_NAME).exists():
+        raise ValueError(f"{directory / FILE_NAME}: exists; move it away first if these files are to be adopted anew")
+    # Never half written: the manifest comes last, and a tokenizer alone is no dataset.
+    there = [name for name in ("tokenizer.gptoss.json", "tokenizer.tiktoken") if (directory / name).exists()]
+    if there and Tokenizer.load(directory).sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"{directory / there[0]}: another tokenizer; move it away, or adopt with --tokenizer {directory}"
+        )
+    names = {"train": _names(directory, train), "validation": _names(directory, validation)}
+    if twice := sorted(set(names["train"]) & set(names["validation"])):
+        raise ValueError(f"{directory / twice[0]}: in both splits; training and validation need different files")
+    described = {key: getattr(tokenizer, key) for key in ("name", "sha256", "n_vocab", "eot_id")}
+    readers = {}
+    for name in names["train"] + names["validation"]:
+        readers[name] = _open(directory / name, dtype, tokenizer)
+    kinds = {
+        ("raw" if isinstance(reader, RawReader) else "megatron", reader.dtype.name): name
+        for name, reader in readers.items()
+    }
+    if len(kinds) > 1:
+        (first, first_name), (second, second_name) = list(kinds.items())[:2]
+        raise ValueError(
+            f"{directory / second_name}: {' '.join(second)} where {first_name} is {' '.join(first)}; adopt them "
+            f"apart, in directories of their own"
+        )
+    ((storage, dtype),) = kinds
+    with ThreadPoolExecutor(workers) as pool:  # hashing does not hold the GIL
+        try:
+            shards = dict(zip(readers, pool.map(lambda name: _shard(name, readers[name], described), readers)))
+        finally:  # at the first error the other files need not be read
+            pool.shutdown(cancel_futures=True)
+    manifest = Manifest(
+        tokenizer=described,
+        dtype=dtype,
+        splits={split: [shards[name] for name in names[split]] for split in names},
+        sources=[{"source": pattern, "kind": "adopted"} for pattern in [*train, *validation]],
+        dropped={},
+        irregular={},
+        python_version=platform.python_version(),
+        storage=storage,
+    )
+    if not there:
+        tokenizer.save(directory)
+    write_file_atomically(directory / FILE_NAME, manifest.to_json())
+    sync_directory(directory)
+    record_content(directory, manifest)
+    for split, listed in manifest.splits.items():
+        report(
+            f"{directory}: {split} {manifest.tokens(split):,} tokens in {manifest.documents(split):,} documents, "
+            f"{len(listed)} files of {manifest.dtype}"
+        )
+    for shard in shards.values():
+        if shard.documents == 1:
+            report(f"warning: {directory / shard.name}: one document, no end-of-text (id {tokenizer.eot_id}) inside")
+    return manifest
+
+
+def _names(directory: Path, patterns: list[str]) -> list[str]:
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        if Path(pattern).name != pattern:
+            raise ValueError(f"{pattern!r}: must name files in {directory} itself, without a slash")
+        found = sorted(path for path in directory.glob(pattern) if path.is_file() and path.suffix != ".idx")
+        prefixes = [path.name.removesuffix(".bin") for path in found]
+        found_names = [
+            prefix if index_path(path.with_name(prefix)).exists() else path.name
+            for path, prefix in zip(found, prefixes)
+        ]
+        found_names += [path.name.removesuffix(".idx") for path in sorted(directory.glob(f"{pattern}.idx"))]
+        if not found_names:
+            raise ValueError(f"{directory / pattern}: matches no file; give names or patterns of files in {directory}")
+        names |= dict.fromkeys(found_names)
+    return list(names)
+
+
+def _open(path: Path, dtype: str | None, tokenizer: Tokenizer) -> IndexedReader | RawReader:
+    if index_path(path).exists():
+        reader = IndexedReader(path)
+        if dtype not in (None, reader.dtype.name):
+            raise ValueError(f"{index_path(path)}: says {reader.dtype.name}, not {dtype}; leave out --dtype")
+        reader.check()
+        return reader
+    header = npy_header(path)
+    if (dtype := dtype or (header and header[1])) is None:
+        raise ValueError(f"{path}: does not say its dtype; give --dtype, one of {', '.join(DTYPES)} (nanoGPT: uint16)")
+    reader = RawReader(path, dtype, eot_id=tokenizer.eot_id, n_vocab=tokenizer.n_vocab)
+    reader.check()
+    return reader
+
+
+def _shard(name: str, reader: IndexedReader | RawReader, tokenizer: dict) -> Shard:
+    found = scan(reader, tokenizer["eot_id"])
+    for problem in token_problems(reader, found, tokenizer):
+        raise ValueError(problem)
+    index_sha256 = reader.index_sha256() if isinstance(reader, IndexedReader) else None
+    return Shard(name, reader.n_tokens, found.documents, found.sha256, index_sha256, found.max_token)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.adopt",
+        description="Write the manifest of token files that exist: raw ones (nanoGPT, OLMo) or Megatron's.",
+    )
+    parser.add_argument("directory", metavar="DIR", help="where the files are, and where the manifest goes")
+    parser.add_argument("--tokenizer", required=True, help="what made the tokens: a name as for prepare, or a path")
+    parser.add_argument("--pattern", help="word pattern of a tokenizer file that is not recognised")
+    parser.add_argument("--vocab-file", help="rank file of an OpenAI tokenizer, instead of searching for it")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of raw files, little endian")
+    parser.add_argument("--train", nargs="+", required=True, metavar="NAME", help="files in DIR, or patterns of names")
+    parser.add_argument("--validation", nargs="+", default=[], metavar="NAME", help="likewise")
+    default = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=default, help=f"files read at a time ({default})")
+    arguments = parser.parse_args(argv)
+    if arguments.workers < 1:
+        parser.error(f"--workers {arguments.workers}: must be at least 1")
+
+    def action() -> None:
+        tokenizer = load_tokenizer(arguments.tokenizer, pattern=arguments.pattern, vocab_file=arguments.vocab_file)
+        options = {key: getattr(arguments, key) for key in ("train", "validation", "dtype", "workers")}
+        adopt(arguments.directory, tokenizer, **options)
+
+    return command.run(action)

@@ -1,0 +1,206 @@
+"""What is in a dataset, and what training sees of it.
+
+python -m data_pipeline.inspect data/pystdlib
+python -m data_pipeline.inspect data/pystdlib --document 3 --split validation
+python -m data_pipeline.inspect data/pystdlib --sample 1000 --seq-len 512 --seed 1 --packing best_fit
+python -m data_pipeline.inspect data/a data/b --weights 0.7,0.3 --at 100000
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.shards.manifest import FILE_NAME, SPLITS, Manifest, open_shards
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from data_pipeline.tools import command
+
+_SHARDS_SHOWN = 10
+_PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
+
+
+def summary(directory: str | Path) -> Iterator[str]:
+    """Lines about splits, shards, lengths of documents, sources, what was dropped, and the tokenizer."""
+    manifest = Manifest.read(directory)
+    tokenizer = manifest.tokenizer
+    yield f"{directory}: {manifest.storage} storage of {manifest.dtype}, content {manifest.content_sha256[:16]}"
+    yield (
+        f"tokenizer   {tokenizer['name']}, {tokenizer['n_vocab']:,} ids, end of text {tokenizer['eot_id']}, "
+        f"{tokenizer['sha256'][:16]}"
+    )
+    for split, shards in manifest.splits.items():
+        yield (
+            f"{split:<11} {manifest.tokens(split):,} tokens in {manifest.documents(split):,} documents, "
+            f"{len(shards)} shards"
+        )
+        if manifest.documents(split):
+            lengths = np.concatenate([reader.lengths for reader in open_shards(directory, manifest, split)])
+            values = np.percentile(lengths, _PERCENTILES, method="nearest")
+            listed = "  ".join(f"p{p} {int(value):,}" for p, value in zip(_PERCENTILES, values))
+            yield f"            tokens per document: mean {lengths.mean():,.1f}  {listed}"
+        # Thousands of shards are as alike as ten.
+        for shard in shards if len(shards) <= 2 * _SHARDS_SHOWN else shards[:_SHARDS_SHOWN]:
+            largest = "" if shard.max_token is None else f", largest id {shard.max_token}"
+            yield (
+                f"            {shard.name}: {shard.tokens:,} tokens, {shard.documents:,} documents{largest}, "
+                f"{shard.sha256[:16]}"
+            )
+        if len(shards) > 2 * _SHARDS_SHOWN:
+            yield f"            and {len(shards) - _SHARDS_SHOWN} more"
+    for source in manifest.sources:
+        yield f"source      {source['source']} ({source['kind']})"
+    for title, counts in (("dropped", manifest.dropped), ("irregular", manifest.irregular)):
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
+        yield f"{title:<11} {listed or 'none'}"
+
+
+def document(directory: str | Path, split: str, number: int) -> Iterator[str]:
+    """A line about document `number` of a split, counted from 0 over all shards, and its text."""
+    manifest = _read_manifest(directory, split)
+    if not 0 <= number < manifest.documents(split):
+        raise ValueError(f"document {number}: {directory} has 0 to {manifest.documents(split) - 1} in split {split}")
+    tokenizer, within = Tokenizer.load(directory), number
+    for shard, reader in zip(manifest.splits[split], open_shards(directory, manifest, split)):
+        if within < shard.documents:
+            tokens = reader[within]
+            yield f"document {number} of {split}: document {within} of {shard.name}, {len(tokens)} tokens"
+            yield tokenizer.decode(tokens)
+            return
+        within -= shard.documents
+
+
+def sample(
+    directory: str | Path, split: str, number: int, *, seq_len: int, seed: int, packing: str = "contiguous"
+) -> Iterator[str]:
+    """What training with `seed` gets at position `number`: its inputs and the label of the last one of each piece, each
+    document's part under a line that says which document it is and which tokens of it.
+    """
+    from data_pipeline.batches.documents import open_dataset
+
+    if number < 0:
+        raise ValueError(f"sample {number}: must not be negative")
+    dataset = open_dataset(directory, packing=packing, seq_len=seq_len, split=split, seed=seed)
+    index = dataset.order(np.array([number]))
+    batch = {name: array[0] for name, array in dataset.micro_batch(index).items()}
+    yield (
+        f"sample {number} of {split}, seed {seed}, {packing}: epoch {number // dataset.samples_per_epoch}, sample "
+        f"{int(index[0]):,} of {dataset.samples_per_epoch:,}, {len(batch['labels']):,} inputs"
+    )
+    starts, lengths, _ = (array.tolist() for array in dataset.pieces(index))
+    spans = [(start, start + length + 1) for start, length in zip(starts, lengths)]
+    end = 0
+    for (start, _), length, found in zip(spans, lengths, _documents_at(directory, dataset.manifest, split, spans)):
+        first, end = end, end + length
+        if start < 0:
+            yield f"--- padding, {length:,} tokens"
+            continue
+        tokens = [*batch["input_ids"][first:end], batch["labels"][end - 1]]
+        for title, begin, stop, place in found:
+            yield f"--- {title}, tokens {begin:,} to {stop - 1:,}, {stop - begin:,} tokens"
+            yield dataset.tokenizer.decode(tokens[place + begin - start : place + stop - start])
+
+
+def mixture(
+    directories: list[str], weights: list[float] | None, split: str, *, at: int, seq_len: int, packing: str
+) -> Iterator[str]:
+    """What training has read of each source after `at` samples of a mixture."""
+    from data_pipeline.batches.documents import open_dataset
+    from data_pipeline.batches.mixture import MixtureDataset, Source
+
+    if weights is not None and len(weights) != len(directories):
+        raise ValueError(
+            f"--weights: {len(weights)} of them for {len(directories)} datasets; give W,W with one for each"
+        )
+    mixed = MixtureDataset(
+        [
+            Source(name, open_dataset(name, packing=packing, seq_len=seq_len, split=split), weight)
+            for name, weight in zip(directories, weights or [None] * len(directories))
+        ]
+    )
+    yield f"after {at:,} samples of up to {seq_len} tokens, {packing}:"
+    for used in mixed.usage(at):
+        yield (
+            f"  {used.name}: {used.samples:,} samples, {used.tokens:,} tokens, {used.share:.3%} of them (wanted: "
+            f"{mixed.weights[used.name]:.3%}), {used.epochs:.3f} epochs"
+        )
+
+
+def _documents_at(
+    directory: str | Path, manifest: Manifest, split: str, spans: list[tuple[int, int]]
+) -> list[list[tuple[str, int, int, int]]]:
+    """For each span [start, end) of positions in the split its documents: (title, its first and one after its last
+    token that lie there, where it begins).
+    """
+    found: list[list[tuple[str, int, int, int]]] = [[] for _ in spans]
+    base = number = 0
+    for shard, reader in zip(manifest.splits[split], open_shards(directory, manifest, split)):
+        after = base + shard.tokens
+        here = [(span, titles) for span, titles in zip(spans, found) if base < span[1] and 0 <= span[0] < after]
+        ends = base + np.cumsum(reader.lengths, dtype=np.int64) if here else []
+        for (start, end), titles in here:
+            last = min(int(np.searchsorted(ends, end, side="left")), len(ends) - 1)
+            for i in range(int(np.searchsorted(ends, start, side="right")), last + 1):
+                begin, stop = int(ends[i]) - int(reader.lengths[i]), int(ends[i])
+                title = f"document {number + i} ({i} of {shard.name}, {stop - begin:,} tokens)"
+                titles.append((title, max(start - begin, 0), min(end, stop) - begin, begin))
+        base, number = after, number + shard.documents
+    return found
+
+
+def _read_manifest(directory: str | Path, split: str) -> Manifest:
+    manifest = Manifest.read(directory)
+    if split not in manifest.splits:
+        raise ValueError(f"{Path(directory) / FILE_NAME}: no split {split!r}, only {', '.join(manifest.splits)}")
+    return manifest
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be numbers separated by commas, such as 0.7,0.3") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.inspect", description="Print what is in a dataset, a document, or a sample."
+    )
+    parser.add_argument("directory", metavar="DIR", nargs="+", help="several: what a mixture of them reads")
+    parser.add_argument("--split", default="train", choices=SPLITS)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--document", type=int, metavar="N", help="the text of one document, counted from 0")
+    what.add_argument("--sample", type=int, metavar="N", help="what training reads at position N, counted from 0")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a sample (512)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of samples: the run's (0)")
+    parser.add_argument("--packing", default="contiguous", choices=("contiguous", "best_fit", "varlen"))
+    parser.add_argument(
+        "--weights", type=_numbers, metavar="W,W,...", help="of a mixture (in proportion to the tokens)"
+    )
+    parser.add_argument("--at", type=int, default=100_000, help="samples of a mixture to count (100000)")
+    arguments = parser.parse_args(argv)
+    if arguments.weights is not None and len(arguments.directory) == 1:
+        parser.error("--weights: are those of a mixture; give several directories")
+    if arguments.document is not None or arguments.sample is not None:
+        if len(arguments.directory) > 1:
+            parser.error("--document and --sample: are those of one dataset; give one directory")
+    elif arguments.packing != "contiguous" and len(arguments.directory) == 1:
+        parser.error("--packing: is that of a sample; give --sample N")
+    place, packing = (arguments.directory[0], arguments.split), arguments.packing
+    if len(arguments.directory) > 1:
+        lines = mixture(
+            arguments.directory, arguments.weights, arguments.split, at=arguments.at, seq_len=arguments.seq_len,
+            packing=packing,
+        )  # fmt: skip
+    elif arguments.document is not None:
+        lines = document(*place, arguments.document)
+    elif arguments.sample is not None:
+        options = {"seq_len": arguments.seq_len, "seed": arguments.seed, "packing": packing}
+        lines = sample(*place, arguments.sample, **options)
+    else:
+        lines = summary(arguments.directory[0])
+
+    def action() -> None:
+        print("\n".join(lines))  # all or nothing, where a shard turns out to be damaged
+
+    return command.run(action)

@@ -1,0 +1,220 @@
+"""One dataset of several.
+
+    python -m data_pipeline.merge data/wiki data/code --output data/both --link
+
+Training stays training and validation stays validation, so a document may not be in the one here and in the other
+there; that is looked for. (Mixing at training time, with weights, needs no merge.)
+"""
+
+import argparse
+import hashlib
+import os
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.disk import new_output, publish, staging_directory, write_file_atomically
+from data_pipeline.shards.checksums import check_content, record_content
+from data_pipeline.shards.manifest import FILE_NAME, SPLITS, Manifest, Shard, open_shard
+from data_pipeline.shards.megatron import IndexedReader, IndexedWriter, TokenWriter
+from data_pipeline.shards.raw import RawReader
+from data_pipeline.shards.writer import document_batches, shard_of
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from data_pipeline.tools import command
+
+_DIGEST = np.dtype("S16")  # numpy strips zero bytes at its end, but all have 16: equal are only equal ones
+
+
+def merge(
+    directories: list[str | Path],
+    output: str | Path,
+    *,
+    link: bool = False,
+    drop_leaked: bool = False,
+    report: Callable[[str], None] = print,
+) -> Manifest:
+    """Writes all shards of `directories`, in that order and numbered anew, as a dataset at `output`, which appears
+    whole or not at all; returns its manifest.
+
+    link: hard links instead of copies; needs one file system.
+    drop_leaked: leave training documents out that are also in a validation split, writing their shards anew.
+
+    A document is compared by the first 16 bytes of the SHA-256 of its tokens; memory is 16 bytes per validation
+    document. Copies of a document within the training splits stay. Raises ValueError, one line with the remedy, when
+    the datasets differ in tokenizer, dtype or storage, when one is damaged, or when there are leaked documents.
+    """
+    output = new_output(output)
+    if len({Path(directory).resolve() for directory in directories}) < len(directories):
+        raise ValueError("a directory is given twice; to repeat a dataset, mix it in with a weight at training time")
+    datasets = [(Path(directory), Manifest.read(directory)) for directory in directories]
+    first_directory, first = datasets[0]
+    for directory, manifest in datasets:
+        _check_alike(directory, manifest, first_directory, first)
+        check_content(directory, manifest)
+    leaked = _find_leaked(datasets)
+    n_leaked = sum(int(mask.sum()) for mask in leaked.values())
+    if n_leaked and not drop_leaked:
+        (directory, name), mask = next(iter(leaked.items()))
+        raise ValueError(
+            f"{n_leaked} training documents are also in a validation split, the first is document "
+            f"{int(np.argmax(mask))} of {directory / name}; leave them out of training with --drop-leaked"
+        )
+
+    with staging_directory(output) as staging:
+        splits = {}
+        for split in SPLITS:
+            splits[split] = []
+            for directory, manifest in datasets:
+                for shard in manifest.splits[split]:
+                    suffix = Path(shard.name).suffix if manifest.storage == "raw" else ""
+                    name = f"{split}-{len(splits[split]):05d}{suffix}"
+                    mask = leaked.get((directory, shard.name))
+                    if mask is None or split != "train":
+                        splits[split].append(_place(directory, manifest, shard, staging / name, link))
+                    elif not mask.all():
+                        splits[split].append(_without(open_shard(directory, manifest, shard), mask, staging / name))
+        if not splits["train"]:
+            raise ValueError("nothing is left to train on: every training document is in a validation split as well")
+        manifest = replace(
+            first,
+            splits=splits,
+            sources=[source for _, manifest in datasets for source in manifest.sources],
+            dropped=_sum(manifest.dropped for _, manifest in datasets) | ({"leaked": n_leaked} if n_leaked else {}),
+            irregular=_sum(manifest.irregular for _, manifest in datasets),
+            python_version=platform.python_version(),
+        )
+        Tokenizer.load(first_directory).save(staging)
+        write_file_atomically(staging / FILE_NAME, manifest.to_json())
+        record_content(staging, manifest)
+        publish(staging, output)
+    for split in SPLITS:
+        report(
+            f"{output}: {split} {manifest.tokens(split):,} tokens in {manifest.documents(split):,} documents, "
+            f"{len(splits[split])} shards"
+        )
+    if n_leaked:
+        report(f"{n_leaked:,} training documents left out that are in a validation split")
+    return manifest
+
+
+def _check_alike(directory: Path, manifest: Manifest, first_directory: Path, first: Manifest) -> None:
+    if manifest.tokenizer["sha256"] != first.tokenizer["sha256"]:
+        what, ours, theirs = "tokenizer", manifest.tokenizer["name"], first.tokenizer["name"]
+    elif (manifest.storage, manifest.dtype) != (first.storage, first.dtype):
+        what, ours, theirs = "storage", f"{manifest.storage} {manifest.dtype}", f"{first.storage} {first.dtype}"
+    else:
+        return
+    raise ValueError(
+        f"{directory}: its {what} is {ours} where that of {first_directory} is {theirs}; prepare one of them again"
+        + (", or rewrite raw ones with `python -m data_pipeline.split`" if what == "storage" else "")
+    )
+
+
+def _find_leaked(datasets: list[tuple[Path, Manifest]]) -> dict[tuple[Path, str], np.ndarray]:
+    """Which documents of training are in a validation split too: bool [documents] for each shard that has any, by
+    directory and name.
+    """
+    held_out = _validation_digests(datasets)
+    leaked = {}
+    for directory, manifest in datasets:
+        for shard in manifest.splits["train"] if len(held_out) else []:
+            mask = np.concatenate([_contains(held_out, digests) for digests in _digests(directory, manifest, shard)])
+            if mask.any():
+                leaked[directory, shard.name] = mask
+    return leaked
+
+
+def _digests(directory: Path, manifest: Manifest, shard: Shard) -> Iterator[np.ndarray]:
+    """Of documents in order, S16 [n] at a time. The end-of-text token, which the last document of a raw file may lack,
+    does not count.
+    """
+    end = manifest.tokenizer["eot_id"]
+    for tokens, lengths in document_batches(open_shard(directory, manifest, shard)):
+        data, size = memoryview(tokens).cast("B"), tokens.itemsize
+        stops = np.cumsum(lengths, dtype=np.int64)
+        starts, bodies = stops - lengths, stops - (tokens[stops - 1] == end)
+        digests = b"".join(
+            hashlib.sha256(data[start * size : stop * size]).digest()[:16]
+            for start, stop in zip(starts.tolist(), bodies.tolist())
+        )
+        yield np.frombuffer(digests, _DIGEST)
+
+
+def _validation_digests(datasets: list[tuple[Path, Manifest]]) -> np.ndarray:
+    parts = [
+        digests
+        for directory, manifest in datasets
+        for shard in manifest.splits["validation"]
+        for digests in _digests(directory, manifest, shard)
+    ]
+    return np.sort(np.concatenate([np.empty(0, _DIGEST), *parts]))
+
+
+def _contains(sorted_digests: np.ndarray, digests: np.ndarray) -> np.ndarray:
+    places = np.minimum(np.searchsorted(sorted_digests, digests), len(sorted_digests) - 1)
+    return sorted_digests[places] == digests
+
+
+def _place(directory: Path, manifest: Manifest, shard: Shard, target: Path, link: bool) -> Shard:
+    placed = replace(shard, name=target.name)
+    hashes = (shard.sha256, shard.index_sha256)
+    for old, new, sha256 in zip(manifest.files(shard), manifest.files(placed), hashes):
+        source, destination = directory / old, target.with_name(new)
+        if not link:
+            _copy(source, destination, sha256)
+            continue
+        try:
+            os.link(source, destination)
+        except OSError as error:
+            raise ValueError(f"{source}: cannot be linked: {error.strerror}; copy, without --link") from error
+    return placed
+
+
+def _copy(source: Path, destination: Path, sha256: str | None) -> None:
+    digest = hashlib.sha256()
+    with open(source, "rb") as reading, open(destination, "wb") as writing:
+        while data := reading.read(4 << 20):
+            digest.update(data)
+            writing.write(data)
+        writing.flush()
+        os.fsync(writing.fileno())
+    if sha256 not in (None, digest.hexdigest()):
+        raise ValueError(f"{source}: content differs from {FILE_NAME}; restore it from a good copy")
+
+
+def _without(reader: IndexedReader | RawReader, leaked: np.ndarray, target: Path) -> Shard:
+    """The shard's documents that are not `leaked`, as a shard of the same storage."""
+    position = 0
+    with (TokenWriter if isinstance(reader, RawReader) else IndexedWriter)(target, reader.dtype) as writer:
+        for tokens, lengths in document_batches(reader):
+            keep = ~leaked[position : position + len(lengths)]
+            position += len(lengths)
+            kept = tokens[np.repeat(keep, lengths)]
+            writer.add_documents(kept, lengths[keep])
+    return shard_of(writer)
+
+
+def _sum(counts: Iterator[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)  # keeps reasons that never happened, which + would not
+    return dict(total)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.merge", description="Put datasets of one tokenizer together, as one dataset."
+    )
+    parser.add_argument("directories", nargs="+", metavar="DIR")
+    parser.add_argument("--output", required=True, help="directory to create")
+    parser.add_argument("--link", action="store_true", help="hard links instead of copies")
+    parser.add_argument(
+        "--drop-leaked", action="store_true", help="leave out training documents that are also in a validation split"
+    )
+    arguments = parser.parse_args(argv)
+    options = {"link": arguments.link, "drop_leaked": arguments.drop_leaked}
+    return command.run(lambda: merge(arguments.directories, arguments.output, **options))

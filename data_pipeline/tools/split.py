@@ -1,0 +1,182 @@
+"""One dataset divided anew: another share of validation, or parts to send to different places.
+
+python -m data_pipeline.split data/corpus --output data/corpus5 --validation-fraction 0.05
+python -m data_pipeline.split data/corpus --output data/parts --parts 8
+"""
+
+import argparse
+import hashlib
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.disk import new_output, publish, staging_directory, write_file_atomically
+from data_pipeline.shards.checksums import check_content, record_content
+from data_pipeline.shards.manifest import FILE_NAME, SPLITS, Manifest, open_shards
+from data_pipeline.shards.megatron import token_dtype
+from data_pipeline.shards.writer import SplitWriter, document_batches
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from data_pipeline.tools import command
+
+
+def split_by_hash(
+    directory: str | Path,
+    output: str | Path,
+    *,
+    validation_fraction: float,
+    shard_tokens: int = 1 << 26,
+    report: Callable[[str], None] = print,
+) -> Manifest:
+    """Writes all documents of a dataset, training's before validation's, as a dataset at `output` with other splits;
+    returns its manifest.
+
+    The rule is `prepare`'s, SHA-256 of a document's text, so the same document falls on the same side here and there.
+    The output is Megatron shards whatever the input's storage. `output` appears whole or not at all. Raises ValueError,
+    one line with the remedy, for a bad argument or a damaged dataset.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction {validation_fraction}: must be at least 0 and less than 1")
+    manifest, tokenizer, output = _open(directory, output, shard_tokens)
+    with staging_directory(output) as staging:
+        writers = _writers(staging, tokenizer, shard_tokens)
+        for split in manifest.splits:
+            for tokens, lengths in _documents(directory, manifest, split):
+                held_out = _fractions(tokenizer, tokens, lengths) < validation_fraction
+                for name, chosen in (("train", ~held_out), ("validation", held_out)):
+                    writers[name].add_documents(tokens[np.repeat(chosen, lengths)], lengths[chosen])
+        written = _finish(staging, manifest, tokenizer, writers)
+        if not written.splits["train"]:
+            raise ValueError(
+                f"validation_fraction {validation_fraction}: leaves no document for training; use a smaller one"
+            )
+        publish(staging, output)
+    _report(output, written, report)
+    return written
+
+
+def split_into_parts(
+    directory: str | Path,
+    output: str | Path,
+    *,
+    parts: int,
+    shard_tokens: int = 1 << 26,
+    report: Callable[[str], None] = print,
+) -> list[Manifest]:
+    """Writes OUTPUT/part-00000, ...: datasets of contiguous documents, of about as many tokens each, training and
+    validation divided alike; returns their manifests.
+
+    `output` appears whole or not at all. Raises ValueError, one line with the remedy, for a bad argument, a damaged
+    dataset, or one that has too few documents for every part to get one to train on.
+    """
+    if parts < 1:
+        raise ValueError(f"parts {parts}: must be at least 1")
+    manifest, tokenizer, output = _open(directory, output, shard_tokens)
+    too_many = f"{directory}: {parts} parts would not all get a document to train on; use fewer --parts"
+    if parts > manifest.documents("train"):
+        raise ValueError(too_many)
+    written = []
+    with staging_directory(output) as staging:
+        names = [f"part-{i:05d}" for i in range(parts)]
+        writers = []
+        for name in names:
+            (staging / name).mkdir()
+            writers.append(_writers(staging / name, tokenizer, shard_tokens))
+        for split in manifest.splits:
+            before, total = 0, manifest.tokens(split)
+            for tokens, lengths in _documents(directory, manifest, split):
+                ends = np.cumsum(lengths, dtype=np.int64)
+                # A document belongs to the part in which its first token lies.
+                owners = np.minimum((before + ends - lengths) * parts // total, parts - 1)
+                for i in np.unique(owners).tolist():
+                    chosen = owners == i
+                    writers[i][split].add_documents(tokens[np.repeat(chosen, lengths)], lengths[chosen])
+                before += int(ends[-1])
+        for name, own in zip(names, writers):
+            written.append(_finish(staging / name, manifest, tokenizer, own))
+            if not written[-1].splits["train"]:
+                raise ValueError(too_many)
+        publish(staging, output)
+    for name, part in zip(names, written):
+        _report(output / name, part, report)
+    return written
+
+
+def _open(directory: str | Path, output: str | Path, shard_tokens: int) -> tuple[Manifest, Tokenizer, Path]:
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens {shard_tokens}: must be at least 1")
+    output = new_output(output)
+    manifest = Manifest.read(directory)
+    check_content(directory, manifest)
+    return manifest, Tokenizer.load(directory), output
+
+
+def _writers(directory: Path, tokenizer: Tokenizer, shard_tokens: int) -> dict[str, SplitWriter]:
+    dtype = token_dtype(tokenizer.n_vocab)
+    return {split: SplitWriter(directory, split, dtype, shard_tokens) for split in SPLITS}
+
+
+def _documents(directory: str | Path, manifest: Manifest, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """As `document_batches`, over a split; each document ends with end-of-text, also the last of a raw file."""
+    eot_id = manifest.tokenizer["eot_id"]
+    for reader in open_shards(directory, manifest, split):
+        for tokens, lengths in document_batches(reader):
+            if tokens[-1] != eot_id:
+                tokens, lengths = np.append(tokens, tokens.dtype.type(eot_id)), lengths.copy()
+                lengths[-1] += 1
+            yield tokens, lengths
+
+
+def _fractions(tokenizer: Tokenizer, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """In [0, 1), float64 [n], by document: first 8 bytes of its text's SHA-256."""
+    stops = np.cumsum(lengths, dtype=np.int64)
+    digests = (
+        hashlib.sha256(tokenizer.decode_bytes(tokens[start : stop - 1])).digest()
+        for start, stop in zip((stops - lengths).tolist(), stops.tolist())
+    )
+    return np.array([int.from_bytes(digest[:8], "big") / 2**64 for digest in digests])
+
+
+def _finish(directory: Path, manifest: Manifest, tokenizer: Tokenizer, writers: dict[str, SplitWriter]) -> Manifest:
+    written = replace(
+        manifest,
+        dtype=token_dtype(tokenizer.n_vocab).name,
+        splits={split: writer.close() for split, writer in writers.items()},
+        python_version=platform.python_version(),
+        storage="megatron",
+    )
+    tokenizer.save(directory)
+    write_file_atomically(directory / FILE_NAME, written.to_json())
+    record_content(directory, written)
+    return written
+
+
+def _report(directory: Path, manifest: Manifest, report: Callable[[str], None]) -> None:
+    parts = [
+        f"{split} {manifest.tokens(split):,} tokens in {manifest.documents(split):,} documents"
+        for split in manifest.splits
+    ]
+    report(f"{directory}: {', '.join(parts)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.split", description="Divide a dataset anew: its splits, or into parts."
+    )
+    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("--output", required=True, help="directory to create")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument(
+        "--validation-fraction", type=float, help="share of the documents held out, by hash as prepare does"
+    )
+    how.add_argument("--parts", type=int, help="datasets part-00000, ... of contiguous documents")
+    parser.add_argument("--shard-tokens", type=int, default=1 << 26, help="tokens per shard file (67108864)")
+    arguments = parser.parse_args(argv)
+    common = {"shard_tokens": arguments.shard_tokens}
+    if arguments.parts is not None:
+        divide, common["parts"] = split_into_parts, arguments.parts
+    else:
+        divide, common["validation_fraction"] = split_by_hash, arguments.validation_fraction
+    return command.run(lambda: divide(arguments.directory, arguments.output, **common))

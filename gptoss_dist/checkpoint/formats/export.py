@@ -1,0 +1,146 @@
+"""Writing models that other tools load, in one process and a part of a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from data_pipeline import Tokenizer
+from data_pipeline.tokenizer.huggingface import huggingface_files
+from gptoss_dist.checkpoint.formats import huggingface, openai
+from gptoss_dist.checkpoint.formats.pretrained import Pretrained
+from gptoss_dist.checkpoint.formats.tensor_files import Held, write_tensors
+from gptoss_dist.checkpoint.formats.views import Losses, plain
+from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.model.transformer import GptOss
+from gptoss_dist.ops.mxfp4 import GROUP
+
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+              "chat_template*", "generation_config.json", "LICENSE*", "USAGE_POLICY*")  # fmt: skip
+"""What is copied from one published model to another."""
+PUBLISHED_IDS = {"eos_token_id": 200002, "pad_token_id": 199999}
+
+
+def check_export(
+    config: ModelConfig, layout: Literal["hf", "openai", "safetensors"], pack: bool, search: bool = False
+) -> None:
+    """
+    Raises:
+        ValueError: the layout cannot express the architecture; names all fields that stand in the way.
+    """
+    if search and not pack:
+        raise ValueError("--search chooses the scales of --mxfp4, which is not given")
+    if layout == "safetensors":
+        if pack:
+            raise ValueError("--mxfp4 needs --format hf or openai; plain safetensors hold plain numbers")
+        return
+    wrong = {"hf": huggingface, "openai": openai}[layout].inexpressible(config)
+    if wrong:
+        raise ValueError(
+            f"--format {layout} cannot express this model: {', '.join(wrong)}; --format safetensors writes the weights"
+        )
+    sizes = {key: getattr(config, key) for key in ("hidden_size", "intermediate_size")}
+    odd = [f"{key}={value}" for key, value in sizes.items() if value % GROUP]
+    if pack and odd:
+        raise ValueError(f"--mxfp4 needs sizes in multiples of {GROUP}: {', '.join(odd)}")
+
+
+def export(
+    pretrained: Pretrained,
+    folder: str | Path,
+    layout: Literal["hf", "openai", "safetensors"],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    pack: bool = False,
+    search: bool = False,
+    file_bytes: int = 5_000_000_000,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, float]:
+    """Write `pretrained` to the new folder `folder`, which appears only when it is complete.
+
+    Args:
+        layout: `hf` for transformers and vLLM, `openai` for OpenAI's own code, `safetensors` for the bare weights.
+        dtype: of what is not packed.
+        pack: the experts' weights in MXFP4.
+        search: as in `ops.mxfp4.encode`.
+        file_bytes: largest size of a file, unless a tensor is larger.
+
+    Returns:
+        {tensor: relative quantisation error} of the packed ones.
+
+    Raises:
+        ValueError: the layout cannot express the model, or the folder is there already.
+        OSError: it cannot be written.
+    """
+    check_export(pretrained.config, layout, pack, search)
+    folder, losses = Path(folder), Losses()
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; choose another folder")
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config, tensors = pretrained.config, pretrained.tensors
+    if layout == "safetensors":
+        outputs = [plain(name, source, dtype) for name, source in tensors.items()]
+        values = config.to_dict()
+    elif layout == "hf":
+        outputs = huggingface.outputs(tensors, config, dtype=dtype, pack=pack, search=search, losses=losses)
+    else:
+        outputs = openai.outputs(tensors, config, dtype=dtype, pack=pack, search=search, losses=losses)
+        values = openai.config_json(config)
+    special_ids = _write_companions(pretrained, partial, layout, say)
+    if layout == "hf":
+        values = huggingface.config_json(config, dtype=dtype, pack=pack, special_ids=special_ids)
+    (partial / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+    for path in write_tensors(partial, outputs, file_bytes=file_bytes):
+        say(f"wrote {path.name}")
+    for path in partial.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    partial.rename(folder)
+    return losses
+
+
+def save_pretrained(model: GptOss, folder: str | Path, *, layout: str = "hf", **options) -> None:
+    """Write a model that is in memory to the new folder `folder`.
+
+    Args:
+        layout, options: as for `export`.
+
+    Raises:
+        ValueError, OSError: as `export`.
+    """
+    tensors = {name: Held(tensor) for name, tensor in chain(model.named_parameters(), model.named_buffers())}
+    export(Pretrained("memory", Path(), model.config, tensors), folder, layout, **options)
+
+
+def _write_companions(
+    pretrained: Pretrained, folder: Path, layout: str, say: Callable[[str], None]
+) -> dict[str, int | list[int]]:
+    """Tokenizer and generation settings; returns the ids that end and pad a text."""
+    if pretrained.layout == "memory":
+        return {}
+    if pretrained.layout == "run":
+        tokenizer = Tokenizer.load(pretrained.folder)
+        tokenizer.save(folder)
+        if layout == "hf":
+            for name, values in huggingface_files(tokenizer, pretrained.config.max_position_embeddings).items():
+                (folder / name).write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+        return {"eos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.eot_id}
+    if pretrained.layout == layout:
+        for pattern in COMPANIONS:
+            for path in pretrained.folder.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
+        values = huggingface.read_json(pretrained.folder / "config.json")
+        return {key: values[key] for key in ("eos_token_id", "pad_token_id") if values.get(key) is not None}
+    say(f"no tokenizer and no generation settings come from {pretrained.layout}: add them to {folder.stem} by hand")
+    # Those of the published models, whose vocabulary no other has.
+    return PUBLISHED_IDS if pretrained.config.vocab_size == 201088 else {}

@@ -1,0 +1,203 @@
+"""Hugging Face's layout of GPT-OSS: what `transformers.GptOssForCausalLM` saves and loads.
+
+Names and shapes are the model's own. In the published form the experts' weights are MXFP4: `gate_up_proj_blocks` and
+`gate_up_proj_scales` stand for `gate_up_proj`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gptoss_dist.checkpoint.formats.tensor_files import Output, Source, stored_tensors
+from gptoss_dist.checkpoint.formats.views import Losses, Packed, Transposed, packed, plain
+from gptoss_dist.model.config import ModelConfig, RopeScaling
+
+BLOCKS, SCALES = "_blocks", "_scales"
+EXPERTS = ("gate_up_proj", "down_proj")
+"""The weights that MXFP4 is for."""
+SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "sliding_window",
+    "layer_types",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "initializer_range",
+    "tie_word_embeddings",
+    "attention_bias",
+    "swiglu_alpha",
+    "swiglu_limit",
+)
+"""Fields of the same name and meaning here and there."""
+ONLY_HERE = {
+    "router_bias": True,
+    "router_selection_bias": False,
+    "expert_bias": True,
+    "expert_activation": "gpt_oss",
+    "num_shared_experts": 0,
+    "sink_clamp": None,
+    "rope_pruned_fraction": 0.0,
+}
+"""Fields that GPT-OSS does not have, and what it does."""
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The architecture that config.json describes.
+
+    Raises:
+        ValueError: it is missing or damaged, or not a GPT-OSS model.
+    """
+    path = Path(folder) / "config.json"
+    values = read_json(path)
+    if values.get("model_type") != "gpt_oss":
+        raise ValueError(f"{path}: model_type={values.get('model_type')} is not gpt_oss")
+    for key, only in (("hidden_act", "silu"), ("attention_dropout", 0)):
+        if values.get(key, only) != only:
+            raise ValueError(f"{path}: {key}={values[key]} is not supported; GPT-OSS has {only}")
+    fields = {key: values[key] for key in SHARED_FIELDS if values.get(key) is not None}
+    # transformers 5 keeps rope_theta and rope_scaling in one mapping.
+    rope = {
+        k: v for k, v in (values.get("rope_parameters") or values.get("rope_scaling") or {}).items() if v is not None
+    }
+    theta = rope.pop("rope_theta", values.get("rope_theta"))
+    if theta is not None:
+        fields["rope_theta"] = float(theta)
+    if rope:
+        fields["rope_scaling"] = _rope_scaling(path, rope, values)
+    elif "rope_scaling" in values or "rope_parameters" in values:
+        fields["rope_scaling"] = None
+    return ModelConfig(**fields)
+
+
+def _rope_scaling(path: Path, rope: dict, values: dict) -> RopeScaling | None:
+    """With transformers' defaults for what is not there, which are not GPT-OSS's own."""
+    old_name = rope.pop("type", "default")
+    kind = rope.pop("rope_type", old_name)
+    if kind == "default":
+        return None
+    known = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
+    if kind != "yarn" or (unknown := sorted(rope.keys() - known)):
+        wrong = f"rope_type={kind}" if kind != "yarn" else f"{unknown} of the rotary embedding"
+        raise ValueError(f"{path}: {wrong} is not supported; use yarn with {', '.join(sorted(known))}, or default")
+    if "factor" not in rope:
+        raise ValueError(f"{path}: yarn needs a factor")
+    longest = values.get("max_position_embeddings", ModelConfig().max_position_embeddings)
+    return RopeScaling(**{"original_max_position_embeddings": longest, "truncate": True, **rope})
+
+
+def read_json(path: Path) -> dict:
+    """
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable JSON file: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return values
+
+
+def sources(folder: str | Path, say: Callable[[str], None]) -> dict[str, Source]:
+    """The folder's tensors by the model's names; MXFP4 is unpacked as it is read.
+
+    Args:
+        say: gets a line about what is unusual.
+
+    Raises:
+        ValueError: there are none, files are damaged, or MXFP4 blocks and scales do not fit each other.
+    """
+    found, result, dense = stored_tensors(folder), {}, []
+    for name, source in found.items():
+        stem = name.removesuffix(BLOCKS)
+        if name.endswith(SCALES):
+            if name.removesuffix(SCALES) + BLOCKS not in found:
+                raise ValueError(f"{folder}: {name} has no {name.removesuffix(SCALES) + BLOCKS} beside it")
+        elif stem == name:
+            result[name] = source
+        elif stem + SCALES in found:
+            result[stem] = checked(Packed(source, found[stem + SCALES]), name, folder)
+        elif source.dtype.is_floating_point:
+            dense.append(name)  # what transformers 5.23 saves of an MXFP4 model that it has unpacked
+            result[stem] = source
+        else:
+            raise ValueError(f"{folder}: {name} has no {stem + SCALES} beside it")
+    if dense:
+        say(f"{folder}: {len(dense)} tensors named *{BLOCKS} hold plain numbers and are read so")
+    return result
+
+
+def checked(source: Packed, name: str, folder: str | Path) -> Packed:
+    """
+    Raises:
+        ValueError: blocks and scales do not fit each other.
+    """
+    blocks, scales = source.blocks, source.scales
+    if (
+        {blocks.dtype, scales.dtype} != {torch.uint8}
+        or blocks.shape[3:] != (16,)
+        or tuple(blocks.shape[:3]) != tuple(scales.shape)
+    ):
+        raise ValueError(
+            f"{folder}: {name} {tuple(blocks.shape)} and its scales {tuple(scales.shape)} are not MXFP4: uint8 "
+            "[experts, outputs, groups, 16] and [experts, outputs, groups] are"
+        )
+    return source
+
+
+def inexpressible(config: ModelConfig) -> list[str]:
+    """Settings of the architecture for which this layout has no place."""
+    return [f"{key}={getattr(config, key)}" for key, own in ONLY_HERE.items() if getattr(config, key) != own]
+
+
+def outputs(
+    tensors: dict[str, Source], config: ModelConfig, *, dtype: torch.dtype, pack: bool, search: bool, losses: Losses
+) -> list[Output]:
+    """What to write of the model's `tensors`; with `pack` the experts in MXFP4, everything else in `dtype`."""
+    made = []
+    for name, source in tensors.items():
+        if pack and name.endswith(EXPERTS):
+            made.append(packed(name + BLOCKS, name + SCALES, Transposed(source), losses, search=search))
+        else:
+            made.append(plain(name, source, dtype))
+    return made
+
+
+def config_json(config: ModelConfig, *, dtype: torch.dtype, pack: bool, special_ids: dict | None = None) -> dict:
+    """Contents of config.json, as transformers reads them.
+
+    Args:
+        special_ids: eos_token_id, which may be a list, and pad_token_id.
+    """
+    rope = {"rope_type": "default"} if config.rope_scaling is None else dict(vars(config.rope_scaling))
+    values = {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        **{key: getattr(config, key) for key in SHARED_FIELDS},
+        "attention_dropout": 0.0,
+        "dtype": str(dtype).removeprefix("torch."),
+        "hidden_act": "silu",
+        "output_router_logits": False,
+        # The same twice: as transformers 4 and vLLM read it, and as transformers 5 does.
+        "rope_scaling": None if config.rope_scaling is None else rope,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": rope | {"rope_theta": config.rope_theta},
+        "use_cache": True,
+        **(special_ids or {}),
+    }
+    if pack:
+        kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        values["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    return values

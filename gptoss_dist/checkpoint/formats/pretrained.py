@@ -1,0 +1,189 @@
+"""Weights from outside of a run: published models, and the checkpoints of other runs.
+
+Each rank reads what it holds of each tensor, a part at a time: no rank ever needs a whole tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from gptoss_dist.checkpoint.formats import huggingface, openai
+from gptoss_dist.checkpoint.formats.tensor_files import Source, stored_tensors
+from gptoss_dist.checkpoint.store import candidates, misfits, read_info, resolve
+from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.model.transformer import GptOss
+
+log = logging.getLogger(__name__)
+
+LAYOUTS = {"hf": huggingface, "openai": openai}
+
+
+class Pretrained(NamedTuple):
+    """Weights that can be read in parts."""
+
+    layout: str
+    """`hf`, `openai`, `run` for a training checkpoint, or `memory`."""
+    folder: Path
+    config: ModelConfig
+    tensors: dict[str, Source]
+    """By the model's names."""
+
+    def build(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> GptOss:
+        """A model with these weights, ready for inference.
+
+        Raises:
+            ValueError: as `load_into`.
+        """
+        with torch.device("meta"):
+            model = GptOss(self.config)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.to_empty(device=device)
+        model.tie()
+        load_into(dict(chain(model.named_parameters(), model.named_buffers())), self)
+        return model.eval()
+
+
+def open_pretrained(where: str | Path, *, say: Callable[[str], None] = log.warning, verify: bool = True) -> Pretrained:
+    """Weights by `hf:FOLDER`, `openai:FOLDER`, or a run's folder, checkpoint folder or checkpoint.
+
+    Without `hf:` or `openai:` a folder with a config.json is what that file says.
+
+    Args:
+        say: gets a line about what is unusual.
+        verify: hash a training checkpoint's files first, and take the newest intact one; else the newest.
+
+    Raises:
+        ValueError: there is nothing of that kind, or it is damaged.
+    """
+    layout, _, folder = str(where).partition(":")
+    if (Path(where) / "config.json").is_file():
+        layout = "hf" if "model_type" in huggingface.read_json(Path(where) / "config.json") else "openai"
+        folder = str(where)
+    if layout in LAYOUTS and folder:
+        if not Path(folder).is_dir():
+            raise ValueError(f"{where}: there is no folder {folder}")
+        module = LAYOUTS[layout]
+        return Pretrained(layout, Path(folder), module.read_config(folder), module.sources(folder, say))
+    if re.fullmatch(r"[a-z]{2,}", layout) and folder:
+        raise ValueError(f"{where}: {layout} is no known layout; use {', '.join(f'{name}:FOLDER' for name in LAYOUTS)}")
+    checkpoint = resolve(where, say) if verify else candidates(where)[-1]
+    stored = {n.removeprefix("model."): t for n, t in stored_tensors(checkpoint).items() if n.startswith("model.")}
+    return Pretrained("run", checkpoint, ModelConfig.from_dict(read_info(checkpoint)["config"]["model"]), stored)
+
+
+def check_architecture(pretrained: Pretrained, config: ModelConfig) -> None:
+    """
+    Raises:
+        ValueError: the architecture of the weights is another than `config`; names every field that differs.
+    """
+    ours, theirs = config.to_dict(), pretrained.config.to_dict()
+    differ = [
+        f"{key} ({theirs[key]} there, {ours[key]} here)"
+        for key in ours
+        if ours[key] != theirs[key]
+        # How weights are drawn says nothing of those that are read, nor does a limit of length.
+        and key not in ("initializer_range", "sink_init", "max_position_embeddings")
+    ]
+    if differ:
+        raise ValueError(f"{pretrained.folder} does not fit the model: {', '.join(differ)}; change --model")
+
+
+def load_into(weights: dict[str, Tensor], pretrained: Pretrained) -> None:
+    """Fill the tensors of `weights` in place, each rank its own part of them; collective where there are ranks.
+
+    Args:
+        weights: by the model's names; plain tensors, DTensors, or what else torch DCP can fill.
+
+    Raises:
+        ValueError: names or shapes differ, or a file is damaged; all of them are listed.
+    """
+    shapes = {name: source.shape for name, source in pretrained.tensors.items()}
+    if problems := misfits(weights, shapes):
+        raise ValueError(f"{pretrained.folder} does not fit the model: " + "; ".join(problems))
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is meant
+        try:
+            dcp.load(weights, storage_reader=_Reader(pretrained.tensors), no_dist=alone)
+        except dcp.CheckpointException as error:
+            raise ValueError("; ".join(sorted({str(reason) for reason, _ in error.failures.values()}))) from None
+
+
+class _Reader(StorageReader):
+    """Hands the sources to DCP, which knows what each rank holds."""
+
+    def __init__(self, tensors: dict[str, Source]) -> None:
+        self.tensors = tensors
+
+    def reset(self, checkpoint_id=None) -> None:
+        """There is nothing to reset."""
+
+    def read_metadata(self, *_, **__) -> Metadata:
+        entries, places = {}, {}
+        for name, source in self.tensors.items():
+            start, shape = torch.Size([0] * len(source.shape)), torch.Size(source.shape)
+            whole = ChunkStorageMetadata(offsets=start, sizes=shape)
+            entries[name] = TensorStorageMetadata(TensorProperties(dtype=source.dtype), shape, [whole])
+            places[MetadataIndex(name, start)] = name
+        return Metadata(state_dict_metadata=entries, storage_data=places)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_, **__) -> None:
+        """There is nothing to set up."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            offset = item.storage_offsets
+            box = tuple(slice(o, o + n) for o, n in zip(offset, item.lengths))
+            target = planner.resolve_tensor(item).detach()
+            for part, values in self.tensors[item.storage_index.fqn].parts(box):
+                target[tuple(slice(s.start - o, s.stop - o) for s, o in zip(part, offset))].copy_(values)
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
+        return True
+
+
+def load_pretrained(
+    where: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> GptOss:
+    """A model with its weights, ready for inference.
+
+    Args:
+        where: as for `open_pretrained`.
+
+    Raises:
+        ValueError: there is no such model, or it is damaged.
+    """
+    return open_pretrained(where).build(dtype, device)

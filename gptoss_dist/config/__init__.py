@@ -1,0 +1,39 @@
+"""The one tree of settings that YAML files and the command line fill."""
+
+from gptoss_dist.config.data import DataConfig, SourceConfig, StageConfig
+from gptoss_dist.config.parallel import EngineConfig, ParallelConfig
+from gptoss_dist.config.parse import build_parser, load_config, parse_arguments
+from gptoss_dist.config.tree import (
+    CheckpointConfig,
+    Config,
+    LossConfig,
+    OptimConfig,
+    RunConfig,
+    SamplingConfig,
+    TrackingConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from gptoss_dist.model.config import ModelConfig, RopeScaling
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EngineConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RopeScaling",
+    "RunConfig",
+    "SamplingConfig",
+    "SourceConfig",
+    "StageConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "build_parser",
+    "load_config",
+    "parse_arguments",
+]

@@ -1,0 +1,1 @@
+"""Who runs where and how ranks agree: processes, launchers, collectives, signals."""

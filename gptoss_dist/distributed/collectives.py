@@ -1,0 +1,100 @@
+"""How ranks agree: values and errors that travel between them."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class LocalError(ValueError):
+    """A user's mistake that one process alone can meet: it has to say so itself, whichever it is."""
+
+
+def on_rank_zero(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T | None:
+    """Call `function` on rank 0 while the others wait; collective.
+
+    Args:
+        group: of all ranks, if not the default one.
+
+    Returns:
+        Its result on rank 0, None elsewhere.
+
+    Raises:
+        ValueError, OSError: on every rank, if it raised one: nobody is left waiting for a rank that gave up.
+    """
+    result, failure = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = function()
+        except (ValueError, OSError) as error:
+            failure = error
+    outcome = [None if failure is None else (isinstance(failure, OSError), str(failure))]
+    dist.broadcast_object_list(outcome, group=group, device=torch.device("cpu"))
+    if failure is not None:
+        raise failure
+    if outcome[0] is not None:
+        system, text = outcome[0]
+        raise OSError(text) if system else ValueError(text)
+    return result
+
+
+def shared(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, on every rank; collective where there are ranks.
+
+    Raises:
+        ValueError, OSError: on every rank, if it raised one.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return function()
+    result = [on_rank_zero(function)]
+    dist.broadcast_object_list(result, device=torch.device("cpu"))
+    return result[0]
+
+
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The values of all ranks, on all ranks; collective where there are ranks. group: as in `on_every_rank`."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def patient_group() -> dist.ProcessGroup:
+    """A group of all ranks, on their CPUs, that waits a day for whoever has most to read or write; collective.
+
+    A process that ends is still noticed at once, as its connections close; a machine that vanishes by the launcher
+    only. Makes a connection to every other rank: one such group is enough.
+    """
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+
+
+def on_every_rank(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Call `function` on every rank, each for a part of the work; collective.
+
+    Args:
+        group: of all ranks, if not the default one.
+
+    Returns:
+        Its result on this rank.
+
+    Raises:
+        ValueError, OSError: on every rank, if it raised one on any; that of the lowest such rank.
+    """
+    result, failure = None, None
+    try:
+        result = function()
+    except (ValueError, OSError) as error:
+        failure = error
+    mine = None if failure is None else (isinstance(failure, OSError), str(failure))
+    for outcome in gathered(mine, group):
+        if outcome is not None:
+            system, text = outcome
+            raise OSError(text) if system else ValueError(text)
+    return result

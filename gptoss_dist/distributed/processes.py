@@ -1,0 +1,135 @@
+"""The processes of a run: who this one is, on which device, and how the others are reached."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gptoss_dist.distributed import launchers
+from gptoss_dist.distributed.collectives import LocalError
+
+
+@dataclass(frozen=True)
+class Context:
+    """One process of the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the only process that prints, tracks and writes common files."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add `tensor` over all ranks, in place; no host synchronisation."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def start(timeout_s: float = 1800.0) -> Context:
+    """Join the run that a launcher started (see `launchers.py`), or be a run of one process if there is none.
+
+    On CPU it also sets, for the rest of the process, that the C library keeps freed memory.
+
+    Raises:
+        LocalError: fewer GPUs than processes on this machine.
+        ValueError: the launcher does not say where the processes meet.
+    """
+    launchers.complete()
+    launched = "RANK" in os.environ
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise LocalError(
+                f"LOCAL_RANK={local_rank} but this machine has {torch.cuda.device_count()} GPUs; "
+                "start at most one process per GPU (torchrun --nproc_per_node)"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        _tune_cpu_memory()
+    dist.init_process_group(
+        backend,
+        store=None if launched else dist.HashStore(),
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+    return Context(rank, local_rank, world_size, device)
+
+
+def _tune_cpu_memory() -> None:
+    """Keep freed memory in the process: a sixth of a training step on CPU (docs/log.md).
+
+    A step frees and allocates the same gigabytes again and again. By default the C library hands large blocks back to
+    the system every time, and getting them again costs a page fault per 4 KiB. The price: fragments count as used.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # not glibc
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD, ... of malloc.h
+    mallopt(trim_threshold, -1)  # never shrink the heap
+    mallopt(mmap_max, 0)  # take large blocks from it too
+    mallopt(arena_max, 1)  # for all threads: the heaps of further arenas are too small for large blocks
+
+
+def leave(say: Callable[[], None], patience_s: float = 5.0) -> None:
+    """Call `say`, and be ready to leave because of a mistake. Rank 0 waits for the others to be so too, but not for
+    long, as they may not have met it.
+
+    The processes find each other in a store that is rank 0's where it is not torchrun's: if rank 0 left at once, a rank
+    that is a moment behind would fail for that, with a traceback.
+    """
+    if not dist.is_initialized():
+        return say()
+    store, deadline = dist.distributed_c10d._get_default_store(), time.monotonic() + patience_s
+    with suppress(dist.DistError):
+        store.add("leaving", 1)
+    say()
+    while dist.get_rank() == 0 and store.add("leaving", 0) < dist.get_world_size() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed python, numpy and torch; each rank differently, because they draw noise for different samples."""
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
+def finish(exit_code: int = 0) -> None:
+    """Leave together and end the process without running destructors.
+
+    gloo's background threads sometimes abort the interpreter's tear-down after all work is done, which would turn a
+    finished run into a failed one.
+    """
+    if dist.is_initialized():
+        if exit_code == 0:
+            dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

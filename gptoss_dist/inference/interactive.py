@@ -1,0 +1,47 @@
+"""A loop that reads prompts from a person and writes how the model goes on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gptoss_dist.inference.session import Session
+
+REPL_HELP = ":t TEMPERATURE   :k TOP_K   :p TOP_P   :n NEW_TOKENS   :q quit; anything else is a prompt"
+REPL_SETTINGS = {
+    ":t": ("temperature", float),
+    ":k": ("top_k", int),
+    ":p": ("top_p", float),
+    ":n": ("max_new_tokens", int),
+}
+
+
+def repl(session: Session, settings: dict) -> int:
+    """Read lines from standard input until its end or `:q`; returns the exit code 0.
+
+    Args:
+        settings: of `Session.write`, which commands such as `:t 0.5` change.
+    """
+    print(REPL_HELP)
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        command, _, value = line.partition(" ")
+        if command == ":q":
+            return 0
+        try:
+            if command in REPL_SETTINGS:
+                name, kind = REPL_SETTINGS[command]
+                settings[name] = kind(value)
+                print(f"{name} = {settings[name]}")
+            elif command.startswith(":"):
+                print(REPL_HELP)
+            elif line:
+                print(line, end="", flush=True)
+                session.write(line, on_text=lambda text: print(text, end="", flush=True), **settings)
+                print()
+        except ValueError as error:
+            print(f"could not: {error}")

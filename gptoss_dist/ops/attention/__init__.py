@@ -1,0 +1,1 @@
+"""Attention with learned sinks: one function, `sink_attention.sink_attention`, and its back ends."""

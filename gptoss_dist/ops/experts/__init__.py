@@ -1,0 +1,1 @@
+"""The expert MLPs: one function, `grouped_experts.grouped_experts`, and its back ends."""

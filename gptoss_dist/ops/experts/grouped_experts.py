@@ -1,0 +1,131 @@
+"""The expert MLPs of a mixture of experts, for rows that are already sorted by expert.
+
+    gate, up = deinterleave(x @ gate_up_proj[e] + gate_up_proj_bias[e])
+    y        = act(gate, up) @ down_proj[e] + down_proj_bias[e]
+
+Every back end computes this function and its gradients:
+
+- ``loop``: one expert at a time under plain autograd. The reference; needs the row counts on the host.
+- ``grouped_mm``: ``torch.nn.functional.grouped_mm``, two grouped GEMMs, and no host synchronisation of ours: for CUDA.
+- ``grouped_gemm``: the same with the GEMMs of the package of that name (https://github.com/tgale96/grouped_gemm), for
+  bf16 on CUDA. Opt-in: it reads the row counts on the host, once per call.
+- ``blocked``: hand-written forward and backward for the CPU. Each expert's hidden states are computed *transposed*,
+  ``h_Fn = W_DF^T x_nD^T``: BLAS transposes almost for free, and then the interleaved gate and up columns of ``h_nF``
+  are the even and odd *rows* of ``h_Fn``. Every elementwise pass reads contiguous memory and vectorises, and neither
+  weights nor activations are ever de-interleaved. Where bf16 is multiplied in fp32 (``ops/gemm.py``), rows and weights
+  are cast once per pass, and what lives only between two GEMMs is not rounded.
+
+Shape legend: N rows (token copies) of all experts, n rows of one expert, E experts, D hidden size, I intermediate size,
+F = 2 * I.
+"""
+
+import torch
+from torch import Tensor
+
+from gptoss_dist.ops.experts.activation import Gating, gating_of
+from gptoss_dist.ops.experts.cpu_blocked import Blocked, Pad, Unpad, builds_a_kernel_per_shape, in_few_sizes, positions
+from gptoss_dist.ops.experts.grouped import (
+    grouped_gemm_experts,
+    grouped_mm_experts,
+    grouped_mm_experts_uncompiled,
+    grouped_mm_limit,
+)
+from gptoss_dist.ops.experts.loop import check_counts, loop_experts
+from gptoss_dist.ops.gemm import gemm_dtype
+
+BACKENDS = ("auto", "loop", "grouped_mm", "grouped_gemm", "blocked")
+
+
+def grouped_experts(
+    x_ND: Tensor,
+    tokens_per_expert_E: Tensor,
+    gate_up_proj_EDF: Tensor,
+    gate_up_proj_bias_EF: Tensor | None,
+    down_proj_EID: Tensor,
+    down_proj_bias_ED: Tensor | None,
+    *,
+    activation: str,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Apply expert e's MLP to its ``tokens_per_expert_E[e]`` consecutive rows of ``x_ND``: ``y_ND``, in x's dtype.
+
+    Args:
+        x_ND: rows sorted by expert; ``tokens_per_expert_E`` (integers) must sum to N. Experts may have no rows: their
+            gradients are exact zeros.
+        gate_up_proj_EDF, down_proj_EID: weights in Hugging Face's layout, gate in the even and up in the odd columns.
+        gate_up_proj_bias_EF, down_proj_bias_ED: biases, either may be None.
+        activation: ``gpt_oss`` (clamped SwiGLU of the GPT-OSS reference, with ``alpha`` and ``limit``) or ``silu``
+            (``silu(gate) * up``; ignores both).
+        backend: see the module docstring. ``auto`` takes ``blocked`` on CPU, and elsewhere ``grouped_mm`` where its
+            dtype and alignment limits allow, else ``loop``.
+
+    In bf16 and fp16 each GEMM's result is rounded before its bias is added, as in the Hugging Face model: a fused
+    addition is more exact, but moves pre-activations across the clamp. The activation is evaluated in fp32 and rounded
+    once, save by ``loop``, which rounds after every operation.
+
+    Raises:
+        ValueError: unknown names, inconsistent shapes or dtypes, row counts that do not sum to N (save with
+            ``grouped_mm``, which would have to wait for the device), sizes ``grouped_mm`` cannot align, a dtype other
+            than bf16 for ``grouped_gemm``, or its package cannot be imported.
+    """
+    _check_operands(x_ND, tokens_per_expert_E, gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
+    gating = gating_of(activation, alpha, limit)
+    if backend == "auto":
+        if x_ND.device.type == "cpu":
+            backend = "blocked"
+        else:
+            backend = "loop" if grouped_mm_limit(x_ND.dtype, *down_proj_EID.shape[1:]) else "grouped_mm"
+    operands = (x_ND, gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
+    if backend == "grouped_mm":
+        # The compiler's idea of torch's grouped product knows bf16 only: for other types the graph breaks here.
+        multiply = grouped_mm_experts if x_ND.dtype == torch.bfloat16 else grouped_mm_experts_uncompiled
+        return multiply(tokens_per_expert_E, gating, operands)
+    if backend == "grouped_gemm":
+        return grouped_gemm_experts(tokens_per_expert_E, gating, operands)
+    if backend not in ("loop", "blocked"):
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+
+    return _one_by_one(backend, tokens_per_expert_E, gating, operands)
+
+
+@torch.compiler.disable  # row counts on the host are what a compiler cannot trace; it breaks the graph here instead
+def _one_by_one(backend: str, tokens_per_expert_E: Tensor, gating: Gating, operands: tuple) -> Tensor:
+    counts = tokens_per_expert_E.tolist()
+    check_counts(counts, operands[0])
+    if backend == "loop":
+        return loop_experts(counts, gating, *operands)
+    dtype = gemm_dtype(operands[0], rows=sum(counts) // max(sum(n > 0 for n in counts), 1))
+    room = in_few_sizes(counts) if builds_a_kernel_per_shape(operands[0].device, dtype) else counts
+    if room == counts:
+        return Blocked.apply(counts, gating, dtype, *operands)
+    position_N = positions(counts, room)
+    y_PD = Blocked.apply(room, gating, dtype, Pad.apply(operands[0], sum(room), position_N), *operands[1:])
+    return Unpad.apply(y_PD, position_N)
+
+
+def _check_operands(x_ND, tokens_E, w1_EDF, b1_EF, w2_EID, b2_ED) -> None:
+    E, D, twice_I = w1_EDF.shape
+    expected = {
+        "x": (x_ND, (x_ND.shape[0], D)),
+        "gate_up_proj_bias": (b1_EF, (E, twice_I)),
+        "down_proj": (w2_EID, (E, twice_I // 2, D)),
+        "down_proj_bias": (b2_ED, (E, D)),
+        "tokens_per_expert": (tokens_E, (E,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; gate_up_proj {tuple(w1_EDF.shape)} asks for {shape}"
+            )
+    for name, tensor in (
+        ("gate_up_proj", w1_EDF),
+        ("gate_up_proj_bias", b1_EF),
+        ("down_proj", w2_EID),
+        ("down_proj_bias", b2_ED),
+    ):
+        if tensor is not None and tensor.dtype != x_ND.dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype} but x is {x_ND.dtype}; cast the parameters to the compute dtype first"
+            )

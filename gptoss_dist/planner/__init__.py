@@ -1,0 +1,1 @@
+"""What a run will need: parameters, FLOPs, the device's peak, memory."""

@@ -1,0 +1,137 @@
+"""How many tokens each expert got, row by row in `expert_tokens.jsonl`: too many numbers for MLflow.
+
+A line is `{"first_step": 201, "step": 300, "tokens": [[...], ...]}`: tokens of each expert (inner) in each layer
+(outer), summed over the steps from `first_step` to `step`; or `{"event": "resume", "step": 250}` where training went
+back to step 250. Read it with `read_expert_tokens`.
+
+Shapes: L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptoss_dist.tracking.jsonl import JsonLinesWriter, read_lines
+
+EXPERT_TOKENS_FILE = "expert_tokens.jsonl"
+
+_NAMED_EXPERTS = 8
+"""Dead experts that a warning names."""
+
+
+class ExpertTokens:
+    """Sums each expert's tokens and appends a row whenever the step is a multiple of `every`. For rank 0.
+
+    Steps that a killed process had not written yet are in no row.
+
+    Args:
+        run_dir: folder of the run. A fresh start moves an earlier run's file there aside (`expert_tokens.1.jsonl`),
+            under the number that `Tracker` is about to give to that run's `metrics.jsonl`: construct this one first.
+        every: steps between rows; 0 writes none.
+        resumed_step: the step of the checkpoint that the run goes on from; None is a fresh start.
+    """
+
+    def __init__(self, run_dir: str | Path, every: int, resumed_step: int | None = None) -> None:
+        path = Path(run_dir) / EXPERT_TOKENS_FILE
+        if resumed_step is None:
+            _set_aside(path)
+        self._every = every
+        self._sum_LE: Tensor | None = None
+        self._first_step = self._step = 0
+        self._dead: list[tuple[int, int]] = []
+        # Rows of an abandoned branch have to be marked as such even by a run that adds none.
+        self._writer = JsonLinesWriter(path) if every or path.exists() else None
+        if self._writer and resumed_step is not None:
+            self._writer.append({"event": "resume", "step": resumed_step})
+
+    def add(self, step: int, counts_LE: Tensor) -> str | None:
+        """Count one step. Reads the device only where a row is due.
+
+        Args:
+            step: the optimizer step (1-based).
+            counts_LE: tokens of each expert in each layer in this step, over micro-batches and ranks.
+
+        Returns:
+            A warning, if `every` steps have passed without a token for some experts, and these are not the ones that
+            the previous warning was about.
+        """
+        if not self._every:
+            return None
+        if self._sum_LE is None:
+            self._first_step, self._sum_LE = step, torch.zeros_like(counts_LE, dtype=torch.int64)
+        self._step = step
+        self._sum_LE += counts_LE.detach().to(torch.int64)  # float32 would lose tokens beyond 2**24
+        if step % self._every:
+            return None
+        whole = step - self._first_step + 1 == self._every  # else a resume began within it
+        tokens = self._write()
+        return self._warning(step, tokens) if whole else None
+
+    def close(self) -> None:
+        """Write what has been counted since the last row."""
+        if self._writer is None:
+            return
+        try:
+            if self._sum_LE is not None:
+                self._write()
+        finally:
+            self._writer.close()
+            self._writer = None
+
+    def _write(self) -> list[list[int]]:
+        tokens = self._sum_LE.tolist()
+        self._sum_LE = None
+        self._writer.append({"first_step": self._first_step, "step": self._step, "tokens": tokens})
+        return tokens
+
+    def _warning(self, step: int, tokens: list[list[int]]) -> str | None:
+        dead = [(layer, expert) for layer, row in enumerate(tokens) for expert, n in enumerate(row) if n == 0]
+        changed, self._dead = dead != self._dead, dead
+        if not (dead and changed):
+            return None
+        layers: dict[int, list[str]] = {}
+        for layer, expert in dead[:_NAMED_EXPERTS]:
+            layers.setdefault(layer, []).append(str(expert))
+        names = "; ".join(f"layer {layer}: {', '.join(experts)}" for layer, experts in layers.items())
+        more = ", ..." if len(dead) > _NAMED_EXPERTS else ""
+        return (
+            f"step {step}: {len(dead)} of {sum(map(len, tokens))} experts got no token in the last {self._every} steps "
+            f"({names}{more}); raise loss.aux_coef, or train with model.router_selection_bias and "
+            "loss.selection_bias_rate"
+        )
+
+
+def read_expert_tokens(run_dir: str | Path) -> list[dict]:
+    """The rows of the branch that training finally took, in order of steps.
+
+    Returns:
+        Rows `{"first_step": int, "step": int, "tokens": list[list[int]]}`, tokens as [L][E]. After a resume at step k
+        earlier rows that reach beyond k are gone, and with a row that began before k its steps up to k: a sum cannot be
+        split. Torn lines are skipped.
+
+    Raises:
+        ValueError: the folder has no such file.
+    """
+    path = Path(run_dir) / EXPERT_TOKENS_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the folder of a run with tracking.expert_tokens_every > 0")
+    rows: list[dict] = []
+    for record, _ in read_lines(path):
+        if record.get("event") == "resume":
+            rows = [row for row in rows if row["step"] <= record["step"]]
+        elif "tokens" in record:
+            rows.append(record)
+    return rows
+
+
+def _set_aside(path: Path) -> None:
+    if not path.exists():
+        return
+    n = 1
+    # metrics.N.jsonl and expert_tokens.N.jsonl are to be of one run, also where an older one left only the former.
+    while (old := path.with_name(f"expert_tokens.{n}.jsonl")).exists() or path.with_name(f"metrics.{n}.jsonl").exists():
+        n += 1
+    path.rename(old)

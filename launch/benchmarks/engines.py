@@ -1,0 +1,180 @@
+#!/usr/bin/env python
+"""Measure the engines side by side: memory, bytes moved and step time of each process, for the same model and batch.
+
+    python launch/benchmark_engines.py --processes 2 4
+
+Every engine gets a launch of its own, in turn, so that none inherits another's memory; rounds repeat the turns. Held is
+what stays between steps: every tensor's memory, each counted once. The peak is what the process grew by, from before
+the model is built to after the last step; freed memory that is not used again counts. Bytes are those that one process
+sends per optimizer step, by the usual count of ring algorithms: (n-1)/n of what is gathered or scattered, twice
+that for an all-reduce, and what really leaves for an all-to-all. Runs on the CPU with gloo; the bytes do not depend on
+the device, time and memory do.
+"""
+
+import argparse
+import gc
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+ENGINES = {
+    "fsdp": {"engine.kind": "fsdp"},
+    "fsdp, weights kept": {"engine.kind": "fsdp", "parallel.reshard_after_forward": "false"},
+    "zero-1": {"engine.kind": "deepspeed", "engine.zero_stage": 1},
+    "zero-2": {"engine.kind": "deepspeed", "engine.zero_stage": 2},
+    "zero-3": {"engine.kind": "deepspeed", "engine.zero_stage": 3},
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmark_engines.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="process counts to measure (2 4)")
+    parser.add_argument("--expert-parallel", type=int, default=1, help="processes over which experts are spread (1)")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step (1)")
+    parser.add_argument("--samples", type=int, default=4, help="samples per micro-batch of all processes (4)")
+    parser.add_argument("--seq-len", type=int, default=128, help="tokens per sample (128)")
+    parser.add_argument("--hidden-size", type=int, default=512, help="(512); experts are twice as wide")
+    parser.add_argument("--experts", type=int, default=16, help="experts per layer (16)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="(fp32)")
+    parser.add_argument("--steps", type=int, default=4, help="steps per turn, the first not timed (4)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each engine (3)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    arguments = build_parser().parse_args(argv)
+    if arguments.worker:
+        return work(arguments)
+    for processes in arguments.processes:
+        results = {name: [] for name in ENGINES}
+        for _ in range(arguments.rounds):
+            for name, found in results.items():
+                found.append(launch(name, processes, argv))
+        print(
+            f"{processes} processes, experts over {arguments.expert_parallel}, {arguments.precision}, "
+            f"{arguments.samples} x {arguments.seq_len} tokens, accumulation {arguments.accumulation}; "
+            f"{results['fsdp'][0]['parameters']:,} parameters; medians of {arguments.rounds} turns"
+        )
+        for name, found in results.items():
+            held, memory, sent = (
+                statistics.median(f[key] for f in found) / 2**20 for key in ("held", "memory", "sent")
+            )
+            ratios = [f["seconds"] / g["seconds"] for f, g in zip(found, results["fsdp"])]
+            losses = max(abs(f["loss"] / g["loss"] - 1) for f, g in zip(found, results["fsdp"]))
+            print(
+                f"  {name:<20}{held:8.0f} MiB held {memory:8.0f} MiB at the peak {sent:8.1f} MiB sent per step "
+                f"{statistics.median(ratios):6.2f}x fsdp's step time ({min(ratios):.2f} to {max(ratios):.2f}); "
+                f"last loss differs by {losses:.0e}"
+            )
+    return 0
+
+
+def launch(name: str, processes: int, argv: list[str]) -> dict:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*line, __file__, *argv, "--worker", name],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """One engine in one process of a launch."""
+    import torch
+
+    from gptoss_dist.config import load_config
+    from gptoss_dist.distributed.processes import finish, start
+    from gptoss_dist.engine import build_engine
+    from gptoss_dist.parallel.traffic import SentBytes
+
+    context = start()
+    share = arguments.samples // context.world_size
+    config = load_config(
+        Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml",
+        overrides=ENGINES[arguments.worker]
+        | {
+            "model.hidden_size": arguments.hidden_size,
+            "model.intermediate_size": 2 * arguments.hidden_size,
+            "model.num_local_experts": arguments.experts,
+            "parallel.expert_parallel": arguments.expert_parallel,
+            "train.precision": arguments.precision,
+            "train.micro_batch_size": share,
+            "train.gradient_accumulation": arguments.accumulation,
+            "data.seq_len": arguments.seq_len,
+        },
+    )
+    if config.engine.kind == "deepspeed":
+        from gptoss_dist.engine.deepspeed import load_deepspeed
+
+        load_deepspeed(context)  # its code is not what is measured
+    before = peak_memory()
+    engine = build_engine(config, context)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config.model.vocab_size, (arguments.samples, arguments.seq_len + 1), generator=generator)
+    mine = tokens[context.rank * share : (context.rank + 1) * share]
+    batches = [{"input_ids": mine[:, :-1], "labels": mine[:, 1:]}] * arguments.accumulation
+    seconds, sent = [], 0
+    for step in range(arguments.steps):
+        counter = SentBytes()
+        torch.distributed.barrier()
+        begin = time.perf_counter()
+        # Counting takes time: it is done in the step that is not timed.
+        with counter.counting(step == 0):
+            engine.forward_backward(batches)
+            result = engine.update(1e-3)
+        loss = float(result.wait().loss)
+        torch.distributed.barrier()
+        if step == 0:
+            sent = counter.total
+        else:
+            seconds.append(time.perf_counter() - begin)
+    memory = context.sum(torch.tensor(float(peak_memory() - before))) / context.world_size
+    if context.is_main:
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
+        found = {
+            "held": held_memory(),
+            "memory": float(memory),
+            "sent": sent,
+            "seconds": statistics.median(seconds),
+            "loss": loss,
+        }
+        print(json.dumps(found | {"parameters": parameters}), flush=True)
+    return finish()
+
+
+def held_memory() -> int:
+    """Bytes of all tensors that are alive."""
+    import torch
+
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            with suppress(RuntimeError, NotImplementedError):  # DTensors and others without memory of their own
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def peak_memory() -> int:
+    """Bytes of this process at its peak so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,89 @@
+"""Every launcher's variables become torchrun's; real launches are in tests/launch."""
+
+import pytest
+
+from gptoss_dist.distributed.launchers import complete, first_host, is_deepspeed, without_local_rank
+
+SRUN = {
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_ID": "7",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_STEP_TASKS_PER_NODE": "4,3",
+    "SLURM_STEP_NODELIST": "gpu[007,011]",
+}
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+
+
+class Environment(dict):
+    """As picky as `os.environ`."""
+
+    def __contains__(self, name):
+        assert isinstance(name, str)
+        return super().__contains__(name)
+
+
+def completed(env: dict) -> dict:
+    env = Environment(env)
+    complete(env)
+    return env
+
+
+def test_srun():
+    added = {key: value for key, value in completed(SRUN).items() if key not in SRUN}
+    assert added == {
+        "RANK": "5",
+        "WORLD_SIZE": "7",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "3",
+        "MASTER_ADDR": "gpu007",
+        "MASTER_PORT": str(20000 + 123407 % 20000),
+    }
+    assert completed(SRUN | {"MASTER_ADDR": "a", "MASTER_PORT": "1"})["MASTER_ADDR"] == "a"
+
+
+def test_a_batch_script_is_one_process():
+    """It sees the variables of the job and of its own step, which srun did not make."""
+    batch = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
+    assert completed(batch) == batch
+
+
+def test_mpirun():
+    assert completed(OPENMPI)["MASTER_ADDR"] == "127.0.0.1"
+    assert completed(OPENMPI)["LOCAL_WORLD_SIZE"] == "2"
+    with pytest.raises(ValueError, match="MASTER_ADDR is not set"):
+        completed(OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+    mpich = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2", "MASTER_ADDR": "n1"}
+    assert completed(mpich)["RANK"] == "3" and completed(mpich)["MASTER_ADDR"] == "n1"
+
+
+def test_deepspeed_and_torchrun():
+    deepspeed = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_SIZE": "2", "CROSS_RANK": "0"}
+    assert completed(deepspeed) == deepspeed | {"LOCAL_WORLD_SIZE": "2"}
+    assert is_deepspeed(deepspeed)
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+    assert completed(torchrun) == torchrun and not is_deepspeed(torchrun)
+    assert not is_deepspeed(torchrun | deepspeed)  # torchrun inside of a shell that deepspeed started
+    assert completed({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("node1", "node1"), ("a,b", "a"), ("gpu[07-09,12],login", "gpu07"), ("r[1-2]n[04-05]", "r1n04")],
+)
+def test_first_host(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_local_rank_is_dropped_only_in_front():
+    rest = ["--config", "a.yaml"]
+    for front in (["--local_rank=1"], ["--local-rank", "1"], []):
+        assert without_local_rank(front + rest) == rest
+    assert without_local_rank([*rest, "--local_rank=1"]) == [*rest, "--local_rank=1"]

@@ -1,0 +1,1 @@
+"""What several test modules use: runs of the commands, forked processes, layouts to compare, references, data."""

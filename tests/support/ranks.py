@@ -1,0 +1,160 @@
+"""Running the project's commands as a user does, in one or several processes."""
+
+import atexit
+import functools
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from tests.support.forks import free_port
+
+ROOT = Path(__file__).parents[2]
+
+# A model for the `corpus` fixture that trains a step in milliseconds.
+MODEL = {
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 16,
+    "max_position_embeddings": 64,
+}
+
+
+def command(script: str, *arguments: str, processes: int = 1, launcher: str = "torchrun") -> list[str]:
+    """A command line for `script`, under torchrun if there are several processes, or under deepspeed."""
+    if launcher == "deepspeed":
+        deepspeed = Path(sys.executable).with_name("deepspeed")
+        line = [str(deepspeed), "--num_gpus", str(processes), "--master_port", str(free_port())]
+        return [*line, str(ROOT / script), *arguments]
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*launcher, str(ROOT / script), *arguments]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+
+
+def run(
+    script: str,
+    *arguments: str,
+    processes: int = 1,
+    launcher: str | None = None,
+    cwd: Path | None = None,
+    expect: int | None = 0,
+    **extra: str,
+) -> subprocess.CompletedProcess:
+    """Run to the end; fail with its output unless it exits with `expect`.
+
+    Args:
+        launcher: `torchrun` or `deepspeed` starts it as a user does. By default it is forked from a process that has
+            imported everything already; rank 0's code and all output count.
+    """
+    if launcher is None:
+        done = start(script, *arguments, processes=processes, cwd=cwd, **extra).wait()
+    else:
+        done = subprocess.run(
+            command(script, *arguments, processes=processes, launcher=launcher),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=cwd,
+            env=environment(**extra),
+        )
+    if expect is not None and done.returncode != expect:
+        raise AssertionError(f"exit code {done.returncode}, expected {expect}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+class Started:
+    """Processes of one run, forked from a process that has imported everything already (forks.py)."""
+
+    def __init__(self, mother: subprocess.Popen, job: dict) -> None:
+        self.mother, self.job = mother, job
+        self.processes: list[int] = self._ask(job)
+
+    def is_running(self, rank: int = 0) -> bool:
+        """Until it has ended, whether somebody waited for it or not."""
+        try:
+            return Path(f"/proc/{self.processes[rank]}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    def send(self, number: int = signal.SIGKILL, ranks: Iterable[int] | None = None) -> None:
+        """A signal to all ranks, or to some."""
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            if self.is_running(rank):
+                os.kill(self.processes[rank], number)
+
+    def wait(self) -> subprocess.CompletedProcess:
+        """The end of all ranks: the first code that is neither 0 nor that of being ended for another, and all output.
+
+        The ranks are ended if they take more than 300 s.
+        """
+        codes = self._ask({"wait": self.processes})
+        folder, ranks = Path(self.job["folder"]), range(len(self.processes))
+        output = {s: "".join((folder / f"{r}.{s}").read_text() for r in ranks) for s in ("stdout", "stderr")}
+        shutil.rmtree(folder)
+        failed = [code for code in codes if code not in (0, -signal.SIGTERM)]
+        if len(set(failed)) > 1:
+            output["stderr"] += f"\nexit codes by rank: {codes}"
+        code = failed[0] if failed else min(codes)
+        return subprocess.CompletedProcess([self.job["script"], *self.job["arguments"]], code, **output)
+
+    def _ask(self, question: dict, timeout_s: float = 300.0) -> list[int]:
+        self.mother.stdin.write(json.dumps(question) + "\n")
+        self.mother.stdin.flush()
+        if not select.select([self.mother.stdout], [], [], timeout_s)[0]:
+            os.killpg(self.mother.pid, signal.SIGKILL)
+            _mother.cache_clear()
+            raise AssertionError(f"{self.job['script']} {self.job['arguments']} did not end in {timeout_s} s")
+        return json.loads(self.mother.stdout.readline())
+
+
+def start(script: str, *arguments: str, processes: int = 1, cwd: Path | None = None, **extra: str) -> Started:
+    """Start a run and return at once."""
+    modules = ["gptoss_dist.train.loop", "gptoss_dist.parallel.parallelize", "torch._inductor.compile_fx"]
+    if any("deepspeed" in argument or "zero_stage" in argument for argument in arguments):
+        modules.append("deepspeed")
+    job = {"script": str(ROOT / script), "arguments": arguments, "environment": environment(**extra),
+           "cwd": str(cwd or Path.cwd()), "processes": processes, "folder": tempfile.mkdtemp()}  # fmt: skip
+    return Started(_mother(tuple(modules)), job)
+
+
+@functools.cache
+def _mother(modules: tuple[str, ...]) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.forks", *modules],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(DS_ACCELERATOR="cuda" if torch.cuda.is_available() else "cpu"),
+        start_new_session=True,
+    )
+    atexit.register(process.kill)
+    while (line := process.stdout.readline()).strip() != "ready":  # what is imported may print
+        assert line, "tests/support/forks.py did not start"
+    return process
+
+
+def losses(folder: Path, name: str = "loss/train") -> dict[int, float]:
+    """{step: value} of a metric of a run, the last written row of each step."""
+    from gptoss_dist.tracking.tracker import read_metrics
+
+    return {row["step"]: row["metrics"][name] for row in read_metrics(folder) if name in row["metrics"]}
