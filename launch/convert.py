@@ -89,14 +89,14 @@ def _export(arguments: argparse.Namespace) -> int:
     from gptoss_dist.checkpoint.formats.pretrained import open_pretrained
 
     losses = export(
-        open_pretrained(arguments.source, say=print, verify=not arguments.no_verify),
+        open_pretrained(arguments.source, message=print, verify=not arguments.no_verify),
         arguments.output,
         arguments.format,
         dtype=getattr(torch, arguments.dtype),
         pack=arguments.mxfp4,
         search=arguments.search,
         file_bytes=int(arguments.max_file_gb * 1e9),
-        say=print,
+        message=print,
     )
     for name, loss in losses.items():
         print(f"{name}: relative error {loss:.4f}")

@@ -31,13 +31,13 @@ def main(argv: list[str]) -> int:
                 print(plan)
             return 0
     except ValueError as error:
-        launchers.tell(str(error))
+        launchers.report_error_once(str(error))
         return 2
 
-    from gptoss_dist.distributed.processes import finish
+    from gptoss_dist.distributed.processes import shut_down
     from gptoss_dist.train.loop import run
 
-    return finish(run(config))
+    return shut_down(run(config))
 
 
 if __name__ == "__main__":

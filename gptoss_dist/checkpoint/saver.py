@@ -14,7 +14,7 @@ from torch import Tensor
 from gptoss_dist.checkpoint.boxes import Box, boxes_to_write
 from gptoss_dist.checkpoint.rng import rng_state
 from gptoss_dist.checkpoint.store import Keep, write
-from gptoss_dist.distributed.collectives import patient_group
+from gptoss_dist.distributed.collectives import long_timeout_group
 
 RETRY_AFTER_S = (1.0, 5.0)
 """Waits before a failed save is tried again."""
@@ -38,7 +38,7 @@ class Saver:
         """
         self.folder, self.keep, self.asynchronous = Path(folder), keep, asynchronous
         # The thread's collectives must not meet those of the training on the way.
-        self.group = group or patient_group()
+        self.group = group or long_timeout_group()
         self.error: OSError | None = None
         """Of the newest save, if that failed for good."""
         self.pause_s = 0.0

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from gptoss_dist.checkpoint.boxes import Box
 from gptoss_dist.checkpoint.formats.tensor_files import write_boxes
-from gptoss_dist.distributed.collectives import gathered, on_rank_zero, shared
+from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object, on_rank_zero
 
 log = logging.getLogger(__name__)
 
@@ -223,24 +223,24 @@ def candidates(path: str | Path) -> list[Path]:
     return found
 
 
-def resolve(path: str | Path, say: Callable[[str], None] = log.warning) -> Path:
+def resolve(path: str | Path, message: Callable[[str], None] = log.warning) -> Path:
     """The checkpoint meant by a checkpoint directory, or the newest intact one of a folder of checkpoints or of a
     run's folder. Collective where there are ranks: each hashes a share of the files.
 
     Args:
-        say: gets a line about each newer one that is passed over.
+        message: gets a line about each newer one that is passed over.
 
     Raises:
         ValueError: there is none, or none is intact.
     """
-    chosen, reasons = shared(lambda: candidates(path)), []
+    chosen, reasons = broadcast_object(lambda: candidates(path)), []
     for candidate in reversed(chosen):
         problems = verify(candidate)
         if not problems:
             return candidate
         reasons.append(f"{candidate} is damaged: {'; '.join(problems[:3])}")
         if candidate != chosen[0]:
-            say(f"{reasons[-1]}; the one before is taken")
+            message(f"{reasons[-1]}; the one before is taken")
     raise ValueError(f"no intact checkpoint in {path}: " + " | ".join(reasons))
 
 
@@ -272,7 +272,7 @@ def verify(checkpoint: str | Path) -> list[str]:
             except OSError as error:
                 problems.append(f"{name} cannot be read ({error})")
     if together:
-        problems = sorted({problem for share in gathered(problems) for problem in share})
+        problems = sorted({problem for share in all_gather_objects(problems) for problem in share})
     return problems
 
 

@@ -44,7 +44,7 @@ def on_rank_zero(function: Callable[[], T], group: dist.ProcessGroup | None = No
     return result
 
 
-def shared(function: Callable[[], T]) -> T:
+def broadcast_object(function: Callable[[], T]) -> T:
     """What `function` returns on rank 0, on every rank; collective where there are ranks.
 
     Raises:
@@ -57,8 +57,8 @@ def shared(function: Callable[[], T]) -> T:
     return result[0]
 
 
-def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """The values of all ranks, on all ranks; collective where there are ranks. group: as in `on_every_rank`."""
+def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The values of all ranks, on all ranks; collective where there are ranks. group: as in `raise_on_every_rank`."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values = [None] * dist.get_world_size()
@@ -66,7 +66,7 @@ def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return values
 
 
-def patient_group() -> dist.ProcessGroup:
+def long_timeout_group() -> dist.ProcessGroup:
     """A group of all ranks, on their CPUs, that waits a day for whoever has most to read or write; collective.
 
     A process that ends is still noticed at once, as its connections close; a machine that vanishes by the launcher
@@ -75,7 +75,7 @@ def patient_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
 
-def on_every_rank(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+def raise_on_every_rank(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Call `function` on every rank, each for a part of the work; collective.
 
     Args:
@@ -93,7 +93,7 @@ def on_every_rank(function: Callable[[], T], group: dist.ProcessGroup | None = N
     except (ValueError, OSError) as error:
         failure = error
     mine = None if failure is None else (isinstance(failure, OSError), str(failure))
-    for outcome in gathered(mine, group):
+    for outcome in all_gather_objects(mine, group):
         if outcome is not None:
             system, text = outcome
             raise OSError(text) if system else ValueError(text)

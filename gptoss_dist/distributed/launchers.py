@@ -67,7 +67,7 @@ def is_deepspeed(environment: MutableMapping[str, str] | None = None) -> bool:
     return "CROSS_RANK" in env and "LOCAL_SIZE" in env and "TORCHELASTIC_RUN_ID" not in env
 
 
-def tell(mistake: str, *, alone: bool = False, patience_s: float = 30.0) -> None:
+def report_error_once(mistake: str, *, alone: bool = False, patience_s: float = 30.0) -> None:
     """Write a user's mistake to stderr: once on each machine, though all its processes meet it.
 
     The first process of a machine says it and leaves, whereupon its launcher ends the others. They wait for that: if

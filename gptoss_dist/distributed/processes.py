@@ -22,7 +22,7 @@ from gptoss_dist.distributed.collectives import LocalError
 
 
 @dataclass(frozen=True)
-class Context:
+class Ranks:
     """One process of the run."""
 
     rank: int
@@ -45,7 +45,7 @@ class Context:
         dist.barrier()
 
 
-def start(timeout_s: float = 1800.0) -> Context:
+def start(timeout_s: float = 1800.0) -> Ranks:
     """Join the run that a launcher started (see `launchers.py`), or be a run of one process if there is none.
 
     On CPU it also sets, for the rest of the process, that the C library keeps freed memory.
@@ -77,7 +77,7 @@ def start(timeout_s: float = 1800.0) -> Context:
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout_s),
     )
-    return Context(rank, local_rank, world_size, device)
+    return Ranks(rank, local_rank, world_size, device)
 
 
 def _tune_cpu_memory() -> None:
@@ -96,19 +96,19 @@ def _tune_cpu_memory() -> None:
     mallopt(arena_max, 1)  # for all threads: the heaps of further arenas are too small for large blocks
 
 
-def leave(say: Callable[[], None], patience_s: float = 5.0) -> None:
-    """Call `say`, and be ready to leave because of a mistake. Rank 0 waits for the others to be so too, but not for
+def exit_after_error(message: Callable[[], None], patience_s: float = 5.0) -> None:
+    """Call `message`, and be ready to leave because of a mistake. Rank 0 waits for the others to be so too, but not for
     long, as they may not have met it.
 
     The processes find each other in a store that is rank 0's where it is not torchrun's: if rank 0 left at once, a rank
     that is a moment behind would fail for that, with a traceback.
     """
     if not dist.is_initialized():
-        return say()
+        return message()
     store, deadline = dist.distributed_c10d._get_default_store(), time.monotonic() + patience_s
     with suppress(dist.DistError):
         store.add("leaving", 1)
-    say()
+    message()
     while dist.get_rank() == 0 and store.add("leaving", 0) < dist.get_world_size() and time.monotonic() < deadline:
         time.sleep(0.02)
 
@@ -120,7 +120,7 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(seed + rank)
 
 
-def finish(exit_code: int = 0) -> None:
+def shut_down(exit_code: int = 0) -> None:
     """Leave together and end the process without running destructors.
 
     gloo's background threads sometimes abort the interpreter's tear-down after all work is done, which would turn a

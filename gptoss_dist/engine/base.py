@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from gptoss_dist.config import Config
-from gptoss_dist.distributed.processes import Context
+from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.model.losses import balance_loss, updated_selection_bias, z_loss
 from gptoss_dist.model.transformer import IGNORE_INDEX, GptOss
 from gptoss_dist.parallel.exchange import Exchange
-from gptoss_dist.parallel.mesh import Layout
+from gptoss_dist.parallel.mesh import DeviceLayout
 
 
 class StepResult(NamedTuple):
@@ -64,12 +64,12 @@ class Engine(ABC):
     name: str
     """For people: engine and what it shards."""
     model: GptOss
-    layout: Layout
+    layout: DeviceLayout
     exchange: Exchange | None
     """The all-to-alls between experts, if they are spread over ranks."""
 
-    def __init__(self, config: Config, context: Context) -> None:
-        self.config, self.context = config, context
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
 
     def _prepare_routers(self) -> None:
         self.routers = [layer.mlp.router for layer in self.model.model.layers]
@@ -129,7 +129,7 @@ class Engine(ABC):
         self.model.train()
         batches = [self._to_device(batch) for batch in micro_batches]
         valid = sum((b["labels"] != IGNORE_INDEX).sum() for b in batches).float()
-        valid = self.context.sum(valid).clamp(min=1)
+        valid = self.ranks.sum(valid).clamp(min=1)
         for index, batch in enumerate(batches):
             self._begin_micro_batch(index == len(batches) - 1)
             with self._stance():
@@ -143,7 +143,7 @@ class Engine(ABC):
         return torch.compiler.set_stance("force_eager") if recording else nullcontext()
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.context.device, non_blocking=True) for name, tensor in batch.items()}
+        return {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _micro_batch(self, batch: dict[str, Tensor], valid: Tensor, micro_batches: int) -> tuple[Tensor, ...]:
         """Backward of this micro-batch's share of the global loss; returns detached sums for the report."""
@@ -151,7 +151,7 @@ class Engine(ABC):
         token_loss, stats = self._forward(batch)
         # Balance is judged over the micro-batch of *all* ranks, so that the loss does not depend on the layout. Ranks
         # may bring different numbers of tokens; each token counts K times in every layer.
-        counts_LE = self.context.sum(stats.counts_E.clone())
+        counts_LE = self.ranks.sum(stats.counts_E.clone())
         tokens = counts_LE[0].sum() / model.num_experts_per_tok
         loss = token_loss / valid
         aux = balance_loss(stats, counts_LE, tokens, model.num_experts_per_tok) / micro_batches
@@ -173,7 +173,7 @@ class Engine(ABC):
         parts = [torch.stack([loss, aux, z, self._gradient_squares(), flag]), entropy_L]
         if self.exchange is not None:
             parts.append(self._traffic().flatten())
-        loss_etc, entropy_L, *traffic = self.context.sum(torch.cat(parts)).split([len(part) for part in parts])
+        loss_etc, entropy_L, *traffic = self.ranks.sum(torch.cat(parts)).split([len(part) for part in parts])
         loss, aux, z, squares, flag = loss_etc
         traffic_R3 = traffic[0].view(-1, 3) if traffic else None
         grad_norm, skipped = self._step(lr, loss, squares)
@@ -185,7 +185,7 @@ class Engine(ABC):
 
     def _to_host(self, result: StepResult) -> StepResult:
         """Start the copies now: a copy started when the result is read would queue behind the steps launched since."""
-        if self.context.device.type == "cpu":
+        if self.ranks.device.type == "cpu":
             return result
         tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in result if t is not None]
         for host, tensor in zip(tensors, result):
@@ -196,19 +196,19 @@ class Engine(ABC):
 
     def _traffic(self) -> Tensor:
         """This rank's row of `StepResult.traffic_R3`, zeros elsewhere."""
-        traffic_R3 = torch.zeros(self.context.world_size, 3, device=self.context.device)
+        traffic_R3 = torch.zeros(self.ranks.world_size, 3, device=self.ranks.device)
         for column, value in enumerate(self.exchange.take()):
-            traffic_R3[self.context.rank, column].fill_(value)  # a kernel's argument: no copy that the host waits for
+            traffic_R3[self.ranks.rank, column].fill_(value)  # a kernel's argument: no copy that the host waits for
         return traffic_R3
 
     @torch.no_grad()
     def evaluate(self, batches) -> float:
         """Mean token loss in nats over all ranks' batches; every rank must bring the same number of batches."""
         self.model.eval()
-        total = torch.zeros(2, device=self.context.device)
+        total = torch.zeros(2, device=self.ranks.device)
         for batch in batches:
             batch = self._to_device(batch)
             sums = self.model(batch["input_ids"], batch["labels"], document_ids_BT=batch.get("document_ids"))
             total += torch.stack([sums.token_loss, (batch["labels"] != IGNORE_INDEX).sum().float()])
-        loss, count = self.context.sum(total).tolist()
+        loss, count = self.ranks.sum(total).tolist()
         return loss / max(count, 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gptoss_dist.config import Config
 from gptoss_dist.distributed.launchers import is_deepspeed
-from gptoss_dist.distributed.processes import Context
+from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine.base import Engine
 
 
@@ -17,7 +17,7 @@ def engine_kind(config: Config) -> str:
     return engine.kind
 
 
-def build_engine(config: Config, context: Context) -> Engine:
+def build_engine(config: Config, ranks: Ranks) -> Engine:
     """The engine that `config` names, with the initial weights of `run.seed`; collective.
 
     Raises:
@@ -26,7 +26,7 @@ def build_engine(config: Config, context: Context) -> Engine:
     if engine_kind(config) == "deepspeed":
         from gptoss_dist.engine.deepspeed import DeepSpeedEngine  # imports DeepSpeed, which takes seconds
 
-        return DeepSpeedEngine(config, context)
+        return DeepSpeedEngine(config, ranks)
     from gptoss_dist.engine.fsdp import FsdpEngine
 
-    return FsdpEngine(config, context)
+    return FsdpEngine(config, ranks)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gptoss_dist.config import Config
-from gptoss_dist.distributed.processes import Context
+from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine.base import Engine
 from gptoss_dist.engine.flat_shard import boxes, flat_shard
 from gptoss_dist.engine.optimizer import adamw, allocate_state, freeze, parameter_groups, set_learning_rate
@@ -35,14 +35,14 @@ from gptoss_dist.parallel.parallelize import place_experts, wrap_blocks
 SUPPORTED = "0.19."
 
 
-def load_deepspeed(context: Context):
+def load_deepspeed(ranks: Ranks):
     """Import DeepSpeed and join it to the process group that is there; nothing is compiled.
 
     Raises:
         ValueError: it cannot be imported, or is of another version.
     """
-    os.environ.setdefault("DS_ACCELERATOR", context.device.type)
-    os.environ.setdefault("LOCAL_RANK", str(context.local_rank))  # which it asks for even without a launcher
+    os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # which it asks for even without a launcher
     try:
         import deepspeed
     except ImportError as error:
@@ -97,26 +97,26 @@ class DeepSpeedEngine(Engine):
     DeepSpeed looks at the gradient norm on the host in every step: this engine cannot run ahead of the device.
     """
 
-    def __init__(self, config: Config, context: Context) -> None:
-        super().__init__(config, context)
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        super().__init__(config, ranks)
         self.stage = zero_stage(config)
         self.name = f"deepspeed ZeRO-{self.stage}"
         check_layout(config)
-        self.layout = plan_layout(config.parallel, config.model.num_local_experts, context.world_size)
+        self.layout = plan_layout(config.parallel, config.model.num_local_experts, ranks.world_size)
         settings = deepspeed_settings(config, self.layout)
         check_frozen(settings, config.optim.freeze)
         with torch.device("meta"):
             self.model = GptOss(config.model)
         check_offload(settings, sum(p.numel() for p in self.model.parameters()), self.layout)
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
-        library = load_deepspeed(context)
-        self.exchange = place_experts(self.model, config, build_meshes(self.layout, context.device.type))
+        library = load_deepspeed(ranks)
+        self.exchange = place_experts(self.model, config, build_meshes(self.layout, ranks.device.type))
         if self.exchange is not None:
             _hold_experts(self.model, self.layout.expert_parallel)
         wrap_blocks(self.model, config)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         with _in_one_line():
-            _materialize(self.model, dtype, context.device, settings if self.stage == 3 else None)
+            _materialize(self.model, dtype, ranks.device, settings if self.stage == 3 else None)
             freeze(self.model, config.optim.freeze)
             groups = parameter_groups(self.model, config.optim, lambda p: getattr(p, "group_name", None))
             groups = [{**group, "moe": True, "name": home} if home else group for home, group in groups]
@@ -164,10 +164,10 @@ class DeepSpeedEngine(Engine):
         return self.deepspeed(batch["input_ids"], batch["labels"], document_ids_BT=batch.get("document_ids"))
 
     def _backward(self, loss: Tensor) -> None:
-        self.deepspeed.backward(loss * self.context.world_size, scale_wrt_gas=False)
+        self.deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
 
     def _gradient_squares(self) -> Tensor:
-        return torch.zeros((), device=self.context.device)
+        return torch.zeros((), device=self.ranks.device)
 
     def _step(self, lr: float, loss: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
         # DeepSpeed looks at the gradients only. Fused AdamW reads this flag and leaves no trace of such a step.
@@ -192,7 +192,7 @@ class DeepSpeedEngine(Engine):
                 shard = flat_shard(run.of(flat), run.start, shape, whole=whole, first=first)
                 if not parameter.requires_grad and self.stage < 3:  # the first ranks that have it write it
                     holders = self.layout.expert_parallel if hasattr(parameter, "group_name") else 1
-                    shard.is_copy = self.context.rank >= holders
+                    shard.is_copy = self.ranks.rank >= holders
                 state[f"{prefix}.{name}"] = shard
         for name, buffer in self.model.named_buffers():
             state[f"model.{name}"] = buffer
@@ -232,7 +232,7 @@ class DeepSpeedEngine(Engine):
         """Index in the whole parameter of the first row that this rank's parameter has."""
         if not hasattr(parameter, "group_name"):
             return 0
-        return _shape(parameter)[0] * (self.context.rank % self.layout.expert_parallel)
+        return _shape(parameter)[0] * (self.ranks.rank % self.layout.expert_parallel)
 
     @torch.no_grad()
     def _weights_from_master(self) -> None:

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from gptoss_dist.config import Config
-from gptoss_dist.distributed.processes import Context
+from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine.base import Engine
 from gptoss_dist.engine.optimizer import build_optimizer, freeze, set_learning_rate
 from gptoss_dist.model.init import fill
@@ -22,13 +22,13 @@ class FsdpEngine(Engine):
 
     name = "fsdp"
 
-    def __init__(self, config: Config, context: Context) -> None:
-        super().__init__(config, context)
-        self.layout = plan_layout(config.parallel, config.model.num_local_experts, context.world_size)
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        super().__init__(config, ranks)
+        self.layout = plan_layout(config.parallel, config.model.num_local_experts, ranks.world_size)
         with torch.device("meta"):
             self.model = GptOss(config.model)
-        self.exchange = parallelize(self.model, config, build_meshes(self.layout, context.device.type))
-        self.model.to_empty(device=context.device)
+        self.exchange = parallelize(self.model, config, build_meshes(self.layout, ranks.device.type))
+        self.model.to_empty(device=ranks.device)
         freeze(self.model, config.optim.freeze)
         self._prepare_routers()
         for name, parameter in self.model.named_parameters():

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gptoss_dist.config import Config
-from gptoss_dist.parallel.mesh import Layout, ranks_per_node
+from gptoss_dist.parallel.mesh import DeviceLayout, ranks_per_node
 
 DEFAULT_STAGE = 2
 # DeepSpeed's 5e8 are a buffer of 2 GB in ZeRO-3, however small the model; buckets of this size are large enough to fill
@@ -116,7 +116,7 @@ def check_layout(config: Config) -> None:
         )
 
 
-def deepspeed_settings(config: Config, layout: Layout) -> dict[str, Any]:
+def deepspeed_settings(config: Config, layout: DeviceLayout) -> dict[str, Any]:
     """The whole configuration for `deepspeed.initialize`.
 
     Raises:
@@ -182,7 +182,7 @@ def deepspeed_settings(config: Config, layout: Layout) -> dict[str, Any]:
     } | given
 
 
-def _check_spread_experts(zero: dict[str, Any], layout: Layout) -> None:
+def _check_spread_experts(zero: dict[str, Any], layout: DeviceLayout) -> None:
     """What DeepSpeed 0.19 cannot combine with experts that are spread over ranks."""
     if layout.expert_parallel == 1 or zero["stage"] < 3:
         return
@@ -208,7 +208,7 @@ def check_frozen(settings: dict[str, Any], patterns: list[str]) -> None:
             raise ValueError(f"optim.freeze={patterns} is not possible with engine.deepspeed's {key}; leave one out")
 
 
-def check_offload(settings: dict[str, Any], parameters: int, layout: Layout) -> None:
+def check_offload(settings: dict[str, Any], parameters: int, layout: DeviceLayout) -> None:
     """Whether the host's memory can take what is offloaded to it; collective where a process group is there.
 
     Args:

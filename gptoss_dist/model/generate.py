@@ -24,8 +24,11 @@ class LanguageModel(Protocol):
     def __call__(self, input_ids_BT: Tensor, *, cache: KVCache, last_only: bool) -> Tensor:
         """Logits [B, T or 1, V]; extends the cache in place."""
 
-    def train(self, mode: bool = True) -> object:
-        """Switch between training and evaluation."""
+    def eval(self) -> object:
+        """Switch to evaluation."""
+
+    def train(self, mode: bool) -> object:
+        """Switch back to training, or not."""
 
 
 @torch.no_grad()
@@ -68,7 +71,7 @@ def generate(
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature={temperature} and top_k={top_k} must be >= 0, top_p={top_p} in (0, 1]")
     was_training = model.training
-    model.train(False)
+    model.eval()
     cache, ids_BT, new_BT = KVCache(model.config), input_ids_BT, input_ids_BT
     done_B = torch.zeros(ids_BT.shape[0], dtype=torch.bool, device=ids_BT.device)
     for _ in range(max_new_tokens):

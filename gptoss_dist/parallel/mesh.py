@@ -22,7 +22,7 @@ from gptoss_dist.config import ParallelConfig
 
 
 @dataclass(frozen=True)
-class Layout:
+class DeviceLayout:
     """The degrees of parallelism of a run; their product rules hold by construction (`plan_layout`)."""
 
     replicate: int
@@ -62,7 +62,9 @@ def ranks_per_node(world_size: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
 
 
-def plan_layout(config: ParallelConfig, num_experts: int, world_size: int, node_size: int | None = None) -> Layout:
+def plan_layout(
+    config: ParallelConfig, num_experts: int, world_size: int, node_size: int | None = None
+) -> DeviceLayout:
     """Check `config` against the number of processes and experts, and resolve `auto`.
 
     Args:
@@ -98,10 +100,10 @@ def plan_layout(config: ParallelConfig, num_experts: int, world_size: int, node_
         raise ValueError(
             f"parallel.expert_parallel={expert_parallel} needs --parallel.experts megablocks, not {config.experts}"
         )
-    return Layout(replicate, shard, expert_parallel)
+    return DeviceLayout(replicate, shard, expert_parallel)
 
 
-def spanned_machines(layout: Layout, node_size: int | None = None) -> str | None:
+def spanned_machines(layout: DeviceLayout, node_size: int | None = None) -> str | None:
     """A line about groups of expert parallelism that do not fit into one machine, if there are any.
 
     Args:
@@ -116,7 +118,7 @@ def spanned_machines(layout: Layout, node_size: int | None = None) -> str | None
     )
 
 
-def build_meshes(layout: Layout, device_type: str) -> Meshes:
+def build_meshes(layout: DeviceLayout, device_type: str) -> Meshes:
     """Create the process groups of a layout; collective.
 
     The experts' dimensions are views of one mesh: FSDP composes its sharding with the one over `expert` only then.

@@ -11,7 +11,7 @@ from gptoss_dist.engine import engine_kind
 from gptoss_dist.engine.zero_settings import zero_stage
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
-from gptoss_dist.parallel.mesh import Layout
+from gptoss_dist.parallel.mesh import DeviceLayout
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     return ParameterCount(total, experts, active)
 
 
-def memory_estimate(config: Config, layout: Layout) -> dict[str, float]:
+def memory_estimate(config: Config, layout: DeviceLayout) -> dict[str, float]:
     """Bytes per process of the parts that grow with model and batch; fragmentation and buffers come on top.
 
     Master weights and Adam's moments are float32 and sharded, gradients and the weights that the model computes with as

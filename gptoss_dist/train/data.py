@@ -13,7 +13,7 @@ from data_pipeline.batches.contiguous import TokenSplit
 from data_pipeline.batches.mixture_changes import differences
 from data_pipeline.shards.checksums import check_content, copy_id, record_content, unread_shards
 from gptoss_dist.config import Config, SourceConfig
-from gptoss_dist.distributed.collectives import gathered, on_every_rank
+from gptoss_dist.distributed.collectives import all_gather_objects, raise_on_every_rank
 
 
 def sources(config: Config) -> list[SourceConfig]:
@@ -94,7 +94,7 @@ def open_training_data(
     return TrainingData(mixture, start_step, history)
 
 
-def open_validation(config: Config, say: Callable[[str], None]) -> dict[str, TokenSplit]:
+def open_validation(config: Config, message: Callable[[str], None]) -> dict[str, TokenSplit]:
     """The validation split of every source that has one, by the source's name."""
     chosen = [source for source in sources(config) if _has_validation(source)]
     if not chosen:
@@ -105,16 +105,16 @@ def open_validation(config: Config, say: Callable[[str], None]) -> dict[str, Tok
         )
     for source in sources(config):
         if source not in chosen:
-            say(f"{source.label} has no validation split: it is left out of the validation loss")
+            message(f"{source.label} has no validation split: it is left out of the validation loss")
     return {source.label: _open(config, source, "validation") for source in chosen}
 
 
-def verify(config: Config, say: Callable[[str], None], group: dist.ProcessGroup | None = None) -> None:
+def verify(config: Config, message: Callable[[str], None], group: dist.ProcessGroup | None = None) -> None:
     """Compare the files of all sources with their checksums as `data.verify` says; collective. Ranks that see the same
     files read a share of them each; where machines have copies of their own, each copy is read.
 
     Args:
-        say: told once what is read.
+        message: told once what is read.
         group: of all ranks, to wait in for the one that has most to read; if not the default one.
 
     Raises:
@@ -123,20 +123,20 @@ def verify(config: Config, say: Callable[[str], None], group: dist.ProcessGroup 
     if config.data.verify == "never":
         return
     folders = [source.path for source in sources(config)]
-    manifests = on_every_rank(lambda: [Manifest.read(folder) for folder in folders])
+    manifests = raise_on_every_rank(lambda: [Manifest.read(folder) for folder in folders])
     always = config.data.verify == "always"
 
     def look(folder: str, manifest: Manifest) -> tuple[str, str, int]:
         unread = sum(shard.tokens for shard in unread_shards(folder, manifest, always=always))
         return manifest.content_sha256, copy_id(folder, manifest), unread
 
-    of_ranks = gathered(on_every_rank(lambda: list(map(look, folders, manifests))))  # [rank][source]
+    of_ranks = all_gather_objects(raise_on_every_rank(lambda: list(map(look, folders, manifests))))  # [rank][source]
     for folder, found in zip(folders, zip(*of_ranks)):
         if len({content for content, _, _ in found}) > 1:
             raise ValueError(f"{folder}: is not the same dataset for all ranks; copy it to all machines again")
     unread = {copy: tokens for found in of_ranks for _, copy, tokens in found if tokens}
     if unread:
-        say(f"comparing {sum(unread.values()):,} tokens with their checksums (data.verify)")
+        message(f"comparing {sum(unread.values()):,} tokens with their checksums (data.verify)")
     mine = dist.get_rank()
     alike = [[rank for rank, found in enumerate(of_ranks) if found[n][1] == of_ranks[mine][n][1]]
              for n in range(len(folders))]  # fmt: skip
@@ -145,7 +145,7 @@ def verify(config: Config, say: Callable[[str], None], group: dist.ProcessGroup 
         for folder, manifest, ranks in zip(folders, manifests, alike):
             check_content(folder, manifest, part=ranks.index(mine), parts=len(ranks), always=always)
 
-    on_every_rank(check, group)
+    raise_on_every_rank(check, group)
     for folder, manifest, ranks in zip(folders, manifests, alike):
         if ranks[0] == mine:
             record_content(folder, manifest)

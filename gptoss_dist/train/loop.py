@@ -12,8 +12,8 @@ from data_pipeline import BatchLoader, validation_batches
 from gptoss_dist import checkpoint
 from gptoss_dist.config import Config
 from gptoss_dist.distributed import launchers
-from gptoss_dist.distributed.collectives import LocalError, on_rank_zero, patient_group
-from gptoss_dist.distributed.processes import Context, leave, seed_everything, start
+from gptoss_dist.distributed.collectives import LocalError, long_timeout_group, on_rank_zero
+from gptoss_dist.distributed.processes import Ranks, exit_after_error, seed_everything, start
 from gptoss_dist.distributed.signals import StopRequest
 from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.parallel.mesh import spanned_machines
@@ -24,7 +24,13 @@ from gptoss_dist.train.faults import SkipGuard, TrainingError
 from gptoss_dist.train.periodic import write_samples
 from gptoss_dist.train.report import Report
 from gptoss_dist.train.schedule import learning_rate
-from gptoss_dist.train.start import check_folder, check_resumable, checkpoint_to_resume, open_folder, say
+from gptoss_dist.train.start import (
+    check_folder,
+    check_resumable,
+    checkpoint_to_resume,
+    open_folder,
+    print_message,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,21 +40,21 @@ def run(config: Config) -> int:
     # Without a handler of its own the library would print warnings past the progress bar, on every rank.
     logging.getLogger("gptoss_dist").addHandler(logging.NullHandler())
     try:
-        context = start()
+        ranks = start()
         config.engine.kind = engine_kind(config)  # what is saved with the run says which it was
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        train(config, context)
+        train(config, ranks)
     except (ValueError, TrainingError) as error:
         log.error("%s", error)
         mistake, alone = str(error), isinstance(error, LocalError)
-        leave(lambda: launchers.tell(mistake, alone=alone))
+        exit_after_error(lambda: launchers.report_error_once(mistake, alone=alone))
         return 2 if isinstance(error, ValueError) else 1
     return 0
 
 
-def train(config: Config, context: Context) -> None:
+def train(config: Config, ranks: Ranks) -> None:
     """Train to the last step, or until asked to stop; then save.
 
     Raises:
@@ -56,7 +62,7 @@ def train(config: Config, context: Context) -> None:
         TrainingError: too many steps in a row had to be skipped.
     """
     settings = config.train
-    samples_per_step = settings.micro_batch_size * settings.gradient_accumulation * context.world_size
+    samples_per_step = settings.micro_batch_size * settings.gradient_accumulation * ranks.world_size
     path = checkpoint_to_resume(config)
     info = None
     if path is not None:
@@ -64,15 +70,15 @@ def train(config: Config, context: Context) -> None:
         check_resumable(config, path, info)
     data = open_training_data(config, samples_per_step, checkpoint=path, info=info)
     dataset = data.mixture
-    validation = open_validation(config, say) if config.validation.every else {}
+    validation = open_validation(config, print_message) if config.validation.every else {}
     if path is None and config.init["from"]:
-        pretrained = checkpoint.open_pretrained(config.init["from"], say=say)
+        pretrained = checkpoint.open_pretrained(config.init["from"], message=print_message)
         checkpoint.check_architecture(pretrained, config.model)
     on_rank_zero(lambda: check_folder(config))
-    patient = patient_group()
-    verify(config, say, patient)
-    seed_everything(config.run.seed, context.rank)
-    engine = build_engine(config, context)
+    patient = long_timeout_group()
+    verify(config, print_message, patient)
+    seed_everything(config.run.seed, ranks.rank)
+    engine = build_engine(config, ranks)
 
     first, consumed, skipped, run_id = 0, 0, 0, None
     if path is not None:
@@ -82,8 +88,8 @@ def train(config: Config, context: Context) -> None:
         state = engine.state()
         checkpoint.load_state(path, state)
         engine.load(state)
-        if not checkpoint.restore_rng(path, context.rank):
-            seed_everything(config.run.seed + first, context.rank)
+        if not checkpoint.restore_rng(path, ranks.rank):
+            seed_everything(config.run.seed + first, ranks.rank)
     elif config.init["from"]:
         state = engine.state()
         weights = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
@@ -93,8 +99,8 @@ def train(config: Config, context: Context) -> None:
         dataset,
         micro_batch_size=settings.micro_batch_size,
         accumulation=settings.gradient_accumulation,
-        rank=context.rank,
-        world_size=context.world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         samples_consumed=consumed,
         document_mask=config.data.document_mask,
         prefetch=config.data.prefetch,
@@ -102,13 +108,13 @@ def train(config: Config, context: Context) -> None:
     )
     on_rank_zero(lambda: open_folder(config))  # only now: a run that is refused writes nothing
     report = None
-    if context.is_main:
+    if ranks.is_main:
         tokens = info.get("tokens", consumed * config.data.seq_len) if path else 0
-        report = Report(config, context, engine, data, start=first, tokens=tokens, run_id=run_id)
+        report = Report(config, ranks, engine, data, start=first, tokens=tokens, run_id=run_id)
         report.message(f"resumed {path} at step {first}" if path else f"training {config.run.name} in {config.folder}")
         if config.init["from"] and not path:
             report.message(f"started from the weights of {pretrained.folder}")
-        layout = f"{context.world_size} processes, {engine.name}, {engine.layout}"
+        layout = f"{ranks.world_size} processes, {engine.name}, {engine.layout}"
         report.message(f"{layout}; {samples_per_step} samples per step")
         report.plan(consumed, samples_per_step)
         if spanned := spanned_machines(engine.layout):
@@ -116,11 +122,11 @@ def train(config: Config, context: Context) -> None:
         for moved in checkpoint.set_aside(config.checkpoint_folder, after=first):
             report.message(f"a later checkpoint is now {moved}")
 
-    settled = checkpoint.Keep(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
+    retention = checkpoint.Keep(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
     saver = checkpoint.Saver(
-        config.checkpoint_folder, keep=settled, asynchronous=config.checkpoint.asynchronous, group=patient
+        config.checkpoint_folder, keep=retention, asynchronous=config.checkpoint.asynchronous, group=patient
     )
-    timer, stop, guard = StepTimer(context.device), StopRequest(), SkipGuard(settings.max_skipped_steps, skipped)
+    timer, stop, guard = StepTimer(ranks.device), StopRequest(), SkipGuard(settings.max_skipped_steps, skipped)
 
     def every(interval: int, step: int) -> bool:
         return interval > 0 and step % interval == 0
@@ -143,8 +149,8 @@ def train(config: Config, context: Context) -> None:
             batches = validation_batches(
                 split,
                 micro_batch_size=settings.micro_batch_size,
-                rank=context.rank,
-                world_size=context.world_size,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
                 max_samples=config.validation.samples,
                 document_mask=config.data.document_mask,
             )
@@ -183,8 +189,8 @@ def train(config: Config, context: Context) -> None:
             with timer.phase("data"):
                 batches = next(loader)
             lr = learning_rate(step, settings.steps, config.optim)
-            recorded = context.is_main and step + 1 == settings.profile_step
-            with profiled(config.folder / "profile", step + 1, context.device) if recorded else nullcontext():
+            recorded = ranks.is_main and step + 1 == settings.profile_step
+            with profiled(config.folder / "profile", step + 1, ranks.device) if recorded else nullcontext():
                 with timer.phase("compute"):
                     engine.forward_backward(batches)
                 with timer.phase("optimizer"):
@@ -213,7 +219,7 @@ def train(config: Config, context: Context) -> None:
                 break
             validation_loss = validate(step) if validation and due["validation"] else None
             if config.sampling.prompts and due["samples"]:
-                write_samples(config, context, engine, dataset, report, step)
+                write_samples(config, ranks, engine, dataset, report, step)
             if due["checkpoint"]:
                 save(step, validation_loss)
                 saved = step

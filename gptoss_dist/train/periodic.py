@@ -8,17 +8,17 @@ import torch
 
 from data_pipeline import MixtureDataset
 from gptoss_dist.config import Config
-from gptoss_dist.distributed.processes import Context
-from gptoss_dist.model import generate
+from gptoss_dist.distributed.processes import Ranks
+from gptoss_dist.model.generate import generate
 
 log = logging.getLogger(__name__)
 
 
-def write_samples(config: Config, context: Context, engine, dataset: MixtureDataset, report, step: int) -> None:
+def write_samples(config: Config, ranks: Ranks, engine, dataset: MixtureDataset, report, step: int) -> None:
     """All ranks generate the same text in step, since each holds only a part of the weights."""
     texts, tokenizer, settings = [], dataset.tokenizer, config.sampling
     for index, prompt in enumerate(settings.prompts):
-        ids = torch.tensor([tokenizer.encode(prompt).tolist() or [tokenizer.eot_id]], device=context.device)
+        ids = torch.tensor([tokenizer.encode(prompt).tolist() or [tokenizer.eot_id]], device=ranks.device)
         # Compiled blocks would be compiled anew for the cache, the prompt and one token, until the compiler gives up.
         with torch.compiler.set_stance("force_eager"):
             output = generate(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from gptoss_dist.config import Config
-from gptoss_dist.distributed.processes import Context
+from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine import Engine, StepResult
 from gptoss_dist.planner.flops import flops_per_token
 from gptoss_dist.planner.hardware import peak_flops
@@ -39,7 +39,7 @@ class Report:
     def __init__(
         self,
         config: Config,
-        context: Context,
+        ranks: Ranks,
         engine: Engine,
         data: TrainingData,
         *,
@@ -47,13 +47,13 @@ class Report:
         tokens: int,
         run_id: str | None,
     ) -> None:
-        self.config, self.context, self.folder = config, context, config.folder
+        self.config, self.ranks, self.folder = config, ranks, config.folder
         self.data, self.start = data, start
         self._position: int | None = None
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self.peak = peak_flops(context.device, dtype)
+        self.peak = peak_flops(ranks.device, dtype)
         self.flops = flops_per_token(config.model, config.data.seq_len)
-        self.throughput = Throughput(context.world_size, tokens=tokens, flops=self.flops, peak=self.peak)
+        self.throughput = Throughput(ranks.world_size, tokens=tokens, flops=self.flops, peak=self.peak)
         self.expert_tokens = ExpertTokens(self.folder, config.tracking.expert_tokens_every, start or None)
         self.tracker = Tracker(
             self.folder,
@@ -62,7 +62,7 @@ class Report:
             uri=config.tracking.uri,
             enabled=config.tracking.mlflow,
             params=_flatten(config.to_dict()),
-            tags=_tags(config, context, engine, self.peak) | _change_tags(data),
+            tags=_tags(config, ranks, engine, self.peak) | _change_tags(data),
             dataset={
                 "name": " + ".join(source.label for source in sources(config)),
                 "digest": data.mixture.manifest_sha256,
@@ -78,7 +78,7 @@ class Report:
         if config.train.routing != "learned":
             self.message(f"train.routing={config.train.routing}: a benchmark, the model learns nothing useful")
         if self.peak is None:
-            self.message(f"no peak FLOP/s is known for {context.device}: MFU is not reported")
+            self.message(f"no peak FLOP/s is known for {ranks.device}: MFU is not reported")
 
     def message(self, text: str) -> None:
         """One line to the user and to log.txt."""
@@ -132,7 +132,7 @@ class Report:
                 if self._position is not None and self._position <= change < position:
                     self.message(f"step {step}: {what}")
             self._position = position
-        metrics |= memory_metrics(self.context.device)
+        metrics |= memory_metrics(self.ranks.device)
         self.tracker.log(step, metrics)
         if warning := self.expert_tokens.add(step, result.counts_LE):
             self.message(warning)
@@ -199,14 +199,14 @@ def _change_tags(data: TrainingData) -> dict[str, str]:
     return {f"data.change.{n}": f"step {change['step']}: {'; '.join(change['changed'])}" for n, change in changes}
 
 
-def _tags(config: Config, context: Context, engine: Engine, peak) -> dict[str, str]:
-    device = context.device
+def _tags(config: Config, ranks: Ranks, engine: Engine, peak) -> dict[str, str]:
+    device = ranks.device
     return {
         "git.sha": git_revision(),
         "host": platform.node(),
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU x {os.cpu_count()} cores",
         "torch": torch.__version__,
-        "world_size": str(context.world_size),
+        "world_size": str(ranks.world_size),
         "layout": f"{engine.name} {engine.layout}, dispatch {config.parallel.experts}",
         "routing": config.train.routing if config.train.routing == "learned" else f"{config.train.routing} (forced)",
         "mfu.peak": str(peak) if peak else "unknown",

@@ -11,7 +11,7 @@ import torch
 
 from gptoss_dist import checkpoint
 from gptoss_dist.config import Config
-from gptoss_dist.distributed.collectives import shared
+from gptoss_dist.distributed.collectives import broadcast_object
 from gptoss_dist.model.config import SHAPING, ModelConfig
 
 log = logging.getLogger(__name__)
@@ -75,12 +75,12 @@ def checkpoint_to_resume(config: Config) -> Path | None:
     if config.resume is None:
         return None
     folder = config.checkpoint_folder if config.resume == "auto" else Path(config.resume)
-    if config.resume == "auto" and shared(lambda: not list(folder.glob("step_*[0-9]"))):
+    if config.resume == "auto" and broadcast_object(lambda: not list(folder.glob("step_*[0-9]"))):
         return None
-    return checkpoint.resolve(folder, say)
+    return checkpoint.resolve(folder, print_message)
 
 
-def say(unusual: str) -> None:
+def print_message(unusual: str) -> None:
     """To the user, before there is a log."""
     if torch.distributed.get_rank() == 0:
         print(f"train.py: {unusual}", file=sys.stderr)

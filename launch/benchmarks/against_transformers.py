@@ -10,7 +10,8 @@ machine. Figures are medians over rounds, and ratios are taken round by round. I
 has one attention with sinks that can be trained, `eager` (its flex attention has no backward pass there, sdpa has no
 sinks), and two expert implementations worth timing. The GEMM ceiling of bf16 is the faster of bare products in bf16
 and in float32, in which ours multiplies on CPUs without bf16 instructions (`gptoss_dist/ops/gemm.py`). Ours sets up its
-process as training does, which includes that freed memory is kept (`distributed/processes.py`); the others run as they come.
+process as training does, which includes that freed memory is kept (`distributed/processes.py`); the others run as they
+come.
 """
 
 import argparse

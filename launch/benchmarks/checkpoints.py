@@ -74,17 +74,17 @@ def work(arguments: argparse.Namespace) -> int:
 
     from gptoss_dist.checkpoint import Keep, Saver
     from gptoss_dist.config import load_config
-    from gptoss_dist.distributed.processes import finish, start
+    from gptoss_dist.distributed.processes import shut_down, start
     from gptoss_dist.engine import build_engine
 
-    context = start()
+    ranks = start()
     config = load_config(
         Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml",
         overrides={"train.micro_batch_size": arguments.micro_batch_size},
     )
-    engine = build_engine(config, context)
+    engine = build_engine(config, ranks)
     shape = (arguments.micro_batch_size, config.data.seq_len + 1)
-    tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(context.rank))
+    tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(ranks.rank))
     batches = [{"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}]
     savers = {
         kind: Saver(Path(arguments.folder) / kind, keep=Keep(newest=2), asynchronous=kind == "asynchronous")
@@ -109,14 +109,14 @@ def work(arguments: argparse.Namespace) -> int:
             if turn >= 0:
                 seconds[kind].append(time.perf_counter() - begin)
                 pause[kind].append(savers[kind].pause_s if kind != "never" else 0.0)
-    if context.is_main:
+    if ranks.is_main:
         newest = max((Path(arguments.folder) / "asynchronous").glob("step_*"))
         found = {"seconds": seconds, "pause": pause, "bytes": sum(p.stat().st_size for p in newest.iterdir())}
         found["parameters"] = sum(p.numel() for p in engine.model.parameters())
         for kind in savers:
             shutil.rmtree(Path(arguments.folder) / kind)
         print(json.dumps(found), flush=True)
-    return finish()
+    return shut_down()
 
 
 if __name__ == "__main__":

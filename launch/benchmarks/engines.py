@@ -98,12 +98,12 @@ def work(arguments: argparse.Namespace) -> int:
     import torch
 
     from gptoss_dist.config import load_config
-    from gptoss_dist.distributed.processes import finish, start
+    from gptoss_dist.distributed.processes import shut_down, start
     from gptoss_dist.engine import build_engine
     from gptoss_dist.parallel.traffic import SentBytes
 
-    context = start()
-    share = arguments.samples // context.world_size
+    ranks = start()
+    share = arguments.samples // ranks.world_size
     config = load_config(
         Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml",
         overrides=ENGINES[arguments.worker]
@@ -121,12 +121,12 @@ def work(arguments: argparse.Namespace) -> int:
     if config.engine.kind == "deepspeed":
         from gptoss_dist.engine.deepspeed import load_deepspeed
 
-        load_deepspeed(context)  # its code is not what is measured
+        load_deepspeed(ranks)  # its code is not what is measured
     before = peak_memory()
-    engine = build_engine(config, context)
+    engine = build_engine(config, ranks)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.model.vocab_size, (arguments.samples, arguments.seq_len + 1), generator=generator)
-    mine = tokens[context.rank * share : (context.rank + 1) * share]
+    mine = tokens[ranks.rank * share : (ranks.rank + 1) * share]
     batches = [{"input_ids": mine[:, :-1], "labels": mine[:, 1:]}] * arguments.accumulation
     seconds, sent = [], 0
     for step in range(arguments.steps):
@@ -143,8 +143,8 @@ def work(arguments: argparse.Namespace) -> int:
             sent = counter.total
         else:
             seconds.append(time.perf_counter() - begin)
-    memory = context.sum(torch.tensor(float(peak_memory() - before))) / context.world_size
-    if context.is_main:
+    memory = ranks.sum(torch.tensor(float(peak_memory() - before))) / ranks.world_size
+    if ranks.is_main:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
         found = {
             "held": held_memory(),
@@ -154,7 +154,7 @@ def work(arguments: argparse.Namespace) -> int:
             "loss": loss,
         }
         print(json.dumps(found | {"parameters": parameters}), flush=True)
-    return finish()
+    return shut_down()
 
 
 def held_memory() -> int:

@@ -41,14 +41,14 @@ def values(engine) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "stage, variant", [(1, ""), (2, ""), (3, ""), (1, "bf16"), (2, "offloaded"), (3, "persistent")]
 )
-def test_a_non_finite_step_leaves_no_trace(context, stage, variant):
+def test_a_non_finite_step_leaves_no_trace(ranks, stage, variant):
     config = zero(stage)
     if variant == "bf16":
         config.train.precision = "bf16"
     elif variant:
         to_host = {"offload_optimizer": {"device": "cpu"}}
         config.engine.deepspeed = {"zero_optimization": to_host if variant == "offloaded" else {}}
-    engine = build_engine(config, context)
+    engine = build_engine(config, ranks)
     assert isinstance(engine, DeepSpeedEngine)
     engine.forward_backward(micro_batches(0, 2))
     assert float(engine.update(LR).skipped) == 0
@@ -80,18 +80,18 @@ def test_a_non_finite_step_leaves_no_trace(context, stage, variant):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_state_has_the_names_and_shapes_of_the_other_engine(context, stage, tmp_path):
+def test_state_has_the_names_and_shapes_of_the_other_engine(ranks, stage, tmp_path):
     """And a checkpoint of one is a checkpoint of the other, weights in bf16 or not."""
     config = zero(stage, tie_word_embeddings=True, router_selection_bias=True)
     config.train.precision, config.loss.selection_bias_rate = "bf16", 0.01
-    engine = build_engine(config, context)
+    engine = build_engine(config, ranks)
     for step in range(2):
         engine.forward_backward(micro_batches(step, 2))
         engine.update(LR)
     expected = values(engine)
     save(tmp_path, 2, engine.state(), {})
     config.engine.kind = "fsdp"
-    other = build_engine(config, context)
+    other = build_engine(config, ranks)
     assert isinstance(other, FsdpEngine)
     state = other.state()
     assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in engine.state().items()}
@@ -108,7 +108,7 @@ def test_state_has_the_names_and_shapes_of_the_other_engine(context, stage, tmp_
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # bf16 is rounded at other places
 
 
-def test_zero_3_never_holds_the_whole_model(context, monkeypatch):
+def test_zero_3_never_holds_the_whole_model(ranks, monkeypatch):
     from deepspeed import zero as library
 
     whole, convert = [], library.Init._convert_to_zero_parameters
@@ -119,7 +119,7 @@ def test_zero_3_never_holds_the_whole_model(context, monkeypatch):
         assert all(p.numel() == 0 for p in parameters)  # taken apart before the next one exists
 
     monkeypatch.setattr(library.Init, "_convert_to_zero_parameters", recorded)
-    engine = build_engine(zero(3), context)
+    engine = build_engine(zero(3), ranks)
     assert sum(whole) == sum(p.ds_numel for p in engine.model.parameters()) and len(whole) > 40
     assert all(p.numel() == 0 for p in engine.model.parameters())
     engine.evaluate(micro_batches(0, 2))
@@ -127,9 +127,9 @@ def test_zero_3_never_holds_the_whole_model(context, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_deepspeed_itself_refuses_is_one_line(context, stage):
+def test_what_deepspeed_itself_refuses_is_one_line(ranks, stage):
     config = zero(stage)
     config.engine.deepspeed = {"zero_optimization": {"overlap_com": True}}
     with pytest.raises(ValueError, match=r"engine.deepspeed: DeepSpeed refuses it: .*overlap_com") as refusal:
-        build_engine(config, context)
+        build_engine(config, ranks)
     assert "\n" not in str(refusal.value)

@@ -25,8 +25,8 @@ def context():
     dist.destroy_process_group()
 
 
-def train(config: Config, context, steps: int = 3) -> tuple[list, dict[str, torch.Tensor]]:
-    engine, rows = build_engine(config, context), []
+def train(config: Config, ranks, steps: int = 3) -> tuple[list, dict[str, torch.Tensor]]:
+    engine, rows = build_engine(config, ranks), []
     for step in range(steps):
         engine.forward_backward(micro_batches(step, 2))
         result = engine.update(LR)
@@ -42,87 +42,87 @@ def assert_same(a, b, tolerance: float = 1e-5):
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_equals_stock_torch(context, tie):
+def test_equals_stock_torch(ranks, tie):
     config = settings(tie_word_embeddings=tie, num_shared_experts=int(tie))
     config.optim.clip_norm = 0.5  # active: the norm is above
     expected = plain(config, steps=3, samples=2)
     assert all(row[-1] > 0.5 for row in expected.rows)
-    assert_same(train(config, context), (expected.rows, expected.weights))
+    assert_same(train(config, ranks), (expected.rows, expected.weights))
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_activation_checkpointing_recomputes_the_right_layers(context, every):
+def test_activation_checkpointing_recomputes_the_right_layers(ranks, every):
     config = settings()
     config.loss.router_jitter = 0.1
     torch.manual_seed(0)
-    expected = train(config, context)
+    expected = train(config, ranks)
     config.train.activation_checkpointing = every
     torch.manual_seed(0)
-    recomputed = train(config, context)
+    recomputed = train(config, ranks)
     assert expected[0] == recomputed[0]
     assert all(torch.equal(expected[1][name], recomputed[1][name]) for name in expected[1])
 
 
-def test_experts_of_megablocks_and_plain_agree(context):
+def test_experts_of_megablocks_and_plain_agree(ranks):
     config = settings()
-    megablocks = train(config, context)
+    megablocks = train(config, ranks)
     config.parallel.experts = "plain"
-    assert_same(train(config, context), megablocks)
+    assert_same(train(config, ranks), megablocks)
 
 
-def test_bf16_stays_close_and_keeps_float32_weights(context, bf16_products):
+def test_bf16_stays_close_and_keeps_float32_weights(ranks, bf16_products):
     config = settings()
-    exact = train(config, context)
+    exact = train(config, ranks)
     config.train.precision = "bf16"
-    rounded = train(config, context)
+    rounded = train(config, ranks)
     for row, other in zip(rounded[0], exact[0]):
         assert row[0] == pytest.approx(other[0], rel=5e-3)
     assert all(p.dtype == torch.float32 for p in rounded[1].values())
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
-def test_compiled_blocks_agree(context):
+def test_compiled_blocks_agree(ranks):
     config = settings()
-    expected = train(config, context, steps=2)
+    expected = train(config, ranks, steps=2)
     for every in (0, 1, 2):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         config.train.compile, config.train.activation_checkpointing = True, every
-        assert_same(train(config, context, steps=2), expected)
+        assert_same(train(config, ranks, steps=2), expected)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # not silently eager
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
-def test_compiled_grouped_mm_agrees(context):
+def test_compiled_grouped_mm_agrees(ranks):
     """Torch cannot trace it in float32: the graph has to break around it, as on CUDA by default."""
     config = settings(num_hidden_layers=1, num_shared_experts=1)
     config.parallel.expert_gemm = "grouped_mm"
-    expected = train(config, context, steps=2)
+    expected = train(config, ranks, steps=2)
     config.train.compile = True
-    assert_same(train(config, context, steps=2), expected)
+    assert_same(train(config, ranks, steps=2), expected)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
-def test_replay_is_recorded_outside_of_compiled_graphs(context):
+def test_replay_is_recorded_outside_of_compiled_graphs(ranks):
     config = settings()
     config.train.routing = "replay"
-    expected = train(config, context)
+    expected = train(config, ranks)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config.train.compile, config.train.activation_checkpointing = True, 2
-    assert_same(train(config, context), expected)
+    assert_same(train(config, ranks), expected)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] > 0
     assert not [reason for reason in counters["graph_break"] if "_record" in reason]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
-def test_samples_compile_nothing_and_validation_little(context):
+def test_samples_compile_nothing_and_validation_little(ranks):
     config = settings()
     config.train.compile = True
     config.sampling.prompts, config.sampling.max_new_tokens = ["a", "two"], 4
     tokenizer = SimpleNamespace(encode=lambda text: np.arange(len(text)), decode=str, n_vocab=90)
-    engine, texts = build_engine(config, context), []
+    engine, texts = build_engine(config, ranks), []
     report = SimpleNamespace(samples=lambda step, written: texts.append(written))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -132,28 +132,28 @@ def test_samples_compile_nothing_and_validation_little(context):
         engine.update(LR)
         engine.evaluate(micro_batches(step, 2))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        write_samples(config, context, engine, SimpleNamespace(tokenizer=tokenizer), report, step)
+        write_samples(config, ranks, engine, SimpleNamespace(tokenizer=tokenizer), report, step)
     assert len(texts) == 3 and len(texts[0]) == 2
     assert graphs[0] > 0 and graphs == graphs[:1] * 3
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
-def test_compiled_blocks_agree_in_bf16(context, bf16_products):
+def test_compiled_blocks_agree_in_bf16(ranks, bf16_products):
     """Tokens in whole blocks of the attention's band, which is where its strides were once misdeclared."""
     tokens = torch.randint(0, 101, (2, 65), generator=torch.Generator().manual_seed(0))
     batch, losses = [{"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}], []
     for compiled in (False, True):
         config = settings()
         config.train.precision, config.train.compile = "bf16", compiled
-        engine = build_engine(config, context)
+        engine = build_engine(config, ranks)
         for _ in range(3):
             engine.forward_backward(batch)
             losses.append(float(engine.update(LR).loss))
     assert losses[3:] == pytest.approx(losses[:3], rel=5e-3)
 
 
-def test_a_non_finite_step_leaves_no_trace(context):
-    engine = build_engine(settings(), context)
+def test_a_non_finite_step_leaves_no_trace(ranks):
+    engine = build_engine(settings(), ranks)
     engine.forward_backward(micro_batches(0, 2))
     engine.update(LR)
     good = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
@@ -169,10 +169,10 @@ def test_a_non_finite_step_leaves_no_trace(context):
     assert float(engine.update(LR).skipped) == 0
 
 
-def test_selection_bias_follows_the_load(context):
+def test_selection_bias_follows_the_load(ranks):
     config = settings(router_selection_bias=True)
     config.loss.selection_bias_rate = 0.25
-    engine = build_engine(config, context)
+    engine = build_engine(config, ranks)
     expected = torch.zeros(3, 4)
     for step in range(3):
         engine.forward_backward(micro_batches(step, 2))
@@ -184,10 +184,10 @@ def test_selection_bias_follows_the_load(context):
     assert expected.any()
 
 
-def test_forced_routing_is_even_and_moves_no_bias(context):
+def test_forced_routing_is_even_and_moves_no_bias(ranks):
     config = settings(router_selection_bias=True)
     config.loss.selection_bias_rate, config.train.routing = 0.25, "balanced"
-    engine = build_engine(config, context)
+    engine = build_engine(config, ranks)
     engine.forward_backward(micro_batches(0, 2))
     counts_LE = engine.update(LR).counts_LE
     assert (counts_LE == 4 * 40 * 2 / 4).all()

@@ -7,10 +7,10 @@ import pytest
 from gptoss_dist.config import Config, load_config
 from gptoss_dist.engine import engine_kind
 from gptoss_dist.engine.zero_settings import check_frozen, check_layout, check_offload, deepspeed_settings, zero_stage
-from gptoss_dist.parallel.mesh import Layout
+from gptoss_dist.parallel.mesh import DeviceLayout
 from tests.support.reference import settings
 
-ONE, SPREAD = Layout(1, 4, 1), Layout(1, 4, 2)
+ONE, SPREAD = DeviceLayout(1, 4, 1), DeviceLayout(1, 4, 2)
 
 
 def config(deepspeed=None, stage=None, **train) -> Config:

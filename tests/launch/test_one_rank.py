@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gptoss_dist.distributed.collectives import LocalError
-from gptoss_dist.distributed.launchers import tell
+from gptoss_dist.distributed.launchers import report_error_once
 from gptoss_dist.distributed.processes import start
 from tests.support.ranks import run
 
@@ -70,8 +70,8 @@ from gptoss_dist.train import loop
 from launch.train import main
 
 
-def build_engine(config, context):
-    if context.rank == 1:
+def build_engine(config, ranks):
+    if ranks.rank == 1:
         end, store = time.monotonic() + 1.5, dist.distributed_c10d._get_default_store()
         while time.monotonic() < end:
             store.add("late", 1)  # as making a group does
@@ -94,7 +94,7 @@ def test_the_first_rank_is_there_until_all_have_met_the_mistake(settings, tmp_pa
 def test_a_rank_that_lives_on_says_it_too(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    tell("too many rows", patience_s=0)
+    report_error_once("too many rows", patience_s=0)
     assert capsys.readouterr().err == "train.py: rank 5: too many rows\n"
 
 

@@ -5,7 +5,7 @@ import torch
 
 from gptoss_dist import GptOss, ModelConfig
 from gptoss_dist.inference import KVCache, sample
-from gptoss_dist.model import generate
+from gptoss_dist.model.generate import generate
 from gptoss_dist.model.init import initialize
 
 WINDOW = 8

@@ -91,17 +91,17 @@ def test_what_cannot_be_packed():
 
 
 def test_fast_enough():
-    """100 MB of bfloat16 per second and core are asked for. Machines differ, and what else they do: this compares with
-    four passes of `exp`, which take 1.0 to 1.7 times as long, by CPU time of this thread.
+    """100 MB of bfloat16 per second and core are asked for, which no two machines show alike: this compares with the
+    definition (12 to 15 times as slow with AVX-512), by CPU time of this thread.
     """
-    x, threads = numbers((8192, 2880), torch.bfloat16), torch.get_num_threads()
+    x, threads = numbers((2048, 2880), torch.bfloat16), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         encode(x[:512])
-        ratios = [_seconds(lambda: encode(x)) / _seconds(lambda: [x.float().exp() for _ in range(4)]) for _ in range(3)]
+        ratios = [_seconds(lambda: slowly(x)) / _seconds(lambda: encode(x)) for _ in range(3)]
     finally:
         torch.set_num_threads(threads)
-    assert min(ratios) < 1.5, ratios
+    assert max(ratios) > 7, ratios
 
 
 def _seconds(function) -> float:

@@ -3,11 +3,11 @@
 import pytest
 
 from gptoss_dist.config import ParallelConfig
-from gptoss_dist.parallel.mesh import Layout, plan_layout, ranks_per_node, spanned_machines
+from gptoss_dist.parallel.mesh import DeviceLayout, plan_layout, ranks_per_node, spanned_machines
 from gptoss_dist.parallel.parallelize import shard_dimension
 
 
-def plan(world_size: int, num_experts: int, node_size: int | None = None, **fields) -> Layout:
+def plan(world_size: int, num_experts: int, node_size: int | None = None, **fields) -> DeviceLayout:
     return plan_layout(ParallelConfig(**fields), num_experts, world_size, node_size)
 
 
@@ -15,7 +15,7 @@ def test_degrees_multiply_to_the_world():
     layout = plan(64, 32, expert_parallel=8, replicate=2)
     assert (layout.replicate, layout.shard, layout.expert_shard, layout.expert_parallel) == (2, 32, 4, 8)
     assert layout.world_size == 64 and str(layout) == "replicate 2 x shard 32 (experts 8 x 4)"
-    assert plan(1, 8) == Layout(1, 1, 1)
+    assert plan(1, 8) == DeviceLayout(1, 1, 1)
 
 
 @pytest.mark.parametrize(

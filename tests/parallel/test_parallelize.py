@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from gptoss_dist.distributed.processes import Context
+from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine import build_engine
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.parallel.experts import use_megablocks
@@ -32,7 +32,7 @@ def test_the_root_is_gathered_once(reshard, gathers):
     """The backward pass begins with the head, right after the forward pass ended with it; blocks are gathered again."""
     config = settings()
     config.parallel.reshard_after_forward = reshard
-    engine = build_engine(config, Context(0, 0, 2, torch.device("cpu")))
+    engine = build_engine(config, Ranks(0, 0, 2, torch.device("cpu")))
     with CommDebugMode() as seen:
         engine.forward_backward(micro_batches(0, 1)[:1])
     counts = {str(operator): count for operator, count in seen.get_comm_counts().items()}

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.ops import gemm
-from gptoss_dist.planner import flops as flops_module
+from gptoss_dist.planner import hardware
 from gptoss_dist.planner.flops import MFU_CONVENTION, flops_per_token, mfu, visible_pairs
 from gptoss_dist.planner.hardware import Peak, peak_flops
 
@@ -114,21 +114,21 @@ def test_tiny_model_matches_the_flops_torch_dispatches(num_shared):
     ],
 )
 def test_known_devices(name, dtype, tflops):
-    peak = flops_module._datasheet_peak(name, dtype, False)
+    peak = hardware._datasheet_peak(name, dtype, False)
     assert peak.value == pytest.approx(tflops * 1e12)
     assert name in peak.label and peak.source
 
 
 def test_fp32_says_tf32_when_it_is():
-    assert flops_module._datasheet_peak("NVIDIA H100 PCIe", torch.float32, True).label.startswith("dense tf32")
-    assert flops_module._datasheet_peak("NVIDIA H100 PCIe", torch.float32, False).value == 51e12
+    assert hardware._datasheet_peak("NVIDIA H100 PCIe", torch.float32, True).label.startswith("dense tf32")
+    assert hardware._datasheet_peak("NVIDIA H100 PCIe", torch.float32, False).value == 51e12
 
 
 @pytest.mark.parametrize(
     "name", ["NVIDIA A10G", "NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 D"]
 )
 def test_near_namesakes_are_unknown_rather_than_guessed(name):
-    assert flops_module._datasheet_peak(name, torch.bfloat16, False) is None
+    assert hardware._datasheet_peak(name, torch.bfloat16, False) is None
 
 
 def test_cpu_peak_is_measured_and_labelled():
@@ -141,7 +141,7 @@ def test_cpu_peak_is_measured_and_labelled():
 
 def test_cpu_peak_of_bf16_is_that_of_the_faster_way(monkeypatch):
     rates = {torch.bfloat16: 57.0, torch.float32: 235.0}
-    monkeypatch.setattr(flops_module, "_measured_gemm_peak", lambda dtype: Peak(rates[dtype], str(dtype), "test"))
+    monkeypatch.setattr(hardware, "_measured_gemm_peak", lambda dtype: Peak(rates[dtype], str(dtype), "test"))
     monkeypatch.setattr(gemm, "CPU_MULTIPLIES_BF16", False)
     assert peak_flops("cpu", torch.bfloat16) == Peak(235.0, "torch.float32", "test")
     rates[torch.bfloat16] = 400.0

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gptoss_dist.checkpoint.boxes import BoxedTensor
 from gptoss_dist.config import Config
-from gptoss_dist.distributed.processes import Context, finish, start
+from gptoss_dist.distributed.processes import Ranks, shut_down, start
 from gptoss_dist.engine import Engine, build_engine, engine_kind
 from gptoss_dist.parallel.mesh import local
 from gptoss_dist.parallel.traffic import SentBytes
@@ -116,9 +116,9 @@ def clip_in_double(optimizer: torch.optim.AdamW, *_) -> None:
     optimizer.grad_scale, optimizer.found_inf = None, optimizer.found_inf.to(torch.float)
 
 
-def train(case: Case, context: Context, folder: Path) -> None:
+def train(case: Case, ranks: Ranks, folder: Path) -> None:
     """Train and write what `test_layouts.py` looks at."""
-    engine = build_engine(case.config(), context)
+    engine = build_engine(case.config(), ranks)
     if case.double:
         engine.optimizer.register_step_pre_hook(clip_in_double)
     parameters = dict(engine.model.named_parameters())
@@ -131,7 +131,7 @@ def train(case: Case, context: Context, folder: Path) -> None:
         "traffic": [],
     }
     case.silence_in(engine)
-    share = slice(context.rank * SAMPLES // context.world_size, (context.rank + 1) * SAMPLES // context.world_size)
+    share = slice(ranks.rank * SAMPLES // ranks.world_size, (ranks.rank + 1) * SAMPLES // ranks.world_size)
     for step in range(STEPS):
         batches = [{k: t[share] for k, t in b.items()} for b in micro_batches(step, SAMPLES)]
         engine.evaluate(batches[:1])  # leaves no trace in what follows
@@ -146,7 +146,7 @@ def train(case: Case, context: Context, folder: Path) -> None:
     report["sent"] = sent.by_name
     report["counts"] = result.counts_LE.tolist()
     final = weights(engine)
-    if context.is_main:
+    if ranks.is_main:
         if sharded_by_torch:
             save_file(gradients, folder / f"{case.name}.gradients.safetensors")
         save_file(final, folder / f"{case.name}.weights.safetensors")
@@ -155,9 +155,9 @@ def train(case: Case, context: Context, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    context = start()
+    ranks = start()
     for values in json.loads(Path(sys.argv[1]).read_text()):
         case = Case(**values)
         with double_precision() if case.double else nullcontext():
-            train(case, context, Path(sys.argv[2]))
-    finish()
+            train(case, ranks, Path(sys.argv[2]))
+    shut_down()

@@ -85,8 +85,8 @@ def run(
 class Started:
     """Processes of one run, forked from a process that has imported everything already (forks.py)."""
 
-    def __init__(self, mother: subprocess.Popen, job: dict) -> None:
-        self.mother, self.job = mother, job
+    def __init__(self, fork_server: subprocess.Popen, job: dict) -> None:
+        self.fork_server, self.job = fork_server, job
         self.processes: list[int] = self._ask(job)
 
     def is_running(self, rank: int = 0) -> bool:
@@ -118,13 +118,13 @@ class Started:
         return subprocess.CompletedProcess([self.job["script"], *self.job["arguments"]], code, **output)
 
     def _ask(self, question: dict, timeout_s: float = 300.0) -> list[int]:
-        self.mother.stdin.write(json.dumps(question) + "\n")
-        self.mother.stdin.flush()
-        if not select.select([self.mother.stdout], [], [], timeout_s)[0]:
-            os.killpg(self.mother.pid, signal.SIGKILL)
-            _mother.cache_clear()
+        self.fork_server.stdin.write(json.dumps(question) + "\n")
+        self.fork_server.stdin.flush()
+        if not select.select([self.fork_server.stdout], [], [], timeout_s)[0]:
+            os.killpg(self.fork_server.pid, signal.SIGKILL)
+            _fork_server.cache_clear()
             raise AssertionError(f"{self.job['script']} {self.job['arguments']} did not end in {timeout_s} s")
-        return json.loads(self.mother.stdout.readline())
+        return json.loads(self.fork_server.stdout.readline())
 
 
 def start(script: str, *arguments: str, processes: int = 1, cwd: Path | None = None, **extra: str) -> Started:
@@ -134,11 +134,11 @@ def start(script: str, *arguments: str, processes: int = 1, cwd: Path | None = N
         modules.append("deepspeed")
     job = {"script": str(ROOT / script), "arguments": arguments, "environment": environment(**extra),
            "cwd": str(cwd or Path.cwd()), "processes": processes, "folder": tempfile.mkdtemp()}  # fmt: skip
-    return Started(_mother(tuple(modules)), job)
+    return Started(_fork_server(tuple(modules)), job)
 
 
 @functools.cache
-def _mother(modules: tuple[str, ...]) -> subprocess.Popen:
+def _fork_server(modules: tuple[str, ...]) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.support.forks", *modules],
         stdin=subprocess.PIPE,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gptoss_dist.config import Config, ModelConfig, RunConfig, TrackingConfig
-from gptoss_dist.parallel.mesh import Layout
+from gptoss_dist.parallel.mesh import DeviceLayout
 from gptoss_dist.tracking.expert_tokens import ExpertTokens, read_expert_tokens
 from gptoss_dist.tracking.plots import plot_run
 from gptoss_dist.train.report import Report
@@ -157,10 +157,10 @@ def config(folder, every):
 def report_steps(folder, start, last):
     settings = config(folder, every=2)
     settings.save(folder / "config.yaml")
-    context = SimpleNamespace(world_size=1, device=torch.device("cpu"))
+    ranks = SimpleNamespace(world_size=1, device=torch.device("cpu"))
     data = SimpleNamespace(mixture=SimpleNamespace(manifest_sha256="0"), history=[])
-    engine = SimpleNamespace(name="fsdp", layout=Layout(1, 1, 1))
-    report = Report(settings, context, engine, data, start=start, tokens=0, run_id=None)
+    engine = SimpleNamespace(name="fsdp", layout=DeviceLayout(1, 1, 1))
+    report = Report(settings, ranks, engine, data, start=start, tokens=0, run_id=None)
     zero = torch.zeros(())
     counts_LE = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
     result = SimpleNamespace(

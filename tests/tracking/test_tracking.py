@@ -85,7 +85,7 @@ def test_dead_server_costs_training_nothing_and_sync_sends_all_later(dead_port, 
         began = time.perf_counter()
         tracker.close(timeout=15)
     assert time.perf_counter() - began < 16
-    assert f"python -m gptoss_dist.train.tracking sync {run_dir}" in caplog.text
+    assert f"python -m gptoss_dist.tracking sync {run_dir}" in caplog.text
     assert "secret" not in caplog.text + (run_dir / "tracking" / "cursor.json").read_text()
     assert len(read_metrics(run_dir)) == 200
 

@@ -256,14 +256,15 @@ import sys
 import time
 from datetime import timedelta
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from data_pipeline import verify as content
+from data_pipeline.shards import checksums as content
 from gptoss_dist.config import Config
 from gptoss_dist.model.config import ModelConfig
-from gptoss_dist.parallel.context import finish, patient_group, start
+from gptoss_dist.distributed.collectives import long_timeout_group
+from gptoss_dist.distributed.processes import shut_down, start
 from gptoss_dist.train.data import verify
 
 rank, config = start().rank, Config(model=ModelConfig(vocab_size=272))
-patient = patient_group()
+patient = long_timeout_group()
 scan, read = content.scan, []
 
 
@@ -286,7 +287,7 @@ for case in sys.argv[2:]:
         print(case, error, flush=True)
     if case == "common":
         print("common-read", *read, flush=True)
-finish()
+shut_down()
 """
 
 

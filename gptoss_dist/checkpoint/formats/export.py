@@ -61,7 +61,7 @@ def export(
     pack: bool = False,
     search: bool = False,
     file_bytes: int = 5_000_000_000,
-    say: Callable[[str], None] = lambda line: None,
+    message: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
     """Write `pretrained` to the new folder `folder`, which appears only when it is complete.
 
@@ -95,12 +95,12 @@ def export(
     else:
         outputs = openai.outputs(tensors, config, dtype=dtype, pack=pack, search=search, losses=losses)
         values = openai.config_json(config)
-    special_ids = _write_companions(pretrained, partial, layout, say)
+    special_ids = _write_companions(pretrained, partial, layout, message)
     if layout == "hf":
         values = huggingface.config_json(config, dtype=dtype, pack=pack, special_ids=special_ids)
     (partial / "config.json").write_text(json.dumps(values, indent=1) + "\n")
     for path in write_tensors(partial, outputs, file_bytes=file_bytes):
-        say(f"wrote {path.name}")
+        message(f"wrote {path.name}")
     for path in partial.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -123,7 +123,7 @@ def save_pretrained(model: GptOss, folder: str | Path, *, layout: str = "hf", **
 
 
 def _write_companions(
-    pretrained: Pretrained, folder: Path, layout: str, say: Callable[[str], None]
+    pretrained: Pretrained, folder: Path, layout: str, message: Callable[[str], None]
 ) -> dict[str, int | list[int]]:
     """Tokenizer and generation settings; returns the ids that end and pad a text."""
     if pretrained.layout == "memory":
@@ -141,6 +141,6 @@ def _write_companions(
                 shutil.copyfile(path, folder / path.name)
         values = huggingface.read_json(pretrained.folder / "config.json")
         return {key: values[key] for key in ("eos_token_id", "pad_token_id") if values.get(key) is not None}
-    say(f"no tokenizer and no generation settings come from {pretrained.layout}: add them to {folder.stem} by hand")
+    message(f"no tokenizer and no generation settings come from {pretrained.layout}: add them to {folder.stem} by hand")
     # Those of the published models, whose vocabulary no other has.
     return PUBLISHED_IDS if pretrained.config.vocab_size == 201088 else {}

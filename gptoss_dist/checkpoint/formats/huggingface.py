@@ -110,11 +110,11 @@ def read_json(path: Path) -> dict:
     return values
 
 
-def sources(folder: str | Path, say: Callable[[str], None]) -> dict[str, Source]:
+def sources(folder: str | Path, message: Callable[[str], None]) -> dict[str, Source]:
     """The folder's tensors by the model's names; MXFP4 is unpacked as it is read.
 
     Args:
-        say: gets a line about what is unusual.
+        message: gets a line about what is unusual.
 
     Raises:
         ValueError: there are none, files are damaged, or MXFP4 blocks and scales do not fit each other.
@@ -135,7 +135,7 @@ def sources(folder: str | Path, say: Callable[[str], None]) -> dict[str, Source]
         else:
             raise ValueError(f"{folder}: {name} has no {stem + SCALES} beside it")
     if dense:
-        say(f"{folder}: {len(dense)} tensors named *{BLOCKS} hold plain numbers and are read so")
+        message(f"{folder}: {len(dense)} tensors named *{BLOCKS} hold plain numbers and are read so")
     return result
 
 

@@ -83,11 +83,11 @@ def read_config(folder: str | Path) -> ModelConfig:
     return ModelConfig(**fields, max_position_embeddings=int(context * factor))
 
 
-def sources(folder: str | Path, say: Callable[[str], None]) -> dict[str, Source]:
+def sources(folder: str | Path, message: Callable[[str], None]) -> dict[str, Source]:
     """The folder's tensors by the model's names; those that have no name here keep their own.
 
     Args:
-        say: gets a line about what is unusual; here nothing is.
+        message: gets a line about what is unusual; here nothing is.
 
     Raises:
         ValueError: as `huggingface.sources`.

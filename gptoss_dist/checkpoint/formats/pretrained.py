@@ -65,13 +65,15 @@ class Pretrained(NamedTuple):
         return model.eval()
 
 
-def open_pretrained(where: str | Path, *, say: Callable[[str], None] = log.warning, verify: bool = True) -> Pretrained:
+def open_pretrained(
+    where: str | Path, *, message: Callable[[str], None] = log.warning, verify: bool = True
+) -> Pretrained:
     """Weights by `hf:FOLDER`, `openai:FOLDER`, or a run's folder, checkpoint folder or checkpoint.
 
     Without `hf:` or `openai:` a folder with a config.json is what that file says.
 
     Args:
-        say: gets a line about what is unusual.
+        message: gets a line about what is unusual.
         verify: hash a training checkpoint's files first, and take the newest intact one; else the newest.
 
     Raises:
@@ -85,10 +87,10 @@ def open_pretrained(where: str | Path, *, say: Callable[[str], None] = log.warni
         if not Path(folder).is_dir():
             raise ValueError(f"{where}: there is no folder {folder}")
         module = LAYOUTS[layout]
-        return Pretrained(layout, Path(folder), module.read_config(folder), module.sources(folder, say))
+        return Pretrained(layout, Path(folder), module.read_config(folder), module.sources(folder, message))
     if re.fullmatch(r"[a-z]{2,}", layout) and folder:
         raise ValueError(f"{where}: {layout} is no known layout; use {', '.join(f'{name}:FOLDER' for name in LAYOUTS)}")
-    checkpoint = resolve(where, say) if verify else candidates(where)[-1]
+    checkpoint = resolve(where, message) if verify else candidates(where)[-1]
     stored = {n.removeprefix("model."): t for n, t in stored_tensors(checkpoint).items() if n.startswith("model.")}
     return Pretrained("run", checkpoint, ModelConfig.from_dict(read_info(checkpoint)["config"]["model"]), stored)
 

@@ -3,8 +3,8 @@
     act = g * sigmoid(alpha * g) * (u + 1),   g = min(gate, limit), u = clip(up, -limit, limit)
 
 ``swiglu`` is the function on interleaved hidden states, for any device. ``BetweenGemms`` does for the hand-written
-expert MLP (``ops/experts/grouped_experts.py``) everything between its GEMMs, on transposed blocks ``h_I2n`` whose gate and up
-rows are contiguous, in passes over chunks that stay in cache.
+expert MLP (``ops/experts/cpu_blocked.py``) everything between its GEMMs, on transposed blocks ``h_I2n`` whose gate and
+up rows are contiguous, in passes over chunks that stay in cache.
 
 Shape legend: I intermediate size, n rows of one expert, F = 2 * I.
 """

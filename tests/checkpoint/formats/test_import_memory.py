@@ -26,7 +26,7 @@ import torch
 from gptoss_dist import GptOss
 from gptoss_dist.checkpoint import load_into, open_pretrained
 from gptoss_dist.config import Config
-from gptoss_dist.parallel.context import finish, start
+from gptoss_dist.distributed.processes import shut_down, start
 from gptoss_dist.parallel.mesh import build_meshes, local, plan_layout
 from gptoss_dist.parallel.parallelize import parallelize
 
@@ -37,7 +37,7 @@ def mebibytes(key):
             return int(line.split()[1]) / 1024
 
 
-context = start()
+ranks = start()
 pretrained = open_pretrained(f"hf:{sys.argv[1]}")
 config = Config(model=pretrained.config)
 config.parallel.expert_parallel = 2
@@ -45,20 +45,20 @@ with torch.device("meta"):
     model = GptOss(config.model)
 for parameter in model.parameters():
     parameter.data = parameter.data.to(torch.bfloat16)
-layout = plan_layout(config.parallel, config.model.num_local_experts, context.world_size)
+layout = plan_layout(config.parallel, config.model.num_local_experts, ranks.world_size)
 parallelize(model, config, build_meshes(layout, "cpu"))
 model.to_empty(device="cpu")
 for parameter in model.parameters():
     local(parameter).data.zero_()  # its memory is there from now on
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")  # the peak begins anew
-found = {"rank": context.rank, "before": mebibytes("VmRSS")}
+found = {"rank": ranks.rank, "before": mebibytes("VmRSS")}
 load_into(dict(model.named_parameters()), pretrained)
 found["peak"] = mebibytes("VmHWM")
 found["share"] = sum(local(p).numel() * p.element_size() for p in model.parameters()) / 2**20
 found["sum"] = local(model.model.layers[0].mlp.experts.gate_up_proj).abs().sum(dtype=torch.float32).item()
 print(json.dumps(found), flush=True)
-finish()
+shut_down()
 """
 
 

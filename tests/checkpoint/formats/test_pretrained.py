@@ -271,7 +271,7 @@ def test_ids_that_end_a_text_stay(published, tmp_path):
     for settings in (model.config, model.generation_config):
         assert (settings.eos_token_id, settings.pad_token_id) == ([7, 8], 9)
     said = []
-    export(open_pretrained(f"hf:{folder}"), tmp_path / "original", "openai", say=said.append)
+    export(open_pretrained(f"hf:{folder}"), tmp_path / "original", "openai", message=said.append)
     assert "no tokenizer and no generation settings" in said[0]
 
 

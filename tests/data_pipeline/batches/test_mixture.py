@@ -66,14 +66,14 @@ def test_proportions_hold_at_any_prefix(source, weights):
 
 
 def test_many_sources_and_tiny_weights():
-    from data_pipeline.batches.mixture_plan import _quantise, _spread
+    from data_pipeline.batches.mixture_plan import interleave, quantise
 
     generator = np.random.default_rng(0)
     for S in (2, 5, 40, 300):
         share_S = generator.dirichlet(np.full(S, 0.3))
-        counts_S = _quantise(share_S)
+        counts_S = quantise(share_S)
         assert counts_S.sum() == BLOCK and counts_S.min() >= 1
-        source, rank = _spread(counts_S)
+        source, rank = interleave(counts_S)
         for s in range(S):
             assert np.array_equal(rank[source == s], np.arange(counts_S[s]))
         prefix_LS = np.cumsum(source[:, None] == range(S), axis=0)[10_000:]

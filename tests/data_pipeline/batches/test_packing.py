@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_pipeline import BatchLoader, BestFitDataset, DocumentDataset, open_dataset, validation_batches
-from data_pipeline.batches import documents as packing
+from data_pipeline.batches import best_fit
 from data_pipeline.batches.best_fit import BestFit
 from data_pipeline.shards.manifest import Manifest, open_shards
 from tests.support.token_data import write_dataset
@@ -87,9 +87,9 @@ def test_best_fit_is_best_fit(capacity):
 def test_pieces_are_sorted_a_part_at_a_time(monkeypatch, capacity, at_once):
     lengths = np.random.default_rng(0).integers(1, capacity + 1, 500)
     whole = BestFit(lengths, capacity)
-    monkeypatch.setattr(packing, "_SORTED_AT_ONCE", at_once)
-    monkeypatch.setattr(packing, "_COPIED_AT_ONCE", 60)
-    order, counts = packing._longest_first(lengths, capacity)
+    monkeypatch.setattr(best_fit, "_SORTED_AT_ONCE", at_once)
+    monkeypatch.setattr(best_fit, "_COPIED_AT_ONCE", 60)
+    order, counts = best_fit._longest_first(lengths, capacity)
     assert order.tolist() == np.argsort(-lengths, kind="stable").tolist()
     assert counts.tolist() == [(lengths == capacity - spare).sum() for spare in range(capacity)]
     assert rows_of(BestFit(lengths, capacity)) == rows_of(whole)

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from data_pipeline import open_source
-from data_pipeline.corpora import sources
+from data_pipeline.corpora import builtin
 
 TEXTS = ["first\ntext", "zweiter Text: ß", "third"]
 JSONL = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)).encode()
@@ -140,7 +140,7 @@ def test_pystdlib_is_the_librarys_source_or_says_that_it_is_not(monkeypatch):
     assert any("class JSONDecoder" in text for text in texts)
     assert not any(text.startswith("# system configuration generated") for text in texts)
 
-    monkeypatch.setattr(sources, "_stdlib_files", list)
+    monkeypatch.setattr(builtin, "_stdlib_files", list)
     fallback = open_source("pystdlib")
     assert fallback.kind == "synthetic" and "without sources" in fallback.description
     assert next(fallback.documents()).startswith("Note 0.")

@@ -151,7 +151,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(tmp_path):
     for index in range(10):  # 10 parts of 0.1 s of work
         texts = list(open_source(f"synthetic:documents=500,seed={index}").documents()) + ["everywhere"] * 2
         (folder / f"{index}.jsonl").write_text("".join(json.dumps({"text": text * 3}) + "\n" for text in texts))
-    command = [sys.executable, "-m", "data_pipeline.prepare.pipeline", folder, "--shard-tokens", 200_000, "--output"]
+    command = [sys.executable, "-m", "data_pipeline.prepare", folder, "--shard-tokens", 200_000, "--output"]
     command = list(map(str, command))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     start = time.monotonic()

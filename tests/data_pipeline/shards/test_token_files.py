@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from data_pipeline.shards import megatron as indexed
+from data_pipeline.shards import token_files
 from data_pipeline.shards.megatron import IndexedReader, IndexedWriter, token_dtype
 from data_pipeline.shards.token_files import read_parts
 
@@ -109,7 +109,7 @@ def test_damage_is_one_clear_line_naming_the_file(tmp_path, suffix, change, mess
 
 def test_a_file_that_another_thread_closes_is_read_to_the_end(tmp_path, monkeypatch):
     """Its number would be that of the next file that is opened."""
-    monkeypatch.setattr(indexed, "MAX_OPEN_FILES", 1)
+    monkeypatch.setattr(token_files, "MAX_OPEN_FILES", 1)
     files, preadv = [], os.preadv
     for i in range(3):
         with IndexedWriter(tmp_path / str(i), token_dtype(1000)) as writer:
@@ -130,7 +130,7 @@ def test_a_file_that_another_thread_closes_is_read_to_the_end(tmp_path, monkeypa
 
 
 def test_many_threads_read_more_files_than_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexed, "MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(token_files, "MAX_OPEN_FILES", 3)
     files = []
     for i in range(20):
         with IndexedWriter(tmp_path / str(i), token_dtype(1000)) as writer:

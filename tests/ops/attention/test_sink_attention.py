@@ -266,7 +266,7 @@ def test_largest_tensor_grows_linearly(kernel, window, documents):
 
 PEAK_MEMORY = """
 import resource, torch
-from gptoss_dist.ops.sink_attention import sink_attention
+from gptoss_dist.ops.attention.sink_attention import sink_attention
 torch.set_num_threads(1)
 
 def peak_after_step(T, window):
