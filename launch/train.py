@@ -18,6 +18,7 @@ def main(argv: list[str]) -> int:
     from gptoss_dist.config import build_parser, parse_arguments
     from gptoss_dist.distributed import launchers
 
+    launchers.set_program("train.py")
     parser = build_parser(prog="train.py", description=__doc__.strip().splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="print parameters, tokens, memory and layout, and exit")
     try:

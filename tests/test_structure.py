@@ -30,7 +30,6 @@ WITHOUT_RANKS = ("data_pipeline", "gptoss_dist/ops", "gptoss_dist/model")
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 500, 60
 FEWEST_FILES, MOST_FILES = 3, 12
 LONG_FUNCTIONS: dict[str, str] = {
-    "gptoss_dist.train.loop:train": "to be taken apart",
     "data_pipeline.prepare.part:make_piece": "to be taken apart",
     "gptoss_dist.checkpoint.store:write": "to be taken apart",
     "data_pipeline.tools.adopt:adopt": "to be taken apart",

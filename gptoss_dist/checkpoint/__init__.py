@@ -2,10 +2,11 @@
 
 from gptoss_dist.checkpoint.formats.export import export, save_pretrained
 from gptoss_dist.checkpoint.formats.pretrained import check_architecture, load_into, load_pretrained, open_pretrained
+from gptoss_dist.checkpoint.info import CheckpointInfo
 from gptoss_dist.checkpoint.rng import restore_rng
 from gptoss_dist.checkpoint.saver import Saver, save
 from gptoss_dist.checkpoint.store import (
-    Keep,
+    Retention,
     candidates,
     checkpoints,
     load_state,
@@ -16,7 +17,8 @@ from gptoss_dist.checkpoint.store import (
 )
 
 __all__ = [
-    "Keep",
+    "CheckpointInfo",
+    "Retention",
     "Saver",
     "candidates",
     "check_architecture",

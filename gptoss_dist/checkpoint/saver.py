@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptoss_dist.checkpoint.boxes import Box, boxes_to_write
 from gptoss_dist.checkpoint.rng import rng_state
-from gptoss_dist.checkpoint.store import Keep, write
+from gptoss_dist.checkpoint.store import Retention, write
 from gptoss_dist.distributed.collectives import long_timeout_group
 
 RETRY_AFTER_S = (1.0, 5.0)
@@ -28,7 +28,7 @@ class Saver:
     """
 
     def __init__(
-        self, folder: str | Path, *, keep: Keep, asynchronous: bool, group: dist.ProcessGroup | None = None
+        self, folder: str | Path, *, keep: Retention, asynchronous: bool, group: dist.ProcessGroup | None = None
     ) -> None:
         """
         Args:
@@ -154,7 +154,7 @@ class Saver:
                     time.sleep(wait_s)
 
 
-def save(folder: str | Path, step: int, state: dict[str, Tensor], info: dict, *, keep: Keep | None = None) -> Path:
+def save(folder: str | Path, step: int, state: dict[str, Tensor], info: dict, *, keep: Retention | None = None) -> Path:
     """Save `state` and wait until the disk has it; collective.
 
     Returns:
@@ -163,7 +163,7 @@ def save(folder: str | Path, step: int, state: dict[str, Tensor], info: dict, *,
     Raises:
         OSError: it cannot be written.
     """
-    saver = Saver(folder, keep=keep or Keep(), asynchronous=False)
+    saver = Saver(folder, keep=keep or Retention(), asynchronous=False)
     saver.save(step, state, info)
     saver.close()
     return saver.folder / f"step_{step:08d}"

@@ -39,7 +39,7 @@ FORMAT = 2
 
 
 @dataclass(frozen=True)
-class Keep:
+class Retention:
     """Which checkpoints stay when a new one is complete."""
 
     newest: int = 0
@@ -57,7 +57,7 @@ def write(
     info: dict,
     rng: dict,
     *,
-    keep: Keep,
+    keep: Retention,
     extra_files: Callable[[Path], None] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
@@ -156,7 +156,7 @@ def _on_all_ranks(function: Callable, group: dist.ProcessGroup | None) -> list:
     return [result for result, _ in results]
 
 
-def prune(folder: str | Path, keep: Keep) -> None:
+def prune(folder: str | Path, keep: Retention) -> None:
     """Delete the checkpoints that `keep` does not name. For one rank.
 
     Raises:

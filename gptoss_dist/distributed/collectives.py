@@ -45,7 +45,7 @@ def on_rank_zero(function: Callable[[], T], group: dist.ProcessGroup | None = No
 
 
 def broadcast_object(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, on every rank; collective where there are ranks.
+    """Return what `function` returns on rank 0, on every rank; collective where there are ranks.
 
     Raises:
         ValueError, OSError: on every rank, if it raised one.
@@ -58,7 +58,11 @@ def broadcast_object(function: Callable[[], T]) -> T:
 
 
 def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """The values of all ranks, on all ranks; collective where there are ranks. group: as in `raise_on_every_rank`."""
+    """Return the values of all ranks, on all ranks; collective where there are ranks.
+
+    Args:
+        group: of all ranks, if not the default one.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values = [None] * dist.get_world_size()
@@ -67,7 +71,7 @@ def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list
 
 
 def long_timeout_group() -> dist.ProcessGroup:
-    """A group of all ranks, on their CPUs, that waits a day for whoever has most to read or write; collective.
+    """Return a group of all ranks, on their CPUs, that waits a day for whoever has most to read or write; collective.
 
     A process that ends is still noticed at once, as its connections close; a machine that vanishes by the launcher
     only. Makes a connection to every other rank: one such group is enough.

@@ -27,6 +27,20 @@ _FOREIGN = {
 }
 
 
+_program = "gptoss_dist"
+
+
+def set_program(name: str) -> None:
+    """Set the name that messages to the user begin with; the launch script calls this once."""
+    global _program
+    _program = name
+
+
+def program() -> str:
+    """Return the name of the program, for messages to the user."""
+    return _program
+
+
 def complete(environment: MutableMapping[str, str] | None = None) -> None:
     """Fill in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where a launcher gave others.
 
@@ -62,7 +76,7 @@ def complete(environment: MutableMapping[str, str] | None = None) -> None:
 
 
 def is_deepspeed(environment: MutableMapping[str, str] | None = None) -> bool:
-    """Whether the `deepspeed` launcher started this process."""
+    """Return whether the `deepspeed` launcher started this process."""
     env = os.environ if environment is None else environment
     return "CROSS_RANK" in env and "LOCAL_SIZE" in env and "TORCHELASTIC_RUN_ID" not in env
 
@@ -78,16 +92,18 @@ def report_error_once(mistake: str, *, alone: bool = False, patience_s: float = 
         alone: this process knows that no other says it.
     """
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not alone:
-        print(f"train.py: {mistake}", file=sys.stderr)
+        print(f"{_program}: {mistake}", file=sys.stderr)
         return
     if not alone:
         time.sleep(patience_s)
-    print(f"train.py: rank {os.environ.get('RANK', 0)}: {mistake}", file=sys.stderr)
+    print(f"{_program}: rank {os.environ.get('RANK', 0)}: {mistake}", file=sys.stderr)
 
 
 def without_local_rank(argv: list[str]) -> list[str]:
-    """`argv` without the `--local_rank=N` that `deepspeed` (and an old `torch.distributed.launch`) puts first; the
-    environment says the same."""
+    """`argv` without the `--local_rank=N` that `deepspeed` (and an old `torch.distributed.launch`) puts first.
+
+    The environment says the same.
+    """
     if argv and re.fullmatch(r"--local[_-]rank=\d+", argv[0]):
         return argv[1:]
     if len(argv) > 1 and re.fullmatch(r"--local[_-]rank", argv[0]) and argv[1].isdecimal():
@@ -120,5 +136,5 @@ def _meeting_host(env: MutableMapping[str, str], launcher: str) -> str:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a Slurm node list: "gpu[07-09,12],login" begins with "gpu07"."""
+    """Return the first name of a Slurm node list: "gpu[07-09,12],login" begins with "gpu07"."""
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes).group())

@@ -42,6 +42,7 @@ class Ranks:
         return tensor
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         dist.barrier()
 
 
@@ -97,8 +98,9 @@ def _tune_cpu_memory() -> None:
 
 
 def exit_after_error(message: Callable[[], None], patience_s: float = 5.0) -> None:
-    """Call `message`, and be ready to leave because of a mistake. Rank 0 waits for the others to be so too, but not for
-    long, as they may not have met it.
+    """Call `message`, and be ready to leave because of a mistake.
+
+    Rank 0 waits for the others to be so too, but not for long, as they may not have met it.
 
     The processes find each other in a store that is rank 0's where it is not torchrun's: if rank 0 left at once, a rank
     that is a moment behind would fail for that, with a traceback.

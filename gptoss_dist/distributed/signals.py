@@ -6,7 +6,10 @@ import signal
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a flag, so that the step is finished and saved. A second Ctrl-C stops at once."""
+    """Turns SIGTERM and Ctrl-C into a flag, so that the step is finished and saved.
+
+    A second Ctrl-C stops at once.
+    """
 
     def __init__(self) -> None:
         self.requested = False

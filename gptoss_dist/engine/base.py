@@ -10,21 +10,50 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gptoss_dist.config import Config
+from gptoss_dist.config import EngineConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.model.losses import balance_loss, updated_selection_bias, z_loss
-from gptoss_dist.model.transformer import IGNORE_INDEX, GptOss
+from gptoss_dist.model.transformer import IGNORE_INDEX, GptOss, LossSums
 from gptoss_dist.parallel.exchange import Exchange
 from gptoss_dist.parallel.mesh import DeviceLayout
 
 
+@dataclass
+class EngineSettings:
+    """The sections of the configuration that an engine reads, and the seed of the initial weights."""
+
+    model: ModelConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    seed: int = 0
+
+
+class Objective(Protocol):
+    """What a model is trained for; `train/objectives.py` has them."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> LossSums:
+        """Return the sums that the loss of a batch is made of.
+
+        Args:
+            model: a `GptOss`, or an engine's wrapper around one.
+            batch: tensors by name, as `data_pipeline.BatchLoader` hands out, on the engine's device.
+        """
+
+
 class StepResult(NamedTuple):
-    """What one optimizer step gave, over all ranks, on the host. On CUDA it is still on its way: `wait` for it."""
+    """What one optimizer step gave, over all ranks, on the host.
+
+    On CUDA it is still on its way: `wait` for it.
+    """
 
     loss: Tensor
     """Mean token loss in nats."""
@@ -56,36 +85,36 @@ class StepResult(NamedTuple):
 
 
 class Engine(ABC):
-    """A model and its optimizer, sharded. The loss does not depend on how many ranks share the global batch.
+    """A model and its optimizer, sharded.
 
-    A subclass builds `model`, `layout` and `exchange`, then calls `_prepare_routers`.
+    The loss does not depend on how many ranks share the global batch.
+
+    A subclass builds `model`, `module`, `layout` and `exchange`, then calls `_prepare_routers`.
     """
 
     name: str
     """For people: engine and what it shards."""
     model: GptOss
+    module: nn.Module
+    """What the objective calls for training: the model, or what the engine wraps around it."""
     layout: DeviceLayout
     exchange: Exchange | None
     """The all-to-alls between experts, if they are spread over ranks."""
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
-        self.config, self.ranks = config, ranks
+    def __init__(self, settings: EngineSettings, ranks: Ranks, objective: Objective) -> None:
+        self.settings, self.ranks, self.objective = settings, ranks, objective
 
     def _prepare_routers(self) -> None:
         self.routers = [layer.mlp.router for layer in self.model.model.layers]
         for router in self.routers:
-            router.jitter = self.config.loss.router_jitter
-            router.forced = None if self.config.train.routing == "learned" else self.config.train.routing
+            router.jitter = self.settings.loss.router_jitter
+            router.forced = None if self.settings.train.routing == "learned" else self.settings.train.routing
 
     # What a subclass provides ----------------------------------------------------------------------------------------
 
     @abstractmethod
     def _begin_micro_batch(self, last: bool) -> None:
-        """Called before the forward pass; gradients are to be reduced with the `last` one at the latest."""
-
-    @abstractmethod
-    def _forward(self, batch: dict[str, Tensor]) -> tuple:
-        """`LossSums` of a micro-batch."""
+        """Prepare for a forward pass; gradients are to be reduced with the `last` one at the latest."""
 
     @abstractmethod
     def _backward(self, loss: Tensor) -> None:
@@ -93,7 +122,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _gradient_squares(self) -> Tensor:
-        """This rank's share of the squared gradient norm; 0 if `_step` computes the norm itself."""
+        """Return this rank's share of the squared gradient norm; 0 if `_step` computes the norm itself."""
 
     @abstractmethod
     def _step(self, lr: float, loss: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +137,7 @@ class Engine(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Everything that training changes, by name, as tensors that alias the live ones and that torch DCP can write.
+        """Return all that training changes, by name, as tensors that alias the live ones; torch DCP can write them.
 
         Names and whole shapes are the same for every engine: `model.NAME`, float32 master weights and buffers;
         `optim.exp_avg.NAME` and `optim.exp_avg_sq.NAME`; `optim.step`.
@@ -137,8 +166,11 @@ class Engine(ABC):
             self._sums = terms if index == 0 else tuple(a + b for a, b in zip(self._sums, terms))
 
     def _stance(self) -> AbstractContextManager:
-        """Uncompiled while routers record what `train.routing=replay` repeats: that breaks the graph, and the break
-        would stay. It is for the backward pass too, which may compute blocks again."""
+        """Return a context in which nothing is compiled while routers record what `train.routing=replay` repeats.
+
+        Recording breaks the graph, and the break would stay. The backward pass needs it too: it may compute blocks
+        again.
+        """
         recording = any(router.forced == "replay" and router.recorded_TK is None for router in self.routers)
         return torch.compiler.set_stance("force_eager") if recording else nullcontext()
 
@@ -147,8 +179,8 @@ class Engine(ABC):
 
     def _micro_batch(self, batch: dict[str, Tensor], valid: Tensor, micro_batches: int) -> tuple[Tensor, ...]:
         """Backward of this micro-batch's share of the global loss; returns detached sums for the report."""
-        settings, model = self.config.loss, self.config.model
-        token_loss, stats = self._forward(batch)
+        settings, model = self.settings.loss, self.settings.model
+        token_loss, stats = self.objective(self.module, batch)
         # Balance is judged over the micro-batch of *all* ranks, so that the loss does not depend on the layout. Ranks
         # may bring different numbers of tokens; each token counts K times in every layer.
         counts_LE = self.ranks.sum(stats.counts_E.clone())
@@ -177,14 +209,17 @@ class Engine(ABC):
         loss, aux, z, squares, flag = loss_etc
         traffic_R3 = traffic[0].view(-1, 3) if traffic else None
         grad_norm, skipped = self._step(lr, loss, squares)
-        if (rate := self.config.loss.selection_bias_rate) and self.config.train.routing == "learned":
+        if (rate := self.settings.loss.selection_bias_rate) and self.settings.train.routing == "learned":
             for router, counts_E in zip(self.routers, counts_LE):
                 bias_E = router.selection_bias
                 bias_E.copy_(updated_selection_bias(bias_E, counts_E, rate * (1 - skipped)))
         return self._to_host(StepResult(loss, aux, z, entropy_L, counts_LE, grad_norm, skipped, flag, traffic_R3))
 
     def _to_host(self, result: StepResult) -> StepResult:
-        """Start the copies now: a copy started when the result is read would queue behind the steps launched since."""
+        """Start the copies of a result to the host.
+
+        A copy that is started when the result is read would queue behind the steps that were launched since.
+        """
         if self.ranks.device.type == "cpu":
             return result
         tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in result if t is not None]
@@ -195,7 +230,7 @@ class Engine(ABC):
         return StepResult(*tensors)._replace(arrived=arrived)
 
     def _traffic(self) -> Tensor:
-        """This rank's row of `StepResult.traffic_R3`, zeros elsewhere."""
+        """Return this rank's row of `StepResult.traffic_R3`, zeros elsewhere."""
         traffic_R3 = torch.zeros(self.ranks.world_size, 3, device=self.ranks.device)
         for column, value in enumerate(self.exchange.take()):
             traffic_R3[self.ranks.rank, column].fill_(value)  # a kernel's argument: no copy that the host waits for
@@ -208,7 +243,7 @@ class Engine(ABC):
         total = torch.zeros(2, device=self.ranks.device)
         for batch in batches:
             batch = self._to_device(batch)
-            sums = self.model(batch["input_ids"], batch["labels"], document_ids_BT=batch.get("document_ids"))
+            sums = self.objective(self.model, batch)
             total += torch.stack([sums.token_loss, (batch["labels"] != IGNORE_INDEX).sum().float()])
         loss, count = self.ranks.sum(total).tolist()
         return loss / max(count, 1.0)

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from gptoss_dist.config import Config
+from gptoss_dist.config import EngineConfig
 from gptoss_dist.distributed.launchers import is_deepspeed
 from gptoss_dist.distributed.processes import Ranks
-from gptoss_dist.engine.base import Engine
+from gptoss_dist.engine.base import Engine, EngineSettings, Objective
 
 
-def engine_kind(config: Config) -> str:
+def engine_kind(engine: EngineConfig) -> str:
     """`fsdp` or `deepspeed`: with `engine.kind=auto` what the settings speak of, else what the launcher is made for."""
-    engine = config.engine
     if engine.kind == "auto":
         meant = engine.zero_stage is not None or engine.deepspeed is not None
         return "deepspeed" if meant or is_deepspeed() else "fsdp"
     return engine.kind
 
 
-def build_engine(config: Config, ranks: Ranks) -> Engine:
-    """The engine that `config` names, with the initial weights of `run.seed`; collective.
+def build_engine(settings: EngineSettings, ranks: Ranks, objective: Objective) -> Engine:
+    """Build the engine that the settings name, with the initial weights of their seed; collective.
+
+    Args:
+        objective: what the model is trained and evaluated for.
 
     Raises:
         ValueError: settings do not fit each other or the number of processes.
     """
-    if engine_kind(config) == "deepspeed":
+    if engine_kind(settings.engine) == "deepspeed":
         from gptoss_dist.engine.deepspeed import DeepSpeedEngine  # imports DeepSpeed, which takes seconds
 
-        return DeepSpeedEngine(config, ranks)
+        return DeepSpeedEngine(settings, ranks, objective)
     from gptoss_dist.engine.fsdp import FsdpEngine
 
-    return FsdpEngine(config, ranks)
+    return FsdpEngine(settings, ranks, objective)

@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gptoss_dist.config import Config
 from gptoss_dist.distributed.processes import Ranks
-from gptoss_dist.engine.base import Engine
+from gptoss_dist.engine.base import Engine, EngineSettings, Objective
 from gptoss_dist.engine.flat_shard import boxes, flat_shard
 from gptoss_dist.engine.optimizer import adamw, allocate_state, freeze, parameter_groups, set_learning_rate
 from gptoss_dist.engine.zero_settings import check_frozen, check_layout, check_offload, deepspeed_settings, zero_stage
@@ -62,7 +61,7 @@ def load_deepspeed(ranks: Ranks):
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """What DeepSpeed refuses, in any of its ways, as a ValueError of one line."""
+    """Return what DeepSpeed refuses, in any of its ways, as a ValueError of one line."""
     from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
     from deepspeed.runtime.config import DeepSpeedConfigError
 
@@ -87,7 +86,7 @@ class _Run(NamedTuple):
     count: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """The run in `flat`, a tensor laid out like the master weights."""
+        """Return the run in `flat`, a tensor laid out like the master weights."""
         return flat.detach().narrow(0, self.position, self.count)
 
 
@@ -97,32 +96,37 @@ class DeepSpeedEngine(Engine):
     DeepSpeed looks at the gradient norm on the host in every step: this engine cannot run ahead of the device.
     """
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
-        super().__init__(config, ranks)
-        self.stage = zero_stage(config)
+    def __init__(self, settings: EngineSettings, ranks: Ranks, objective: Objective) -> None:
+        super().__init__(settings, ranks, objective)
+        self.stage = zero_stage(settings.engine)
         self.name = f"deepspeed ZeRO-{self.stage}"
-        check_layout(config)
-        self.layout = plan_layout(config.parallel, config.model.num_local_experts, ranks.world_size)
-        settings = deepspeed_settings(config, self.layout)
-        check_frozen(settings, config.optim.freeze)
+        check_layout(settings.parallel)
+        self.layout = plan_layout(settings.parallel, settings.model.num_local_experts, ranks.world_size)
+        configuration = deepspeed_settings(settings, self.layout)
+        check_frozen(configuration, settings.optim.freeze)
         with torch.device("meta"):
-            self.model = GptOss(config.model)
-        check_offload(settings, sum(p.numel() for p in self.model.parameters()), self.layout)
+            self.model = GptOss(settings.model)
+        check_offload(configuration, sum(p.numel() for p in self.model.parameters()), self.layout)
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         library = load_deepspeed(ranks)
-        self.exchange = place_experts(self.model, config, build_meshes(self.layout, ranks.device.type))
+        meshes = build_meshes(self.layout, ranks.device.type)
+        self.exchange = place_experts(self.model, settings.train.precision, settings.parallel, meshes)
         if self.exchange is not None:
             _hold_experts(self.model, self.layout.expert_parallel)
-        wrap_blocks(self.model, config)
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        wrap_blocks(self.model, settings.train)
+        dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
         with _in_one_line():
-            _materialize(self.model, dtype, ranks.device, settings if self.stage == 3 else None)
-            freeze(self.model, config.optim.freeze)
-            groups = parameter_groups(self.model, config.optim, lambda p: getattr(p, "group_name", None))
+            _materialize(self.model, dtype, ranks.device, configuration if self.stage == 3 else None)
+            freeze(self.model, settings.optim.freeze)
+            groups = parameter_groups(self.model, settings.optim, lambda p: getattr(p, "group_name", None))
             groups = [{**group, "moe": True, "name": home} if home else group for home, group in groups]
             self.deepspeed, self.zero, *_ = library.initialize(
-                model=self.model, optimizer=adamw(groups, config.optim), config=settings, dist_init_required=False
+                model=self.model,
+                optimizer=adamw(groups, settings.optim),
+                config=configuration,
+                dist_init_required=False,
             )
+        self.module = self.deepspeed
         self._prepare_routers()
         self.optimizer = self.zero.optimizer
         self.flats = self._flats()
@@ -139,7 +143,7 @@ class DeepSpeedEngine(Engine):
 
     def _fill(self) -> None:
         """Draw the initial master weights, each rank its own runs."""
-        model, seed = self.config.model, self.config.run.seed
+        model, seed = self.settings.model, self.settings.seed
         for name, parameter in self.model.named_parameters():
             run, first, shape = self._run(parameter), self._first_expert(parameter), self.shapes[name]
             parts = boxes(run.of(run.flat), run.start, _shape(parameter))
@@ -160,9 +164,6 @@ class DeepSpeedEngine(Engine):
     def _begin_micro_batch(self, last: bool) -> None:
         self.deepspeed.set_gradient_accumulation_boundary(last)
 
-    def _forward(self, batch: dict[str, Tensor]) -> tuple:
-        return self.deepspeed(batch["input_ids"], batch["labels"], document_ids_BT=batch.get("document_ids"))
-
     def _backward(self, loss: Tensor) -> None:
         self.deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
 
@@ -181,6 +182,7 @@ class DeepSpeedEngine(Engine):
     # State -----------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
+        """Return this rank's runs of elements by name, as boxes."""
         state = {}
         for name, parameter in self.model.named_parameters():
             run, shape, whole = self._run(parameter), _shape(parameter), self.shapes[name]
@@ -201,6 +203,7 @@ class DeepSpeedEngine(Engine):
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
+        """Adopt the step count, and give the model what is in the master weights now."""
         for moments in self.optimizer.state.values():
             moments["step"].copy_(state["optim.step"][0])
         self._weights_from_master()
@@ -229,7 +232,7 @@ class DeepSpeedEngine(Engine):
         return _Run(parameter.data.view(-1), 0, 0, parameter.numel())
 
     def _first_expert(self, parameter: nn.Parameter) -> int:
-        """Index in the whole parameter of the first row that this rank's parameter has."""
+        """Return index in the whole parameter of the first row that this rank's parameter has."""
         if not hasattr(parameter, "group_name"):
             return 0
         return _shape(parameter)[0] * (self.ranks.rank % self.layout.expert_parallel)
@@ -276,7 +279,7 @@ def _hold_experts(model: GptOss, expert_parallel: int) -> None:
             nn.Module.__init__(self)
 
         def set_deepspeed_parallelism(self, *args, **kwargs) -> None:
-            """The groups are there already."""
+            """Return the groups are there already."""
 
     name = f"ep_size_{expert_parallel}"
     if name not in groups._get_expert_parallel_group_dict():

@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from gptoss_dist.config import Config
 from gptoss_dist.distributed.processes import Ranks
-from gptoss_dist.engine.base import Engine
+from gptoss_dist.engine.base import Engine, EngineSettings, Objective
 from gptoss_dist.engine.optimizer import build_optimizer, freeze, set_learning_rate
 from gptoss_dist.model.init import fill
 from gptoss_dist.model.transformer import GptOss
@@ -18,35 +17,36 @@ from gptoss_dist.parallel.parallelize import parallelize
 
 
 class FsdpEngine(Engine):
-    """Parameters are DTensors of their whole shape. No host synchronisation inside a step on CUDA."""
+    """Parameters are DTensors of their whole shape.
+
+    No host synchronisation inside a step on CUDA.
+    """
 
     name = "fsdp"
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
-        super().__init__(config, ranks)
-        self.layout = plan_layout(config.parallel, config.model.num_local_experts, ranks.world_size)
+    def __init__(self, settings: EngineSettings, ranks: Ranks, objective: Objective) -> None:
+        super().__init__(settings, ranks, objective)
+        self.layout = plan_layout(settings.parallel, settings.model.num_local_experts, ranks.world_size)
         with torch.device("meta"):
-            self.model = GptOss(config.model)
-        self.exchange = parallelize(self.model, config, build_meshes(self.layout, ranks.device.type))
+            self.model = self.module = GptOss(settings.model)
+        meshes = build_meshes(self.layout, ranks.device.type)
+        self.exchange = parallelize(self.model, settings.train, settings.parallel, meshes)
         self.model.to_empty(device=ranks.device)
-        freeze(self.model, config.optim.freeze)
+        freeze(self.model, settings.optim.freeze)
         self._prepare_routers()
         for name, parameter in self.model.named_parameters():
             shape, offset = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
             assert tuple(shape) == tuple(local(parameter).shape)
-            fill(local(parameter).data, name, parameter.shape, config.model, config.run.seed, tuple(offset))
+            fill(local(parameter).data, name, parameter.shape, settings.model, settings.seed, tuple(offset))
         for name, buffer in self.model.named_buffers():
-            fill(buffer, name, buffer.shape, config.model, config.run.seed)
-        self.optimizer = build_optimizer(self.model, config.optim)
+            fill(buffer, name, buffer.shape, settings.model, settings.seed)
+        self.optimizer = build_optimizer(self.model, settings.optim)
 
     def _begin_micro_batch(self, last: bool) -> None:
         self.model.set_requires_gradient_sync(last)
         self.model.set_is_last_backward(last)
-
-    def _forward(self, batch: dict[str, Tensor]) -> tuple:
-        return self.model(batch["input_ids"], batch["labels"], document_ids_BT=batch.get("document_ids"))
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -64,7 +64,7 @@ class FsdpEngine(Engine):
         # The optimizer's kernel reads this flag on the device: a step with a non-finite value leaves no trace.
         skipped = (~(torch.isfinite(grad_norm) & torch.isfinite(loss))).float()
         # Clipping happens inside the optimizer's kernel, which divides gradients as it reads them.
-        clip_norm = self.config.optim.clip_norm
+        clip_norm = self.settings.optim.clip_norm
         self.optimizer.grad_scale = ((grad_norm + 1e-6) / clip_norm).clamp(min=1.0) if clip_norm else None
         self.optimizer.found_inf = skipped
         set_learning_rate(self.optimizer, lr)
@@ -73,6 +73,7 @@ class FsdpEngine(Engine):
         return grad_norm, skipped
 
     def state(self) -> dict[str, Tensor]:
+        """Return DTensors by name."""
         # A forward pass without a backward (validation, samples) can leave gathered copies in the parameters' place.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -92,6 +93,7 @@ class FsdpEngine(Engine):
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
+        """Adopt the step count; all else is aliased."""
         # Only the step count is not aliased.
         for moments in self.optimizer.state.values():
             moments["step"].copy_(state["optim.step"][0])

@@ -43,7 +43,12 @@ def _matching(names: Iterable[str], pattern: str, key: str) -> list[str]:
 def parameter_groups(
     model: nn.Module, config: OptimConfig, home: Callable[[Tensor], Hashable]
 ) -> list[tuple[Hashable, dict]]:
-    """The optimizer's groups, each with the `home` of its parameters: no group mixes two, nor decayed with others.
+    """Return the optimizer's groups, each with the `home` of its parameters.
+
+    No group mixes parameters of two homes, nor decayed parameters with others.
+
+    Args:
+        home: what the parameters of a group must have in common, such as their device mesh.
 
     Raises:
         ValueError: a pattern of `optim.lr_scale` matches no parameter.

@@ -13,7 +13,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from gptoss_dist.config import Config
+from gptoss_dist.config import EngineConfig, ParallelConfig
+from gptoss_dist.engine.base import EngineSettings
 from gptoss_dist.parallel.mesh import DeviceLayout, ranks_per_node
 
 DEFAULT_STAGE = 2
@@ -74,14 +75,14 @@ _REFUSED_ZERO = {
 }
 
 
-def zero_stage(config: Config) -> int:
-    """The ZeRO stage of a run.
+def zero_stage(engine: EngineConfig) -> int:
+    """Return the ZeRO stage of a run.
 
     Raises:
         ValueError: there is no such stage here, or engine.deepspeed names another.
     """
-    named = _section(config.engine.deepspeed or {}, "zero_optimization").get("stage", "auto")
-    key, stage = "engine.zero_stage", config.engine.zero_stage
+    named = _section(engine.deepspeed or {}, "zero_optimization").get("stage", "auto")
+    key, stage = "engine.zero_stage", engine.zero_stage
     if stage is None:
         key, stage = "engine.deepspeed: zero_optimization.stage", DEFAULT_STAGE if named == "auto" else named
     if type(stage) is not int or stage not in (1, 2, 3):
@@ -91,39 +92,39 @@ def zero_stage(config: Config) -> int:
 
 
 def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """The settings under `name`, empty if there are none."""
+    """Return the settings under `name`, empty if there are none."""
     section = settings.get(name, {})
     if not isinstance(section, dict):
         raise ValueError(f"engine.deepspeed: {name}={section!r} must be an object")
     return section
 
 
-def check_layout(config: Config) -> None:
+def check_layout(parallel: ParallelConfig) -> None:
     """Refuse what this engine cannot do and the other can.
 
     Raises:
         ValueError: one line that names the setting and what to choose instead.
     """
-    if (replicate := config.parallel.replicate) > 1:
+    if (replicate := parallel.replicate) > 1:
         raise ValueError(
             f"parallel.replicate={replicate} is not possible with engine.kind=deepspeed; choose --engine.kind fsdp, or "
             "zero_optimization.zero_hpz_partition_size in engine.deepspeed"
         )
-    if not config.parallel.reshard_after_forward:
+    if not parallel.reshard_after_forward:
         raise ValueError(
             "parallel.reshard_after_forward=false is not possible with engine.kind=deepspeed; choose engine.zero_stage "
             "1 or 2, which keep weights whole"
         )
 
 
-def deepspeed_settings(config: Config, layout: DeviceLayout) -> dict[str, Any]:
-    """The whole configuration for `deepspeed.initialize`.
+def deepspeed_settings(settings: EngineSettings, layout: DeviceLayout) -> dict[str, Any]:
+    """Return the whole configuration for `deepspeed.initialize`.
 
     Raises:
         ValueError: engine.deepspeed contradicts another setting, or holds a key that has no place; one line that names
             the key, its value and the setting to use.
     """
-    given, train = copy.deepcopy(config.engine.deepspeed or {}), config.train
+    given, train = copy.deepcopy(settings.engine.deepspeed or {}), settings.train
     for key, value in given.items():
         if key in _REFUSED:
             raise ValueError(f"engine.deepspeed: {key}={value!r} has no place here: {_REFUSED[key]}")
@@ -140,8 +141,8 @@ def deepspeed_settings(config: Config, layout: DeviceLayout) -> dict[str, Any]:
             train.micro_batch_size * train.gradient_accumulation * layout.world_size,
             f"train.micro_batch_size x train.gradient_accumulation x {layout.world_size} processes",
         ),
-        "gradient_clipping": (config.optim.clip_norm, "optim.clip_norm"),
-        "zero_optimization.stage": (zero_stage(config), "engine.zero_stage"),
+        "gradient_clipping": (settings.optim.clip_norm, "optim.clip_norm"),
+        "zero_optimization.stage": (zero_stage(settings.engine), "engine.zero_stage"),
         "bf16.enabled": (bf16, "train.precision"),
         # Gradients are added up and reduced in float32, whatever the model computes in.
         "communication_data_type": ("fp32", "float32 reduction"),
@@ -183,7 +184,7 @@ def deepspeed_settings(config: Config, layout: DeviceLayout) -> dict[str, Any]:
 
 
 def _check_spread_experts(zero: dict[str, Any], layout: DeviceLayout) -> None:
-    """What DeepSpeed 0.19 cannot combine with experts that are spread over ranks."""
+    """Return what DeepSpeed 0.19 cannot combine with experts that are spread over ranks."""
     if layout.expert_parallel == 1 or zero["stage"] < 3:
         return
     for key, off in (("zero_quantized_gradients", False), ("zero_hpz_partition_size", 1)):
@@ -195,7 +196,8 @@ def _check_spread_experts(zero: dict[str, Any], layout: DeviceLayout) -> None:
 
 
 def check_frozen(settings: dict[str, Any], patterns: list[str]) -> None:
-    """
+    """Refuse frozen parameters where DeepSpeed would lose or change them.
+
     Raises:
         ValueError: frozen parameters would be where their values cannot be written.
     """
@@ -209,7 +211,7 @@ def check_frozen(settings: dict[str, Any], patterns: list[str]) -> None:
 
 
 def check_offload(settings: dict[str, Any], parameters: int, layout: DeviceLayout) -> None:
-    """Whether the host's memory can take what is offloaded to it; collective where a process group is there.
+    """Return whether the host's memory can take what is offloaded to it; collective where a process group is there.
 
     Args:
         parameters: number of weights of the whole model.

@@ -38,7 +38,9 @@ class Session:
         self.generator.manual_seed(seed)
 
     def write(self, prompt: str, *, on_text: Callable[[str], None] | None = None, **settings) -> str:
-        """Continue `prompt`; an empty one starts a document. `settings` as in `generate`.
+        """Continue `prompt`; an empty one starts a document.
+
+        `settings` as in `generate`.
 
         Args:
             on_text: called with pieces of text as they are written, cut at whole characters.

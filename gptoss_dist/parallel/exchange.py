@@ -80,7 +80,7 @@ class Exchange:
         return y_MD
 
     def take(self) -> Cost:
-        """The cost since the last call."""
+        """Return the cost since the last call."""
         while self._spans and self._spans[0][1].query():
             begin, end = self._spans.popleft()
             self._seconds += 1e-3 * begin.elapsed_time(end)

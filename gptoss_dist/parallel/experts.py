@@ -73,7 +73,7 @@ class DroplessExperts(megablocks.dmoe.ParallelDroplessMLP):
         self.down_proj_bias = experts.down_proj_bias
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        """Returns sum over k of weight * expert(x), [T, D] in x's dtype.
+        """Return the sum over k of weight * expert(x), [T, D] in x's dtype.
 
         Args:
             x_TD: tokens.
@@ -89,8 +89,11 @@ class DroplessExperts(megablocks.dmoe.ParallelDroplessMLP):
 
     @torch.compiler.disable  # how many rows go where is known to the host only at run time
     def _over_processes(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        """As upstream's `parallel_forward_once`, with one look of the host at the device instead of two, results that
-        recomputation can keep, and row counts that stay on the device for the expert MLP."""
+        """Send tokens to the processes of their experts, compute there, and bring the results back.
+
+        This is upstream's `parallel_forward_once` with one look of the host at the device instead of two, results that
+        recomputation can keep, and row counts that stay on the device for the expert MLP.
+        """
         ops, exchange = megablocks.ops, self.exchange
         exchange.counting = self.training
         with torch.no_grad():
@@ -115,7 +118,10 @@ class DroplessExperts(megablocks.dmoe.ParallelDroplessMLP):
         return ops.scatter(y_ND, order_N, bin_ids_N, weights_TK.flatten(), bins_E, self.top_k)
 
     def mlp(self, x_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
-        """The expert MLPs on rows sorted by expert, [N, D] -> [N, D]; upstream calls this between its permutations."""
+        """Apply the expert MLPs to rows sorted by expert, [N, D] -> [N, D].
+
+        Upstream calls this between its permutations.
+        """
         return grouped_experts(
             x_ND,
             tokens_per_expert_E,

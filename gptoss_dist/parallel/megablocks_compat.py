@@ -44,7 +44,9 @@ class MegaBlocks(NamedTuple):
 
 @functools.cache
 def load_megablocks() -> MegaBlocks:
-    """Import megablocks, with torch standing in for what cannot run here. Later calls return the same modules.
+    """Import megablocks, with torch standing in for what cannot run here.
+
+    Later calls return the same modules.
 
     Raises:
         ImportError: megablocks, stanford-stk or triton is not installed.
@@ -78,7 +80,7 @@ def _compiled_ops() -> types.ModuleType | None:
 
 
 def _ops_module(compiled: types.ModuleType | None) -> types.ModuleType:
-    """A stand-in for `megablocks_ops`: the compiled functions for CUDA tensors where they exist, torch otherwise."""
+    """Make a stand-in for `megablocks_ops`: compiled functions for CUDA tensors where they exist, torch otherwise."""
     module = types.ModuleType("megablocks_ops", "torch equivalents of megablocks' CUDA extension")
     module.__spec__ = importlib.machinery.ModuleSpec("megablocks_ops", None)
     for function in (
@@ -125,7 +127,7 @@ def _limited_to_int32(triton_function: Callable) -> Callable:
 
 
 def gather(x_TD: Tensor, indices_N: Tensor, bin_ids_N, weights_N: Tensor | None, bins_E, top_k: int) -> Tensor:
-    """Rows in expert order: y[r] = x[indices[r] // top_k] (* weights[indices[r]]), [N, D] in x's dtype."""
+    """Return rows in expert order: y[r] = x[indices[r] // top_k] (* weights[indices[r]]), [N, D] in x's dtype."""
     y_ND = x_TD.index_select(0, indices_N // top_k if top_k > 1 else indices_N)
     if weights_N is not None:
         y_ND.mul_(weights_N.index_select(0, indices_N)[:, None])
@@ -165,12 +167,15 @@ def exclusive_cumsum(x: Tensor, dim: int, out: Tensor) -> None:
 
 
 def inclusive_cumsum(x: Tensor, dim: int, out: Tensor) -> None:
-    """Running sum along the last dimension of a matrix."""
+    """Write the running sum along the last dimension of a matrix."""
     out.copy_(torch.cumsum(x, dim, dtype=x.dtype))
 
 
 def histogram(x: Tensor, num_bins: int) -> Tensor:
-    """How often each of 0 ... num_bins - 1 occurs, int32; per row if x is a matrix. Other values are not counted."""
+    """Return how often each of 0 ... num_bins - 1 occurs, int32; per row if x is a matrix.
+
+    Other values are not counted.
+    """
     num_bins = int(num_bins)
     counts = torch.zeros(*x.shape[:-1], num_bins, dtype=torch.int32, device=x.device)
     counted = (x >= 0) & (x < num_bins)

@@ -46,8 +46,10 @@ class DeviceLayout:
 
 @dataclass(frozen=True)
 class Meshes:
-    """The device meshes of a layout. FSDP shards over the last dimension and, if there are two, replicates over the
-    first."""
+    """The device meshes of a layout.
+
+    FSDP shards over the last dimension and, if there are two, replicates over the first.
+    """
 
     dense: DeviceMesh
     """`shard`, or `replicate` x `shard`: for everything but the experts."""
@@ -58,7 +60,7 @@ class Meshes:
 
 
 def ranks_per_node(world_size: int) -> int:
-    """Processes on each machine, as the launcher says; else all of them."""
+    """Return processes on each machine, as the launcher says; else all of them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
 
 
@@ -104,7 +106,7 @@ def plan_layout(
 
 
 def spanned_machines(layout: DeviceLayout, node_size: int | None = None) -> str | None:
-    """A line about groups of expert parallelism that do not fit into one machine, if there are any.
+    """Return a line about groups of expert parallelism that do not fit into one machine, if there are any.
 
     Args:
         node_size: processes per machine; None asks the launcher.
@@ -137,7 +139,7 @@ def build_meshes(layout: DeviceLayout, device_type: str) -> Meshes:
 
 
 def local(tensor: Tensor | None) -> Tensor | None:
-    """This process's part of a sharded tensor; anything else as it is."""
+    """Return this process's part of a sharded tensor; anything else as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from gptoss_dist.config import Config
+from gptoss_dist.config import ParallelConfig, TrainConfig
+from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.ops.experts.grouped import grouped_mm_limit
 from gptoss_dist.parallel.exchange import Exchange
@@ -19,7 +20,7 @@ from gptoss_dist.parallel.mesh import Meshes, local
 from gptoss_dist.parallel.recompute import checkpoint_activations
 
 
-def parallelize(model: GptOss, config: Config, meshes: Meshes) -> Exchange | None:
+def parallelize(model: GptOss, train: TrainConfig, parallel: ParallelConfig, meshes: Meshes) -> Exchange | None:
     """Prepare `model` (on the meta device, or materialised) for training on `meshes`; in place.
 
     Parameter names do not change at any step. Afterwards every parameter is a DTensor of its whole shape, and the
@@ -30,33 +31,39 @@ def parallelize(model: GptOss, config: Config, meshes: Meshes) -> Exchange | Non
         The all-to-alls between the experts, if they are spread over processes.
     """
     layers = model.model.layers
-    exchange = place_experts(model, config, meshes)
-    wrap_blocks(model, config)
+    exchange = place_experts(model, train.precision, parallel, meshes)
+    wrap_blocks(model, train)
+    # One process holds everything anyway: gathering it a second time for the backward pass would only cost time.
+    reshard = parallel.reshard_after_forward and torch.distributed.get_world_size() > 1
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if train.precision == "bf16" else None, reduce_dtype=torch.float32
+    )
     for layer in layers:
         experts = layer.mlp.experts
         if exchange is not None:
-            _shard(experts, meshes.experts, config, stacks=experts)
-        _shard(layer, meshes.dense, config, stacks=experts)
-    _shard(model, meshes.dense, config, root=True)
+            _shard(experts, meshes.experts, policy, reshard, stacks=experts)
+        _shard(layer, meshes.dense, policy, reshard, stacks=experts)
+    # The root's backward pass begins right after its forward pass ends: freeing what it gathered would be in vain.
+    _shard(model, meshes.dense, policy, reshard=False)
     if exchange is not None:
         _prefetch(model)
     return exchange
 
 
-def wrap_blocks(model: GptOss, config: Config) -> None:
+def wrap_blocks(model: GptOss, train: TrainConfig) -> None:
     """Compile each block, and checkpoint every n-th one's activations, as the settings say; in place."""
     layers = model.model.layers
-    if config.train.compile:
+    if train.compile:
         # Before the checkpointing around it: torch.compile runs a checkpointed function eagerly, and without a word, if
         # anything in it breaks the graph, as the all-to-alls do.
         for layer in layers:
-            layer.forward = torch.compile(layer.forward, mode=config.train.compile_mode)
-    if every := config.train.activation_checkpointing:
+            layer.forward = torch.compile(layer.forward, mode=train.compile_mode)
+    if every := train.activation_checkpointing:
         for layer in layers[every - 1 :: every]:
-            checkpoint_activations(layer, keep_large=config.train.keep_all_to_all)
+            checkpoint_activations(layer, keep_large=train.keep_all_to_all)
 
 
-def place_experts(model: GptOss, config: Config, meshes: Meshes) -> Exchange | None:
+def place_experts(model: GptOss, precision: str, parallel: ParallelConfig, meshes: Meshes) -> Exchange | None:
     """Swap in the experts that the settings name and spread them over `meshes.expert_parallel`; in place.
 
     Returns:
@@ -65,9 +72,9 @@ def place_experts(model: GptOss, config: Config, meshes: Meshes) -> Exchange | N
     Raises:
         ValueError: megablocks cannot be imported, or the experts cannot be multiplied as the settings say.
     """
-    _check_expert_gemm(config, meshes.dense.device_type)
+    _check_expert_gemm(parallel.expert_gemm, precision, model.config, meshes.dense.device_type)
     exchange = None
-    if config.parallel.experts == "megablocks":
+    if parallel.experts == "megablocks":
         try:
             from gptoss_dist.parallel.experts import use_megablocks
         except ImportError as error:
@@ -76,18 +83,18 @@ def place_experts(model: GptOss, config: Config, meshes: Meshes) -> Exchange | N
     for layer in model.model.layers:
         for experts in (layer.mlp.experts, layer.mlp.shared_expert):
             if experts is not None:
-                experts.backend = config.parallel.expert_gemm
+                experts.backend = parallel.expert_gemm
     return exchange
 
 
-def _check_expert_gemm(config: Config, device_type: str) -> None:
+def _check_expert_gemm(gemm: str, precision: str, model: ModelConfig, device_type: str) -> None:
     """Refuse by its key what `grouped_experts` would refuse in the first step, when the run's folder exists already."""
-    gemm, remedy, problem = config.parallel.expert_gemm, "choose --parallel.expert_gemm auto", None
+    remedy, problem = "choose --parallel.expert_gemm auto", None
     if gemm == "grouped_mm":
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        problem = grouped_mm_limit(dtype, config.model.intermediate_size, config.model.hidden_size)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        problem = grouped_mm_limit(dtype, model.intermediate_size, model.hidden_size)
     elif gemm == "grouped_gemm":
-        if config.train.precision != "bf16":
+        if precision != "bf16":
             problem = f"{gemm} computes in bf16 only"
             remedy = f"set --train.precision bf16 or {remedy}"
         elif device_type != "cuda":
@@ -103,25 +110,25 @@ def _check_expert_gemm(config: Config, device_type: str) -> None:
 
 
 def _shard(
-    module: nn.Module, mesh: DeviceMesh, config: Config, stacks: nn.Module | None = None, root: bool = False
+    module: nn.Module,
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+    reshard: bool,
+    stacks: nn.Module | None = None,
 ) -> None:
     """Shard what is not yet sharded of `module` over the last dimension of `mesh`, and sum gradients over all of it.
 
     Args:
+        reshard: free gathered parameters after the forward pass.
         stacks: the part of it whose parameters are stacks of experts.
-        root: the backward pass begins right after its forward pass ends, so that freeing what it gathered is in vain.
     """
-    # One process holds everything anyway: gathering it a second time for the backward pass would only cost time.
-    reshard = config.parallel.reshard_after_forward and torch.distributed.get_world_size() > 1 and not root
     stacked = set(stacks.parameters()) if stacks is not None else ()
     fully_shard(
         module,
         mesh=mesh,
         reshard_after_forward=reshard,
         shard_placement_fn=lambda p: Shard(shard_dimension(local(p).shape, mesh.shape[-1])) if p in stacked else None,
-        mp_policy=MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if config.train.precision == "bf16" else None, reduce_dtype=torch.float32
-        ),
+        mp_policy=policy,
     )
     if mesh.size() == 1:
         module.set_custom_reduce_scatter(_NothingToReduce())
@@ -132,8 +139,11 @@ def _shard(
 
 
 def shard_dimension(shape: tuple[int, ...], shards: int) -> int:
-    """The dimension on which to shard a stack of experts: the experts, or if there are fewer of them than shards, the
-    next one that divides evenly. Sharding too few experts would pad each gather to the number of shards."""
+    """Return the dimension on which to shard a stack of experts.
+
+    It is that of the experts, or if there are fewer of them than shards, the next one that divides evenly: sharding too
+    few experts would pad each gather to the number of shards.
+    """
     if shards > shape[0]:
         for dimension in range(1, len(shape)):
             if shape[dimension] % shards == 0:
@@ -156,14 +166,16 @@ def _prefetch(model: GptOss) -> None:
 
 
 class _NothingToReduce:
-    """FSDP2's reduce-scatter for one process, whose sum over processes is its own part: one buffer is both the input
-    and the output, and nothing is copied from one to the other."""
+    """FSDP2's reduce-scatter for one process, whose sum over processes is its own part.
+
+    One buffer is both the input and the output, and nothing is copied from one to the other.
+    """
 
     def __init__(self) -> None:
         self.input = None
 
     def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Called in turn for the input and for the output of each reduction, which are of one size."""
+        """Return the input of a reduction, and at the next call the same buffer as its output."""
         if self.input is None:
             self.input = torch.empty(size, dtype=dtype, device=device)
             return self.input

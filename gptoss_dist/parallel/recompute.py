@@ -29,7 +29,7 @@ _current: _Recording | None = None
 
 
 def once(compute: Callable[[], T], *, large: bool = False) -> T:
-    """The value of `compute()`; while a checkpointed block is recomputed, the value that its forward pass had.
+    """Return the value of `compute()`; while a checkpointed block is recomputed, the value that its forward pass had.
 
     Args:
         compute: called without gradients in mind: what it returns is kept as it is.

@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class SentBytes:
-    """Counts while `counting()`, by the usual model of ring algorithms over n processes: an all-gather or a
-    reduce-scatter sends (n-1)/n of the whole, an all-reduce twice that, a broadcast the tensor; an all-to-all what goes
-    to others."""
+    """Counts the bytes that collectives send, by the usual model of ring algorithms over n processes.
+
+    An all-gather or a reduce-scatter sends (n-1)/n of the whole, an all-reduce twice that, a broadcast the tensor, and
+    an all-to-all what goes to others.
+    """
 
     def __init__(self) -> None:
         self.by_name: dict[str, float] = {}
@@ -27,7 +29,7 @@ class SentBytes:
 
     @contextmanager
     def counting(self, enabled: bool = True) -> Iterator[None]:
-        """Collectives of this thread; on CPU the backward pass is in it too."""
+        """Count the collectives of this thread; on CPU the backward pass is in it too."""
         with _Mode(self) if enabled else nullcontext():
             yield
 

@@ -28,7 +28,10 @@ class Peak:
 
 @dataclass(frozen=True)
 class _Accelerator:
-    """Dense TFLOP/s with fp32 accumulation. Vendors print twice these where they assume 2:4 sparsity."""
+    """Dense TFLOP/s with fp32 accumulation.
+
+    Vendors print twice these where they assume 2:4 sparsity.
+    """
 
     pattern: str
     """Whole words of the name that the driver reports."""
@@ -57,7 +60,7 @@ _ACCELERATORS = (
 
 
 def peak_flops(device: torch.device | str, dtype: torch.dtype) -> Peak | None:
-    """The dense matmul peak of one device for operands of `dtype`.
+    """Return the dense matmul peak of one device for operands of `dtype`.
 
     A CUDA or ROCm device is looked up in a table of vendor figures; fp32 is TF32 where torch is set to use it. A CPU
     has no figure worth quoting, so its matmul rate is measured (about 0.3 s, at the current number of threads). If it

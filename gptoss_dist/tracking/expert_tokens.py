@@ -23,7 +23,9 @@ _NAMED_EXPERTS = 8
 
 
 class ExpertTokens:
-    """Sums each expert's tokens and appends a row whenever the step is a multiple of `every`. For rank 0.
+    """Sums each expert's tokens and appends a row whenever the step is a multiple of `every`.
+
+    For rank 0.
 
     Steps that a killed process had not written yet are in no row.
 
@@ -48,7 +50,9 @@ class ExpertTokens:
             self._writer.append({"event": "resume", "step": resumed_step})
 
     def add(self, step: int, counts_LE: Tensor) -> str | None:
-        """Count one step. Reads the device only where a row is due.
+        """Count one step.
+
+        Reads the device only where a row is due.
 
         Args:
             step: the optimizer step (1-based).
@@ -105,7 +109,7 @@ class ExpertTokens:
 
 
 def read_expert_tokens(run_dir: str | Path) -> list[dict]:
-    """The rows of the branch that training finally took, in order of steps.
+    """Return the rows of the branch that training finally took, in order of steps.
 
     Returns:
         Rows `{"first_step": int, "step": int, "tokens": list[list[int]]}`, tokens as [L][E]. After a resume at step k

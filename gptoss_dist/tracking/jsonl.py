@@ -21,6 +21,7 @@ class JsonLinesWriter:
         self._warned = False
 
     def append(self, record: dict) -> None:
+        """Write one record as a whole line."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         if self._torn:  # a crash or a full disk cut the last line short: do not let it swallow this one
             line = b"\n" + line
@@ -35,11 +36,15 @@ class JsonLinesWriter:
             logger.warning("%s: %s; training goes on without these lines", self._path, problem)
 
     def close(self) -> None:
+        """Close the file; nothing can be appended any more."""
         self._file.close()
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict, int]]:
-    """Complete lines behind `offset`, each with the offset behind it. A damaged line is an empty record."""
+    """Complete lines behind `offset`, each with the offset behind it.
+
+    A damaged line is an empty record.
+    """
     if not path.exists():
         return
     with open(path, "rb") as file:

@@ -49,7 +49,7 @@ def mixture_metrics(usage: list[Usage]) -> dict[str, float]:
 class StepTimer:
     """Splits a step's time into phases (`data`, `compute`, `optimizer`), without ever waiting for the device.
 
-        timer.start()
+    timer.start()
         with timer.phase("data"): ...
         with timer.phase("compute"): ...
         metrics |= timer.stop()
@@ -141,7 +141,7 @@ class Throughput:
 
 
 def expert_load(counts_LE: Tensor, entropy_L: Tensor | None = None) -> dict[str, float]:
-    """How evenly the routers spread the tokens, per layer and over layers.
+    """Return how evenly the routers spread the tokens, per layer and over layers.
 
     Args:
         counts_LE: tokens sent to each expert in each layer, summed over micro-batches and ranks.
@@ -186,7 +186,7 @@ def expert_load(counts_LE: Tensor, entropy_L: Tensor | None = None) -> dict[str,
 
 
 def exchange_metrics(traffic_R3: Tensor) -> dict[str, float]:
-    """What expert parallelism costs, and how unevenly it loads the ranks.
+    """Return what expert parallelism costs, and how unevenly it loads the ranks.
 
     Args:
         traffic_R3: of each rank: token copies that its experts computed (a token counts once per expert), bytes that
@@ -212,8 +212,11 @@ def exchange_metrics(traffic_R3: Tensor) -> dict[str, float]:
 
 
 def memory_metrics(device: torch.device | str) -> dict[str, float]:
-    """Memory of this process in GiB: `perf/memory_rss_gib` and `perf/memory_peak_rss_gib` on the host, and on CUDA
-    `perf/memory_allocated_gib`, `perf/memory_reserved_gib` and `perf/memory_peak_allocated_gib` of the device."""
+    """Return the memory of this process in GiB.
+
+    `perf/memory_rss_gib` and `perf/memory_peak_rss_gib` are the host's; on CUDA `perf/memory_allocated_gib`,
+    `perf/memory_reserved_gib` and `perf/memory_peak_allocated_gib` are the device's.
+    """
     # Linux reports the high-water mark in KiB, macOS in bytes.
     peak_unit = 1 if sys.platform == "darwin" else 1024
     metrics = {

@@ -51,7 +51,10 @@ _ARTIFACT_ATTEMPTS = 3
 
 @dataclass
 class Cursor:
-    """What MLflow has acknowledged. Written after the acknowledgement: a crash in between repeats, never skips."""
+    """What MLflow has acknowledged.
+
+    Written after the acknowledgement: a crash in between repeats, never skips.
+    """
 
     uri: str | None = None
     run_id: str | None = None
@@ -60,12 +63,14 @@ class Cursor:
 
     @classmethod
     def load(cls, run_dir: Path) -> Cursor:
+        """Read the cursor of a run; one that is missing or damaged begins anew."""
         try:
             return cls(**json.loads((run_dir / CURSOR_FILE).read_text()))
         except (FileNotFoundError, ValueError, TypeError):  # absent or damaged: start over, which repeats but is safe
             return cls()
 
     def save(self, run_dir: Path) -> None:
+        """Write the cursor, whole or not at all."""
         path = run_dir / CURSOR_FILE
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(dataclasses.asdict(self)))
@@ -92,7 +97,7 @@ class Shipper:
         self._artifact_failures = 0
 
     def pending(self) -> bool:
-        """Whether a complete line of either file has not been acknowledged."""
+        """Return whether a complete line of either file has not been acknowledged."""
         return any(
             next(read_lines(self._run_dir / name, offset), None) is not None
             for name, offset in (
@@ -248,7 +253,7 @@ class Shipper:
             client.log_batch(run_id, tags=entities[i : i + _KEYS_PER_REQUEST], synchronous=True)
 
     def _create_run(self, record: dict) -> str:
-        """The id of a new run, or of the one that an earlier attempt made without hearing the answer."""
+        """Return the id of a new run, or of the one that an earlier attempt made without hearing the answer."""
         client = self._client
         experiment = client.get_experiment_by_name(record["experiment"])
         if experiment is None:
@@ -292,18 +297,24 @@ def _milliseconds(record: dict) -> int:
 
 
 def _key(key: str) -> str:
-    """A name that MLflow takes for a metric, parameter or tag; one bad name would have it refuse the whole request."""
+    """Return a name that MLflow takes for a metric, parameter or tag.
+
+    One bad name would have it refuse the whole request.
+    """
     return re.sub(r"[^\w\-. :/]", "_", key)[:_MAX_KEY]
 
 
 def prepare_environment() -> None:
-    """Have MLflow fail fast and stay quiet, unless the user has set otherwise. Call before mlflow is imported."""
+    """Have MLflow fail fast and stay quiet, unless the user has set otherwise.
+
+    Call before mlflow is imported.
+    """
     for key, value in _MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
 
 
 def resolve_uri(uri: str | None, recorded: str | None) -> str:
-    """The tracking URI: as given, else from the environment, else as recorded, else a database in this directory."""
+    """Return the tracking URI: as given, from the environment, as recorded, or a database in this directory."""
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or recorded or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
     database = _sqlite_path(uri)
     return f"sqlite:///{database}" if database else uri

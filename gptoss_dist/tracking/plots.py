@@ -85,14 +85,14 @@ class _Run:
         return any(np.isfinite(self.series[name]).any() for name in self.matching(metric))
 
     def matching(self, metric: str) -> list[str]:
-        """The metric itself, or all layers of it in order."""
+        """Return the metric itself, or all layers of it in order."""
         if not metric.endswith("/layer_"):
             return [metric] if metric in self.series else []
         names = [name for name in self.series if re.fullmatch(re.escape(metric) + r"\d+", name)]
         return sorted(names, key=lambda name: int(name.removeprefix(metric)))
 
     def position(self, steps: np.ndarray) -> np.ndarray:
-        """Where steps lie on the horizontal axis: tokens in `token_unit`s where they were logged, else the step."""
+        """Return where steps lie on the horizontal axis: tokens in `token_unit`s if they were logged, or steps."""
         if not self.has("progress/tokens"):
             return steps
         tokens = self.series["progress/tokens"]
@@ -111,7 +111,7 @@ class _Run:
         return "tokens (billions)" if self.token_unit == 1e9 else "tokens (millions)"
 
     def points(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and finite values of one metric."""
+        """Return positions and finite values of one metric."""
         values = self.series[metric]
         known = np.isfinite(values)
         # The first step of a process compiles and warms up; in a moving average it would look like a ramp.
@@ -140,7 +140,7 @@ def _line(axes: Axes, run: _Run, panel: _Panel) -> None:
 
 
 def _layers(axes: Axes, run: _Run, panel: _Panel) -> None:
-    """One average per layer, coloured by depth."""
+    """Return one average per layer, coloured by depth."""
     from matplotlib import colormaps
 
     names = run.matching(panel.metric)

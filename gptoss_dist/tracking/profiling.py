@@ -11,10 +11,11 @@ import torch
 
 @contextmanager
 def profiled(folder: Path, step: int, device: torch.device) -> Iterator[None]:
-    """Record what is enclosed: `kernels_STEP.txt`, operators and kernels by their own time on the device (on the host
-    where there is no GPU), and `trace_STEP.json` for chrome://tracing or ui.perfetto.dev, both in `folder`.
+    """Record what is enclosed with torch.profiler, in two files in `folder`.
 
-    The end waits for the device: the recorded step is slower than others, and so is the next.
+    `kernels_STEP.txt` lists operators and kernels by their own time on the device (on the host where there is no GPU);
+    `trace_STEP.json` is for chrome://tracing or ui.perfetto.dev. The end waits for the device: the recorded step is
+    slower than others, and so is the next.
 
     Raises:
         OSError: the folder cannot be written.

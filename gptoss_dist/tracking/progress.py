@@ -15,7 +15,9 @@ _BAR_REFRESHES_PER_SECOND = 4
 
 
 class Progress:
-    """Shows how far training is. A context manager.
+    """Shows how far training is.
+
+    A context manager.
 
     Args:
         total: the last step.

@@ -48,7 +48,9 @@ _DRAIN_ATTEMPTS, _DRAIN_PAUSE_S = 3, 0.5
 
 
 class Tracker:
-    """Records one run. Construct it on rank 0 only.
+    """Records one run.
+
+    Construct it on rank 0 only.
 
     Nothing here waits for MLflow: every method appends a line to a local file and returns; the import of mlflow, the
     creation of the run and all requests happen in a daemon thread, again and again until the server answers.
@@ -125,7 +127,10 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of this run; None until the server has created it. Belongs into checkpoints."""
+        """MLflow's id of this run; None until the server has created it.
+
+        Belongs into checkpoints.
+        """
         return self._shipper.cursor.run_id
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -178,7 +183,7 @@ class Tracker:
         self._journal.append({"op": op, "time": _now(), **fields})
 
     def _deliver(self) -> None:
-        """The thread: ship, wait, and on failure wait longer; once closing, drain in a few attempts."""
+        """Return the thread: ship, wait, and on failure wait longer; once closing, drain in a few attempts."""
         failures = drain_failures = 0
         while not self._abandoned.is_set():
             draining = self._closing.is_set()  # before shipping: what was recorded by then will have been sent
@@ -209,7 +214,7 @@ class Tracker:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The metrics of the branch that training finally took, one row per step, in order of steps.
+    """Return the metrics of the branch that training finally took, one row per step, in order of steps.
 
     Returns:
         Rows `{"step": int, "time": float, "metrics": dict[str, float]}`. Where a step was logged more than once the
@@ -231,7 +236,7 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 
 
 def read_resume_steps(run_dir: str | Path) -> list[int]:
-    """The steps at which the run was resumed and whose continuation was not itself abandoned, in order."""
+    """Return the steps at which the run was resumed and whose continuation was not itself abandoned, in order."""
     steps: list[int] = []
     for record in _read_records(run_dir):
         if record.get("event") == "resume":
@@ -297,7 +302,7 @@ def _set_aside(run_dir: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command `python -m gptoss_dist.tracking`; returns the exit status."""
+    """Return the command `python -m gptoss_dist.tracking`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m gptoss_dist.tracking")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("sync", help="send to MLflow what it has not yet received of a run")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +12,15 @@ from data_pipeline import Manifest, MixtureDataset, Source, Stage, open_dataset
 from data_pipeline.batches.contiguous import TokenSplit
 from data_pipeline.batches.mixture_changes import differences
 from data_pipeline.shards.checksums import check_content, copy_id, record_content, unread_shards
-from gptoss_dist.config import Config, SourceConfig
+from gptoss_dist.checkpoint import CheckpointInfo
+from gptoss_dist.config import Config, DataConfig, SourceConfig, StageConfig
 from gptoss_dist.distributed.collectives import all_gather_objects, raise_on_every_rank
+from gptoss_dist.train.start import Start, print_message
 
 
-def sources(config: Config) -> list[SourceConfig]:
-    """Those of `data.sources`, or `data.path` as the only one."""
-    return config.data.sources or [SourceConfig(path=config.data.path)]
+def sources(config: DataConfig) -> list[SourceConfig]:
+    """List the sources of `data.sources`, or `data.path` as the only one."""
+    return list(config.sources) or [SourceConfig(path=config.path)]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class TrainingData:
     """Changes of the mixture on resume: `step`, `samples` consumed by then, and `changed`, in words."""
 
     def place(self, position: int) -> dict:
-        """What a checkpoint keeps: all that is needed to go on from `position`, with this mixture or another."""
+        """Return what a checkpoint keeps: all that is needed to go on from `position`, with this mixture or another."""
         state = {"start_step": self.start_step, "history": self.history, "read": self.mixture.consumed_at(position)}
         return {
             "content_sha256": self.mixture.content_sha256,
@@ -42,76 +44,121 @@ class TrainingData:
         }
 
 
-def open_training_data(
-    config: Config, samples_per_step: int, *, checkpoint: Path | None = None, info: dict | None = None
-) -> TrainingData:
-    """The training data, where `checkpoint` left them.
+@dataclass(frozen=True)
+class RunData:
+    """All the data that a run reads."""
+
+    training: TrainingData
+    validation: dict[str, TokenSplit]
+    """The held-out split of each source that has one, by the source's name; none if the run does not validate."""
+
+
+def open_data(config: Config, world_size: int, start: Start) -> RunData:
+    """Open what a run reads, the training data where `start` left them.
 
     Args:
-        info: of the checkpoint that is resumed.
+        world_size: number of ranks.
 
     Raises:
         ValueError: data that do not fit the model, the checkpoint or each other, or that end before the run.
     """
-    opened = [
-        Source(s.label, _open(config, s, "train"), s.weight, s.max_epochs)
-        for s in sources(config)
-    ]  # fmt: skip
+    samples_per_step = config.train.micro_batch_size * config.train.gradient_accumulation * world_size
+    training = open_training_data(config, samples_per_step, start)
+    validation = open_validation(config, print_message) if config.validation.every else {}
+    return RunData(training, validation)
 
-    def mixed(start: int, step: int, consumed: dict[str, int] | None) -> MixtureDataset:
-        stages = [Stage(start + (t.from_step - step) * samples_per_step, t.weights) for t in config.data.stages]
-        return MixtureDataset(opened, stages=stages, start=start, consumed=consumed)
 
-    done, position, start_step, history = 0, 0, 0, []
-    if info is None:
-        mixture = mixed(0, 0, None)
+def open_training_data(config: Config, samples_per_step: int, start: Start | None = None) -> TrainingData:
+    """Open the training data, where `start` left them.
+
+    Raises:
+        ValueError: data that do not fit the model, the checkpoint or each other, or that end before the run.
+    """
+    start = start or Start()
+    opened = [Source(s.label, _open(config, s, "train"), s.weight, s.max_epochs) for s in sources(config.data)]
+    mixing = _Mixing(opened, config.data.stages, samples_per_step)
+    if start.info is None:
+        data = TrainingData(mixing.begin(0, 0, None), 0, [])
     else:
-        for what, version in _versions(opened[0].dataset).items():
-            if (old := info["data"].get("versions", {}).get(what, 1)) != version:
-                raise ValueError(
-                    f"{checkpoint} was trained with version {old} of {what}, this is version {version}, which gives "
-                    f"other samples: its place in the data is lost; go on with the code that wrote it, or start a new "
-                    f"run with --init.from {checkpoint}"
-                )
-        done, position, before = info["step"], info["samples_consumed"], _recorded(info)
-        start_step, history = before["start_step"], before["history"]
-        mixture = mixed(before["start"], start_step, before["consumed"])
-        if changed := differences(before, mixture.state()):
-            if not config.data.change_mixture:
-                raise ValueError(
-                    f"{checkpoint} was trained with other data: {'; '.join(changed)}; its place in them is lost; undo "
-                    "the change, or read on from where each source was left with --data.change_mixture true"
-                )
-            mixture, start_step = mixed(position, done, before["read"]), done
-            history = [*history, {"step": done, "samples": position, "changed": changed}]
-    end, needed = mixture.positions_total, position + max(config.train.steps - done, 0) * samples_per_step
-    if end is not None and needed > end:
-        possible = done + (end - position) // samples_per_step
+        data = _continued(mixing, start, may_change=config.data.change_mixture)
+    _check_length(data.mixture, start, config.train.steps, samples_per_step)
+    return data
+
+
+@dataclass(frozen=True)
+class _Mixing:
+    """The mixture that the settings name, wherever it begins."""
+
+    sources: list[Source]
+    stages: Sequence[StageConfig]
+    samples_per_step: int
+
+    def begin(self, position: int, step: int, consumed: dict[str, int] | None) -> MixtureDataset:
+        """Return the mixture that takes over at `position`, after `step` steps.
+
+        Args:
+            consumed: samples read of each source before, by the hash of its content.
+        """
+        stages = [Stage(position + (s.from_step - step) * self.samples_per_step, s.weights) for s in self.stages]
+        return MixtureDataset(self.sources, stages=stages, start=position, consumed=consumed)
+
+
+def _continued(mixing: _Mixing, start: Start, *, may_change: bool) -> TrainingData:
+    """Return the data of a resumed run: the mixture of its checkpoint, or if it `may_change` another from there on."""
+    checkpoint, info = start.checkpoint, start.info
+    for what, version in _versions(mixing.sources[0].dataset).items():
+        if (old := info.data.get("versions", {}).get(what, 1)) != version:
+            raise ValueError(
+                f"{checkpoint} was trained with version {old} of {what}, this is version {version}, which gives "
+                f"other samples: its place in the data is lost; go on with the code that wrote it, or start a new "
+                f"run with --init.from {checkpoint}"
+            )
+    before = _recorded(info)
+    mixture = mixing.begin(before["start"], before["start_step"], before["consumed"])
+    changed = differences(before, mixture.state())
+    if not changed:
+        return TrainingData(mixture, before["start_step"], before["history"])
+    if not may_change:
         raise ValueError(
-            f"train.steps={config.train.steps} needs {needed:,} samples, but the data end after {end:,}; allow more "
+            f"{checkpoint} was trained with other data: {'; '.join(changed)}; its place in them is lost; undo "
+            "the change, or read on from where each source was left with --data.change_mixture true"
+        )
+    mixture = mixing.begin(start.samples_consumed, start.step, before["read"])
+    change = {"step": start.step, "samples": start.samples_consumed, "changed": changed}
+    return TrainingData(mixture, start.step, [*before["history"], change])
+
+
+def _check_length(mixture: MixtureDataset, start: Start, steps: int, samples_per_step: int) -> None:
+    """Refuse data that end before a run of `steps` steps does."""
+    end = mixture.positions_total
+    needed = start.samples_consumed + max(steps - start.step, 0) * samples_per_step
+    if end is not None and needed > end:
+        possible = start.step + (end - start.samples_consumed) // samples_per_step
+        raise ValueError(
+            f"train.steps={steps} needs {needed:,} samples, but the data end after {end:,}; allow more "
             f"max_epochs, or set --train.steps {possible}"
         )
-    return TrainingData(mixture, start_step, history)
 
 
 def open_validation(config: Config, message: Callable[[str], None]) -> dict[str, TokenSplit]:
-    """The validation split of every source that has one, by the source's name."""
-    chosen = [source for source in sources(config) if _has_validation(source)]
+    """Return the validation split of every source that has one, by the source's name."""
+    chosen = [source for source in sources(config.data) if _has_validation(source)]
     if not chosen:
         raise ValueError(
-            f"{', '.join(source.path for source in sources(config))}: no validation split; prepare with a larger "
+            f"{', '.join(source.path for source in sources(config.data))}: no validation split; prepare with a larger "
             f"--validation-fraction, hold documents out with python -m data_pipeline.split, or train with "
             f"--validation.every 0"
         )
-    for source in sources(config):
+    for source in sources(config.data):
         if source not in chosen:
             message(f"{source.label} has no validation split: it is left out of the validation loss")
     return {source.label: _open(config, source, "validation") for source in chosen}
 
 
-def verify(config: Config, message: Callable[[str], None], group: dist.ProcessGroup | None = None) -> None:
-    """Compare the files of all sources with their checksums as `data.verify` says; collective. Ranks that see the same
-    files read a share of them each; where machines have copies of their own, each copy is read.
+def verify(config: DataConfig, message: Callable[[str], None], group: dist.ProcessGroup | None = None) -> None:
+    """Compare the files of all sources with their checksums as `verify` says; collective.
+
+    Ranks that see the same files read a share of them each; where machines have copies of their own, each copy is read.
 
     Args:
         message: told once what is read.
@@ -120,11 +167,11 @@ def verify(config: Config, message: Callable[[str], None], group: dist.ProcessGr
     Raises:
         ValueError: on every rank, naming the first file that differs, or a source that is not the same everywhere.
     """
-    if config.data.verify == "never":
+    if config.verify == "never":
         return
     folders = [source.path for source in sources(config)]
     manifests = raise_on_every_rank(lambda: [Manifest.read(folder) for folder in folders])
-    always = config.data.verify == "always"
+    always = config.verify == "always"
 
     def look(folder: str, manifest: Manifest) -> tuple[str, str, int]:
         unread = sum(shard.tokens for shard in unread_shards(folder, manifest, always=always))
@@ -138,8 +185,11 @@ def verify(config: Config, message: Callable[[str], None], group: dist.ProcessGr
     if unread:
         message(f"comparing {sum(unread.values()):,} tokens with their checksums (data.verify)")
     mine = dist.get_rank()
-    alike = [[rank for rank, found in enumerate(of_ranks) if found[n][1] == of_ranks[mine][n][1]]
-             for n in range(len(folders))]  # fmt: skip
+    # Of each folder, the ranks that see the same copy of it as this one.
+    alike = [
+        [rank for rank, found in enumerate(of_ranks) if found[n][1] == of_ranks[mine][n][1]]
+        for n in range(len(folders))
+    ]
 
     def check() -> None:
         for folder, manifest, ranks in zip(folders, manifests, alike):
@@ -156,13 +206,13 @@ def _versions(dataset: TokenSplit) -> dict[str, int]:
     return {f"data.packing={dataset.packing}": dataset.plan_version, "mixing": MixtureDataset.order_version}
 
 
-def _recorded(info: dict) -> dict:
-    """The mixture of a checkpoint; those from before there were mixtures have one source."""
-    if "mixture" in info["data"]:
-        return dict(info["data"]["mixture"])
-    sha, name = info["data"]["content_sha256"], Path(info["data"]["path"]).name
+def _recorded(info: CheckpointInfo) -> dict:
+    """Return the mixture of a checkpoint; those from before there were mixtures have one source."""
+    if "mixture" in info.data:
+        return dict(info.data["mixture"])
+    sha, name = info.data["content_sha256"], Path(info.data["path"]).name
     only = {"name": name, "content_sha256": sha, "weight": 1.0, "max_epochs": None}
-    read = {sha: info["samples_consumed"]}
+    read = {sha: info.samples_consumed}
     return {"start": 0, "start_step": 0, "consumed": {}, "sources": [only], "stages": [], "read": read, "history": []}
 
 

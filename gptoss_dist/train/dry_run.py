@@ -11,12 +11,13 @@ from gptoss_dist.parallel.mesh import plan_layout
 from gptoss_dist.planner.flops import flops_per_token
 from gptoss_dist.planner.memory import count_parameters, memory_estimate
 from gptoss_dist.train.data import open_training_data, open_validation
+from gptoss_dist.train.start import engine_settings
 
 GIB = 2**30
 
 
 def _describe_data(config: Config, samples_per_step: int) -> list[str]:
-    """What is there of it, or why a run would be refused."""
+    """Return what is there of it, or why a run would be refused."""
     lines = []
     try:
         mixture = open_training_data(config, samples_per_step).mixture
@@ -46,7 +47,7 @@ def _describe_data(config: Config, samples_per_step: int) -> list[str]:
 
 
 def describe(config: Config, world_size: int | None = None) -> str:
-    """The text of a dry run: parameters, tokens, FLOPs, memory and layout.
+    """Return the text of a dry run: parameters, tokens, FLOPs, memory and layout.
 
     Raises:
         ValueError: the processes cannot be laid out as `parallel` says, or the engine refuses its settings.
@@ -54,9 +55,9 @@ def describe(config: Config, world_size: int | None = None) -> str:
     world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
     layout = plan_layout(config.parallel, config.model.num_local_experts, world_size)
     engine = "fsdp"
-    if engine_kind(config) == "deepspeed":
-        check_layout(config)
-        engine = f"deepspeed ZeRO-{deepspeed_settings(config, layout)['zero_optimization']['stage']}"
+    if engine_kind(config.engine) == "deepspeed":
+        check_layout(config.parallel)
+        engine = f"deepspeed ZeRO-{deepspeed_settings(engine_settings(config), layout)['zero_optimization']['stage']}"
     train, count, flops = (
         config.train,
         count_parameters(config.model),
@@ -64,7 +65,7 @@ def describe(config: Config, world_size: int | None = None) -> str:
     )
     batch = train.micro_batch_size * train.gradient_accumulation * world_size
     tokens = batch * config.data.seq_len
-    memory = memory_estimate(config, layout)
+    memory = memory_estimate(engine_settings(config), config.data.seq_len, layout)
     lines = [
         f"run          {config.run.name} in {config.folder}",
         f"parameters   {count.total:,} total, {count.active:,} active per token",

@@ -1,35 +1,89 @@
-"""What a run does every so many steps, beside training."""
+"""What a run does every so many steps, beside training: validation, samples, checkpoints."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from data_pipeline import MixtureDataset
+from data_pipeline import validation_batches
 from gptoss_dist.config import Config
-from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.model.generate import generate
+from gptoss_dist.train.run import Run
 
-log = logging.getLogger(__name__)
+Findings = dict[str, float]
+"""What the tasks of one step found out that later ones of the same step use, by name."""
 
 
-def write_samples(config: Config, ranks: Ranks, engine, dataset: MixtureDataset, report, step: int) -> None:
-    """All ranks generate the same text in step, since each holds only a part of the weights."""
-    texts, tokenizer, settings = [], dataset.tokenizer, config.sampling
+@dataclass(frozen=True)
+class Task:
+    """Something that all ranks do together after some steps."""
+
+    every: int
+    """Steps between two times; 0 does it after the last step only."""
+    do: Callable[[Run, int, Findings], None]
+
+    def is_due(self, step: int, last: int) -> bool:
+        """Return whether it is to be done after step `step` of a run that ends with step `last`."""
+        return step == last or (self.every > 0 and step % self.every == 0)
+
+
+def periodic_tasks(config: Config) -> list[Task]:
+    """List the tasks of a run, in the order in which those that are due are done."""
+    tasks = []
+    if config.validation.every:
+        tasks.append(Task(config.validation.every, validate))
+    if config.sampling.prompts:
+        tasks.append(Task(config.sampling.every, write_samples))
+    tasks.append(Task(config.checkpoint.every, save_checkpoint))
+    return tasks
+
+
+def validate(run: Run, step: int, findings: Findings) -> None:
+    """Measure the loss on every held-out split; the mean over sources is found as `validation_loss`."""
+    losses = {}
+    for name, split in run.data.validation.items():
+        batches = validation_batches(
+            split,
+            micro_batch_size=run.config.train.micro_batch_size,
+            rank=run.ranks.rank,
+            world_size=run.ranks.world_size,
+            max_samples=run.config.validation.samples,
+            document_mask=run.config.data.document_mask,
+        )
+        losses[name] = run.engine.evaluate(batches)
+    # By the weights that the run began with, so that a curriculum does not move what is compared over time.
+    weights = {name: run.data.training.mixture.weights[name] for name in losses}
+    if not sum(weights.values()):
+        weights = dict.fromkeys(losses, 1.0)
+    loss = sum(weights[name] * losses[name] for name in losses) / sum(weights.values())
+    if run.report:
+        run.report.validation(step, loss, losses)
+    findings["validation_loss"] = loss
+
+
+def write_samples(run: Run, step: int, findings: Findings) -> None:
+    """Let the model continue the prompts; all ranks do, in step, since each holds only a part of the weights."""
+    texts, tokenizer, settings = [], run.data.training.mixture.tokenizer, run.config.sampling
     for index, prompt in enumerate(settings.prompts):
-        ids = torch.tensor([tokenizer.encode(prompt).tolist() or [tokenizer.eot_id]], device=ranks.device)
+        ids = torch.tensor([tokenizer.encode(prompt).tolist() or [tokenizer.eot_id]], device=run.ranks.device)
         # Compiled blocks would be compiled anew for the cache, the prompt and one token, until the compiler gives up.
         with torch.compiler.set_stance("force_eager"):
             output = generate(
-                engine.model,
+                run.engine.model,
                 ids,
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 top_k=settings.top_k,
                 vocab_size=tokenizer.n_vocab,
-                generator=torch.Generator().manual_seed(config.run.seed + index),
+                generator=torch.Generator().manual_seed(run.config.run.seed + index),
             )
         texts.append(tokenizer.decode(output[0].tolist()))
-    if report:
-        report.samples(step, texts)
+    if run.report:
+        run.report.samples(step, texts)
+
+
+def save_checkpoint(run: Run, step: int, findings: Findings) -> None:
+    """Save a checkpoint, with the validation loss of this step if there is one."""
+    run.save(step, findings.get("validation_loss"))

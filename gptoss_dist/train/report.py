@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,12 +30,27 @@ from gptoss_dist.tracking.plots import plot_run
 from gptoss_dist.tracking.progress import Progress
 from gptoss_dist.tracking.tracker import Tracker
 from gptoss_dist.train.data import TrainingData, sources
+from gptoss_dist.train.start import Start
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class LaunchedStep:
+    """An optimizer step whose result is still on its way to the host."""
+
+    step: int
+    result: StepResult
+    lr: float
+    timing: dict[str, float]
+    samples_consumed: int
+
+
 class Report:
-    """Rank 0's view of the run. Nothing here can stop training."""
+    """Rank 0's view of the run.
+
+    Nothing here can stop training.
+    """
 
     def __init__(
         self,
@@ -42,19 +58,16 @@ class Report:
         ranks: Ranks,
         engine: Engine,
         data: TrainingData,
-        *,
-        start: int,
-        tokens: int,
-        run_id: str | None,
+        start: Start,
     ) -> None:
         self.config, self.ranks, self.folder = config, ranks, config.folder
-        self.data, self.start = data, start
+        self.data, self.start_step = data, start.step
         self._position: int | None = None
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak = peak_flops(ranks.device, dtype)
         self.flops = flops_per_token(config.model, config.data.seq_len)
-        self.throughput = Throughput(ranks.world_size, tokens=tokens, flops=self.flops, peak=self.peak)
-        self.expert_tokens = ExpertTokens(self.folder, config.tracking.expert_tokens_every, start or None)
+        self.throughput = Throughput(ranks.world_size, tokens=start.tokens, flops=self.flops, peak=self.peak)
+        self.expert_tokens = ExpertTokens(self.folder, config.tracking.expert_tokens_every, start.step or None)
         self.tracker = Tracker(
             self.folder,
             run_name=config.run.name,
@@ -64,16 +77,16 @@ class Report:
             params=_flatten(config.to_dict()),
             tags=_tags(config, ranks, engine, self.peak) | _change_tags(data),
             dataset={
-                "name": " + ".join(source.label for source in sources(config)),
+                "name": " + ".join(source.label for source in sources(config.data)),
                 "digest": data.mixture.manifest_sha256,
-                "source": ", ".join(source.path for source in sources(config)),
+                "source": ", ".join(source.path for source in sources(config.data)),
             },
-            resume_run_id=run_id,
-            resumed_step=start or None,
+            resume_run_id=start.mlflow_run_id,
+            resumed_step=start.step or None,
         )
         self.revision = git_revision()
         self.tracker.artifact(self.folder / "config.yaml")
-        self.progress = Progress(config.train.steps, start=start, interval_s=config.train.log_every_s)
+        self.progress = Progress(config.train.steps, start=start.step, interval_s=config.train.log_every_s)
         self.progress.__enter__()
         if config.train.routing != "learned":
             self.message(f"train.routing={config.train.routing}: a benchmark, the model learns nothing useful")
@@ -81,7 +94,7 @@ class Report:
             self.message(f"no peak FLOP/s is known for {ranks.device}: MFU is not reported")
 
     def message(self, text: str) -> None:
-        """One line to the user and to log.txt."""
+        """Return one line to the user and to log.txt."""
         self.progress.message(text)
         log.info(text)
 
@@ -94,49 +107,43 @@ class Report:
             self.message(f"data: {mixture.shares(position)}")
         for change, what in mixture.changes:
             if change > position:
-                self.message(f"from step {self.start + (change - position) // samples_per_step + 1}: {what}")
+                self.message(f"from step {self.start_step + (change - position) // samples_per_step + 1}: {what}")
         self._position = position
 
-    def step(
-        self,
-        step: int,
-        result: StepResult,
-        lr: float,
-        timing: dict[str, float],
-        skipped: int,
-        position: int | None = None,
-    ) -> None:
-        """Record optimizer step `step` (1-based), after which `position` samples are consumed; its result is on the
-        host.
+    def step(self, launched: LaunchedStep, skipped: int) -> None:
+        """Record an optimizer step whose result is on the host.
+
+        Args:
+            skipped: steps that were skipped so far, in all.
         """
+        step, result, position = launched.step, launched.result, launched.samples_consumed
         train = self.config.train
         metrics = loss_metrics("train", float(result.loss))
         metrics |= {
             "loss/aux": float(result.aux),
             "loss/z": float(result.z),
-            "optim/lr": lr,
+            "optim/lr": launched.lr,
             "optim/grad_norm": float(result.grad_norm),
             "optim/skipped_steps": float(skipped),
         }
-        metrics |= expert_load(result.counts_LE, result.entropy_L) | timing
+        metrics |= expert_load(result.counts_LE, result.entropy_L) | launched.timing
         if result.traffic_R3 is not None:
             metrics |= exchange_metrics(result.traffic_R3)
         if train.routing != "learned":
             metrics["moe/forced_routing"] = 1.0
         # Each token, padding included, was sent to K experts in every layer: true of any packing.
         tokens = round(float(result.counts_LE[0].double().sum()) / self.config.model.num_experts_per_tok)
-        metrics |= self.throughput.step(tokens, timing)
-        if position is not None:
-            metrics |= mixture_metrics(self.data.mixture.usage(position))
-            for change, what in self.data.mixture.changes:
-                if self._position is not None and self._position <= change < position:
-                    self.message(f"step {step}: {what}")
-            self._position = position
+        metrics |= self.throughput.step(tokens, launched.timing)
+        metrics |= mixture_metrics(self.data.mixture.usage(position))
+        for change, what in self.data.mixture.changes:
+            if self._position is not None and self._position <= change < position:
+                self.message(f"step {step}: {what}")
+        self._position = position
         metrics |= memory_metrics(self.ranks.device)
         self.tracker.log(step, metrics)
         if warning := self.expert_tokens.add(step, result.counts_LE):
             self.message(warning)
-        shown = {"loss": metrics["loss/train"], "tokens_per_s": metrics.get("perf/tokens_per_s"), "lr": lr}
+        shown = {"loss": metrics["loss/train"], "tokens_per_s": metrics.get("perf/tokens_per_s"), "lr": launched.lr}
         self.progress.update(step, **{name: value for name, value in shown.items() if value is not None})
 
     def validation(self, step: int, loss: float, by_source: dict[str, float]) -> None:
@@ -215,7 +222,7 @@ def _tags(config: Config, ranks: Ranks, engine: Engine, peak) -> dict[str, str]:
 
 @functools.cache
 def git_revision() -> str:
-    """The commit of this code, with `-dirty` if files differ from it, or `unknown`."""
+    """Return the commit of this code, with `-dirty` if files differ from it, or `unknown`."""
     try:
         run = subprocess.run(
             ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"],

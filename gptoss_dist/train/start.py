@@ -1,52 +1,86 @@
-"""Where a run starts: the checkpoint to resume from, and the run's folder."""
+"""Where a run starts: from the beginning, a checkpoint or other weights; and the run's folder."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gptoss_dist import checkpoint
+from gptoss_dist.checkpoint import CheckpointInfo
+from gptoss_dist.checkpoint.formats.pretrained import Pretrained
 from gptoss_dist.config import Config
+from gptoss_dist.distributed import launchers
 from gptoss_dist.distributed.collectives import broadcast_object
+from gptoss_dist.distributed.processes import seed_everything
+from gptoss_dist.engine import Engine, EngineSettings
 from gptoss_dist.model.config import SHAPING, ModelConfig
 
 log = logging.getLogger(__name__)
 
 
-def check_folder(config: Config) -> None:
-    """Refuse to mix two runs in one folder. For rank 0."""
-    if config.resume is None and checkpoint.checkpoints(config.checkpoint_folder):
-        raise ValueError(
-            f"checkpoint.dir={config.checkpoint_folder} holds checkpoints already; continue with --resume auto, or "
-            "choose another --run.name"
-        )
+@dataclass(frozen=True)
+class Start:
+    """What was done before this process began; by default nothing."""
+
+    checkpoint: Path | None = None
+    """The checkpoint that is resumed."""
+    info: CheckpointInfo | None = None
+    """What it says of the run."""
+    step: int = 0
+    """Optimizer steps done."""
+    samples_consumed: int = 0
+    skipped_steps: int = 0
+    tokens: int = 0
+    mlflow_run_id: str | None = None
+    """The MLflow run that goes on, if it is this run's."""
 
 
-def open_folder(config: Config) -> None:
-    """Create the run's folder and start log.txt. For rank 0."""
-    folder, checkpoints = config.folder, config.checkpoint_folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        config.save(folder / "config.yaml")
-        handler = logging.FileHandler(folder / "log.txt")
-    except OSError as error:
-        raise ValueError(f"{error.filename} cannot be written ({error.strerror}); choose another --run.dir") from None
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger("gptoss_dist")
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    if shutil.disk_usage(folder).free < 2**30:
-        log.warning("less than 1 GiB is free for %s", folder)
+def find_start(config: Config) -> Start:
+    """Find the checkpoint that `resume` asks for, if there is one, and what it says; collective.
+
+    Raises:
+        ValueError: there is no intact checkpoint, or it does not fit the settings.
+    """
+    path = _checkpoint_to_resume(config)
+    if path is None:
+        return Start()
+    info = CheckpointInfo.read(path)
+    check_resumable(config, path, info)
+    is_own = path.parent.resolve() == config.checkpoint_folder.resolve()  # else it is another run's
+    return Start(
+        checkpoint=path,
+        info=info,
+        step=info.step,
+        samples_consumed=info.samples_consumed,
+        skipped_steps=info.skipped_steps,
+        tokens=info.samples_consumed * config.data.seq_len if info.tokens is None else info.tokens,
+        mlflow_run_id=info.mlflow_run_id if is_own else None,
+    )
 
 
-def check_resumable(config: Config, path: Path, info: dict) -> None:
-    """Same parameters; and `samples_consumed` means the same samples only in data that are cut and shuffled alike."""
-    before = info["config"]
+def _checkpoint_to_resume(config: Config) -> Path | None:
+    if config.resume is None:
+        return None
+    folder = config.checkpoint_folder if config.resume == "auto" else Path(config.resume)
+    if config.resume == "auto" and broadcast_object(lambda: not list(folder.glob("step_*[0-9]"))):
+        return None
+    return checkpoint.resolve(folder, print_message)
+
+
+def check_resumable(config: Config, path: Path, info: CheckpointInfo) -> None:
+    """Refuse to resume a checkpoint whose parameters, optimizer state or place in the data would not fit.
+
+    Its place means the same samples only in data that are cut and shuffled alike.
+
+    Raises:
+        ValueError: naming the setting that was changed, and how to undo that.
+    """
+    before = info.config
     try:
         old_model = ModelConfig.from_dict(before["model"])
     except ValueError as error:
@@ -71,16 +105,80 @@ def check_resumable(config: Config, path: Path, info: dict) -> None:
         )
 
 
-def checkpoint_to_resume(config: Config) -> Path | None:
-    if config.resume is None:
+def open_initial_weights(config: Config, start: Start) -> Pretrained | None:
+    """Open the weights of `init.from` for a new run; a resumed run has its own.
+
+    Raises:
+        ValueError: they cannot be read, or are those of another architecture.
+    """
+    if start.checkpoint is not None or not config.init["from"]:
         return None
-    folder = config.checkpoint_folder if config.resume == "auto" else Path(config.resume)
-    if config.resume == "auto" and broadcast_object(lambda: not list(folder.glob("step_*[0-9]"))):
-        return None
-    return checkpoint.resolve(folder, print_message)
+    pretrained = checkpoint.open_pretrained(config.init["from"], message=print_message)
+    checkpoint.check_architecture(pretrained, config.model)
+    return pretrained
 
 
-def print_message(unusual: str) -> None:
-    """To the user, before there is a log."""
+def engine_settings(config: Config) -> EngineSettings:
+    """Take out of a run's configuration what its engine reads."""
+    sections = {name: getattr(config, name) for name in ("model", "train", "optim", "loss", "parallel", "engine")}
+    return EngineSettings(**sections, seed=config.run.seed)
+
+
+def restore(engine: Engine, start: Start, weights: Pretrained | None, *, seed: int, rank: int) -> None:
+    """Put the engine and the random generators into the state that the run starts from; collective.
+
+    A checkpoint gives weights, optimizer state and, for the same number of ranks, random states; `weights` gives
+    weights alone.
+
+    Args:
+        seed: of the run, for the generators of a checkpoint of another number of ranks.
+    """
+    if start.checkpoint is not None:
+        state = engine.state()
+        checkpoint.load_state(start.checkpoint, state)
+        engine.load(state)
+        if not checkpoint.restore_rng(start.checkpoint, rank):
+            seed_everything(seed + start.step, rank)
+    elif weights is not None:
+        state = engine.state()
+        checkpoint.load_into({n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}, weights)
+        engine.load(state)
+
+
+def check_folder(config: Config) -> None:
+    """Refuse to mix two runs in one folder.
+
+    For rank 0.
+    """
+    if config.resume is None and checkpoint.checkpoints(config.checkpoint_folder):
+        raise ValueError(
+            f"checkpoint.dir={config.checkpoint_folder} holds checkpoints already; continue with --resume auto, or "
+            "choose another --run.name"
+        )
+
+
+def open_folder(config: Config) -> None:
+    """Create the run's folder and start log.txt.
+
+    For rank 0.
+    """
+    folder, checkpoints = config.folder, config.checkpoint_folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        config.save(folder / "config.yaml")
+        handler = logging.FileHandler(folder / "log.txt")
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be written ({error.strerror}); choose another --run.dir") from None
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("gptoss_dist")
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    if shutil.disk_usage(folder).free < 2**30:
+        log.warning("less than 1 GiB is free for %s", folder)
+
+
+def print_message(text: str) -> None:
+    """Tell the user something before there is a log; rank 0 does."""
     if torch.distributed.get_rank() == 0:
-        print(f"train.py: {unusual}", file=sys.stderr)
+        print(f"{launchers.program()}: {text}", file=sys.stderr)

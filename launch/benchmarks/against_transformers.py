@@ -215,15 +215,16 @@ def architecture(arguments: argparse.Namespace) -> dict:
 
 def ours(arguments: argparse.Namespace):
     """The training engine as `launch/train.py` drives it, router losses and metrics sums included."""
-    from gptoss_dist.config import Config, ModelConfig
+    from gptoss_dist.config import ModelConfig
     from gptoss_dist.distributed.processes import start
-    from gptoss_dist.engine import build_engine
+    from gptoss_dist.engine import EngineSettings, build_engine
+    from gptoss_dist.train.objectives import next_token_prediction
 
-    config = Config(model=ModelConfig(**architecture(arguments)))
-    config.data.seq_len, config.train.micro_batch_size = arguments.seq_len, arguments.batch_size
-    config.train.precision, config.parallel.experts = arguments.precision, arguments.experts
-    config.train.compile = arguments.worker.endswith(COMPILED)
-    engine = build_engine(config, start())
+    settings = EngineSettings(model=ModelConfig(**architecture(arguments)))
+    settings.train.micro_batch_size = arguments.batch_size
+    settings.train.precision, settings.parallel.experts = arguments.precision, arguments.experts
+    settings.train.compile = arguments.worker.endswith(COMPILED)
+    engine = build_engine(settings, start(), next_token_prediction)
     input_ids, labels = batch(arguments)
 
     def step() -> None:

@@ -72,22 +72,24 @@ def work(arguments: argparse.Namespace) -> int:
     """One process of the launch."""
     import torch
 
-    from gptoss_dist.checkpoint import Keep, Saver
+    from gptoss_dist.checkpoint import Retention, Saver
     from gptoss_dist.config import load_config
     from gptoss_dist.distributed.processes import shut_down, start
     from gptoss_dist.engine import build_engine
+    from gptoss_dist.train.objectives import next_token_prediction
+    from gptoss_dist.train.start import engine_settings
 
     ranks = start()
     config = load_config(
         Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml",
         overrides={"train.micro_batch_size": arguments.micro_batch_size},
     )
-    engine = build_engine(config, ranks)
+    engine = build_engine(engine_settings(config), ranks, next_token_prediction)
     shape = (arguments.micro_batch_size, config.data.seq_len + 1)
     tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(ranks.rank))
     batches = [{"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}]
     savers = {
-        kind: Saver(Path(arguments.folder) / kind, keep=Keep(newest=2), asynchronous=kind == "asynchronous")
+        kind: Saver(Path(arguments.folder) / kind, keep=Retention(newest=2), asynchronous=kind == "asynchronous")
         for kind in KINDS[1:]
     }
     seconds, pause = {kind: [] for kind in KINDS}, {kind: [] for kind in KINDS}

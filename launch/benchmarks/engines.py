@@ -101,6 +101,8 @@ def work(arguments: argparse.Namespace) -> int:
     from gptoss_dist.distributed.processes import shut_down, start
     from gptoss_dist.engine import build_engine
     from gptoss_dist.parallel.traffic import SentBytes
+    from gptoss_dist.train.objectives import next_token_prediction
+    from gptoss_dist.train.start import engine_settings
 
     ranks = start()
     share = arguments.samples // ranks.world_size
@@ -123,7 +125,7 @@ def work(arguments: argparse.Namespace) -> int:
 
         load_deepspeed(ranks)  # its code is not what is measured
     before = peak_memory()
-    engine = build_engine(config, ranks)
+    engine = build_engine(engine_settings(config), ranks, next_token_prediction)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.model.vocab_size, (arguments.samples, arguments.seq_len + 1), generator=generator)
     mine = tokens[ranks.rank * share : (ranks.rank + 1) * share]

@@ -6,15 +6,14 @@ import torch.distributed as dist
 
 from gptoss_dist.checkpoint import load_state, save
 from gptoss_dist.distributed.processes import start
-from gptoss_dist.engine import build_engine
 from gptoss_dist.engine.deepspeed import DeepSpeedEngine
 from gptoss_dist.engine.fsdp import FsdpEngine
 from gptoss_dist.parallel.mesh import local
-from tests.support.reference import LR, micro_batches, settings
+from tests.support.reference import LR, build, micro_batches, settings
 
 
 @pytest.fixture(scope="module")
-def context():
+def ranks():
     yield start()
     dist.destroy_process_group()
 
@@ -48,7 +47,7 @@ def test_a_non_finite_step_leaves_no_trace(ranks, stage, variant):
     elif variant:
         to_host = {"offload_optimizer": {"device": "cpu"}}
         config.engine.deepspeed = {"zero_optimization": to_host if variant == "offloaded" else {}}
-    engine = build_engine(config, ranks)
+    engine = build(config, ranks)
     assert isinstance(engine, DeepSpeedEngine)
     engine.forward_backward(micro_batches(0, 2))
     assert float(engine.update(LR).skipped) == 0
@@ -84,14 +83,14 @@ def test_state_has_the_names_and_shapes_of_the_other_engine(ranks, stage, tmp_pa
     """And a checkpoint of one is a checkpoint of the other, weights in bf16 or not."""
     config = zero(stage, tie_word_embeddings=True, router_selection_bias=True)
     config.train.precision, config.loss.selection_bias_rate = "bf16", 0.01
-    engine = build_engine(config, ranks)
+    engine = build(config, ranks)
     for step in range(2):
         engine.forward_backward(micro_batches(step, 2))
         engine.update(LR)
     expected = values(engine)
     save(tmp_path, 2, engine.state(), {})
     config.engine.kind = "fsdp"
-    other = build_engine(config, ranks)
+    other = build(config, ranks)
     assert isinstance(other, FsdpEngine)
     state = other.state()
     assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in engine.state().items()}
@@ -119,7 +118,7 @@ def test_zero_3_never_holds_the_whole_model(ranks, monkeypatch):
         assert all(p.numel() == 0 for p in parameters)  # taken apart before the next one exists
 
     monkeypatch.setattr(library.Init, "_convert_to_zero_parameters", recorded)
-    engine = build_engine(zero(3), ranks)
+    engine = build(zero(3), ranks)
     assert sum(whole) == sum(p.ds_numel for p in engine.model.parameters()) and len(whole) > 40
     assert all(p.numel() == 0 for p in engine.model.parameters())
     engine.evaluate(micro_batches(0, 2))
@@ -131,5 +130,5 @@ def test_what_deepspeed_itself_refuses_is_one_line(ranks, stage):
     config = zero(stage)
     config.engine.deepspeed = {"zero_optimization": {"overlap_com": True}}
     with pytest.raises(ValueError, match=r"engine.deepspeed: DeepSpeed refuses it: .*overlap_com") as refusal:
-        build_engine(config, ranks)
+        build(config, ranks)
     assert "\n" not in str(refusal.value)

@@ -10,23 +10,22 @@ import torch.distributed as dist
 
 from gptoss_dist.config import Config
 from gptoss_dist.distributed.processes import start
-from gptoss_dist.engine import build_engine
 from gptoss_dist.engine.optimizer import is_decayed
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.parallel.mesh import local
 from gptoss_dist.train.periodic import write_samples
-from tests.support.reference import LR, SIZES, micro_batches, plain, settings
+from tests.support.reference import LR, SIZES, build, micro_batches, plain, settings
 
 
 @pytest.fixture(scope="module")
-def context():
+def ranks():
     yield start()
     dist.destroy_process_group()
 
 
 def train(config: Config, ranks, steps: int = 3) -> tuple[list, dict[str, torch.Tensor]]:
-    engine, rows = build_engine(config, ranks), []
+    engine, rows = build(config, ranks), []
     for step in range(steps):
         engine.forward_backward(micro_batches(step, 2))
         result = engine.update(LR)
@@ -122,8 +121,10 @@ def test_samples_compile_nothing_and_validation_little(ranks):
     config.train.compile = True
     config.sampling.prompts, config.sampling.max_new_tokens = ["a", "two"], 4
     tokenizer = SimpleNamespace(encode=lambda text: np.arange(len(text)), decode=str, n_vocab=90)
-    engine, texts = build_engine(config, ranks), []
+    engine, texts = build(config, ranks), []
     report = SimpleNamespace(samples=lambda step, written: texts.append(written))
+    data = SimpleNamespace(training=SimpleNamespace(mixture=SimpleNamespace(tokenizer=tokenizer)))
+    run = SimpleNamespace(config=config, ranks=ranks, engine=engine, data=data, report=report)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     graphs = []
@@ -132,7 +133,7 @@ def test_samples_compile_nothing_and_validation_little(ranks):
         engine.update(LR)
         engine.evaluate(micro_batches(step, 2))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        write_samples(config, ranks, engine, SimpleNamespace(tokenizer=tokenizer), report, step)
+        write_samples(run, step, {})
     assert len(texts) == 3 and len(texts[0]) == 2
     assert graphs[0] > 0 and graphs == graphs[:1] * 3
 
@@ -145,7 +146,7 @@ def test_compiled_blocks_agree_in_bf16(ranks, bf16_products):
     for compiled in (False, True):
         config = settings()
         config.train.precision, config.train.compile = "bf16", compiled
-        engine = build_engine(config, ranks)
+        engine = build(config, ranks)
         for _ in range(3):
             engine.forward_backward(batch)
             losses.append(float(engine.update(LR).loss))
@@ -153,7 +154,7 @@ def test_compiled_blocks_agree_in_bf16(ranks, bf16_products):
 
 
 def test_a_non_finite_step_leaves_no_trace(ranks):
-    engine = build_engine(settings(), ranks)
+    engine = build(settings(), ranks)
     engine.forward_backward(micro_batches(0, 2))
     engine.update(LR)
     good = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
@@ -172,7 +173,7 @@ def test_a_non_finite_step_leaves_no_trace(ranks):
 def test_selection_bias_follows_the_load(ranks):
     config = settings(router_selection_bias=True)
     config.loss.selection_bias_rate = 0.25
-    engine = build_engine(config, ranks)
+    engine = build(config, ranks)
     expected = torch.zeros(3, 4)
     for step in range(3):
         engine.forward_backward(micro_batches(step, 2))
@@ -187,7 +188,7 @@ def test_selection_bias_follows_the_load(ranks):
 def test_forced_routing_is_even_and_moves_no_bias(ranks):
     config = settings(router_selection_bias=True)
     config.loss.selection_bias_rate, config.train.routing = 0.25, "balanced"
-    engine = build_engine(config, ranks)
+    engine = build(config, ranks)
     engine.forward_backward(micro_batches(0, 2))
     counts_LE = engine.update(LR).counts_LE
     assert (counts_LE == 4 * 40 * 2 / 4).all()

@@ -4,17 +4,18 @@ import json
 
 import pytest
 
-from gptoss_dist.config import Config, load_config
-from gptoss_dist.engine import engine_kind
+from gptoss_dist.config import load_config
+from gptoss_dist.engine import EngineSettings, engine_kind
 from gptoss_dist.engine.zero_settings import check_frozen, check_layout, check_offload, deepspeed_settings, zero_stage
 from gptoss_dist.parallel.mesh import DeviceLayout
+from gptoss_dist.train.start import engine_settings
 from tests.support.reference import settings
 
 ONE, SPREAD = DeviceLayout(1, 4, 1), DeviceLayout(1, 4, 2)
 
 
-def config(deepspeed=None, stage=None, **train) -> Config:
-    values = settings()
+def config(deepspeed=None, stage=None, **train) -> EngineSettings:
+    values = engine_settings(settings())
     values.engine.kind, values.engine.zero_stage, values.engine.deepspeed = "deepspeed", stage, deepspeed
     for name, value in train.items():
         setattr(values.train, name, value)
@@ -41,7 +42,7 @@ def test_further_ones_are_handed_on():
     assert found["zero_optimization"]["overlap_comm"] and found["zero_optimization"]["stage"] == 3
     assert found["train_batch_size"] == 32 and found["comms_logger"] == {"enabled": True}
     assert json.dumps(given) == before
-    assert zero_stage(config({"zero_optimization": {"stage": "auto"}})) == 2
+    assert zero_stage(config({"zero_optimization": {"stage": "auto"}}).engine) == 2
 
 
 @pytest.mark.parametrize(
@@ -72,16 +73,17 @@ def test_contradictions_are_refused_by_name(deepspeed, message):
 
 def test_stages():
     with pytest.raises(ValueError, match=r"engine.zero_stage=0 is not possible; choose 1, 2 or 3 \(0 shards nothing"):
-        zero_stage(config(stage=0))
+        zero_stage(config(stage=0).engine)
     for stage in (4, "2", True):
         with pytest.raises(ValueError, match=rf"engine.deepspeed: zero_optimization.stage={stage!r} is not possible"):
-            zero_stage(config({"zero_optimization": {"stage": stage}}))
+            zero_stage(config({"zero_optimization": {"stage": stage}}).engine)
     with pytest.raises(ValueError, match=r"zero_optimization.stage=3 contradicts engine.zero_stage, which gives 2"):
         deepspeed_settings(config({"zero_optimization": {"stage": 3}}, stage=2), ONE)
 
 
 def test_what_cannot_be_combined_with_spread_experts():
-    zeropp = load_config("configs/quickstart.yaml", overrides={"engine.deepspeed": "configs/deepspeed/zeropp.json"})
+    config_file = {"engine.deepspeed": "configs/deepspeed/zeropp.json"}
+    zeropp = engine_settings(load_config("configs/quickstart.yaml", overrides=config_file))
     assert deepspeed_settings(zeropp, ONE)["zero_optimization"]["zero_hpz_partition_size"] == 8
     with pytest.raises(ValueError, match=r"zero_quantized_gradients=True is not possible with parallel.expert_par"):
         deepspeed_settings(zeropp, SPREAD)
@@ -89,7 +91,7 @@ def test_what_cannot_be_combined_with_spread_experts():
         other = config()
         setattr(other.parallel, name, value)
         with pytest.raises(ValueError, match=f"parallel.{name}={str(value).lower()} is not possible with engine.kind"):
-            check_layout(other)
+            check_layout(other.parallel)
 
 
 @pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload", "zero3_nvme", "zeropp"])
@@ -100,8 +102,8 @@ def test_ready_made_files(name):
         found = load_config(
             "configs/quickstart.yaml", overrides={"engine.deepspeed": path, "train.precision": precision}
         )
-        assert found.engine.deepspeed["zero_optimization"]["stage"] == zero_stage(found)
-        check_offload(deepspeed_settings(found, ONE), 1000, ONE)
+        assert found.engine.deepspeed["zero_optimization"]["stage"] == zero_stage(found.engine)
+        check_offload(deepspeed_settings(engine_settings(found), ONE), 1000, ONE)
 
 
 def test_unreadable_file(tmp_path):
@@ -137,15 +139,15 @@ def test_the_engine_follows_settings_then_launcher(monkeypatch):
     values = settings()
     for name in ("CROSS_RANK", "LOCAL_SIZE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    assert engine_kind(values) == "fsdp"
+    assert engine_kind(values.engine) == "fsdp"
     monkeypatch.setenv("CROSS_RANK", "0")
     monkeypatch.setenv("LOCAL_SIZE", "2")
-    assert engine_kind(values) == "deepspeed"
+    assert engine_kind(values.engine) == "deepspeed"
     monkeypatch.delenv("CROSS_RANK")
     values.engine.zero_stage = 3
-    assert engine_kind(values) == "deepspeed"
+    assert engine_kind(values.engine) == "deepspeed"
     values.engine.kind = "fsdp"
-    assert engine_kind(values) == "fsdp"
+    assert engine_kind(values.engine) == "fsdp"
 
 
 def test_frozen_parameters_where_nobody_can_write_them_are_refused():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from gptoss_dist.distributed import launchers
 from gptoss_dist.distributed.collectives import LocalError
-from gptoss_dist.distributed.launchers import report_error_once
 from gptoss_dist.distributed.processes import start
 from tests.support.ranks import run
 
@@ -70,7 +70,7 @@ from gptoss_dist.train import loop
 from launch.train import main
 
 
-def build_engine(config, ranks):
+def build_engine(settings, ranks, objective):
     if ranks.rank == 1:
         end, store = time.monotonic() + 1.5, dist.distributed_c10d._get_default_store()
         while time.monotonic() < end:
@@ -94,8 +94,9 @@ def test_the_first_rank_is_there_until_all_have_met_the_mistake(settings, tmp_pa
 def test_a_rank_that_lives_on_says_it_too(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    report_error_once("too many rows", patience_s=0)
-    assert capsys.readouterr().err == "train.py: rank 5: too many rows\n"
+    monkeypatch.setattr(launchers, "_program", "verb.py")
+    launchers.report_error_once("too many rows", patience_s=0)
+    assert capsys.readouterr().err == "verb.py: rank 5: too many rows\n"
 
 
 def test_a_process_without_a_gpu_says_so(monkeypatch):

@@ -11,12 +11,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gptoss_dist.distributed.processes import Ranks
-from gptoss_dist.engine import build_engine
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.parallel.experts import use_megablocks
 from gptoss_dist.parallel.mesh import build_meshes, plan_layout
 from gptoss_dist.parallel.parallelize import place_experts
-from tests.support.reference import micro_batches, settings
+from tests.support.reference import build, micro_batches, settings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +31,7 @@ def test_the_root_is_gathered_once(reshard, gathers):
     """The backward pass begins with the head, right after the forward pass ended with it; blocks are gathered again."""
     config = settings()
     config.parallel.reshard_after_forward = reshard
-    engine = build_engine(config, Ranks(0, 0, 2, torch.device("cpu")))
+    engine = build(config, Ranks(0, 0, 2, torch.device("cpu")))
     with CommDebugMode() as seen:
         engine.forward_backward(micro_batches(0, 1)[:1])
     counts = {str(operator): count for operator, count in seen.get_comm_counts().items()}
@@ -56,7 +55,7 @@ def test_grouped_gemm_is_refused_where_it_cannot_run(monkeypatch, device_type, m
     config.parallel.expert_gemm, config.train.precision = "grouped_gemm", "bf16"
     meshes = SimpleNamespace(dense=SimpleNamespace(device_type=device_type))
     with pytest.raises(ValueError, match=f"parallel.expert_gemm=grouped_gemm .*{message}"):
-        place_experts(GptOss(config.model), config, meshes)
+        place_experts(GptOss(config.model), config.train.precision, config.parallel, meshes)
 
 
 def test_the_shared_expert_multiplies_like_the_others():
@@ -64,6 +63,8 @@ def test_the_shared_expert_multiplies_like_the_others():
     config.parallel.expert_gemm = "loop"
     with torch.device("meta"):
         model = GptOss(config.model)
-    place_experts(model, config, build_meshes(plan_layout(config.parallel, 4, 2), "cpu"))
+    place_experts(
+        model, config.train.precision, config.parallel, build_meshes(plan_layout(config.parallel, 4, 2), "cpu")
+    )
     for layer in model.model.layers:
         assert layer.mlp.experts.backend == layer.mlp.shared_expert.backend == "loop"

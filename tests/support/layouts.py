@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from gptoss_dist.checkpoint.boxes import BoxedTensor
 from gptoss_dist.config import Config
 from gptoss_dist.distributed.processes import Ranks, shut_down, start
-from gptoss_dist.engine import Engine, build_engine, engine_kind
+from gptoss_dist.engine import Engine, engine_kind
 from gptoss_dist.parallel.mesh import local
 from gptoss_dist.parallel.traffic import SentBytes
-from tests.support.reference import LR, double_precision, micro_batches, settings
+from tests.support.reference import LR, build, double_precision, micro_batches, settings
 
 SAMPLES, STEPS = 4, 4
 
@@ -118,11 +118,11 @@ def clip_in_double(optimizer: torch.optim.AdamW, *_) -> None:
 
 def train(case: Case, ranks: Ranks, folder: Path) -> None:
     """Train and write what `test_layouts.py` looks at."""
-    engine = build_engine(case.config(), ranks)
+    engine = build(case.config(), ranks)
     if case.double:
         engine.optimizer.register_step_pre_hook(clip_in_double)
     parameters = dict(engine.model.named_parameters())
-    sharded_by_torch = engine_kind(engine.config) == "fsdp"
+    sharded_by_torch = engine_kind(engine.settings.engine) == "fsdp"
     report = {
         "initial": digest(weights(engine)),
         "layout": str(engine.layout),

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from gptoss_dist.config import Config
+from gptoss_dist.distributed.processes import Ranks
+from gptoss_dist.engine import Engine, build_engine
 from gptoss_dist.engine.optimizer import is_decayed
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.init import initialize
 from gptoss_dist.model.losses import balance_loss, z_loss
 from gptoss_dist.model.transformer import GptOss
+from gptoss_dist.train.objectives import next_token_prediction
+from gptoss_dist.train.start import engine_settings
 
 SIZES = {
     "vocab_size": 101,
@@ -58,6 +62,11 @@ def settings(**model) -> Config:
     config = Config(model=ModelConfig(**SIZES | model))
     config.train.precision, config.loss.z_coef = "fp32", 0.001
     return config
+
+
+def build(config: Config, ranks: Ranks) -> Engine:
+    """Build the engine that a training run of these settings has."""
+    return build_engine(engine_settings(config), ranks, next_token_prediction)
 
 
 def micro_batches(step: int, samples: int) -> list[dict[str, Tensor]]:

@@ -10,7 +10,8 @@ from gptoss_dist.config import Config, ModelConfig, RunConfig, TrackingConfig
 from gptoss_dist.parallel.mesh import DeviceLayout
 from gptoss_dist.tracking.expert_tokens import ExpertTokens, read_expert_tokens
 from gptoss_dist.tracking.plots import plot_run
-from gptoss_dist.train.report import Report
+from gptoss_dist.train.report import LaunchedStep, Report
+from gptoss_dist.train.start import Start
 
 FILE = "expert_tokens.jsonl"
 
@@ -158,9 +159,10 @@ def report_steps(folder, start, last):
     settings = config(folder, every=2)
     settings.save(folder / "config.yaml")
     ranks = SimpleNamespace(world_size=1, device=torch.device("cpu"))
-    data = SimpleNamespace(mixture=SimpleNamespace(manifest_sha256="0"), history=[])
+    mixture = SimpleNamespace(manifest_sha256="0", changes=[], usage=lambda position: [])
+    data = SimpleNamespace(mixture=mixture, history=[])
     engine = SimpleNamespace(name="fsdp", layout=DeviceLayout(1, 1, 1))
-    report = Report(settings, ranks, engine, data, start=start, tokens=0, run_id=None)
+    report = Report(settings, ranks, engine, data, Start(step=start))
     zero = torch.zeros(())
     counts_LE = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
     result = SimpleNamespace(
@@ -173,7 +175,7 @@ def report_steps(folder, start, last):
         traffic_R3=None,
     )
     for step in range(start + 1, last + 1):
-        report.step(step, result, 1e-3, {}, 0)
+        report.step(LaunchedStep(step, result, 1e-3, {}, samples_consumed=0), skipped=0)
     return report
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ import torch.distributed as dist
 import yaml
 
 from data_pipeline import Manifest
+from gptoss_dist.checkpoint import CheckpointInfo
 from gptoss_dist.config import Config, SourceConfig, StageConfig, load_config
 from gptoss_dist.distributed.processes import start
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.train.data import open_training_data, open_validation, verify
 from gptoss_dist.train.dry_run import describe
-from gptoss_dist.train.start import check_resumable
+from gptoss_dist.train.start import Start, check_resumable
 from tests.support.ranks import run
 from tests.support.token_data import write_dataset
 
@@ -51,10 +53,10 @@ def config(folders):
     return config
 
 
-def checkpoint(data, step, samples):
-    """What a checkpoint's JSON keeps."""
-    info = {"step": step, "samples_consumed": samples, "data": {"path": None} | data.place(samples)}
-    return json.loads(json.dumps(info))
+def resumed(step, samples, data) -> Start:
+    """A start from the checkpoint CKPT, whose JSON keeps `data`."""
+    info = CheckpointInfo(step=step, samples_consumed=samples, data=json.loads(json.dumps({"path": None} | data)))
+    return Start(Path("CKPT"), info, step, samples)
 
 
 def indices(data, a, b):
@@ -65,47 +67,47 @@ def test_a_run_goes_on_with_its_mixture(config):
     settings = config(("web", 0.7, 1.0), ("code", 0.3), stages=[(10, {"code": 1, "web": 1})])
     data = open_training_data(settings, PER_STEP)
     assert [position for position, _ in data.mixture.changes][:1] == [40]
-    again = open_training_data(settings, PER_STEP, info=checkpoint(data, 7, 28))
+    again = open_training_data(settings, PER_STEP, resumed(7, 28, data.place(28)))
     assert indices(again, 28, 200) == indices(data, 28, 200) and again.history == []
     # Another batch would move the stage.
     with pytest.raises(ValueError, match=r"CKPT was trained with other data: stages were .* from sample 40, now"):
-        open_training_data(settings, 2 * PER_STEP, checkpoint="CKPT", info=checkpoint(data, 7, 28))
+        open_training_data(settings, 2 * PER_STEP, resumed(7, 28, data.place(28)))
 
 
 def test_a_change_is_refused_unless_asked_for_and_then_recorded(config):
     first = open_training_data(config(("web", 0.7), ("code", 0.3)), PER_STEP)
-    info = checkpoint(first, 10, 40)
+    start = resumed(10, 40, first.place(40))
     changed = config(("code", 0.5), ("math", 0.5), stages=[(15, {"math": 1})])
     with pytest.raises(
         ValueError, match=r"web is gone; weight of code was 0\.3, now 0\.5; math is new; stages"
     ) as error:
-        open_training_data(changed, PER_STEP, checkpoint="CKPT", info=info)
+        open_training_data(changed, PER_STEP, start)
     assert "--data.change_mixture true" in str(error.value) and "\n" not in str(error.value)
     changed.data.change_mixture = True
-    second = open_training_data(changed, PER_STEP, info=info)
+    second = open_training_data(changed, PER_STEP, start)
     assert second.history == [{"step": 10, "samples": 40, "changed": second.history[0]["changed"]}]
     assert second.mixture.start == 40 and [position for position, _ in second.mixture.changes] == [60]
     counts = {s.name: n for s, n in zip(second.mixture.sources, second.mixture.counts(40).tolist())}
     assert counts == {"code": first.mixture.counts(40)[1], "math": 0}
     # From now on it needs no permission, and goes on exactly; the change stays on record.
     changed.data.change_mixture = False
-    third = open_training_data(changed, PER_STEP, info=checkpoint(second, 12, 48))
+    third = open_training_data(changed, PER_STEP, resumed(12, 48, second.place(48)))
     assert indices(third, 48, 150) == indices(second, 48, 150) and third.history == second.history
     # The web comes back where it was left, forty samples later.
     back = config(("web", 1.0), ("math", 1.0), change_mixture=True)
-    fourth = open_training_data(back, PER_STEP, info=checkpoint(third, 17, 68))
+    fourth = open_training_data(back, PER_STEP, resumed(17, 68, third.place(68)))
     assert fourth.mixture.counts(68)[0] == first.mixture.counts(40)[0] and len(fourth.history) == 2
 
 
 def test_from_one_dataset_to_several_and_from_older_checkpoints(config):
     one = open_training_data(config("web"), PER_STEP)
-    old = {"step": 3, "samples_consumed": 12, "data": {"path": "x/web", "content_sha256": one.mixture.content_sha256}}
-    assert indices(open_training_data(config("web"), PER_STEP, info=old), 12, 99) == indices(one, 12, 99)
-    for info in (old, checkpoint(one, 3, 12)):
+    old = resumed(3, 12, {"path": "x/web", "content_sha256": one.mixture.content_sha256})
+    assert indices(open_training_data(config("web"), PER_STEP, old), 12, 99) == indices(one, 12, 99)
+    for begin in (old, resumed(3, 12, one.place(12))):
         with pytest.raises(ValueError, match=r"weight of web was 1\.0, now 0\.5; code is new"):
-            open_training_data(config(("web", 1.0), ("code", 1.0)), PER_STEP, info=info)
+            open_training_data(config(("web", 1.0), ("code", 1.0)), PER_STEP, begin)
         both = config(("web", 1.0), ("code", 1.0), change_mixture=True)
-        mixture = open_training_data(both, PER_STEP, info=info).mixture
+        mixture = open_training_data(both, PER_STEP, begin).mixture
         assert mixture.counts(12).tolist() == [12, 0]
 
 
@@ -117,18 +119,18 @@ def test_a_checkpoint_of_another_plan_of_the_samples_is_refused(config):
         ("contiguous", {"mixing": 2}, "version 2 of mixing, this is version 1"),
     ):
         settings = config("web", packing=packing)
-        info = checkpoint(open_training_data(settings, PER_STEP), 3, 12)
-        open_training_data(settings, PER_STEP, info=info)
-        info["data"]["versions"] = earlier
+        start = resumed(3, 12, open_training_data(settings, PER_STEP).place(12))
+        open_training_data(settings, PER_STEP, start)
+        start.info.data["versions"] = earlier
         if earlier is None:
-            del info["data"]["versions"]
+            del start.info.data["versions"]
         with pytest.raises(ValueError, match=f"CKPT was trained with {message}, which gives other samples"):
-            open_training_data(settings, PER_STEP, checkpoint="CKPT", info=info)
+            open_training_data(settings, PER_STEP, start)
 
 
 @pytest.mark.parametrize("model", [{"wings": 2}, {"rope_scaling": {"wings": 2}}])
 def test_a_checkpoint_of_another_model_code_is_named(config, model):
-    info = {"config": {"model": config("web").model.to_dict() | model}}
+    info = CheckpointInfo(3, 12, config={"model": config("web").model.to_dict() | model})
     with pytest.raises(
         ValueError, match=r"CKPT: model config has unknown keys \['wings'\]; resume it with the version"
     ):
@@ -230,11 +232,11 @@ def test_content_is_verified_as_asked(config, monkeypatch):
         folders = [source.path for source in settings.data.sources]
         for kind, always in (("once", False), ("always", True)):
             settings.data.verify = kind
-            verify(settings, said.append)
+            verify(settings.data, said.append)
             assert calls == [(f, 0, 1, always) for f in folders] + [("recorded", f) for f in folders]
             calls.clear()
         settings.data.verify = "never"
-        verify(settings, said.append)
+        verify(settings.data, said.append)
         assert not calls
         tokens = sum(Manifest.read(f).tokens(split) for f in folders for split in ("train", "validation"))
         assert said == [f"comparing {tokens:,} tokens with their checksums (data.verify)"] * 2
@@ -245,7 +247,7 @@ def test_content_is_verified_as_asked(config, monkeypatch):
         settings.data.verify = "once"
         monkeypatch.setattr("gptoss_dist.train.data.check_content", damaged)
         with pytest.raises(ValueError, match=r"web/train-00000\.bin: content differs"):
-            verify(settings, said.append)
+            verify(settings.data, said.append)
         assert not calls  # what was not found whole is not recorded as such
     finally:
         dist.destroy_process_group()
@@ -281,7 +283,7 @@ for case in sys.argv[2:]:
     read.clear()
     _set_pg_timeout(timedelta(seconds=4 if case == "sound" else 300))
     try:
-        verify(config, print, patient)
+        verify(config.data, print, patient)
         print(case, "sound", flush=True)
     except ValueError as error:
         print(case, error, flush=True)

@@ -46,7 +46,7 @@ with torch.device("meta"):
 for parameter in model.parameters():
     parameter.data = parameter.data.to(torch.bfloat16)
 layout = plan_layout(config.parallel, config.model.num_local_experts, ranks.world_size)
-parallelize(model, config, build_meshes(layout, "cpu"))
+parallelize(model, config.train, config.parallel, build_meshes(layout, "cpu"))
 model.to_empty(device="cpu")
 for parameter in model.parameters():
     local(parameter).data.zero_()  # its memory is there from now on

@@ -1,0 +1,186 @@
+"""What is open while a run trains: its loader, report, saver and request to stop, closed in order however it ends."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Self
+
+import torch.distributed as dist
+
+from data_pipeline import BatchLoader
+from gptoss_dist import checkpoint
+from gptoss_dist.checkpoint import CheckpointInfo, Retention, Saver
+from gptoss_dist.checkpoint.formats.pretrained import Pretrained
+from gptoss_dist.config import Config
+from gptoss_dist.distributed.collectives import on_rank_zero
+from gptoss_dist.distributed.processes import Ranks
+from gptoss_dist.distributed.signals import StopRequest
+from gptoss_dist.engine import Engine
+from gptoss_dist.parallel.mesh import spanned_machines
+from gptoss_dist.tracking.metrics import StepTimer
+from gptoss_dist.tracking.profiling import profiled
+from gptoss_dist.train.data import RunData
+from gptoss_dist.train.faults import SkipGuard, TrainingError
+from gptoss_dist.train.report import LaunchedStep, Report
+from gptoss_dist.train.start import Start, open_folder
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """A run between its first and its last step.
+
+    A context manager; only rank 0 has a `report`.
+    """
+
+    def __init__(
+        self, config: Config, ranks: Ranks, engine: Engine, data: RunData, start: Start, group: dist.ProcessGroup
+    ) -> None:
+        """Open the run's folder and all that writes to it; collective.
+
+        Args:
+            group: of all ranks, for the saver alone from now on.
+
+        Raises:
+            ValueError: the folder cannot be written.
+        """
+        self.config, self.ranks, self.engine, self.data = config, ranks, engine, data
+        self.loader = self._open_loader(start.samples_consumed)
+        on_rank_zero(lambda: open_folder(config))  # only now: a run that is refused writes nothing
+        self.report = Report(config, ranks, engine, data.training, start) if ranks.is_main else None
+        keep = config.checkpoint
+        self.saver = Saver(
+            config.checkpoint_folder,
+            keep=Retention(keep.keep, keep.keep_every, keep.keep_best),
+            asynchronous=keep.asynchronous,
+            group=group,
+        )
+        self.timer, self.stop = StepTimer(ranks.device), StopRequest()
+        self.guard = SkipGuard(config.train.max_skipped_steps, start.skipped_steps)
+        self.last_saved_step = start.step
+        self._status = "FAILED"
+
+    def _open_loader(self, samples_consumed: int) -> BatchLoader:
+        train, data = self.config.train, self.config.data
+        return BatchLoader(
+            self.data.training.mixture,
+            micro_batch_size=train.micro_batch_size,
+            accumulation=train.gradient_accumulation,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            samples_consumed=samples_consumed,
+            document_mask=data.document_mask,
+            prefetch=data.prefetch,
+            workers=data.workers,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with suppress(Exception):
+            self.saver.close()  # what is being written is finished, however the run ends
+        self.stop.close()
+        self.loader.close()
+        if self.report:
+            self.report.close(self._status)
+
+    def announce(self, start: Start, weights: Pretrained | None) -> None:
+        """Say where the run starts, how it is laid out and what it reads; set later checkpoints aside.
+
+        Args:
+            weights: those that a new run starts from, if not from random ones.
+        """
+        if not self.report:
+            return
+        config, engine, message = self.config, self.engine, self.report.message
+        if start.checkpoint is not None:
+            message(f"resumed {start.checkpoint} at step {start.step}")
+        else:
+            message(f"training {config.run.name} in {config.folder}")
+        if weights is not None:
+            message(f"started from the weights of {weights.folder}")
+        samples = self.loader.samples_per_step
+        message(f"{self.ranks.world_size} processes, {engine.name}, {engine.layout}; {samples} samples per step")
+        self.report.plan(start.samples_consumed, samples)
+        if spanned := spanned_machines(engine.layout):
+            message(spanned)
+        for moved in checkpoint.set_aside(config.checkpoint_folder, after=start.step):
+            message(f"a later checkpoint is now {moved}")
+
+    def message(self, text: str) -> None:
+        """Tell the user and log.txt, once for all ranks."""
+        if self.report:
+            self.report.message(text)
+
+    def profiler(self, step: int) -> AbstractContextManager:
+        """Return the profiler on rank 0 for the step that is to be recorded, else a context that does nothing."""
+        recorded = self.ranks.is_main and step == self.config.train.profile_step
+        return profiled(self.config.folder / "profile", step, self.ranks.device) if recorded else nullcontext()
+
+    def read_back(self, launched: LaunchedStep | None) -> bool:
+        """Wait for the result of a step that was launched earlier, and report it.
+
+        Returns:
+            Whether any rank was asked to stop.
+
+        Raises:
+            TrainingError: too many steps in a row were skipped.
+        """
+        if launched is None:
+            return False
+        step, result = launched.step, launched.result.wait()
+        loss = float(result.loss)
+        self.guard.observe(step, bool(result.skipped), loss, float(result.grad_norm))
+        if self.report:
+            self.report.step(launched, self.guard.total)
+        self.guard.check(step, loss)
+        return bool(result.stop)
+
+    def report_failed_saves(self) -> None:
+        """Tell what went wrong in saving since the last call; training goes on."""
+        for failure in self.saver.messages():
+            log.error("%s", failure)
+            self.message(f"CHECKPOINT FAILED: {failure}")
+
+    def save(self, step: int, validation_loss: float | None = None) -> None:
+        """Save a checkpoint of after step `step`; collective.
+
+        Args:
+            validation_loss: if there was a validation right before.
+        """
+        training, report = self.data.training, self.report
+        consumed = self.loader.samples_consumed
+        info = CheckpointInfo(
+            step=step,
+            samples_consumed=consumed,
+            skipped_steps=self.guard.total,
+            validation_loss=validation_loss,
+            config=self.config.to_dict(),
+            data={"path": self.config.data.path} | training.place(consumed),
+            tokens=report.throughput.tokens if report else None,
+            mlflow_run_id=report.tracker.run_id if report else None,
+            code=report.revision if report else None,
+            layout=f"{self.engine.name}, {self.engine.layout}",
+        )
+        self.saver.save(step, self.engine.state(), info.to_dict(), extra_files=training.mixture.tokenizer.save)
+        self.last_saved_step = step
+        if report:
+            report.saved(step, self.saver.pause_s)
+
+    def finish(self, step: int) -> None:
+        """Save what is not saved yet, wait for the disk, and say how the run ended.
+
+        Raises:
+            TrainingError: the last checkpoint could not be written.
+        """
+        if self.last_saved_step != step:
+            self.save(step)
+        try:
+            self.saver.close()
+        except OSError as error:
+            raise TrainingError(f"{error}; earlier checkpoints are intact") from error
+        self._status = "FINISHED" if step >= self.config.train.steps else "KILLED"
+        end = "finished" if self._status == "FINISHED" else "stopped as asked"
+        self.message(f"{end} at step {step}; checkpoint in {self.config.checkpoint_folder}")
