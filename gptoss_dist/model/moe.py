@@ -6,7 +6,7 @@ I intermediate_size, F = 2 * I (gate and up interleaved), N = T * K token-expert
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,7 @@ class RouterStats(NamedTuple):
 class Router(nn.Module):
     """Linear -> top-k of the logits -> softmax over those k (GPT-OSS).
 
-    The choice of experts, and nothing else, can be changed by a selection bias (`updated_selection_bias`), or be
-    taken from the router altogether to measure speed apart from balance (`forced`).
+    `choose` may be replaced from outside (`parallel/forced_routing.py`).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -45,57 +44,32 @@ class Router(nn.Module):
         E = config.num_local_experts
         self.num_experts_per_tok = config.num_experts_per_tok
         self.jitter = 0.0
-        self.forced: Literal["balanced", "replay"] | None = None
-        """For benchmarks, in training mode only. `balanced` deals experts out in turn; `replay` repeats the choices of
-        the first batch, until a batch has another number of tokens. Let the first step of a compiled model run under
-        `torch.compiler.set_stance("force_eager")`: recording breaks the graph, and the break would stay."""
-        self.recorded_TK: Tensor | None = None
-        """The choices that `replay` repeats."""
+        """In training, the input is multiplied by noise in [1 - jitter, 1 + jitter]; set by who trains the model."""
         self.weight = nn.Parameter(torch.empty(E, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(E)) if config.router_bias else None
         selection_bias = torch.zeros(E, dtype=torch.float32) if config.router_selection_bias else None
         self.register_buffer("selection_bias", selection_bias)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
-        """Returns weights [T, K] in x's dtype, expert indices [T, K] int64, and the sums for losses and metrics."""
+        """Return weights [T, K] in x's dtype, expert indices [T, K] int64, and the sums for losses and metrics."""
         if self.jitter and self.training:
             # Multiplicative noise on the router's input (Switch Transformer, arXiv:2101.03961).
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
         logits_TE = linear(x_TD, self.weight, self.bias)
-        chosen_TK, indices_TK = self._choose(logits_TE)
+        chosen_TK, indices_TK = self.choose(logits_TE)
         weights_TK = torch.softmax(chosen_TK, dim=-1, dtype=torch.float32).to(x_TD.dtype)
         return weights_TK, indices_TK, router_stats(logits_TE, indices_TK)
 
-    def _choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Unbiased logits [T, K] of each token's experts, which carry the gradient, and their indices [T, K] int64."""
-        if self.forced is not None and self.training:
-            indices_TK = self._forced_indices(logits_TE)
-        elif self.selection_bias is not None:
-            indices_TK = self._preferred_indices(logits_TE)
-        else:
+    def choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits [T, K] of each token's experts, which carry the gradient, and their indices [T, K] int64.
+
+        A selection bias (`updated_selection_bias`) changes the choice, and not the logits.
+        """
+        if self.selection_bias is None:
             return torch.topk(logits_TE, self.num_experts_per_tok, dim=-1)
+        biased_TE = logits_TE.detach() + self.selection_bias
+        indices_TK = torch.topk(biased_TE, self.num_experts_per_tok, dim=-1).indices
         return logits_TE.gather(-1, indices_TK), indices_TK
-
-    def _preferred_indices(self, logits_TE: Tensor) -> Tensor:
-        logits_TE = logits_TE.detach()
-        if self.selection_bias is not None:
-            logits_TE = logits_TE + self.selection_bias
-        return torch.topk(logits_TE, self.num_experts_per_tok, dim=-1).indices
-
-    def _forced_indices(self, logits_TE: Tensor) -> Tensor:
-        (T, E), K = logits_TE.shape, self.num_experts_per_tok
-        if self.forced == "balanced":
-            return torch.arange(T * K, device=logits_TE.device).view(T, K) % E
-        if self.forced == "replay":
-            if self.recorded_TK is None or self.recorded_TK.shape[0] != T:
-                self._record(logits_TE)
-            return self.recorded_TK
-        raise ValueError(f"router.forced={self.forced!r} must be 'balanced', 'replay' or None")
-
-    @torch.compiler.disable
-    def _record(self, logits_TE: Tensor) -> None:
-        # Not compiled: a tensor that outlives the step must not lie in the memory of a CUDA graph.
-        self.recorded_TK = self._preferred_indices(logits_TE)
 
 
 def router_stats(logits_TE: Tensor, indices_TK: Tensor) -> RouterStats:

@@ -20,7 +20,7 @@ from tests.support.reference import LR, SIZES, micro_batches, plain, settings
 
 
 @pytest.fixture(scope="module")
-def context():
+def ranks():
     yield start()
     dist.destroy_process_group()
 
