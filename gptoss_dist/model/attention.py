@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from gptoss_dist.model.config import SLIDING, ModelConfig
 from gptoss_dist.model.linear import Linear
 from gptoss_dist.model.rope import apply_rotary
+from gptoss_dist.ops.attention.documents import Documents
 from gptoss_dist.ops.attention.sink_attention import masked_sink_attention, sink_attention
 
 
 class LayerCache(Protocol):
-    """What attention needs of a key/value cache for one layer (see `inference/kv_cache.py`)."""
+    """What attention needs of a key/value cache for one layer (see `model/kv_cache.py`)."""
 
     def append(self, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store new keys and values; return those to attend to, [B, K, S, C], and which are visible, bool [T, S].
@@ -46,7 +47,7 @@ class Attention(nn.Module):
         self,
         x_BTD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        document_ids_BT: Tensor | None = None,
+        documents: Documents | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         B, T, _ = x_BTD.shape
@@ -68,7 +69,7 @@ class Attention(nn.Module):
                 sinks_H,
                 scale=scale,
                 window=self.window,
-                document_ids_BT=document_ids_BT,
+                documents=documents,
                 backend=self.backend,
             )
         return self.o_proj(o_BHTC.transpose(1, 2).reshape(B, T, -1))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gptoss_dist.model.attention import Attention
+from gptoss_dist.model.attention import Attention, LayerCache
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.generate import generate
 from gptoss_dist.model.kv_cache import KVCache
@@ -19,6 +19,7 @@ from gptoss_dist.model.linear import Linear
 from gptoss_dist.model.losses import balance_loss, z_loss
 from gptoss_dist.model.moe import MoE, RouterStats
 from gptoss_dist.model.rope import RotaryTables
+from gptoss_dist.ops.attention.documents import Documents, locate_documents
 from gptoss_dist.ops.cross_entropy import linear_cross_entropy
 from gptoss_dist.ops.rms_norm import rms_norm
 
@@ -58,8 +59,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config)
 
-    def forward(self, x_BTD: Tensor, rotary, document_ids_BT=None, cache=None) -> tuple[Tensor, RouterStats]:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, document_ids_BT, cache)
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        documents: Documents | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, RouterStats]:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, documents, cache)
         y_BTD, stats = self.mlp(self.post_attention_layernorm(x_BTD))
         return x_BTD + y_BTD, stats
 
@@ -74,15 +81,18 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_tables = RotaryTables(config)
 
-    def forward(self, input_ids_BT, document_ids_BT=None, cache: KVCache | None = None) -> tuple[Tensor, RouterStats]:
+    def forward(
+        self, input_ids_BT: Tensor, document_ids_BT: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, RouterStats]:
         x_BTD = self.embed_tokens(input_ids_BT)
         start = cache.length if cache is not None else 0
         position_T = torch.arange(start, start + input_ids_BT.shape[1], device=input_ids_BT.device)
         rotary = self.rotary_tables(position_T, x_BTD.dtype)
+        documents = locate_documents(document_ids_BT) if document_ids_BT is not None else None
         layer_stats = []
         for index, layer in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
-            x_BTD, stats = layer(x_BTD, rotary[layer.layer_type], document_ids_BT, layer_cache)
+            x_BTD, stats = layer(x_BTD, rotary[layer.layer_type], documents, layer_cache)
             layer_stats.append(stats)
         if cache is not None:
             cache.length += input_ids_BT.shape[1]

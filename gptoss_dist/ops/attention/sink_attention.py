@@ -17,15 +17,13 @@ D head_dim, N = B * T tokens in all.
 
 from __future__ import annotations
 
-import weakref
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from gptoss_dist.ops import gemm
 from gptoss_dist.ops.attention import cuda as sink_attention_cuda
 from gptoss_dist.ops.attention import tiled as sink_attention_tiled
+from gptoss_dist.ops.attention.documents import Documents
 
 BACKENDS = ("auto", "flash", "fused", "chunked", "reference")
 
@@ -38,7 +36,7 @@ def sink_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
-    document_ids_BT: Tensor | None = None,
+    documents: Documents | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Causal grouped-query attention with sinks.
@@ -49,7 +47,8 @@ def sink_attention(
         sinks_H: one logit per query head, any floating dtype; not scaled by `scale`.
         scale: factor on q . k, 1 / sqrt(D) by default.
         window: keys visible to a query, itself included; None for all earlier ones.
-        document_ids_BT: integers, non-decreasing along T; attention stays within equal ids.
+        documents: where documents lie, from `locate_documents`: attention stays within each. None if every sequence is
+            one document.
         backend: `reference` holds all T x T scores; `chunked` is plain PyTorch in O(T) memory on any device; `flash`
             uses the device's flash kernels (CPU: any floating dtype; CUDA: bf16 or fp16, D a multiple of 8 up to 256);
             `fused`, for bf16 on CPU, multiplies matrices in bf16, rounding scores to it, around one pass of
@@ -60,20 +59,20 @@ def sink_attention(
         o_BHTD in q's dtype: a transposed view of a contiguous [B, T, H, D].
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a window below 1, decreasing document ids, or an unknown back end
-            or one that does not apply.
+        ValueError: shapes or dtypes that do not fit, a window below 1, or an unknown back end or one that does not
+            apply.
     """
-    _check(q_BHTD, k_BKTD, v_BKTD, sinks_H, window, document_ids_BT, backend)
+    _check(q_BHTD, k_BKTD, v_BKTD, sinks_H, window, documents, backend)
     T, D = q_BHTD.shape[2:]
     scale = D**-0.5 if scale is None else scale
     window = None if window is None or window >= T else window
     if backend == "reference":
-        visible = causal_visibility(T, window, document_ids_BT, q_BHTD.device)
+        visible = causal_visibility(T, window, documents, q_BHTD.device)
         return masked_sink_attention(q_BHTD, k_BKTD, v_BKTD, sinks_H, visible, scale=scale)
     kernel = _select_kernel(q_BHTD, backend)
-    documents = Documents(None, None, T) if document_ids_BT is None else _locate_documents(document_ids_BT)
+    borders = (None, None, T) if documents is None else documents
     q_BTHD, k_BTKD, v_BTKD = (x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD))
-    o_BTHD, _ = _attend(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, *documents, kernel)
+    o_BTHD, _ = _attend(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, *borders, kernel)
     return o_BTHD.transpose(1, 2)
 
 
@@ -116,51 +115,14 @@ def masked_sink_attention(
     return o_BKRD.to(q_BHTD.dtype).view(B, H, T, D)
 
 
-def causal_visibility(T: int, window: int | None, document_ids_BT: Tensor | None, device: torch.device) -> Tensor:
+def causal_visibility(T: int, window: int | None, documents: Documents | None, device: torch.device) -> Tensor:
     """Bool mask of which keys a query sees, [T, T], or [B, T, T] with documents."""
     position_T = torch.arange(T, device=device)
     distance_TT = position_T[:, None] - position_T
     visible = (distance_TT >= 0) & (distance_TT < (T if window is None else window))
-    if document_ids_BT is not None:
-        visible = visible & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
+    if documents is not None:
+        visible = visible & (documents.first_BT[:, :, None] == documents.first_BT[:, None, :])
     return visible
-
-
-class Documents(NamedTuple):
-    """Where documents lie, in the two forms that kernels ask for; both None where each sequence is one document."""
-
-    first_BT: Tensor | None
-    """Position within its sequence of the first token of each token's document, int64."""
-    cu_seqlens: Tensor | None
-    """Start of every document in the flattened batch, and N last: [documents + 1], int32."""
-    longest: int
-    """An upper bound of the length of a document."""
-
-
-_last_documents: tuple[weakref.ref, int, Documents] | None = None
-
-
-@torch.compiler.disable
-def _locate_documents(document_ids_BT: Tensor) -> Documents:
-    """Remembers its last answer: every layer asks about the same tensor, and each answer reads back from the device."""
-    global _last_documents
-    version = None if document_ids_BT.is_inference() else document_ids_BT._version
-    last = _last_documents
-    if version is not None and last is not None and last[0]() is document_ids_BT and last[1] == version:
-        return last[2]
-    B, T = document_ids_BT.shape
-    step_BT = document_ids_BT.diff(dim=1)
-    if (step_BT < 0).any():
-        raise ValueError("document_ids_BT decreases along T; number the documents of a sequence in order")
-    position_T = torch.arange(T, device=document_ids_BT.device)
-    first_BT = torch.zeros_like(document_ids_BT, dtype=torch.int64)
-    first_BT[:, 1:] = torch.where(step_BT > 0, position_T[1:], 0).cummax(dim=1).values
-    starts = (first_BT == position_T).flatten().nonzero().flatten()
-    cu_seqlens = torch.nn.functional.pad(starts, (0, 1), value=B * T)
-    documents = Documents(first_BT, cu_seqlens.int(), int(cu_seqlens.diff().max()))
-    if version is not None:
-        _last_documents = (weakref.ref(document_ids_BT), version, documents)
-    return documents
 
 
 def _select_kernel(q: Tensor, backend: str) -> str:
@@ -181,7 +143,7 @@ def _select_kernel(q: Tensor, backend: str) -> str:
     return flash or "chunked"
 
 
-def _check(q, k, v, sinks, window, document_ids, backend) -> None:
+def _check(q, k, v, sinks, window, documents, backend) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     B, H, T, D = q.shape
@@ -197,8 +159,8 @@ def _check(q, k, v, sinks, window, document_ids, backend) -> None:
         raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
     if window is not None and window < 1:
         raise ValueError(f"window {window} hides every key; need at least 1 (the query itself), or None for no window")
-    if document_ids is not None and document_ids.shape != (B, T):
-        raise ValueError(f"document_ids_BT has shape {tuple(document_ids.shape)}; need ({B}, {T})")
+    if documents is not None and documents.first_BT.shape != (B, T):
+        raise ValueError(f"document_ids_BT has shape {tuple(documents.first_BT.shape)}; need ({B}, {T})")
 
 
 # Custom ops are opaque to torch.compile (no graph break, no tracing of the tile loops) and let selective activation
