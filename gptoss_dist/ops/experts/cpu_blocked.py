@@ -5,7 +5,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gptoss_dist.ops.experts.activation import BetweenGemms, Gating
-from gptoss_dist.ops.gemm import cast_into, mm_into
+from gptoss_dist.ops.experts.loop import check_counts
+from gptoss_dist.ops.gemm import cast_into, gemm_dtype, mm_into
+
+
+@torch.compiler.disable  # row counts on the host are what a compiler cannot trace; it breaks the graph here instead
+def blocked_experts(tokens_per_expert_E: Tensor, gating: Gating, operands: tuple) -> Tensor:
+    """Compute the expert MLPs by hand-written passes; arguments as in the table of `grouped_experts.py`."""
+    x_ND, *weights = operands
+    counts = tokens_per_expert_E.tolist()
+    check_counts(counts, x_ND)
+    dtype = gemm_dtype(x_ND, rows=sum(counts) // max(sum(n > 0 for n in counts), 1))
+    room = in_few_sizes(counts) if builds_a_kernel_per_shape(x_ND.device, dtype) else counts
+    if room == counts:
+        return Blocked.apply(counts, gating, dtype, x_ND, *weights)
+    position_N = positions(counts, room)
+    y_PD = Blocked.apply(room, gating, dtype, Pad.apply(x_ND, sum(room), position_N), *weights)
+    return Unpad.apply(y_PD, position_N)
 
 
 def builds_a_kernel_per_shape(device: torch.device, dtype: torch.dtype) -> bool:

@@ -19,21 +19,30 @@ Shape legend: N rows (token copies) of all experts, n rows of one expert, E expe
 F = 2 * I.
 """
 
-import torch
 from torch import Tensor
 
-from gptoss_dist.ops.experts.activation import Gating, gating_of
-from gptoss_dist.ops.experts.cpu_blocked import Blocked, Pad, Unpad, builds_a_kernel_per_shape, in_few_sizes, positions
+from gptoss_dist.ops.backends import Backend, choose, serves_all, table
+from gptoss_dist.ops.experts.activation import gating_of
+from gptoss_dist.ops.experts.cpu_blocked import blocked_experts
 from gptoss_dist.ops.experts.grouped import (
     grouped_gemm_experts,
     grouped_mm_experts,
-    grouped_mm_experts_uncompiled,
-    grouped_mm_limit,
+    why_not_grouped_gemm,
+    why_not_grouped_mm,
 )
-from gptoss_dist.ops.experts.loop import check_counts, loop_experts
-from gptoss_dist.ops.gemm import gemm_dtype
+from gptoss_dist.ops.experts.loop import loop_experts
 
-BACKENDS = ("auto", "loop", "grouped_mm", "grouped_gemm", "blocked")
+BACKENDS = table(
+    Backend("grouped_mm", why_not_grouped_mm, grouped_mm_experts),
+    Backend("grouped_gemm", why_not_grouped_gemm, grouped_gemm_experts),
+    Backend("loop", serves_all, loop_experts),
+    Backend("blocked", serves_all, blocked_experts),
+)
+"""Sizes are (D, I). `run` takes tokens_per_expert_E, the activation's `Gating`, and (x_ND, gate_up_proj_EDF,
+gate_up_proj_bias_EF or None, down_proj_EID, down_proj_bias_ED or None); it returns y_ND."""
+
+AUTO_ORDER = {"cpu": ("blocked",), "cuda": ("grouped_mm", "loop")}
+"""What `auto` tries, by type of device; other devices are like CUDA."""
 
 
 def grouped_experts(
@@ -72,37 +81,11 @@ def grouped_experts(
     """
     _check_operands(x_ND, tokens_per_expert_E, gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
     gating = gating_of(activation, alpha, limit)
-    if backend == "auto":
-        if x_ND.device.type == "cpu":
-            backend = "blocked"
-        else:
-            backend = "loop" if grouped_mm_limit(x_ND.dtype, *down_proj_EID.shape[1:]) else "grouped_mm"
     operands = (x_ND, gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
-    if backend == "grouped_mm":
-        # The compiler's idea of torch's grouped product knows bf16 only: for other types the graph breaks here.
-        multiply = grouped_mm_experts if x_ND.dtype == torch.bfloat16 else grouped_mm_experts_uncompiled
-        return multiply(tokens_per_expert_E, gating, operands)
-    if backend == "grouped_gemm":
-        return grouped_gemm_experts(tokens_per_expert_E, gating, operands)
-    if backend not in ("loop", "blocked"):
-        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-
-    return _one_by_one(backend, tokens_per_expert_E, gating, operands)
-
-
-@torch.compiler.disable  # row counts on the host are what a compiler cannot trace; it breaks the graph here instead
-def _one_by_one(backend: str, tokens_per_expert_E: Tensor, gating: Gating, operands: tuple) -> Tensor:
-    counts = tokens_per_expert_E.tolist()
-    check_counts(counts, operands[0])
-    if backend == "loop":
-        return loop_experts(counts, gating, *operands)
-    dtype = gemm_dtype(operands[0], rows=sum(counts) // max(sum(n > 0 for n in counts), 1))
-    room = in_few_sizes(counts) if builds_a_kernel_per_shape(operands[0].device, dtype) else counts
-    if room == counts:
-        return Blocked.apply(counts, gating, dtype, *operands)
-    position_N = positions(counts, room)
-    y_PD = Blocked.apply(room, gating, dtype, Pad.apply(operands[0], sum(room), position_N), *operands[1:])
-    return Unpad.apply(y_PD, position_N)
+    order = AUTO_ORDER.get(x_ND.device.type, AUTO_ORDER["cuda"])
+    I, D = down_proj_EID.shape[1:]  # noqa: E741
+    chosen = choose(BACKENDS, backend, order, x_ND.dtype, (D, I), x_ND.device)
+    return chosen.run(tokens_per_expert_E, gating, operands)
 
 
 def _check_operands(x_ND, tokens_E, w1_EDF, b1_EF, w2_EID, b2_ED) -> None:
