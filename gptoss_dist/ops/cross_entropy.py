@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gptoss_dist.ops.backends import Backend, choose, serves_all, table
 from gptoss_dist.ops.gemm import gemm_dtype
-
-BACKENDS = ("auto", "reference", "chunked")
 
 # Elements of a 16-bit weight gradient product awaiting its addition in fp32: in cache on the CPU, elsewhere merely
 # bounded (128 MiB).
@@ -60,12 +59,16 @@ def linear_cross_entropy(
     _check_operands(hidden_ND, weight_VD, labels_N, bias)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
-    if backend == "reference":
-        logits_NV = F.linear(hidden_ND, weight_VD, bias)
-        return F.cross_entropy(_upcast(logits_NV), labels_N, ignore_index=ignore_index, reduction="sum").float()
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    chosen = choose(BACKENDS, backend, ("chunked",), hidden_ND.dtype, (), hidden_ND.device)
+    return chosen.run(hidden_ND, weight_VD, bias, labels_N, ignore_index, chunk_tokens)
 
+
+def _reference(hidden_ND, weight_VD, bias_V, labels_N, ignore_index: int, chunk_tokens: int | None) -> Tensor:
+    logits_NV = F.linear(hidden_ND, weight_VD, bias_V)
+    return F.cross_entropy(_upcast(logits_NV), labels_N, ignore_index=ignore_index, reduction="sum").float()
+
+
+def _chunked(hidden_ND, weight_VD, bias_V, labels_N, ignore_index: int, chunk_tokens: int | None) -> Tensor:
     if labels_N.device.type == "cpu":
         # Free to look at the labels here; on an accelerator it would stall the queue.
         keep_N = labels_N != ignore_index
@@ -77,7 +80,11 @@ def linear_cross_entropy(
             )
     needs_grad = torch.is_grad_enabled()
     chunk_tokens = chunk_tokens or min(max(hidden_ND.shape[1], 512), 4096)
-    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias, labels_N, ignore_index, chunk_tokens, needs_grad)
+    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, ignore_index, chunk_tokens, needs_grad)
+
+
+BACKENDS = table(Backend("chunked", serves_all, _chunked), Backend("reference", serves_all, _reference))
+"""`run` takes hidden_ND, weight_VD, bias_V or None, labels_N, ignore_index, and chunk_tokens or None."""
 
 
 def _check_operands(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, bias: Tensor | None) -> None:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gptoss_dist.ops.backends import Backend, choose, serves_all, table
+
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, computed in float32 and rounded once to x's dtype (arXiv:1910.07467).
@@ -17,13 +19,21 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, *, backend: str = "auto
     Raises:
         ValueError: an unknown back end.
     """
-    if backend == "reference":
-        x32_ND = _upcast(x_ND)
-        scale_N1 = torch.rsqrt(x32_ND.square().mean(-1, keepdim=True) + eps)
-        return (_upcast(weight_D) * (x32_ND * scale_N1)).to(x_ND.dtype)
-    if backend not in ("auto", "fused"):
-        raise ValueError(f"backend={backend!r} is unknown; choose auto, fused or reference")
+    return choose(BACKENDS, backend, ("fused",), x_ND.dtype, (), x_ND.device).run(x_ND, weight_D, eps)
+
+
+def _reference(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    x32_ND = _upcast(x_ND)
+    scale_N1 = torch.rsqrt(x32_ND.square().mean(-1, keepdim=True) + eps)
+    return (_upcast(weight_D) * (x32_ND * scale_N1)).to(x_ND.dtype)
+
+
+def _fused(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(x_ND, weight_D, eps)
+
+
+BACKENDS = table(Backend("fused", serves_all, _fused), Backend("reference", serves_all, _reference))
+"""`run` takes x_ND, weight_D and eps."""
 
 
 def _upcast(x: Tensor) -> Tensor:

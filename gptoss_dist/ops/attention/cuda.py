@@ -15,15 +15,16 @@ MAX_HEAD_DIM = 256
 """FlashAttention-2's limit (github.com/Dao-AILab/flash-attention, README); it also needs a multiple of 8, and sm80."""
 
 
-def is_supported(q: Tensor) -> bool:
-    """Whether the flash kernels take queries of this dtype and head_dim on this CUDA device."""
-    D = q.shape[-1]
-    return (
-        q.dtype in (torch.bfloat16, torch.float16)
-        and D % 8 == 0
-        and D <= MAX_HEAD_DIM
-        and torch.cuda.get_device_capability(q.device)[0] >= 8
-    )
+def why_not(dtype: torch.dtype, sizes: tuple[int, ...], device: torch.device) -> str | None:
+    """Say why the flash kernels cannot serve queries of this dtype and (head_dim,) on this CUDA device."""
+    (D,) = sizes
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"computes in bf16 or fp16 on CUDA, not {dtype}"
+    if D % 8 or D > MAX_HEAD_DIM:
+        return f"needs a head_dim in multiples of 8 up to {MAX_HEAD_DIM} on CUDA, not {D}"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "needs a GPU of compute capability 8.0 or later"
+    return None
 
 
 def forward(

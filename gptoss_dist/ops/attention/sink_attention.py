@@ -17,15 +17,16 @@ D head_dim, N = B * T tokens in all.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from gptoss_dist.ops import gemm
-from gptoss_dist.ops.attention import cuda as sink_attention_cuda
-from gptoss_dist.ops.attention import tiled as sink_attention_tiled
+from gptoss_dist.ops.attention import cuda, tiled
 from gptoss_dist.ops.attention.documents import Documents
-
-BACKENDS = ("auto", "flash", "fused", "chunked", "reference")
+from gptoss_dist.ops.attention.kernel_op import attend
+from gptoss_dist.ops.backends import Backend, choose, serves_all, table
 
 
 def sink_attention(
@@ -62,18 +63,15 @@ def sink_attention(
         ValueError: shapes or dtypes that do not fit, a window below 1, or an unknown back end or one that does not
             apply.
     """
-    _check(q_BHTD, k_BKTD, v_BKTD, sinks_H, window, documents, backend)
+    _check(q_BHTD, k_BKTD, v_BKTD, sinks_H, window, documents)
     T, D = q_BHTD.shape[2:]
     scale = D**-0.5 if scale is None else scale
     window = None if window is None or window >= T else window
-    if backend == "reference":
-        visible = causal_visibility(T, window, documents, q_BHTD.device)
-        return masked_sink_attention(q_BHTD, k_BKTD, v_BKTD, sinks_H, visible, scale=scale)
-    kernel = _select_kernel(q_BHTD, backend)
-    borders = (None, None, T) if documents is None else documents
-    q_BTHD, k_BTKD, v_BTKD = (x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD))
-    o_BTHD, _ = _attend(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, *borders, kernel)
-    return o_BTHD.transpose(1, 2)
+    # `fused` rounds more often, so that it is for those who asked for speed by compiling, and where it brings any.
+    compiled = torch.compiler.is_compiling() and gemm.CPU_MULTIPLIES_BF16
+    order = ("fused", "flash", "chunked") if compiled else ("flash", "chunked")
+    chosen = choose(BACKENDS, backend, order, q_BHTD.dtype, (D,), q_BHTD.device)
+    return chosen.run(q_BHTD, k_BKTD, v_BKTD, sinks_H, scale, window, documents)
 
 
 def masked_sink_attention(
@@ -125,27 +123,27 @@ def causal_visibility(T: int, window: int | None, documents: Documents | None, d
     return visible
 
 
-def _select_kernel(q: Tensor, backend: str) -> str:
-    if backend == "chunked":
-        return "chunked"
-    device, dtype, D = q.device.type, q.dtype, q.shape[-1]
-    fusable = device == "cpu" and dtype == torch.bfloat16  # float16 could not hold unscaled scores
-    worthwhile = torch.compiler.is_compiling() and gemm.CPU_MULTIPLIES_BF16
-    if fusable and (backend == "fused" or (backend == "auto" and worthwhile)):
-        return "fused_cpu"
-    flash = {"cpu": "flash_cpu", "cuda": "flash_cuda"}.get(device)
-    if flash == "flash_cuda" and not sink_attention_cuda.is_supported(q):
-        flash = None
-    if backend == "fused" or (flash is None and backend == "flash"):
-        raise ValueError(
-            f"backend {backend!r} has no kernel for {dtype}, head_dim {D} on {device}; use 'auto' or 'chunked'"
-        )
-    return flash or "chunked"
+def _by_definition(q_BHTD, k_BKTD, v_BKTD, sinks_H, scale, window, documents) -> Tensor:
+    visible = causal_visibility(q_BHTD.shape[2], window, documents, q_BHTD.device)
+    return masked_sink_attention(q_BHTD, k_BKTD, v_BKTD, sinks_H, visible, scale=scale)
 
 
-def _check(q, k, v, sinks, window, documents, backend) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+def _why_not_flash(dtype: torch.dtype, sizes: tuple[int, ...], device: torch.device) -> str | None:
+    if device.type == "cpu":
+        return None
+    return cuda.why_not(dtype, sizes, device) if device.type == "cuda" else f"has no kernel on {device.type}"
+
+
+BACKENDS = table(
+    Backend("flash", _why_not_flash, functools.partial(attend, "flash")),
+    Backend("fused", tiled.why_not_fused, functools.partial(attend, "fused")),
+    Backend("chunked", serves_all, functools.partial(attend, "chunked")),
+    Backend("reference", serves_all, _by_definition),
+)
+"""Sizes are (D,). `run` takes q_BHTD, k_BKTD, v_BKTD, sinks_H, scale, window and documents, and returns o_BHTD."""
+
+
+def _check(q, k, v, sinks, window, documents) -> None:
     B, H, T, D = q.shape
     K = k.shape[1]
     if k.shape != (B, K, T, D) or v.shape != k.shape or H % K:
@@ -161,81 +159,3 @@ def _check(q, k, v, sinks, window, documents, backend) -> None:
         raise ValueError(f"window {window} hides every key; need at least 1 (the query itself), or None for no window")
     if documents is not None and documents.first_BT.shape != (B, T):
         raise ValueError(f"document_ids_BT has shape {tuple(documents.first_BT.shape)}; need ({B}, {T})")
-
-
-# Custom ops are opaque to torch.compile (no graph break, no tracing of the tile loops) and let selective activation
-# checkpointing name attention as an op whose output is worth keeping.
-
-
-@torch.library.custom_op("gptoss_dist::sink_attention", mutates_args=())
-def _attend(
-    q_BTHD: Tensor,
-    k_BTKD: Tensor,
-    v_BTKD: Tensor,
-    sinks_H: Tensor,
-    scale: float,
-    window: int | None,
-    first_BT: Tensor | None,
-    cu_seqlens: Tensor | None,
-    longest: int,
-    kernel: str,
-) -> tuple[Tensor, Tensor]:
-    """o_BTHD, contiguous, and lse_HN in float32 (float64 for float64 inputs), both with the sinks counted in."""
-    if kernel == "flash_cuda":
-        return sink_attention_cuda.forward(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, cu_seqlens, longest)
-    return sink_attention_tiled.forward(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, first_BT, kernel)
-
-
-@_attend.register_fake
-def _(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, first_BT, cu_seqlens, longest, kernel):
-    B, T, H, _ = q_BTHD.shape
-    lse_dtype = torch.promote_types(q_BTHD.dtype, torch.float32)
-    return q_BTHD.new_empty(q_BTHD.shape), q_BTHD.new_empty((H, B * T), dtype=lse_dtype)
-
-
-@torch.library.custom_op("gptoss_dist::sink_attention_backward", mutates_args=())
-def _attend_backward(
-    do_BTHD: Tensor,
-    q_BTHD: Tensor,
-    k_BTKD: Tensor,
-    v_BTKD: Tensor,
-    sinks_H: Tensor,
-    o_BTHD: Tensor,
-    lse_HN: Tensor,
-    scale: float,
-    window: int | None,
-    first_BT: Tensor | None,
-    cu_seqlens: Tensor | None,
-    longest: int,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq_BTHD, dk_BTKD, dv_BTKD, contiguous, and dsinks_H, each in its input's dtype."""
-    tensors = (do_BTHD, q_BTHD, k_BTKD, v_BTKD, o_BTHD, lse_HN)
-    if kernel == "flash_cuda":
-        dq, dk, dv = sink_attention_cuda.backward(*tensors, scale, window, cu_seqlens, longest)
-    else:
-        dq, dk, dv = sink_attention_tiled.backward(*tensors, scale, window, first_BT, kernel)
-    do_o_HN = (do_BTHD.to(lse_HN.dtype) * o_BTHD).sum(-1).flatten(0, 1).t()
-    sink_probability_HN = torch.exp(sinks_H.to(lse_HN.dtype)[:, None] - lse_HN)
-    dsinks_H = -(sink_probability_HN * do_o_HN).sum(1).to(sinks_H.dtype)
-    return dq, dk, dv, dsinks_H
-
-
-@_attend_backward.register_fake
-def _(do_BTHD, q_BTHD, k_BTKD, v_BTKD, sinks_H, o_BTHD, lse_HN, *_):
-    return tuple(x.new_empty(x.shape) for x in (q_BTHD, k_BTKD, v_BTKD, sinks_H))
-
-
-def _save_for_backward(ctx, inputs, output) -> None:
-    q, k, v, sinks, ctx.scale, ctx.window, first_BT, cu_seqlens, ctx.longest, ctx.kernel = inputs
-    ctx.save_for_backward(q, k, v, sinks, *output, first_BT, cu_seqlens)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate(ctx, do_BTHD: Tensor, _):
-    q, k, v, sinks, o, lse, first_BT, cu_seqlens = ctx.saved_tensors
-    options = (ctx.scale, ctx.window, first_BT, cu_seqlens, ctx.longest, ctx.kernel)
-    return *_attend_backward(do_BTHD, q, k, v, sinks, o, lse, *options), *[None] * 6
-
-
-_attend.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -1,5 +1,5 @@
-"""Sink attention in tiles of queries: plain PyTorch on any device (`chunked`), the CPU flash kernel (`flash_cpu`), or
-matrix products in bf16 around one compiled pass (`fused_cpu`).
+"""Sink attention in tiles of queries: plain PyTorch on any device (`chunked`), the CPU flash kernel (`flash`), or
+matrix products in bf16 around one compiled pass (`fused`).
 
 A tile is a block of consecutive queries with the keys it can see and a mask. Two tilings:
 - strips, one tile after the other: no keys beyond the last query, none before the window or the document. The CPU
@@ -9,7 +9,7 @@ A tile is a block of consecutive queries with the keys it can see and a mask. Tw
 
 The query heads that share a key/value head become rows of one tile: keys are never repeated, and their gradients come
 out summed over the group. Tiles compute in float32 at least, since the CPU flash kernel gains nothing from bf16 and
-its backward would accumulate gradients in it; `fused_cpu` alone keeps bf16 for the operands and results of its
+its backward would accumulate gradients in it; `fused` alone keeps bf16 for the operands and results of its
 matrix products, scores among them, and float32 between them.
 
 Shapes: B batch, T tokens, H query heads, K key/value heads, G = H / K, D head_dim, N = B * T tokens; within tiles
@@ -25,10 +25,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gptoss_dist.ops.backends import BF16_ONLY
+
 ROWS_PER_STRIP = 512
 """Rows (queries times heads of a group) at which the CPU kernel is fastest at T >= 2048 (docs/log.md)."""
 MIN_BLOCK = 32
 """Queries per band block for windows up to 256; the CPU kernel splits short tiles into 32 rows."""
+
+
+def why_not_fused(dtype: torch.dtype, sizes: tuple[int, ...], device: torch.device) -> str | None:
+    """Say why `fused` cannot serve operands like these: float16 could not hold unscaled scores."""
+    if dtype != torch.bfloat16:
+        return BF16_ONLY
+    return None if device.type == "cpu" else "computes on CPU only"
 
 
 def forward(
@@ -136,7 +145,7 @@ def backward(
 
 
 def _tile_dtype(q_BTHD: Tensor, kernel: str) -> torch.dtype:
-    return q_BTHD.dtype if kernel == "fused_cpu" else torch.promote_types(q_BTHD.dtype, torch.float32)
+    return q_BTHD.dtype if kernel == "fused" else torch.promote_types(q_BTHD.dtype, torch.float32)
 
 
 def _group(x_BCHD: Tensor, K: int) -> Tensor:
@@ -211,7 +220,7 @@ def _causal_bias(
 
 
 def _use_band(window: int | None, kernel: str) -> bool:
-    """`chunked` keeps whole score matrices of a call, in float32, so it takes one strip at a time. `fused_cpu` keeps
+    """`chunked` keeps whole score matrices of a call, in float32, so it takes one strip at a time. `fused` keeps
     them too, in 16 bits and within the band: still linear in T."""
     return window is not None and kernel != "chunked"
 
@@ -367,6 +376,6 @@ def _score_gradients(scores, dp, bias, lse, do, o, scale: float):
 
 _KERNELS = {
     "chunked": Kernel(_matmul_forward, _matmul_backward),
-    "flash_cpu": Kernel(_flash_cpu_forward, _flash_cpu_backward),
-    "fused_cpu": Kernel(_fused_forward, _fused_backward),
+    "flash": Kernel(_flash_cpu_forward, _flash_cpu_backward),
+    "fused": Kernel(_fused_forward, _fused_backward),
 }
