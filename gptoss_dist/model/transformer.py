@@ -6,7 +6,7 @@ the sums that a loss is made of. `attention.py` and `moe.py` hold the two halves
 The module tree and the parameter layouts are those of `transformers.GptOssForCausalLM`, so that a state dict is a
 Hugging Face one.
 
-Shapes: B batch, T tokens, D hidden_size, R = head_dim / 2, V vocab_size, L layers, E experts.
+Shapes: B batch, T tokens, D hidden_size, V vocab_size, L layers, E experts.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Block(nn.Module):
         documents: Documents | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, RouterStats]:
-        """Return the tokens for the next block, [B, T, D], and the router's sums; arguments as in `Attention.forward`."""
+        """Return tokens for the next block, [B, T, D], and the router's sums; arguments as in `Attention.forward`."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, documents, cache)
         y_BTD, stats = self.mlp(self.post_attention_layernorm(x_BTD))
         return x_BTD + y_BTD, stats
@@ -100,9 +100,9 @@ class Decoder(nn.Module):
         position_T = torch.arange(start, start + input_ids_BT.shape[1], device=input_ids_BT.device)
         rotary = self.rotary_tables(position_T, x_BTD.dtype)
         documents = locate_documents(document_ids_BT) if document_ids_BT is not None else None
+        caches = cache.layers if cache is not None else [None] * len(self.layers)
         layer_stats = []
-        for index, layer in enumerate(self.layers):
-            layer_cache = cache.layers[index] if cache is not None else None
+        for layer, layer_cache in zip(self.layers, caches):
             x_BTD, stats = layer(x_BTD, rotary[layer.layer_type], documents, layer_cache)
             layer_stats.append(stats)
         if cache is not None:
@@ -113,8 +113,8 @@ class Decoder(nn.Module):
 class GptOss(nn.Module):
     """A GPT-OSS language model with its head.
 
-    Its weights hold anything at first: call `gptoss_dist.model.init.initialize(model, seed)` or load a state dict. Build
-    a large model on the meta device.
+    Its weights hold anything at first: call `gptoss_dist.model.init.initialize(model, seed)` or load a state dict.
+    Build a large model on the meta device.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -125,7 +125,7 @@ class GptOss(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Share the embedding with the head if the config says so; `to_empty` undoes it, so call this again after it."""
+        """Share the embedding with the head if the config says so; `to_empty` undoes it, so call this again then."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -1,12 +1,12 @@
-"""Cross entropy of a linear head, without ever holding the logits of all tokens.
+"""Cross entropy of a linear head that never holds the logits of all tokens.
 
-``chunked`` takes the tokens a few hundred at a time and, while a chunk's probabilities are at hand, already computes
-that chunk's gradients: ``d_logits = softmax(logits) - onehot(label)`` needs nothing from later layers but a scalar
+`chunked` takes the tokens a few hundred at a time and, while a chunk's probabilities are at hand, already computes
+that chunk's gradients: `d_logits = softmax(logits) - onehot(label)` needs nothing from later layers but a scalar
 factor, which backward applies. So the head costs its three GEMMs and one fp32 softmax, and no logits survive the
 forward pass. The idea is Liger Kernel's fused linear cross entropy (Hsu et al., arXiv:2410.10989); compare Cut
 Cross-Entropy (Wijmans et al., arXiv:2411.09009), which recomputes the logits in backward instead.
 
-Shape legend: N tokens, C tokens of one chunk, D hidden size, V vocabulary.
+Shapes: N tokens, C tokens of one chunk, D hidden size, V vocabulary.
 """
 
 import torch
@@ -33,28 +33,32 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Sum over tokens of ``-log softmax(hidden @ weight.T + bias)[label]``, in nats: an fp32 scalar.
+    """Return the sum over tokens of -log softmax(hidden @ weight.T + bias)[label], in nats; the caller divides.
 
-    The caller divides.
+    With `chunked`, gradients are ready after the forward pass and kept until the backward pass (hidden's, and weight's
+    in fp32 whatever its dtype, so that chunks do not round away each other's contributions): do not place it under
+    activation checkpointing, which would compute them twice. The logits of 16-bit operands are rounded to 16 bits, as
+    `F.linear` does, and so is their gradient, save where bf16 is multiplied in fp32 (`ops/gemm.py`): there both stay in
+    fp32. Softmax, loss and the label's subtraction are in fp32.
 
     Args:
-        hidden_ND, weight_VD, bias: of one floating dtype; ``bias`` is [V] or None.
-        labels_N: int64 token ids; tokens labelled ``ignore_index`` carry neither loss nor gradient.
-        backend: ``reference`` is ``F.cross_entropy`` on all N x V logits (in fp32), under plain autograd. ``chunked``
-            is described above; ``auto`` takes it.
-        chunk_tokens: C. By default D, within 512 and 4096: a chunk's C x V logits take no more room than the V x D
+        hidden_ND: final hidden states, of any floating dtype.
+        weight_VD: the head's weight, of the same dtype.
+        labels_N: the token to predict, int64.
+        ignore_index: tokens with this label carry neither loss nor gradient.
+        backend: `reference` is `F.cross_entropy` on all N x V logits (in fp32), under plain autograd. `chunked` is
+            described above; `auto` takes it.
+        chunk_tokens: C. The default is D, within 512 and 4096: a chunk's C x V logits take no more room than the V x D
             weight (if D is not below 512), and reading and writing the weight's gradient once per chunk stays cheap
-            beside the chunk's GEMMs.
+            beside the chunk's matrix products.
+        bias: the head's bias, [V] of the same dtype, or None.
 
-    With ``chunked``, gradients are ready after forward and kept until backward (``hidden``'s, and ``weight``'s in fp32
-    whatever its dtype, so that chunks do not round away each other's contributions): do not place it under activation
-    checkpointing, which would compute them twice. The logits of 16-bit operands are rounded to 16 bits, as ``F.linear``
-    does, and so is their gradient, save where bf16 is multiplied in fp32 (``ops/gemm.py``): there both stay in fp32.
-    Softmax, loss and the label's subtraction are fp32.
+    Returns:
+        An fp32 scalar.
 
     Raises:
-        ValueError: inconsistent shapes or dtypes, ``chunk_tokens`` below 1, or an unknown backend.
-        IndexError: (on CPU, where looking is free) a label outside [0, V) that is not ``ignore_index``.
+        ValueError: Shapes or dtypes do not fit, `chunk_tokens` is below 1, or the back end is unknown.
+        IndexError: On CPU, where looking is free, a label is outside of [0, V) and not `ignore_index`.
     """
     _check_operands(hidden_ND, weight_VD, labels_N, bias)
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -108,14 +112,13 @@ def _upcast(tensor: Tensor) -> Tensor:
 
 
 def _softmax_(logits_CV: Tensor) -> Tensor:
-    """Softmax over V; on the CPU in place (its kernel finishes reading a row before writing it)."""
-    return (
-        torch.softmax(logits_CV, -1, out=logits_CV) if logits_CV.device.type == "cpu" else torch.softmax(logits_CV, -1)
-    )
+    """Return the softmax over V, on the CPU in place: its kernel finishes reading a row before writing it."""
+    on_cpu = logits_CV.device.type == "cpu"
+    return torch.softmax(logits_CV, -1, out=logits_CV) if on_cpu else torch.softmax(logits_CV, -1)
 
 
 def _add_weight_gradient(d_weight_VD: Tensor, d_logits_CV: Tensor, hidden_CD: Tensor) -> None:
-    """``d_weight += d_logits.T @ hidden``. 16-bit products are added in fp32, by blocks of rows to bound their room."""
+    """Add d_logits.T @ hidden to d_weight; 16-bit products in fp32, by blocks of rows, which bounds their room."""
     if d_weight_VD.dtype == d_logits_CV.dtype:
         d_weight_VD.addmm_(d_logits_CV.t(), hidden_CD)
         return

@@ -37,7 +37,7 @@ def forward(
     cu_seqlens: Tensor | None,
     longest: int,
 ) -> tuple[Tensor, Tensor]:
-    """o_BTHD and lse_HN (float32), both with the sinks counted in."""
+    """Return o_BTHD and lse_HN (float32), both with the sinks counted in; arguments as in `kernel_op.py`."""
     cu_seqlens = _one_document_each(q_BTHD) if cu_seqlens is None else cu_seqlens
     q_NHD, k_NKD, v_NKD = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD))
     o_NHD, lse_HN, *_ = torch.ops.aten._flash_attention_forward(
@@ -72,7 +72,7 @@ def backward(
     cu_seqlens: Tensor | None,
     longest: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq_BTHD, dk_BTKD, dv_BTKD from the forward's o and lse."""
+    """Return dq_BTHD, dk_BTKD, dv_BTKD, given what `forward` returned as o and lse."""
     cu_seqlens = _one_document_each(q_BTHD) if cu_seqlens is None else cu_seqlens
     # Without dropout the kernel reads no random state.
     rng_state = torch.zeros(2, dtype=torch.uint64, device=q_BTHD.device)
@@ -99,8 +99,11 @@ def backward(
 
 
 def _window_arguments(window: int | None) -> dict[str, int]:
-    """The kernel counts keys to the left of the query, without itself. An explicit 0 on the right, even where causal,
-    keeps it from its decoding layout at T = 1, in which log-sum-exp comes in another order."""
+    """Return the window as the kernel counts it: keys to the left of the query, without itself.
+
+    An explicit 0 on the right, even where causal, keeps the kernel from its decoding layout at T = 1, in which the
+    log-sum-exp comes in another order.
+    """
     return {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
 
 

@@ -29,11 +29,13 @@ def attend(
 
     Args:
         kernel: `flash` for the device's own, `fused` or `chunked` (see `tiled.py`).
-        q_BHTD, k_BKTD, v_BKTD: of one floating dtype.
-        sinks_H: of any floating dtype.
+        q_BHTD: queries.
+        k_BKTD: keys, of the same dtype.
+        v_BKTD: values, of the same dtype.
+        sinks_H: one logit per query head, of any floating dtype.
         scale: factor on q . k.
-        window: keys visible to a query, or None.
-        documents: borders of documents, or None.
+        window: how many keys a query sees, or None for all earlier ones.
+        documents: where documents lie, or None.
     """
     borders = (None, None, q_BHTD.shape[2]) if documents is None else documents
     q_BTHD, k_BTKD, v_BTKD = (x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD))
@@ -54,7 +56,7 @@ def _attend(
     longest: int,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    """o_BTHD, contiguous, and lse_HN in float32 (float64 for float64 inputs), both with the sinks counted in."""
+    """Return o_BTHD, contiguous, and lse_HN in float32 (float64 for float64 inputs), both with the sinks counted in."""
     if kernel == "flash" and q_BTHD.device.type == "cuda":
         return cuda.forward(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, cu_seqlens, longest)
     return tiled.forward(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, first_BT, kernel)
@@ -83,7 +85,7 @@ def _attend_backward(
     longest: int,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq_BTHD, dk_BTKD, dv_BTKD, contiguous, and dsinks_H, each in its input's dtype."""
+    """Return dq_BTHD, dk_BTKD, dv_BTKD, contiguous, and dsinks_H, each in its input's dtype."""
     tensors = (do_BTHD, q_BTHD, k_BTKD, v_BTKD, o_BTHD, lse_HN)
     if kernel == "flash" and q_BTHD.device.type == "cuda":
         dq, dk, dv = cuda.backward(*tensors, scale, window, cu_seqlens, longest)

@@ -1,4 +1,4 @@
-"""Causal attention with learned sinks, optionally windowed and within documents: one function, several back ends.
+"""Causal attention with learned sinks, within a window and within documents if asked: one function, four back ends.
 
 A sink is one learned logit per query head that joins the softmax and carries no value (GPT-OSS, arXiv:2508.10925;
 Xiao et al., arXiv:2309.17453): it lets a head attend to nothing. Query i sees key j iff 0 <= i - j < window and both
@@ -10,6 +10,12 @@ Flash kernels know no sinks, yet give them exactly. With the kernel's output o a
 
 and a flash *backward* kernel rebuilds probabilities as exp(score - lse), so that feeding it (o', lse') yields exact dq,
 dk and dv, while dsink = -sum(exp(sink - lse') * rowsum(do * o')). Only o' and lse' are kept: memory is linear in T.
+
+`reference` is the definition and holds all T x T scores. `chunked` is plain PyTorch in O(T) memory on any device.
+`flash` uses the device's flash kernels (CPU: any floating dtype; CUDA: bf16 or fp16, D a multiple of 8 up to 256).
+`fused`, for bf16 on CPU, multiplies matrices in bf16, rounding scores to it, around one pass of torch.compile (it needs
+a C++ compiler). `auto` takes `fused` inside of torch.compile if the CPU has instructions for bf16 products, else
+`flash`, else `chunked`: the first of these that can serve.
 
 Shapes: B batch, T tokens, S keys, H query heads, K key/value heads, G = H / K query heads per key/value head,
 D head_dim, N = B * T tokens in all.
@@ -40,28 +46,24 @@ def sink_attention(
     documents: Documents | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Causal grouped-query attention with sinks.
+    """Return causal grouped-query attention with sinks.
 
     Args:
-        q_BHTD, k_BKTD, v_BKTD: one floating dtype, H a multiple of K; a transposed view of [B, T, heads, D] is best, as
-            no back end then copies it.
-        sinks_H: one logit per query head, any floating dtype; not scaled by `scale`.
+        q_BHTD: queries, of any floating dtype. A transposed view of [B, T, H, D] is best: no back end then copies it.
+        k_BKTD: keys, of the same dtype and best laid out alike; H is a multiple of K.
+        v_BKTD: values, like the keys.
+        sinks_H: one logit per query head, of any floating dtype; `scale` does not apply to it.
         scale: factor on q . k, 1 / sqrt(D) by default.
-        window: keys visible to a query, itself included; None for all earlier ones.
+        window: how many keys a query sees, itself included; None for all earlier ones.
         documents: where documents lie, from `locate_documents`: attention stays within each. None if every sequence is
             one document.
-        backend: `reference` holds all T x T scores; `chunked` is plain PyTorch in O(T) memory on any device; `flash`
-            uses the device's flash kernels (CPU: any floating dtype; CUDA: bf16 or fp16, D a multiple of 8 up to 256);
-            `fused`, for bf16 on CPU, multiplies matrices in bf16, rounding scores to it, around one pass of
-            torch.compile (it needs a C++ compiler); `auto` takes fused inside of torch.compile where it applies and
-            the CPU has instructions for bf16 products, then flash where it applies, and chunked elsewhere.
+        backend: `auto`, or a name in `BACKENDS`; this file's docstring tells them apart.
 
     Returns:
         o_BHTD in q's dtype: a transposed view of a contiguous [B, T, H, D].
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a window below 1, or an unknown back end or one that does not
-            apply.
+        ValueError: Shapes or dtypes do not fit, the window is below 1, or the back end is unknown or cannot serve.
     """
     _check(q_BHTD, k_BKTD, v_BKTD, sinks_H, window, documents)
     T, D = q_BHTD.shape[2:]
@@ -83,15 +85,17 @@ def masked_sink_attention(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention with sinks under any mask: the definition, and what decoding with a key/value cache calls.
+    """Return attention with sinks under any mask: the definition, and what decoding with a key/value cache calls.
 
     Query heads that share keys are folded into the rows of one matrix product, so keys and values are never repeated.
     With B > 1, keep a cache as [B, K, S, D] in memory (not [B, S, K, D]): other layouts are copied by the product.
 
     Args:
-        q_BHTD, k_BKSD, v_BKSD: queries, keys and values; S and T are independent.
+        q_BHTD: queries, of any floating dtype.
+        k_BKSD: keys; S and T are independent.
+        v_BKSD: values.
         sinks_H: one logit per query head.
-        visible: bool [T, S] or [B, T, S], true where the query sees the key. A query that sees nothing returns zeros.
+        visible: bool [T, S] or [B, T, S], true where the query sees the key. A query that sees nothing gets zeros.
         scale: factor on q . k, 1 / sqrt(D) by default.
 
     Returns:
@@ -114,7 +118,7 @@ def masked_sink_attention(
 
 
 def causal_visibility(T: int, window: int | None, documents: Documents | None, device: torch.device) -> Tensor:
-    """Bool mask of which keys a query sees, [T, T], or [B, T, T] with documents."""
+    """Return which keys a query sees as a bool mask, [T, T], or [B, T, T] with documents."""
     position_T = torch.arange(T, device=device)
     distance_TT = position_T[:, None] - position_T
     visible = (distance_TT >= 0) & (distance_TT < (T if window is None else window))

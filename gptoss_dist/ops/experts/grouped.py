@@ -1,4 +1,7 @@
-"""The expert MLPs by two grouped matrix products: torch's own (`grouped_mm`) or those of the package `grouped_gemm`."""
+"""The expert MLPs by two grouped matrix products: torch's own (`grouped_mm`) or those of the package `grouped_gemm`.
+
+Shapes: N rows of all experts, E experts, D hidden size, I intermediate size, F = 2 * I.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -91,8 +94,10 @@ def _in_two_multiplications(
     w2_EID,
     b2_ED,
 ) -> Tensor:
-    """``multiply(rows, weight, offsets_E)``: contiguous rows times the matrix of their expert; expert e's rows end
-    before ``offsets_E[e]``."""
+    """Compute the expert MLPs by `multiply(rows, weight, offsets_E)`.
+
+    It multiplies contiguous rows by the matrix of their expert; the rows of expert e end before offsets_E[e].
+    """
     tokens_E = tokens_per_expert_E.to(x_ND.device, torch.int32)
     offsets_E = tokens_E.cumsum(0, dtype=torch.int32)
     if b1_EF is None and b2_ED is None:

@@ -5,18 +5,14 @@
 
 Every back end computes this function and its gradients:
 
-- ``loop``: one expert at a time under plain autograd. The reference; needs the row counts on the host.
-- ``grouped_mm``: ``torch.nn.functional.grouped_mm``, two grouped GEMMs, and no host synchronisation of ours: for CUDA.
-- ``grouped_gemm``: the same with the GEMMs of the package of that name (https://github.com/tgale96/grouped_gemm), for
-  bf16 on CUDA. Opt-in: it reads the row counts on the host, once per call.
-- ``blocked``: hand-written forward and backward for the CPU. Each expert's hidden states are computed *transposed*,
-  ``h_Fn = W_DF^T x_nD^T``: BLAS transposes almost for free, and then the interleaved gate and up columns of ``h_nF``
-  are the even and odd *rows* of ``h_Fn``. Every elementwise pass reads contiguous memory and vectorises, and neither
-  weights nor activations are ever de-interleaved. Where bf16 is multiplied in fp32 (``ops/gemm.py``), rows and weights
-  are cast once per pass, and what lives only between two GEMMs is not rounded.
+- `loop` takes one expert at a time under plain autograd. It is the reference, and needs the row counts on the host.
+- `grouped_mm` is for CUDA: two grouped products of torch (`torch.nn.functional.grouped_mm`), and no host
+  synchronisation of ours.
+- `grouped_gemm` is the same with the products of the package of that name (https://github.com/tgale96/grouped_gemm),
+  for bf16 on CUDA. It has to be asked for: it reads the row counts on the host, once per call.
+- `blocked` is for the CPU: a hand-written forward and backward pass.
 
-Shape legend: N rows (token copies) of all experts, n rows of one expert, E experts, D hidden size, I intermediate size,
-F = 2 * I.
+Shapes: N rows (token copies) of all experts, E experts, D hidden size, I intermediate size, F = 2 * I.
 """
 
 from torch import Tensor
@@ -58,26 +54,33 @@ def grouped_experts(
     limit: float = 7.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Apply expert e's MLP to its ``tokens_per_expert_E[e]`` consecutive rows of ``x_ND``: ``y_ND``, in x's dtype.
+    """Apply the MLP of each expert to its rows.
+
+    In bf16 and fp16 the result of each matrix product is rounded before its bias is added, as in the Hugging Face
+    model: a fused addition is more exact, but moves pre-activations across the clamp. The activation is evaluated in
+    fp32 and rounded once, save by `loop`, which rounds after every operation.
 
     Args:
-        x_ND: rows sorted by expert; ``tokens_per_expert_E`` (integers) must sum to N. Experts may have no rows: their
-            gradients are exact zeros.
-        gate_up_proj_EDF, down_proj_EID: weights in Hugging Face's layout, gate in the even and up in the odd columns.
-        gate_up_proj_bias_EF, down_proj_bias_ED: biases, either may be None.
-        activation: ``gpt_oss`` (clamped SwiGLU of the GPT-OSS reference, with ``alpha`` and ``limit``) or ``silu``
-            (``silu(gate) * up``; ignores both).
-        backend: see the module docstring. ``auto`` takes ``blocked`` on CPU, and elsewhere ``grouped_mm`` where its
-            dtype and alignment limits allow, else ``loop``.
+        x_ND: rows sorted by expert, of any floating dtype.
+        tokens_per_expert_E: how many consecutive rows each expert has, integers that sum to N. An expert may have none:
+            its gradients are exact zeros.
+        gate_up_proj_EDF: weights in Hugging Face's layout, gate in the even and up in the odd columns.
+        gate_up_proj_bias_EF: biases, or None.
+        down_proj_EID: weights.
+        down_proj_bias_ED: biases, or None.
+        activation: `gpt_oss` (clamped SwiGLU of the GPT-OSS reference, with `alpha` and `limit`) or `silu`
+            (silu(gate) * up, which ignores both).
+        alpha: factor within the sigmoid.
+        limit: where gate and up are clamped.
+        backend: `auto`, or a name in `BACKENDS`; this file's docstring tells them apart. `auto` is `blocked` on CPU,
+            and elsewhere `grouped_mm` if it can serve, else `loop`.
 
-    In bf16 and fp16 each GEMM's result is rounded before its bias is added, as in the Hugging Face model: a fused
-    addition is more exact, but moves pre-activations across the clamp. The activation is evaluated in fp32 and rounded
-    once, save by ``loop``, which rounds after every operation.
+    Returns:
+        y_ND, in x's dtype.
 
     Raises:
-        ValueError: unknown names, inconsistent shapes or dtypes, row counts that do not sum to N (save with
-            ``grouped_mm``, which would have to wait for the device), sizes ``grouped_mm`` cannot align, a dtype other
-            than bf16 for ``grouped_gemm``, or its package cannot be imported.
+        ValueError: A name is unknown, shapes or dtypes do not fit, row counts do not sum to N (`grouped_mm` does not
+            look, because it would have to wait for the device), or the back end cannot serve.
     """
     _check_operands(x_ND, tokens_per_expert_E, gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
     gating = gating_of(activation, alpha, limit)

@@ -1,4 +1,7 @@
-"""The slow reference of the expert MLPs: one expert at a time, under plain autograd."""
+"""The slow reference of the expert MLPs: one expert at a time, under plain autograd.
+
+Shapes: N rows of all experts, n rows of one expert, E experts, D hidden size, I intermediate size, F = 2 * I.
+"""
 
 import torch
 from torch import Tensor
