@@ -21,6 +21,7 @@ from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.model.losses import balance_loss, updated_selection_bias, z_loss
 from gptoss_dist.model.transformer import IGNORE_INDEX, GptOss, LossSums
 from gptoss_dist.parallel.exchange import Exchange
+from gptoss_dist.parallel.forced_routing import force_routing
 from gptoss_dist.parallel.mesh import DeviceLayout
 
 
@@ -108,7 +109,8 @@ class Engine(ABC):
         self.routers = [layer.mlp.router for layer in self.model.model.layers]
         for router in self.routers:
             router.jitter = self.settings.loss.router_jitter
-            router.forced = None if self.settings.train.routing == "learned" else self.settings.train.routing
+        how = self.settings.train.routing
+        self.forced_routings = [] if how == "learned" else force_routing(self.model, how)
 
     # What a subclass provides ----------------------------------------------------------------------------------------
 
@@ -171,7 +173,7 @@ class Engine(ABC):
         Recording breaks the graph, and the break would stay. The backward pass needs it too: it may compute blocks
         again.
         """
-        recording = any(router.forced == "replay" and router.recorded_TK is None for router in self.routers)
+        recording = any(forced.is_recording for forced in self.forced_routings)
         return torch.compiler.set_stance("force_eager") if recording else nullcontext()
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

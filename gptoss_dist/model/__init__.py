@@ -1,1 +1,1 @@
-"""The model: pure math on one device."""
+"""The model: pure math on one device, read best from `transformer.py` on."""

@@ -13,21 +13,28 @@ from torch import Tensor, nn
 from gptoss_dist.model.config import SLIDING, ModelConfig
 from gptoss_dist.model.linear import Linear
 from gptoss_dist.model.rope import apply_rotary
+from gptoss_dist.ops.attention.documents import Documents
 from gptoss_dist.ops.attention.sink_attention import masked_sink_attention, sink_attention
 
 
 class LayerCache(Protocol):
-    """What attention needs of a key/value cache for one layer (see `inference/kv_cache.py`)."""
+    """The part of a layer's key/value cache that attention needs; `model/kv_cache.py` has two kinds."""
 
     def append(self, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store new keys and values; return those to attend to, [B, K, S, C], and which are visible, bool [T, S].
+        """Store new keys and values, and return what to attend to.
 
-        A visibility of None means that nothing was cached before, so that plain causal attention is exact.
+        Args:
+            k_BKTC: keys of the new tokens.
+            v_BKTC: values of the new tokens.
+
+        Returns:
+            Keys and values [B, K, S, C], and which of them each new token sees, bool [T, S], or None if nothing was
+            cached before, so that plain causal attention is exact.
         """
 
 
 class Attention(nn.Module):
-    """Projections, rotary embedding, sink attention. The scale is 1 / sqrt(head_dim)."""
+    """Projections, rotary embedding, sink attention, and a projection back. The scale is 1 / sqrt(head_dim)."""
 
     def __init__(self, config: ModelConfig, layer_index: int) -> None:
         super().__init__()
@@ -36,6 +43,7 @@ class Attention(nn.Module):
         self.window = config.sliding_window if config.layer_types[layer_index] == SLIDING else None
         self.sink_clamp = config.sink_clamp
         self.backend = "auto"
+        """Of `ops.attention.sink_attention`."""
         self.q_proj = Linear(D, config.num_attention_heads * C, bias=bias)
         self.k_proj = Linear(D, config.num_key_value_heads * C, bias=bias)
         self.v_proj = Linear(D, config.num_key_value_heads * C, bias=bias)
@@ -46,9 +54,17 @@ class Attention(nn.Module):
         self,
         x_BTD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        document_ids_BT: Tensor | None = None,
+        documents: Documents | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
+        """Return what each token gathered from those that it sees, [B, T, D].
+
+        Args:
+            x_BTD: normalised tokens.
+            rotary: cos and sin of the tokens' positions, [T, C / 2] each (see `RotaryTables`).
+            documents: where documents lie, if attention is to stay within them; not looked at behind a filled cache.
+            cache: this layer's part of the cache, which is extended in place.
+        """
         B, T, _ = x_BTD.shape
         q_BHTC = apply_rotary(self.q_proj(x_BTD).view(B, T, -1, self.head_dim), *rotary).transpose(1, 2)
         k_BKTC = apply_rotary(self.k_proj(x_BTD).view(B, T, -1, self.head_dim), *rotary).transpose(1, 2)
@@ -68,7 +84,7 @@ class Attention(nn.Module):
                 sinks_H,
                 scale=scale,
                 window=self.window,
-                document_ids_BT=document_ids_BT,
+                documents=documents,
                 backend=self.backend,
             )
         return self.o_proj(o_BHTC.transpose(1, 2).reshape(B, T, -1))

@@ -1,4 +1,4 @@
-"""Text generation: one pass over the prompt, then one token a step.
+"""Text generation: one pass over the prompt, then one token at a time.
 
 Shapes: B batch, T tokens, V vocab_size.
 """
@@ -16,19 +16,19 @@ from gptoss_dist.model.kv_cache import KVCache
 
 
 class LanguageModel(Protocol):
-    """What `generate` needs of a model: `GptOss` has it, plain or sharded, and so may others."""
+    """The part of a model that `generate` needs; `GptOss` has it, plain or sharded, and so may others."""
 
     config: ModelConfig
     training: bool
 
     def __call__(self, input_ids_BT: Tensor, *, cache: KVCache, last_only: bool) -> Tensor:
-        """Logits [B, T or 1, V]; extends the cache in place."""
+        """Return logits [B, T or 1, V], and extend the cache in place."""
 
     def eval(self) -> object:
-        """Switch to evaluation."""
+        """Switch to evaluation mode."""
 
     def train(self, mode: bool) -> object:
-        """Switch back to training, or not."""
+        """Switch to training mode, or with False to evaluation mode."""
 
 
 @torch.no_grad()
@@ -48,23 +48,23 @@ def generate(
     """Continue each sequence of a batch of equally long prompts.
 
     Args:
-        model: called as model(ids, cache=..., last_only=True); a sharded model works if all ranks call this alike and
-            draw from generators in the same state (then leave `eos_id` None).
+        model: a model, which may be sharded: then all ranks must call this alike, with generators in the same state and
+            `eos_id` None.
         input_ids_BT: prompts, [B, T >= 1] int64, on the model's device.
-        max_new_tokens: tokens to add at most.
-        temperature: 0 takes the most likely token.
+        max_new_tokens: how many tokens to add at most.
+        temperature: divides the logits; 0 takes the most likely token.
         top_k: sample from the k most likely tokens only; 0 switches it off.
         top_p: sample from the smallest set of tokens with this much probability (nucleus, arXiv:1904.09751).
-        eos_id: a sequence that produced it is continued with it; generation ends when all have.
+        eos_id: a sequence that produced this token is continued with it; generation ends when all have.
         vocab_size: ids from here on are never produced (rows of the head that pad the tokenizer's vocabulary).
-        generator: source of randomness, on the CPU.
-        on_token: called with each new column of ids [B].
+        generator: the source of randomness, on the CPU.
+        on_token: is called with each new column of ids [B].
 
     Returns:
-        Prompts and continuations, [B, T + new].
+        Prompts and continuations, [B, T + new] int64.
 
     Raises:
-        ValueError: an empty prompt, or a setting out of range.
+        ValueError: The prompt is empty, or a setting is out of range.
     """
     if input_ids_BT.shape[1] == 0:
         raise ValueError("the prompt has no token; give at least one (for example the end-of-text token)")
@@ -95,7 +95,15 @@ def generate(
 def sample(
     logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw one id per row, [B] int64, from float32 logits after temperature, then top-k, then top-p."""
+    """Draw one id per row, [B] int64: temperature first, then top-k, then top-p.
+
+    Args:
+        logits_BV: float32.
+        temperature: see `generate`, as all others.
+        top_k: how many of the likeliest tokens to draw from, or 0.
+        top_p: how much probability to draw from.
+        generator: the source of randomness, on the CPU.
+    """
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
     logits_BV = logits_BV / temperature

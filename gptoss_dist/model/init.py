@@ -1,7 +1,7 @@
-"""Initial weights as a function of (seed, parameter name, global expert index).
+"""Initial weights are a function of the seed, the parameter's name, and the expert's index in the whole model.
 
-Any sharding of the same seed therefore starts from the same weights: a rank draws exactly the experts it holds, and
-keeps its rows of everything else.
+However a model is sharded, the same seed therefore starts it from the same weights: a rank draws the experts that it
+holds, and draws everything else whole and keeps its part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gptoss_dist.model.config import ModelConfig
 
 
 def initialize(model: nn.Module, seed: int) -> None:
-    """Fill every parameter and buffer of a whole (unsharded, materialised) `GptOss` in place."""
+    """Fill every parameter and buffer of a `GptOss` in place, which is neither sharded nor on the meta device."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         fill(tensor.data, name, tensor.shape, model.config, seed)
 
@@ -32,6 +32,8 @@ def fill(
 ) -> None:
     """Write the initial values of a rectangular part of one parameter or buffer into `out`.
 
+    Values are drawn in float32 on the CPU, so that they do not depend on the device.
+
     Args:
         out: the part to fill, on any device, float32 or bfloat16.
         name: the parameter's name in the whole model, such as `model.layers.0.self_attn.q_proj.weight`.
@@ -39,8 +41,6 @@ def fill(
         config: gives the standard deviation and the variants.
         seed: the run's seed.
         offset: index of out[0, ..., 0] in the whole parameter; None if `out` is the whole.
-
-    Values are drawn in float32 on the CPU, so that they do not depend on the device.
     """
     constant = _constant(name, config)
     if constant is not None:
@@ -55,9 +55,10 @@ def fill(
 
 
 def _constant(name: str, config: ModelConfig) -> float | None:
-    """As transformers initialises GPT-OSS: norms 1, biases 0; weights, router bias and sinks normal (None).
+    """Return the value that fills a parameter or buffer, or None if it is drawn from a normal distribution.
 
-    The router's selection bias is a bias like any other: 0.
+    As transformers initialises GPT-OSS, norms are 1 and biases 0 (the router's selection bias too); weights, the
+    router's bias and sinks are drawn.
     """
     if name.endswith("norm.weight"):
         return 1.0

@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens: sliding layers keep a window, full layers keep everything.
+"""Keys and values of earlier tokens. Layers with a sliding window keep that window, full layers keep everything.
 
 Shapes: B batch, K key/value heads, C head_dim, T new tokens, S tokens to attend to.
 """
@@ -12,7 +12,7 @@ from gptoss_dist.model.config import SLIDING, ModelConfig
 
 
 class KVCache:
-    """Cache of a whole model. `length` is the number of tokens seen, which the model advances after each forward."""
+    """Cache of a whole model. `length` is the number of tokens seen; the model advances it after each forward pass."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.length = 0
@@ -21,19 +21,19 @@ class KVCache:
         ]
 
     def nbytes(self) -> int:
-        """Bytes held now, over all layers."""
+        """Return the bytes held now, over all layers."""
         return sum(layer.nbytes() for layer in self.layers)
 
 
 class FullCache:
-    """All keys and values so far, in buffers that double when they are full, so that appending costs O(T)."""
+    """Cache of a full layer, in buffers that double when they are full, so that appending T tokens costs O(T)."""
 
     def __init__(self) -> None:
         self.length = 0
         self.buffers: tuple[Tensor, Tensor] | None = None
 
     def append(self, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store; return all keys and values and which are visible [T, S], or None where plain causal is exact."""
+        """Store new keys and values; arguments and results are those of `attention.LayerCache.append`."""
         old, self.length = self.length, self.length + k_BKTC.shape[2]
         if self.buffers is None or self.length > self.buffers[0].shape[2]:
             self.buffers = tuple(
@@ -55,18 +55,19 @@ class FullCache:
         return buffer
 
     def nbytes(self) -> int:
+        """Return the bytes held now."""
         return sum(b.nbytes for b in self.buffers or ())
 
 
 class SlidingCache:
-    """The last `window` keys and values: a query never sees an older one."""
+    """Cache of a layer with a sliding window: the last `window` keys and values, since no query sees an older one."""
 
     def __init__(self, window: int) -> None:
         self.window = window
         self.held: tuple[Tensor, Tensor] | None = None
 
     def append(self, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `FullCache.append`. The new tokens see the held ones *before* these are dropped."""
+        """Store new keys and values, after the new tokens saw the old ones; as `attention.LayerCache.append`."""
         first = self.held is None
         if not first:
             k_BKTC, v_BKTC = (torch.cat(pair, dim=2) for pair in zip(self.held, (k_BKTC, v_BKTC)))
@@ -76,9 +77,10 @@ class SlidingCache:
             held = self.held[0].shape[2]
             distance_TS = torch.arange(held, S, device=k_BKTC.device)[:, None] - torch.arange(S, device=k_BKTC.device)
             visible_TS = (distance_TS >= 0) & (distance_TS < self.window)
-        # clone: a view of the prefill would keep all of it alive
+        # A view of the prefill would keep all of it alive, therefore clone.
         self.held = tuple(x[:, :, -self.window :].clone() for x in (k_BKTC, v_BKTC))
         return k_BKTC, v_BKTC, visible_TS
 
     def nbytes(self) -> int:
+        """Return the bytes held now."""
         return sum(x.nbytes for x in self.held or ())

@@ -1,4 +1,4 @@
-"""The linear layer of the model."""
+"""The linear layer of the model: the projections of attention, and the head."""
 
 from torch import Tensor, nn
 
@@ -9,4 +9,5 @@ class Linear(nn.Linear):
     """`nn.Linear`, fast in bf16 on every CPU (see `ops/gemm.py`)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x times the weight, plus the bias, in x's dtype."""
         return linear(x, self.weight, self.bias)

@@ -1,4 +1,7 @@
-"""The mixture of experts, readable and on one device. `parallel/experts.py` swaps in the expert-parallel one.
+"""The mixture of experts, readable and on one device; `parallel/experts.py` swaps in the expert-parallel one.
+
+A router chooses K of E experts for each token. Token-expert pairs are sorted by expert, each expert's MLP computes its
+rows, and every token gets the weighted sum of its K results.
 
 Shapes: B batch, T tokens (of the sequence or flattened), D hidden_size, E experts, K experts per token,
 I intermediate_size, F = 2 * I (gate and up interleaved), N = T * K token-expert pairs.
@@ -6,7 +9,7 @@ I intermediate_size, F = 2 * I (gate and up interleaved), N = T * K token-expert
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +20,11 @@ from gptoss_dist.ops.gemm import linear
 
 
 class RouterStats(NamedTuple):
-    """Sums over one batch of tokens, from which losses and metrics follow once they are added up over ranks.
+    """Sums over a batch of tokens, from which losses and metrics follow.
 
-    Sums rather than means, so that a sum over ranks and micro-batches is the value of the whole batch. Returned by the
-    forward pass instead of being kept on the module: recomputation under activation checkpointing cannot count twice.
+    They are sums rather than means, so that what is added up over ranks and micro-batches is the value of the whole
+    batch. The forward pass returns them instead of keeping them on the module, so that recomputation under activation
+    checkpointing cannot count twice.
     """
 
     counts_E: Tensor
@@ -34,10 +38,9 @@ class RouterStats(NamedTuple):
 
 
 class Router(nn.Module):
-    """Linear -> top-k of the logits -> softmax over those k (GPT-OSS).
+    """Linear layer, then top-k of the logits, then softmax over those k (GPT-OSS).
 
-    The choice of experts, and nothing else, can be changed by a selection bias (`updated_selection_bias`), or be
-    taken from the router altogether to measure speed apart from balance (`forced`).
+    `choose` may be replaced from outside (`parallel/forced_routing.py`).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -45,61 +48,36 @@ class Router(nn.Module):
         E = config.num_local_experts
         self.num_experts_per_tok = config.num_experts_per_tok
         self.jitter = 0.0
-        self.forced: Literal["balanced", "replay"] | None = None
-        """For benchmarks, in training mode only. `balanced` deals experts out in turn; `replay` repeats the choices of
-        the first batch, until a batch has another number of tokens. Let the first step of a compiled model run under
-        `torch.compiler.set_stance("force_eager")`: recording breaks the graph, and the break would stay."""
-        self.recorded_TK: Tensor | None = None
-        """The choices that `replay` repeats."""
+        """In training, the input is multiplied by noise in [1 - jitter, 1 + jitter]; whoever trains may set it."""
         self.weight = nn.Parameter(torch.empty(E, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(E)) if config.router_bias else None
         selection_bias = torch.zeros(E, dtype=torch.float32) if config.router_selection_bias else None
         self.register_buffer("selection_bias", selection_bias)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
-        """Returns weights [T, K] in x's dtype, expert indices [T, K] int64, and the sums for losses and metrics."""
+        """Return weights [T, K] in x's dtype, expert indices [T, K] int64, and the sums for losses and metrics."""
         if self.jitter and self.training:
             # Multiplicative noise on the router's input (Switch Transformer, arXiv:2101.03961).
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
         logits_TE = linear(x_TD, self.weight, self.bias)
-        chosen_TK, indices_TK = self._choose(logits_TE)
+        chosen_TK, indices_TK = self.choose(logits_TE)
         weights_TK = torch.softmax(chosen_TK, dim=-1, dtype=torch.float32).to(x_TD.dtype)
         return weights_TK, indices_TK, router_stats(logits_TE, indices_TK)
 
-    def _choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Unbiased logits [T, K] of each token's experts, which carry the gradient, and their indices [T, K] int64."""
-        if self.forced is not None and self.training:
-            indices_TK = self._forced_indices(logits_TE)
-        elif self.selection_bias is not None:
-            indices_TK = self._preferred_indices(logits_TE)
-        else:
+    def choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits [T, K] of each token's experts, which carry the gradient, and their indices [T, K] int64.
+
+        A selection bias (`updated_selection_bias`) changes the choice, and not the logits.
+        """
+        if self.selection_bias is None:
             return torch.topk(logits_TE, self.num_experts_per_tok, dim=-1)
+        biased_TE = logits_TE.detach() + self.selection_bias
+        indices_TK = torch.topk(biased_TE, self.num_experts_per_tok, dim=-1).indices
         return logits_TE.gather(-1, indices_TK), indices_TK
-
-    def _preferred_indices(self, logits_TE: Tensor) -> Tensor:
-        logits_TE = logits_TE.detach()
-        if self.selection_bias is not None:
-            logits_TE = logits_TE + self.selection_bias
-        return torch.topk(logits_TE, self.num_experts_per_tok, dim=-1).indices
-
-    def _forced_indices(self, logits_TE: Tensor) -> Tensor:
-        (T, E), K = logits_TE.shape, self.num_experts_per_tok
-        if self.forced == "balanced":
-            return torch.arange(T * K, device=logits_TE.device).view(T, K) % E
-        if self.forced == "replay":
-            if self.recorded_TK is None or self.recorded_TK.shape[0] != T:
-                self._record(logits_TE)
-            return self.recorded_TK
-        raise ValueError(f"router.forced={self.forced!r} must be 'balanced', 'replay' or None")
-
-    @torch.compiler.disable
-    def _record(self, logits_TE: Tensor) -> None:
-        # Not compiled: a tensor that outlives the step must not lie in the memory of a CUDA graph.
-        self.recorded_TK = self._preferred_indices(logits_TE)
 
 
 def router_stats(logits_TE: Tensor, indices_TK: Tensor) -> RouterStats:
-    """Sums over tokens of what the balance loss, the z-loss and the load metrics need."""
+    """Return the sums over tokens that the balance loss, the z-loss and the load metrics need."""
     logits_TE = logits_TE.float()
     z_T = torch.logsumexp(logits_TE, dim=-1)
     log_p_TE = logits_TE - z_T[:, None]
@@ -111,12 +89,12 @@ def router_stats(logits_TE: Tensor, indices_TK: Tensor) -> RouterStats:
 
 
 def activation_settings(config: ModelConfig) -> dict:
-    """The experts' activation, as arguments of `grouped_experts`."""
+    """Return the experts' activation, as arguments of `grouped_experts`."""
     return {"activation": config.expert_activation, "alpha": config.swiglu_alpha, "limit": config.swiglu_limit}
 
 
 class Experts(nn.Module):
-    """All experts of a layer as stacked tensors, and the dropless dispatch of tokens to them."""
+    """All experts of a layer as stacked tensors, and the dispatch of tokens to them, which drops none."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -129,7 +107,13 @@ class Experts(nn.Module):
         self.down_proj_bias = nn.Parameter(torch.empty(E, D)) if config.expert_bias else None
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        """Returns sum over k of weight * expert(x), [T, D] in x's dtype. No token is dropped."""
+        """Return the sum over k of weight * expert(x), [T, D] in x's dtype.
+
+        Args:
+            x_TD: tokens.
+            weights_TK: router weights.
+            indices_TK: expert of each pair, int64.
+        """
         T, K = indices_TK.shape
         expert_N = indices_TK.flatten()
         order_N = torch.argsort(expert_N, stable=True)
@@ -142,7 +126,12 @@ class Experts(nn.Module):
         return y_TKD.sum(dim=1)
 
     def compute(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
-        """The expert MLPs on rows already sorted by expert: [N, D] -> [N, D]."""
+        """Return the expert MLPs of rows that are already sorted by expert, [N, D].
+
+        Args:
+            x_ND: rows.
+            counts_E: rows of each expert.
+        """
         return grouped_experts(
             x_ND,
             counts_E,
@@ -156,7 +145,7 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """A dense expert that every token passes (DeepSeekMoE, arXiv:2401.06066), in the layout of the routed ones."""
+    """A dense expert that every token passes (DeepSeekMoE, arXiv:2401.06066), laid out like a routed one."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -169,6 +158,7 @@ class SharedExpert(nn.Module):
         self.down_proj_bias = nn.Parameter(torch.empty(D)) if config.expert_bias else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """Return expert(x), [T, D] in x's dtype."""
         weights = (self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias)
         counts_1 = torch.full((1,), x_TD.shape[0], device=x_TD.device)
         weights_1 = (w if w is None else w[None] for w in weights)
@@ -176,7 +166,7 @@ class SharedExpert(nn.Module):
 
 
 class MoE(nn.Module):
-    """Router, routed experts, and an optional shared expert."""
+    """Router, routed experts, and a shared expert if the config asks for one."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -185,6 +175,7 @@ class MoE(nn.Module):
         self.shared_expert = SharedExpert(config) if config.num_shared_experts else None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, RouterStats]:
+        """Return the sum of the experts' results, [B, T, D] in x's dtype, and the router's sums."""
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         weights_TK, indices_TK, stats = self.router(x_TD)
         y_TD = self.experts(x_TD, weights_TK, indices_TK)

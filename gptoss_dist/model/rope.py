@@ -15,7 +15,7 @@ from gptoss_dist.model.config import FULL, ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig, layer_type: str) -> tuple[Tensor, float]:
-    """Radians per token of each rotated pair, [R] float32 on CPU, and the factor on cos and sin (YaRN's mscale).
+    """Return radians per token of each rotated pair, [R] float32 on CPU, and the factor on cos and sin (YaRN's mscale).
 
     Long wavelengths are interpolated by `factor`, short ones are kept, with a linear ramp between the dimensions that
     turn `beta_fast` and `beta_slow` times over the original context (YaRN, arXiv:2309.00071, section 3.2). On full
@@ -51,13 +51,13 @@ def inverse_frequencies(config: ModelConfig, layer_type: str) -> tuple[Tensor, f
 
 
 class RotaryTables:
-    """cos and sin per layer type, computed once per forward pass for the positions at hand."""
+    """Tables of cos and sin by layer type, computed once per forward pass for the positions at hand."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.frequencies = {kind: inverse_frequencies(config, kind) for kind in sorted(set(config.layer_types))}
 
     def __call__(self, position_T: Tensor, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-        """{layer_type: (cos [T, R], sin [T, R])} in `dtype`, on the positions' device."""
+        """Return {layer_type: (cos [T, R], sin [T, R])} in `dtype`, on the positions' device."""
         tables = {}
         for kind, (inverse_R, factor) in self.frequencies.items():
             if inverse_R.device != position_T.device:  # once: a copy at every step would make the host wait
@@ -70,7 +70,16 @@ class RotaryTables:
 
 
 def apply_rotary(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Rotate pairs (i, i + R) of the last dimension; [B, T, H, C] in and out."""
+    """Rotate the pairs (i, i + R) of the last dimension.
+
+    Args:
+        x_BTHC: queries or keys.
+        cos_TR: cosine of each position's angles.
+        sin_TR: sine of each position's angles.
+
+    Returns:
+        A tensor like x.
+    """
     return _Rotation.apply(x_BTHC, cos_TR[:, None, :], sin_TR[:, None, :])
 
 

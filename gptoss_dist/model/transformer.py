@@ -1,6 +1,11 @@
-"""The GPT-OSS transformer, top to bottom. Parallelism is applied from outside (`parallel/parallelize.py`).
+"""The GPT-OSS transformer, to be read from top to bottom; `parallel/parallelize.py` applies parallelism from outside.
 
-Module tree and parameter layouts are those of `transformers.GptOssForCausalLM`: a state dict is a Hugging Face one.
+A batch of token ids is embedded, passes the blocks, and is normalised; the head gives logits, or together with labels
+the sums that a loss is made of. `attention.py` and `moe.py` hold the two halves of a block.
+
+The module tree and the parameter layouts are those of `transformers.GptOssForCausalLM`, so that a state dict is a
+Hugging Face one.
+
 Shapes: B batch, T tokens, D hidden_size, V vocab_size, L layers, E experts.
 """
 
@@ -11,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gptoss_dist.model.attention import Attention
+from gptoss_dist.model.attention import Attention, LayerCache
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.generate import generate
 from gptoss_dist.model.kv_cache import KVCache
@@ -19,6 +24,7 @@ from gptoss_dist.model.linear import Linear
 from gptoss_dist.model.losses import balance_loss, z_loss
 from gptoss_dist.model.moe import MoE, RouterStats
 from gptoss_dist.model.rope import RotaryTables
+from gptoss_dist.ops.attention.documents import Documents, locate_documents
 from gptoss_dist.ops.cross_entropy import linear_cross_entropy
 from gptoss_dist.ops.rms_norm import rms_norm
 
@@ -27,7 +33,7 @@ IGNORE_INDEX = -100
 
 
 class LossSums(NamedTuple):
-    """What a forward pass with labels returns: sums that add up over micro-batches and ranks."""
+    """Result of a forward pass with labels: sums that add up over micro-batches and ranks."""
 
     token_loss: Tensor
     """Sum of the token losses in nats, float32."""
@@ -36,7 +42,7 @@ class LossSums(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight in float32 (arXiv:1910.07467); the product with the weight is rounded once, as in GPT-OSS."""
+    """x / rms(x) * weight in float32 (arXiv:1910.07467); as in GPT-OSS, only the product with the weight is rounded."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -44,6 +50,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the normalised tokens, [B, T, D] in x's dtype."""
         return rms_norm(x_BTD, self.weight, self.eps)
 
 
@@ -58,14 +65,21 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config)
 
-    def forward(self, x_BTD: Tensor, rotary, document_ids_BT=None, cache=None) -> tuple[Tensor, RouterStats]:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, document_ids_BT, cache)
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        documents: Documents | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, RouterStats]:
+        """Return tokens for the next block, [B, T, D], and the router's sums; arguments as in `Attention.forward`."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, documents, cache)
         y_BTD, stats = self.mlp(self.post_attention_layernorm(x_BTD))
         return x_BTD + y_BTD, stats
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm."""
+    """Token embedding, blocks and final norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -74,15 +88,22 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_tables = RotaryTables(config)
 
-    def forward(self, input_ids_BT, document_ids_BT=None, cache: KVCache | None = None) -> tuple[Tensor, RouterStats]:
+    def forward(
+        self, input_ids_BT: Tensor, document_ids_BT: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, RouterStats]:
+        """Return final hidden states [B, T, D], and router sums with a leading layer dimension.
+
+        What all layers need to know of positions and documents is computed here, once, and handed down.
+        """
         x_BTD = self.embed_tokens(input_ids_BT)
         start = cache.length if cache is not None else 0
         position_T = torch.arange(start, start + input_ids_BT.shape[1], device=input_ids_BT.device)
         rotary = self.rotary_tables(position_T, x_BTD.dtype)
+        documents = locate_documents(document_ids_BT) if document_ids_BT is not None else None
+        caches = cache.layers if cache is not None else [None] * len(self.layers)
         layer_stats = []
-        for index, layer in enumerate(self.layers):
-            layer_cache = cache.layers[index] if cache is not None else None
-            x_BTD, stats = layer(x_BTD, rotary[layer.layer_type], document_ids_BT, layer_cache)
+        for layer, layer_cache in zip(self.layers, caches):
+            x_BTD, stats = layer(x_BTD, rotary[layer.layer_type], documents, layer_cache)
             layer_stats.append(stats)
         if cache is not None:
             cache.length += input_ids_BT.shape[1]
@@ -92,8 +113,8 @@ class Decoder(nn.Module):
 class GptOss(nn.Module):
     """A GPT-OSS language model with its head.
 
-    Weights are left uninitialised (build it on the meta device for large models): call
-    `gptoss_dist.model.init.initialize(model, seed)` or load a state dict.
+    Its weights hold anything at first: call `gptoss_dist.model.init.initialize(model, seed)` or load a state dict.
+    Build a large model on the meta device.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -104,7 +125,7 @@ class GptOss(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Share the embedding with the head where the config says so; needed again after `to_empty`."""
+        """Share the embedding with the head if the config says so; `to_empty` undoes it, so call this again then."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -117,14 +138,14 @@ class GptOss(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor | LossSums:
-        """Logits, or with labels the sums that a loss is made of, never holding all logits at once.
+        """Return logits, or with labels the sums that a loss is made of, without ever holding all logits at once.
 
         Args:
             input_ids_BT: token ids [B, T], int64.
-            labels_BT: the token to predict *at* each position (already shifted), [B, T]; -100 carries no loss.
-            document_ids_BT: attention stays within equal ids; non-decreasing along T.
-            cache: keys and values of earlier tokens, extended in place.
-            last_only: logits of the last position only.
+            labels_BT: the token to predict *at* each position (already shifted), [B, T] int64; -100 carries no loss.
+            document_ids_BT: integers [B, T], non-decreasing along T; attention stays within equal ids.
+            cache: keys and values of earlier tokens; it is extended in place.
+            last_only: return the logits of the last position only.
 
         Returns:
             Logits [B, T or 1, V] in the compute dtype, or `LossSums`.
@@ -138,9 +159,9 @@ class GptOss(nn.Module):
         return LossSums(loss, stats)
 
     def loss(self, input_ids_BT: Tensor, labels_BT: Tensor, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean token loss in nats, and the unweighted auxiliary terms {"aux": balance loss, "z": router z-loss}.
+        """Return the mean token loss in nats, and the auxiliary terms {"aux": balance loss, "z": router z-loss}.
 
-        The token loss never contains the auxiliary terms. Arguments as in `forward`.
+        The auxiliary terms have no coefficient, and the token loss does not contain them. Arguments as in `forward`.
         """
         sums = self(input_ids_BT, labels_BT, **kwargs)
         tokens, valid = input_ids_BT.numel(), (labels_BT != IGNORE_INDEX).sum()
@@ -151,5 +172,5 @@ class GptOss(nn.Module):
         return sums.token_loss / valid, auxiliary
 
     def generate(self, input_ids_BT: Tensor, **kwargs) -> Tensor:
-        """Continue token ids [B, T]; arguments and result as in `gptoss_dist.model.generate.generate`."""
+        """Continue token ids [B, T]; arguments and result are those of `gptoss_dist.model.generate.generate`."""
         return generate(self, input_ids_BT, **kwargs)

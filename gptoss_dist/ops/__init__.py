@@ -1,1 +1,1 @@
-"""Hot operations: a slow reference and fast back ends behind one function each."""
+"""Every hot operation: a slow reference and fast back ends in one table, chosen by name."""

@@ -1,12 +1,12 @@
-"""Cross entropy of a linear head, without ever holding the logits of all tokens.
+"""Cross entropy of a linear head that never holds the logits of all tokens.
 
-``chunked`` takes the tokens a few hundred at a time and, while a chunk's probabilities are at hand, already computes
-that chunk's gradients: ``d_logits = softmax(logits) - onehot(label)`` needs nothing from later layers but a scalar
+`chunked` takes the tokens a few hundred at a time and, while a chunk's probabilities are at hand, already computes
+that chunk's gradients: `d_logits = softmax(logits) - onehot(label)` needs nothing from later layers but a scalar
 factor, which backward applies. So the head costs its three GEMMs and one fp32 softmax, and no logits survive the
 forward pass. The idea is Liger Kernel's fused linear cross entropy (Hsu et al., arXiv:2410.10989); compare Cut
 Cross-Entropy (Wijmans et al., arXiv:2411.09009), which recomputes the logits in backward instead.
 
-Shape legend: N tokens, C tokens of one chunk, D hidden size, V vocabulary.
+Shapes: N tokens, C tokens of one chunk, D hidden size, V vocabulary.
 """
 
 import torch
@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gptoss_dist.ops.backends import Backend, choose, serves_all, table
 from gptoss_dist.ops.gemm import gemm_dtype
-
-BACKENDS = ("auto", "reference", "chunked")
 
 # Elements of a 16-bit weight gradient product awaiting its addition in fp32: in cache on the CPU, elsewhere merely
 # bounded (128 MiB).
@@ -34,38 +33,46 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Sum over tokens of ``-log softmax(hidden @ weight.T + bias)[label]``, in nats: an fp32 scalar.
+    """Return the sum over tokens of -log softmax(hidden @ weight.T + bias)[label], in nats; the caller divides.
 
-    The caller divides.
+    With `chunked`, gradients are ready after the forward pass and kept until the backward pass (hidden's, and weight's
+    in fp32 whatever its dtype, so that chunks do not round away each other's contributions): do not place it under
+    activation checkpointing, which would compute them twice. The logits of 16-bit operands are rounded to 16 bits, as
+    `F.linear` does, and so is their gradient, save where bf16 is multiplied in fp32 (`ops/gemm.py`): there both stay in
+    fp32. Softmax, loss and the label's subtraction are in fp32.
 
     Args:
-        hidden_ND, weight_VD, bias: of one floating dtype; ``bias`` is [V] or None.
-        labels_N: int64 token ids; tokens labelled ``ignore_index`` carry neither loss nor gradient.
-        backend: ``reference`` is ``F.cross_entropy`` on all N x V logits (in fp32), under plain autograd. ``chunked``
-            is described above; ``auto`` takes it.
-        chunk_tokens: C. By default D, within 512 and 4096: a chunk's C x V logits take no more room than the V x D
+        hidden_ND: final hidden states, of any floating dtype.
+        weight_VD: the head's weight, of the same dtype.
+        labels_N: the token to predict, int64.
+        ignore_index: tokens with this label carry neither loss nor gradient.
+        backend: `reference` is `F.cross_entropy` on all N x V logits (in fp32), under plain autograd. `chunked` is
+            described above; `auto` takes it.
+        chunk_tokens: C. The default is D, within 512 and 4096: a chunk's C x V logits take no more room than the V x D
             weight (if D is not below 512), and reading and writing the weight's gradient once per chunk stays cheap
-            beside the chunk's GEMMs.
+            beside the chunk's matrix products.
+        bias: the head's bias, [V] of the same dtype, or None.
 
-    With ``chunked``, gradients are ready after forward and kept until backward (``hidden``'s, and ``weight``'s in fp32
-    whatever its dtype, so that chunks do not round away each other's contributions): do not place it under activation
-    checkpointing, which would compute them twice. The logits of 16-bit operands are rounded to 16 bits, as ``F.linear``
-    does, and so is their gradient, save where bf16 is multiplied in fp32 (``ops/gemm.py``): there both stay in fp32.
-    Softmax, loss and the label's subtraction are fp32.
+    Returns:
+        An fp32 scalar.
 
     Raises:
-        ValueError: inconsistent shapes or dtypes, ``chunk_tokens`` below 1, or an unknown backend.
-        IndexError: (on CPU, where looking is free) a label outside [0, V) that is not ``ignore_index``.
+        ValueError: Shapes or dtypes do not fit, `chunk_tokens` is below 1, or the back end is unknown.
+        IndexError: On CPU, where looking is free, a label is outside of [0, V) and not `ignore_index`.
     """
     _check_operands(hidden_ND, weight_VD, labels_N, bias)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
-    if backend == "reference":
-        logits_NV = F.linear(hidden_ND, weight_VD, bias)
-        return F.cross_entropy(_upcast(logits_NV), labels_N, ignore_index=ignore_index, reduction="sum").float()
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    chosen = choose(BACKENDS, backend, ("chunked",), hidden_ND.dtype, (), hidden_ND.device)
+    return chosen.run(hidden_ND, weight_VD, bias, labels_N, ignore_index, chunk_tokens)
 
+
+def _reference(hidden_ND, weight_VD, bias_V, labels_N, ignore_index: int, chunk_tokens: int | None) -> Tensor:
+    logits_NV = F.linear(hidden_ND, weight_VD, bias_V)
+    return F.cross_entropy(_upcast(logits_NV), labels_N, ignore_index=ignore_index, reduction="sum").float()
+
+
+def _chunked(hidden_ND, weight_VD, bias_V, labels_N, ignore_index: int, chunk_tokens: int | None) -> Tensor:
     if labels_N.device.type == "cpu":
         # Free to look at the labels here; on an accelerator it would stall the queue.
         keep_N = labels_N != ignore_index
@@ -77,7 +84,11 @@ def linear_cross_entropy(
             )
     needs_grad = torch.is_grad_enabled()
     chunk_tokens = chunk_tokens or min(max(hidden_ND.shape[1], 512), 4096)
-    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias, labels_N, ignore_index, chunk_tokens, needs_grad)
+    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, ignore_index, chunk_tokens, needs_grad)
+
+
+BACKENDS = table(Backend("chunked", serves_all, _chunked), Backend("reference", serves_all, _reference))
+"""`run` takes hidden_ND, weight_VD, bias_V or None, labels_N, ignore_index, and chunk_tokens or None."""
 
 
 def _check_operands(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, bias: Tensor | None) -> None:
@@ -101,14 +112,13 @@ def _upcast(tensor: Tensor) -> Tensor:
 
 
 def _softmax_(logits_CV: Tensor) -> Tensor:
-    """Softmax over V; on the CPU in place (its kernel finishes reading a row before writing it)."""
-    return (
-        torch.softmax(logits_CV, -1, out=logits_CV) if logits_CV.device.type == "cpu" else torch.softmax(logits_CV, -1)
-    )
+    """Return the softmax over V, on the CPU in place: its kernel finishes reading a row before writing it."""
+    on_cpu = logits_CV.device.type == "cpu"
+    return torch.softmax(logits_CV, -1, out=logits_CV) if on_cpu else torch.softmax(logits_CV, -1)
 
 
 def _add_weight_gradient(d_weight_VD: Tensor, d_logits_CV: Tensor, hidden_CD: Tensor) -> None:
-    """``d_weight += d_logits.T @ hidden``. 16-bit products are added in fp32, by blocks of rows to bound their room."""
+    """Add d_logits.T @ hidden to d_weight; 16-bit products in fp32, by blocks of rows, which bounds their room."""
     if d_weight_VD.dtype == d_logits_CV.dtype:
         d_weight_VD.addmm_(d_logits_CV.t(), hidden_CD)
         return

@@ -1,8 +1,10 @@
 """The dtype in which matrices are multiplied: bf16 ones in float32 on CPUs that have no instructions for bf16.
 
 Such a CPU emulates bf16 products at about a quarter of its float32 rate (docs/log.md). A product of two bf16 numbers is
-exact in float32, and products are summed in float32 either way: operands cast up, multiplied in float32 and rounded
-give what the emulation gives, up to the order of summation.
+exact in float32, and products are summed in float32 either way: operands that are cast up, multiplied in float32 and
+rounded give what the emulation gives, up to the order of summation.
+
+Shapes: N rows (any leading dimensions), D inputs, O outputs.
 """
 
 import platform
@@ -14,8 +16,10 @@ from torch.autograd.function import once_differentiable
 
 
 def _cpu_multiplies_bf16() -> bool:
-    """False only where it is known that the instructions are missing. On ARM nobody has measured which way is faster,
-    so there nothing changes."""
+    """Return False only where it is known that the instructions are missing.
+
+    Nobody has measured which way is faster on ARM, so that nothing changes there.
+    """
     checks = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
     if platform.machine().lower() not in ("x86_64", "amd64") or None in checks:
         return True
@@ -29,23 +33,23 @@ MIN_ROWS = 16
 
 
 def gemm_dtype(x: Tensor, rows: int) -> torch.dtype:
-    """The dtype to which to cast both operands of a product: ``x``'s own, save for bf16 where the CPU lacks it.
+    """Return the dtype to which to cast both operands of a product: x's own, save for bf16 where the CPU lacks it.
 
     Args:
         x: an operand.
-        rows: of it for each matrix that is multiplied with; their number decides whether casting that pays.
+        rows: how many rows of it meet each matrix; their number decides whether it pays to cast the matrix.
     """
     emulated = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not CPU_MULTIPLIES_BF16
     return torch.float32 if emulated and rows >= MIN_ROWS else x.dtype
 
 
 def cast_into(t: Tensor, room: Tensor) -> Tensor:
-    """``t`` in the dtype of ``room``: itself, or a contiguous copy at the beginning of ``room``, which is flat."""
+    """Return t in the dtype of `room`: itself, or a contiguous copy at the beginning of `room`, which is flat."""
     return t if t.dtype == room.dtype else room[: t.numel()].view(t.shape).copy_(t)
 
 
 def mm_into(a: Tensor, b: Tensor, out: Tensor, room: Tensor) -> None:
-    """``out = a @ b``, rounded to the dtype of ``out`` after a stay in ``room`` (flat) if that differs from theirs."""
+    """Compute out = a @ b, through `room` (flat, in their dtype) and rounded if out's dtype differs from theirs."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -53,7 +57,7 @@ def mm_into(a: Tensor, b: Tensor, out: Tensor, room: Tensor) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, in the dtype of `gemm_dtype`; the result is in x's dtype, rounded once, after adding the bias."""
+    """Return `F.linear`, computed in the dtype of `gemm_dtype` and rounded once to x's dtype, behind the bias."""
     if gemm_dtype(x, x.numel() // max(x.shape[-1], 1)) == x.dtype or weight.dtype != x.dtype:
         return F.linear(x, weight, bias)
     return _LinearInFloat32.apply(x, weight, bias)

@@ -21,7 +21,7 @@ CHUNK = 1 << 17
 
 
 class Mxfp4(NamedTuple):
-    """A packed tensor."""
+    """Packed values."""
 
     blocks: Tensor
     """uint8 [..., G, 16]: two codes per byte."""
@@ -36,11 +36,11 @@ def encode(x: Tensor, *, search: bool = False) -> Mxfp4:
     become 6. What was packed once is packed again without a change of value.
 
     Args:
-        x: [..., 32 G], bfloat16 or float32 (other floats are cast to float32). It is packed on the CPU.
+        x: values [..., 32 G], bfloat16 or float32 (other floats are cast to float32). They are packed on the CPU.
         search: try the next larger and smaller scale too, and take the one with the least squared error.
 
     Raises:
-        ValueError: the last dimension is not made of whole groups, or a value is not finite.
+        ValueError: The last dimension is not made of whole groups, or a value is not finite.
     """
     if x.shape[-1] % GROUP:
         raise ValueError(f"a last dimension of {x.shape[-1]} cannot be packed in groups of {GROUP}")
@@ -59,7 +59,7 @@ def encode(x: Tensor, *, search: bool = False) -> Mxfp4:
 
 
 def decode(packed: Mxfp4, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Unpack to [..., 32 G]. Exact in float32; in bfloat16 too, save for its subnormals."""
+    """Return the values, [..., 32 G]. This is exact in float32, and in bfloat16 too, save for its subnormals."""
     pairs = torch.tensor([[_value(byte & 15), _value(byte >> 4)] for byte in range(256)])
     values = pairs[packed.blocks.int()].flatten(-2)  # [..., G, 32]
     values *= torch.exp2(packed.scales.float() - 127)[..., None]
@@ -67,7 +67,7 @@ def decode(packed: Mxfp4, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def error(x: Tensor, packed: Mxfp4) -> float:
-    """Relative error of a packed tensor: the norm of what was lost over the norm of `x`."""
+    """Return the relative error of what was packed: the norm of what was lost over the norm of `x`."""
     x = x.double()
     return float((decode(packed) - x).norm() / x.norm().clamp(min=1e-300))
 
@@ -89,7 +89,7 @@ def _encode_searching(x_GV: Tensor, blocks_GB: Tensor, scales_G: Tensor) -> None
     bits_GV, mantissa = _magnitudes(x_GV)
     largest_G = _largest(bits_GV)
     least_G = torch.full(scales_G.shape, torch.inf, dtype=torch.float64)
-    for offset in (-2, -1, -3):  # the usual one first: it stays where another is not better
+    for offset in (-2, -1, -3):  # The usual one comes first: it stays where another is not better.
         scale_G = ((largest_G >> mantissa) + offset).clamp_(min=0)
         blocks, scales = torch.empty_like(blocks_GB), scale_G.to(torch.uint8)
         _round(x_GV, bits_GV, mantissa, scale_G, blocks)
@@ -102,21 +102,21 @@ def _encode_searching(x_GV: Tensor, blocks_GB: Tensor, scales_G: Tensor) -> None
 
 
 def _magnitudes(x_GV: Tensor) -> tuple[Tensor, int]:
-    """The bits of |x| as integers, and how many of them are mantissa."""
+    """Return the bits of |x| as integers, and how many of them are mantissa."""
     if x_GV.dtype == torch.bfloat16:
         return x_GV.view(torch.int16) & 0x7FFF, 7
     return x_GV.view(torch.int32) & 0x7FFFFFFF, 23
 
 
 def _largest(bits_GV: Tensor) -> Tensor:
-    """Of each group; by halves, because torch reduces short rows slowly."""
+    """Return each group's largest value. It is found by halving, because torch reduces short rows slowly."""
     while bits_GV.shape[-1] > 1:
         bits_GV = torch.maximum(*bits_GV.chunk(2, -1))
     return bits_GV[:, 0]
 
 
 def _round(x_GV: Tensor, bits_GV: Tensor, mantissa: int, scale_G: Tensor, blocks_GB: Tensor) -> None:
-    """Codes of x / 2^(scale - 127), in integer arithmetic on the bits of floats.
+    """Write the codes of x / 2^(scale - 127), by integer arithmetic on the bits of floats.
 
     An E2M1 code is the leading bits of a float: exponent, and one bit of mantissa. With the exponent of 0.5 taken as
     zero, rounding to that one bit gives the code of everything from 1 up. Below, codes stand for 0, 0.5 and 1.
@@ -138,7 +138,7 @@ def _round(x_GV: Tensor, bits_GV: Tensor, mantissa: int, scale_G: Tensor, blocks
 
 
 def _repair_tiny(x_GV: Tensor, largest_G: Tensor, mantissa: int, blocks_GB: Tensor, scales_G: Tensor) -> None:
-    """Groups where subnormal numbers count, whose bits mean something else: compare with every code."""
+    """Repack groups in which subnormal numbers count, whose bits mean something else, by comparing with every code."""
     tiny_G = (largest_G > 0) & (largest_G < 6 << mantissa)
     if not tiny_G.any():
         return
@@ -148,7 +148,10 @@ def _repair_tiny(x_GV: Tensor, largest_G: Tensor, mantissa: int, blocks_GB: Tens
 
 
 def nearest_codes(x: Tensor) -> Tensor:
-    """The slow reference: codes of the nearest values, of two equally near ones the even; uint8 of x's shape."""
+    """Return the code of the nearest value, and of two equally near ones the even; uint8 of x's shape.
+
+    This is the slow reference.
+    """
     values = torch.tensor(VALUES, dtype=torch.float64)
     distance = (x.double().abs()[..., None] - values).abs()
     even_first = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import torch
@@ -14,7 +13,8 @@ from torch.distributed.tensor import Shard
 from gptoss_dist.config import ParallelConfig, TrainConfig
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
-from gptoss_dist.ops.experts.grouped import grouped_mm_limit
+from gptoss_dist.ops.backends import AUTO, BF16_ONLY
+from gptoss_dist.ops.experts.grouped_experts import BACKENDS
 from gptoss_dist.parallel.exchange import Exchange
 from gptoss_dist.parallel.mesh import Meshes, local
 from gptoss_dist.parallel.recompute import checkpoint_activations
@@ -89,24 +89,16 @@ def place_experts(model: GptOss, precision: str, parallel: ParallelConfig, meshe
 
 def _check_expert_gemm(gemm: str, precision: str, model: ModelConfig, device_type: str) -> None:
     """Refuse by its key what `grouped_experts` would refuse in the first step, when the run's folder exists already."""
-    remedy, problem = "choose --parallel.expert_gemm auto", None
-    if gemm == "grouped_mm":
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        problem = grouped_mm_limit(dtype, model.intermediate_size, model.hidden_size)
-    elif gemm == "grouped_gemm":
-        if precision != "bf16":
-            problem = f"{gemm} computes in bf16 only"
+    if gemm == AUTO:
+        return
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    sizes = (model.hidden_size, model.intermediate_size)
+    reason = BACKENDS[gemm].why_not(dtype, sizes, torch.device(device_type))
+    if reason is not None:
+        remedy = "choose --parallel.expert_gemm auto"
+        if reason == BF16_ONLY:
             remedy = f"set --train.precision bf16 or {remedy}"
-        elif device_type != "cuda":
-            problem = f"{gemm} computes on CUDA only"
-        else:
-            try:
-                importlib.import_module(gemm)
-            except ImportError as error:
-                problem = f"{gemm} needs the package of that name, which cannot be imported ({error})"
-                remedy += ", or, with a CUDA toolkit, pip install --no-build-isolation grouped_gemm==0.3.0"
-    if problem:
-        raise ValueError(f"parallel.expert_gemm={problem}; {remedy}")
+        raise ValueError(f"parallel.expert_gemm={gemm} {reason}; {remedy}")
 
 
 def _shard(

@@ -1,16 +1,15 @@
-"""The router's choice of experts: plain, with a selection bias, and forced for benchmarks."""
+"""The router's choice of experts: plain, and with a selection bias."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from gptoss_dist import GptOss, ModelConfig
 from gptoss_dist.model.init import initialize
 from gptoss_dist.model.losses import updated_selection_bias
-from gptoss_dist.model.moe import MoE, Router, router_stats
+from gptoss_dist.model.moe import Router, router_stats
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -62,10 +61,9 @@ def test_without_options_the_router_is_topk_and_softmax_to_the_bit(dtype):
     assert torch.equal(router.weight.grad, twin.weight.grad) and torch.equal(router.bias.grad, twin.bias.grad)
 
 
-@pytest.mark.parametrize("forced, fields", [(None, {}), (None, {"router_selection_bias": True}), ("balanced", {})])
-def test_choices_compile_without_graph_breaks(forced, fields):
-    router, x = random_router(**fields), tokens(7)
-    router.forced = forced
+@pytest.mark.parametrize("biased", [False, True])
+def test_choices_compile_without_graph_breaks(biased):
+    router, x = random_router(router_selection_bias=biased), tokens(7)
     expected = router(x)
     weights, indices, stats = torch.compile(router, fullgraph=True, backend="eager")(x)
     assert torch.equal(weights, expected[0]) and torch.equal(indices, expected[1])
@@ -155,107 +153,3 @@ def test_repeated_updates_even_out_a_skewed_router():
     assert cv[0] > 0.5
     assert sum(cv[-20:]) / 20 < 0.1 * cv[0]
     assert (router.selection_bias.diff() < 0).all()  # it undoes the skew
-
-
-# --- Forced ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("T", [1, 2, 3, 31, 33])
-@pytest.mark.parametrize("experts, k", [(6, 2), (6, 6), (5, 3), (8, 1)])
-def test_balanced_routing(T, experts, k):
-    router, x = random_router(num_local_experts=experts, num_experts_per_tok=k), tokens(T)
-    router.forced = "balanced"
-    weights, indices, stats = router(x)
-    assert indices.dtype == torch.int64
-    assert indices.tolist() == [[(t * k + i) % experts for i in range(k)] for t in range(T)]
-    assert all(len(set(row)) == k for row in indices.tolist())
-    assert stats.counts_E.max() - stats.counts_E.min() == (0 if T * k % experts == 0 else 1)
-    assert torch.equal(stats.counts_E, torch.bincount(indices.flatten(), minlength=experts).float())
-    logits = F.linear(x, router.weight, router.bias)
-    torch.testing.assert_close(weights, torch.softmax(logits.gather(1, indices), dim=-1))
-
-
-def test_balanced_routing_trains_the_router():
-    moe = MoE(ModelConfig(**SIZES))
-    for name, parameter in moe.named_parameters():
-        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
-    moe.router.forced = "balanced"
-    moe(tokens(12)[None])[0].square().sum().backward()
-    assert all((row != 0).any() for row in moe.router.weight.grad)  # every expert is used
-
-
-def test_replay_keeps_the_first_choice_until_the_number_of_tokens_changes():
-    router = random_router(router_selection_bias=True)
-    router.selection_bias.copy_(torch.linspace(-1, 1, E))
-    free = copy.deepcopy(router)
-    router.forced = "replay"
-    first = router(tokens(9, seed=1))[1]
-    assert torch.equal(first, free(tokens(9, seed=1))[1])
-    assert first.dtype == torch.int64 and not first.requires_grad
-
-    other = tokens(9, seed=2)
-    assert not torch.equal(free(other)[1], first)
-    weights, indices, stats = router(other)
-    assert torch.equal(indices, first)
-    assert torch.equal(stats.counts_E, torch.bincount(first.flatten(), minlength=E).float())
-    logits = F.linear(other, router.weight, router.bias)
-    torch.testing.assert_close(weights, torch.softmax(logits.gather(1, first), dim=-1))
-
-    shorter = router(tokens(5, seed=3))[1]
-    assert torch.equal(shorter, free(tokens(5, seed=3))[1])
-    assert torch.equal(router(tokens(5, seed=4))[1], shorter)
-    assert torch.equal(router(other)[1], free(other)[1])  # the record of 9 tokens is gone
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_replay_under_recomputation_and_compilation(compiled):
-    """Recomputed blocks see the experts of their forward pass, in the step that records them and in later ones."""
-    model = GptOss(ModelConfig(**SIZES))
-    initialize(model, seed=0)
-    routers = [layer.mlp.router for layer in model.model.layers]
-    for router in routers:
-        router.forced = "replay"
-    twin = copy.deepcopy(model)
-    for layer in model.model.layers:
-        layer.forward = _recomputed(layer.forward)
-        if compiled:
-            layer.compile(backend="eager")
-    for step in range(3):
-        ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(step))
-        for net in (model, twin):
-            net.zero_grad()
-            loss, auxiliary = net.loss(ids, ids)
-            (loss + auxiliary["aux"]).backward()
-        for router, other in zip(routers, (layer.mlp.router for layer in twin.model.layers)):
-            assert torch.equal(router.recorded_TK, other.recorded_TK)
-            assert torch.equal(router.weight.grad, other.weight.grad)
-
-
-def _recomputed(forward):
-    return lambda *args: checkpoint(forward, *args, use_reentrant=False)
-
-
-def test_once_recorded_replay_compiles_without_graph_breaks():
-    router = random_router()
-    router.forced = "replay"
-    first = router(tokens(7, seed=1))[1]
-    compiled = torch.compile(router, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(tokens(7, seed=2))[1], first)
-
-
-@pytest.mark.parametrize("forced", ["balanced", "replay"])
-def test_evaluation_ignores_forcing(forced):
-    router, x = random_router(), tokens(9)
-    expected = copy.deepcopy(router).eval()(x)
-    router.forced = forced
-    router(tokens(9, seed=5))
-    router.eval()
-    weights, indices, _ = router(x)
-    assert torch.equal(weights, expected[0]) and torch.equal(indices, expected[1])
-
-
-def test_an_unknown_way_of_forcing_is_refused():
-    router = random_router()
-    router.forced = "balance"
-    with pytest.raises(ValueError, match=r"router\.forced='balance'"):
-        router(tokens(3))

@@ -15,15 +15,16 @@ MAX_HEAD_DIM = 256
 """FlashAttention-2's limit (github.com/Dao-AILab/flash-attention, README); it also needs a multiple of 8, and sm80."""
 
 
-def is_supported(q: Tensor) -> bool:
-    """Whether the flash kernels take queries of this dtype and head_dim on this CUDA device."""
-    D = q.shape[-1]
-    return (
-        q.dtype in (torch.bfloat16, torch.float16)
-        and D % 8 == 0
-        and D <= MAX_HEAD_DIM
-        and torch.cuda.get_device_capability(q.device)[0] >= 8
-    )
+def why_not(dtype: torch.dtype, sizes: tuple[int, ...], device: torch.device) -> str | None:
+    """Say why the flash kernels cannot serve queries of this dtype and (head_dim,) on this CUDA device."""
+    (D,) = sizes
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"computes in bf16 or fp16 on CUDA, not {dtype}"
+    if D % 8 or D > MAX_HEAD_DIM:
+        return f"needs a head_dim in multiples of 8 up to {MAX_HEAD_DIM} on CUDA, not {D}"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "needs a GPU of compute capability 8.0 or later"
+    return None
 
 
 def forward(
@@ -36,7 +37,7 @@ def forward(
     cu_seqlens: Tensor | None,
     longest: int,
 ) -> tuple[Tensor, Tensor]:
-    """o_BTHD and lse_HN (float32), both with the sinks counted in."""
+    """Return o_BTHD and lse_HN (float32), both with the sinks counted in; arguments as in `kernel_op.py`."""
     cu_seqlens = _one_document_each(q_BTHD) if cu_seqlens is None else cu_seqlens
     q_NHD, k_NKD, v_NKD = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD))
     o_NHD, lse_HN, *_ = torch.ops.aten._flash_attention_forward(
@@ -71,7 +72,7 @@ def backward(
     cu_seqlens: Tensor | None,
     longest: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq_BTHD, dk_BTKD, dv_BTKD from the forward's o and lse."""
+    """Return dq_BTHD, dk_BTKD, dv_BTKD, given what `forward` returned as o and lse."""
     cu_seqlens = _one_document_each(q_BTHD) if cu_seqlens is None else cu_seqlens
     # Without dropout the kernel reads no random state.
     rng_state = torch.zeros(2, dtype=torch.uint64, device=q_BTHD.device)
@@ -98,8 +99,11 @@ def backward(
 
 
 def _window_arguments(window: int | None) -> dict[str, int]:
-    """The kernel counts keys to the left of the query, without itself. An explicit 0 on the right, even where causal,
-    keeps it from its decoding layout at T = 1, in which log-sum-exp comes in another order."""
+    """Return the window as the kernel counts it: keys to the left of the query, without itself.
+
+    An explicit 0 on the right, even where causal, keeps the kernel from its decoding layout at T = 1, in which the
+    log-sum-exp comes in another order.
+    """
     return {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
 
 

@@ -1,4 +1,4 @@
-"""Causal attention with learned sinks, optionally windowed and within documents: one function, several back ends.
+"""Causal attention with learned sinks, within a window and within documents if asked: one function, four back ends.
 
 A sink is one learned logit per query head that joins the softmax and carries no value (GPT-OSS, arXiv:2508.10925;
 Xiao et al., arXiv:2309.17453): it lets a head attend to nothing. Query i sees key j iff 0 <= i - j < window and both
@@ -11,23 +11,28 @@ Flash kernels know no sinks, yet give them exactly. With the kernel's output o a
 and a flash *backward* kernel rebuilds probabilities as exp(score - lse), so that feeding it (o', lse') yields exact dq,
 dk and dv, while dsink = -sum(exp(sink - lse') * rowsum(do * o')). Only o' and lse' are kept: memory is linear in T.
 
+`reference` is the definition and holds all T x T scores. `chunked` is plain PyTorch in O(T) memory on any device.
+`flash` uses the device's flash kernels (CPU: any floating dtype; CUDA: bf16 or fp16, D a multiple of 8 up to 256).
+`fused`, for bf16 on CPU, multiplies matrices in bf16, rounding scores to it, around one pass of torch.compile (it needs
+a C++ compiler). `auto` takes `fused` inside of torch.compile if the CPU has instructions for bf16 products, else
+`flash`, else `chunked`: the first of these that can serve.
+
 Shapes: B batch, T tokens, S keys, H query heads, K key/value heads, G = H / K query heads per key/value head,
 D head_dim, N = B * T tokens in all.
 """
 
 from __future__ import annotations
 
-import weakref
-from typing import NamedTuple
+import functools
 
 import torch
 from torch import Tensor
 
 from gptoss_dist.ops import gemm
-from gptoss_dist.ops.attention import cuda as sink_attention_cuda
-from gptoss_dist.ops.attention import tiled as sink_attention_tiled
-
-BACKENDS = ("auto", "flash", "fused", "chunked", "reference")
+from gptoss_dist.ops.attention import cuda, tiled
+from gptoss_dist.ops.attention.documents import Documents
+from gptoss_dist.ops.attention.kernel_op import attend
+from gptoss_dist.ops.backends import Backend, choose, serves_all, table
 
 
 def sink_attention(
@@ -38,43 +43,37 @@ def sink_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
-    document_ids_BT: Tensor | None = None,
+    documents: Documents | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Causal grouped-query attention with sinks.
+    """Return causal grouped-query attention with sinks.
 
     Args:
-        q_BHTD, k_BKTD, v_BKTD: one floating dtype, H a multiple of K; a transposed view of [B, T, heads, D] is best, as
-            no back end then copies it.
-        sinks_H: one logit per query head, any floating dtype; not scaled by `scale`.
+        q_BHTD: queries, of any floating dtype. A transposed view of [B, T, H, D] is best: no back end then copies it.
+        k_BKTD: keys, of the same dtype and best laid out alike; H is a multiple of K.
+        v_BKTD: values, like the keys.
+        sinks_H: one logit per query head, of any floating dtype; `scale` does not apply to it.
         scale: factor on q . k, 1 / sqrt(D) by default.
-        window: keys visible to a query, itself included; None for all earlier ones.
-        document_ids_BT: integers, non-decreasing along T; attention stays within equal ids.
-        backend: `reference` holds all T x T scores; `chunked` is plain PyTorch in O(T) memory on any device; `flash`
-            uses the device's flash kernels (CPU: any floating dtype; CUDA: bf16 or fp16, D a multiple of 8 up to 256);
-            `fused`, for bf16 on CPU, multiplies matrices in bf16, rounding scores to it, around one pass of
-            torch.compile (it needs a C++ compiler); `auto` takes fused inside of torch.compile where it applies and
-            the CPU has instructions for bf16 products, then flash where it applies, and chunked elsewhere.
+        window: how many keys a query sees, itself included; None for all earlier ones.
+        documents: where documents lie, from `locate_documents`: attention stays within each. None if every sequence is
+            one document.
+        backend: `auto`, or a name in `BACKENDS`; this file's docstring tells them apart.
 
     Returns:
         o_BHTD in q's dtype: a transposed view of a contiguous [B, T, H, D].
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a window below 1, decreasing document ids, or an unknown back end
-            or one that does not apply.
+        ValueError: Shapes or dtypes do not fit, the window is below 1, or the back end is unknown or cannot serve.
     """
-    _check(q_BHTD, k_BKTD, v_BKTD, sinks_H, window, document_ids_BT, backend)
+    _check(q_BHTD, k_BKTD, v_BKTD, sinks_H, window, documents)
     T, D = q_BHTD.shape[2:]
     scale = D**-0.5 if scale is None else scale
     window = None if window is None or window >= T else window
-    if backend == "reference":
-        visible = causal_visibility(T, window, document_ids_BT, q_BHTD.device)
-        return masked_sink_attention(q_BHTD, k_BKTD, v_BKTD, sinks_H, visible, scale=scale)
-    kernel = _select_kernel(q_BHTD, backend)
-    documents = Documents(None, None, T) if document_ids_BT is None else _locate_documents(document_ids_BT)
-    q_BTHD, k_BTKD, v_BTKD = (x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD))
-    o_BTHD, _ = _attend(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, *documents, kernel)
-    return o_BTHD.transpose(1, 2)
+    # `fused` rounds more often, so that it is for those who asked for speed by compiling, and where it brings any.
+    compiled = torch.compiler.is_compiling() and gemm.CPU_MULTIPLIES_BF16
+    order = ("fused", "flash", "chunked") if compiled else ("flash", "chunked")
+    chosen = choose(BACKENDS, backend, order, q_BHTD.dtype, (D,), q_BHTD.device)
+    return chosen.run(q_BHTD, k_BKTD, v_BKTD, sinks_H, scale, window, documents)
 
 
 def masked_sink_attention(
@@ -86,15 +85,17 @@ def masked_sink_attention(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention with sinks under any mask: the definition, and what decoding with a key/value cache calls.
+    """Return attention with sinks under any mask: the definition, and what decoding with a key/value cache calls.
 
     Query heads that share keys are folded into the rows of one matrix product, so keys and values are never repeated.
     With B > 1, keep a cache as [B, K, S, D] in memory (not [B, S, K, D]): other layouts are copied by the product.
 
     Args:
-        q_BHTD, k_BKSD, v_BKSD: queries, keys and values; S and T are independent.
+        q_BHTD: queries, of any floating dtype.
+        k_BKSD: keys; S and T are independent.
+        v_BKSD: values.
         sinks_H: one logit per query head.
-        visible: bool [T, S] or [B, T, S], true where the query sees the key. A query that sees nothing returns zeros.
+        visible: bool [T, S] or [B, T, S], true where the query sees the key. A query that sees nothing gets zeros.
         scale: factor on q . k, 1 / sqrt(D) by default.
 
     Returns:
@@ -116,74 +117,37 @@ def masked_sink_attention(
     return o_BKRD.to(q_BHTD.dtype).view(B, H, T, D)
 
 
-def causal_visibility(T: int, window: int | None, document_ids_BT: Tensor | None, device: torch.device) -> Tensor:
-    """Bool mask of which keys a query sees, [T, T], or [B, T, T] with documents."""
+def causal_visibility(T: int, window: int | None, documents: Documents | None, device: torch.device) -> Tensor:
+    """Return which keys a query sees as a bool mask, [T, T], or [B, T, T] with documents."""
     position_T = torch.arange(T, device=device)
     distance_TT = position_T[:, None] - position_T
     visible = (distance_TT >= 0) & (distance_TT < (T if window is None else window))
-    if document_ids_BT is not None:
-        visible = visible & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
+    if documents is not None:
+        visible = visible & (documents.first_BT[:, :, None] == documents.first_BT[:, None, :])
     return visible
 
 
-class Documents(NamedTuple):
-    """Where documents lie, in the two forms that kernels ask for; both None where each sequence is one document."""
-
-    first_BT: Tensor | None
-    """Position within its sequence of the first token of each token's document, int64."""
-    cu_seqlens: Tensor | None
-    """Start of every document in the flattened batch, and N last: [documents + 1], int32."""
-    longest: int
-    """An upper bound of the length of a document."""
+def _by_definition(q_BHTD, k_BKTD, v_BKTD, sinks_H, scale, window, documents) -> Tensor:
+    visible = causal_visibility(q_BHTD.shape[2], window, documents, q_BHTD.device)
+    return masked_sink_attention(q_BHTD, k_BKTD, v_BKTD, sinks_H, visible, scale=scale)
 
 
-_last_documents: tuple[weakref.ref, int, Documents] | None = None
+def _why_not_flash(dtype: torch.dtype, sizes: tuple[int, ...], device: torch.device) -> str | None:
+    if device.type == "cpu":
+        return None
+    return cuda.why_not(dtype, sizes, device) if device.type == "cuda" else f"has no kernel on {device.type}"
 
 
-@torch.compiler.disable
-def _locate_documents(document_ids_BT: Tensor) -> Documents:
-    """Remembers its last answer: every layer asks about the same tensor, and each answer reads back from the device."""
-    global _last_documents
-    version = None if document_ids_BT.is_inference() else document_ids_BT._version
-    last = _last_documents
-    if version is not None and last is not None and last[0]() is document_ids_BT and last[1] == version:
-        return last[2]
-    B, T = document_ids_BT.shape
-    step_BT = document_ids_BT.diff(dim=1)
-    if (step_BT < 0).any():
-        raise ValueError("document_ids_BT decreases along T; number the documents of a sequence in order")
-    position_T = torch.arange(T, device=document_ids_BT.device)
-    first_BT = torch.zeros_like(document_ids_BT, dtype=torch.int64)
-    first_BT[:, 1:] = torch.where(step_BT > 0, position_T[1:], 0).cummax(dim=1).values
-    starts = (first_BT == position_T).flatten().nonzero().flatten()
-    cu_seqlens = torch.nn.functional.pad(starts, (0, 1), value=B * T)
-    documents = Documents(first_BT, cu_seqlens.int(), int(cu_seqlens.diff().max()))
-    if version is not None:
-        _last_documents = (weakref.ref(document_ids_BT), version, documents)
-    return documents
+BACKENDS = table(
+    Backend("flash", _why_not_flash, functools.partial(attend, "flash")),
+    Backend("fused", tiled.why_not_fused, functools.partial(attend, "fused")),
+    Backend("chunked", serves_all, functools.partial(attend, "chunked")),
+    Backend("reference", serves_all, _by_definition),
+)
+"""Sizes are (D,). `run` takes q_BHTD, k_BKTD, v_BKTD, sinks_H, scale, window and documents, and returns o_BHTD."""
 
 
-def _select_kernel(q: Tensor, backend: str) -> str:
-    if backend == "chunked":
-        return "chunked"
-    device, dtype, D = q.device.type, q.dtype, q.shape[-1]
-    fusable = device == "cpu" and dtype == torch.bfloat16  # float16 could not hold unscaled scores
-    worthwhile = torch.compiler.is_compiling() and gemm.CPU_MULTIPLIES_BF16
-    if fusable and (backend == "fused" or (backend == "auto" and worthwhile)):
-        return "fused_cpu"
-    flash = {"cpu": "flash_cpu", "cuda": "flash_cuda"}.get(device)
-    if flash == "flash_cuda" and not sink_attention_cuda.is_supported(q):
-        flash = None
-    if backend == "fused" or (flash is None and backend == "flash"):
-        raise ValueError(
-            f"backend {backend!r} has no kernel for {dtype}, head_dim {D} on {device}; use 'auto' or 'chunked'"
-        )
-    return flash or "chunked"
-
-
-def _check(q, k, v, sinks, window, document_ids, backend) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+def _check(q, k, v, sinks, window, documents) -> None:
     B, H, T, D = q.shape
     K = k.shape[1]
     if k.shape != (B, K, T, D) or v.shape != k.shape or H % K:
@@ -197,83 +161,5 @@ def _check(q, k, v, sinks, window, document_ids, backend) -> None:
         raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
     if window is not None and window < 1:
         raise ValueError(f"window {window} hides every key; need at least 1 (the query itself), or None for no window")
-    if document_ids is not None and document_ids.shape != (B, T):
-        raise ValueError(f"document_ids_BT has shape {tuple(document_ids.shape)}; need ({B}, {T})")
-
-
-# Custom ops are opaque to torch.compile (no graph break, no tracing of the tile loops) and let selective activation
-# checkpointing name attention as an op whose output is worth keeping.
-
-
-@torch.library.custom_op("gptoss_dist::sink_attention", mutates_args=())
-def _attend(
-    q_BTHD: Tensor,
-    k_BTKD: Tensor,
-    v_BTKD: Tensor,
-    sinks_H: Tensor,
-    scale: float,
-    window: int | None,
-    first_BT: Tensor | None,
-    cu_seqlens: Tensor | None,
-    longest: int,
-    kernel: str,
-) -> tuple[Tensor, Tensor]:
-    """o_BTHD, contiguous, and lse_HN in float32 (float64 for float64 inputs), both with the sinks counted in."""
-    if kernel == "flash_cuda":
-        return sink_attention_cuda.forward(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, cu_seqlens, longest)
-    return sink_attention_tiled.forward(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, first_BT, kernel)
-
-
-@_attend.register_fake
-def _(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, first_BT, cu_seqlens, longest, kernel):
-    B, T, H, _ = q_BTHD.shape
-    lse_dtype = torch.promote_types(q_BTHD.dtype, torch.float32)
-    return q_BTHD.new_empty(q_BTHD.shape), q_BTHD.new_empty((H, B * T), dtype=lse_dtype)
-
-
-@torch.library.custom_op("gptoss_dist::sink_attention_backward", mutates_args=())
-def _attend_backward(
-    do_BTHD: Tensor,
-    q_BTHD: Tensor,
-    k_BTKD: Tensor,
-    v_BTKD: Tensor,
-    sinks_H: Tensor,
-    o_BTHD: Tensor,
-    lse_HN: Tensor,
-    scale: float,
-    window: int | None,
-    first_BT: Tensor | None,
-    cu_seqlens: Tensor | None,
-    longest: int,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq_BTHD, dk_BTKD, dv_BTKD, contiguous, and dsinks_H, each in its input's dtype."""
-    tensors = (do_BTHD, q_BTHD, k_BTKD, v_BTKD, o_BTHD, lse_HN)
-    if kernel == "flash_cuda":
-        dq, dk, dv = sink_attention_cuda.backward(*tensors, scale, window, cu_seqlens, longest)
-    else:
-        dq, dk, dv = sink_attention_tiled.backward(*tensors, scale, window, first_BT, kernel)
-    do_o_HN = (do_BTHD.to(lse_HN.dtype) * o_BTHD).sum(-1).flatten(0, 1).t()
-    sink_probability_HN = torch.exp(sinks_H.to(lse_HN.dtype)[:, None] - lse_HN)
-    dsinks_H = -(sink_probability_HN * do_o_HN).sum(1).to(sinks_H.dtype)
-    return dq, dk, dv, dsinks_H
-
-
-@_attend_backward.register_fake
-def _(do_BTHD, q_BTHD, k_BTKD, v_BTKD, sinks_H, o_BTHD, lse_HN, *_):
-    return tuple(x.new_empty(x.shape) for x in (q_BTHD, k_BTKD, v_BTKD, sinks_H))
-
-
-def _save_for_backward(ctx, inputs, output) -> None:
-    q, k, v, sinks, ctx.scale, ctx.window, first_BT, cu_seqlens, ctx.longest, ctx.kernel = inputs
-    ctx.save_for_backward(q, k, v, sinks, *output, first_BT, cu_seqlens)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate(ctx, do_BTHD: Tensor, _):
-    q, k, v, sinks, o, lse, first_BT, cu_seqlens = ctx.saved_tensors
-    options = (ctx.scale, ctx.window, first_BT, cu_seqlens, ctx.longest, ctx.kernel)
-    return *_attend_backward(do_BTHD, q, k, v, sinks, o, lse, *options), *[None] * 6
-
-
-_attend.register_autograd(_differentiate, setup_context=_save_for_backward)
+    if documents is not None and documents.first_BT.shape != (B, T):
+        raise ValueError(f"document_ids_BT has shape {tuple(documents.first_BT.shape)}; need ({B}, {T})")

@@ -1,7 +1,9 @@
-"""Sink attention in tiles of queries: plain PyTorch on any device (`chunked`), the CPU flash kernel (`flash_cpu`), or
-matrix products in bf16 around one compiled pass (`fused_cpu`).
+"""Sink attention in tiles of queries, by one of three kernels.
 
-A tile is a block of consecutive queries with the keys it can see and a mask. Two tilings:
+`chunked` is plain PyTorch on any device, `flash` is the flash kernel for CPU, and `fused` multiplies matrices in bf16
+around one compiled pass.
+
+A tile is a block of consecutive queries, the keys that it can see, and a mask. There are two tilings:
 - strips, one tile after the other: no keys beyond the last query, none before the window or the document. The CPU
   kernel by itself skips hidden keys in steps of 512 only, so strips pay even where plain causal attention would do;
 - a band, for windows: every block of queries reads the keys of its own and the preceding blocks through an overlapping
@@ -9,7 +11,7 @@ A tile is a block of consecutive queries with the keys it can see and a mask. Tw
 
 The query heads that share a key/value head become rows of one tile: keys are never repeated, and their gradients come
 out summed over the group. Tiles compute in float32 at least, since the CPU flash kernel gains nothing from bf16 and
-its backward would accumulate gradients in it; `fused_cpu` alone keeps bf16 for the operands and results of its
+its backward would accumulate gradients in it; `fused` alone keeps bf16 for the operands and results of its
 matrix products, scores among them, and float32 between them.
 
 Shapes: B batch, T tokens, H query heads, K key/value heads, G = H / K, D head_dim, N = B * T tokens; within tiles
@@ -25,10 +27,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gptoss_dist.ops.backends import BF16_ONLY
+
 ROWS_PER_STRIP = 512
 """Rows (queries times heads of a group) at which the CPU kernel is fastest at T >= 2048 (docs/log.md)."""
 MIN_BLOCK = 32
 """Queries per band block for windows up to 256; the CPU kernel splits short tiles into 32 rows."""
+
+
+def why_not_fused(dtype: torch.dtype, sizes: tuple[int, ...], device: torch.device) -> str | None:
+    """Say why `fused` cannot serve operands like these: float16 could not hold unscaled scores."""
+    if dtype != torch.bfloat16:
+        return BF16_ONLY
+    return None if device.type == "cpu" else "computes on CPU only"
 
 
 def forward(
@@ -41,7 +52,7 @@ def forward(
     first_BT: Tensor | None,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    """o_BTHD and lse_HN, both with the sinks counted in."""
+    """Return o_BTHD and lse_HN, both with the sinks counted in; arguments as in `kernel_op.py`."""
     B, T, H, _ = q_BTHD.shape
     K = k_BTKD.shape[2]
     exact = torch.promote_types(q_BTHD.dtype, torch.float32)
@@ -90,7 +101,7 @@ def backward(
     first_BT: Tensor | None,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq_BTHD, dk_BTKD, dv_BTKD from the forward's o and lse."""
+    """Return dq_BTHD, dk_BTKD, dv_BTKD, given what `forward` returned as o and lse."""
     B, T, H, _ = q_BTHD.shape
     K, exact, dtype = k_BTKD.shape[2], lse_HN.dtype, _tile_dtype(q_BTHD, kernel)
     differentiate = _KERNELS[kernel].backward
@@ -136,24 +147,24 @@ def backward(
 
 
 def _tile_dtype(q_BTHD: Tensor, kernel: str) -> torch.dtype:
-    return q_BTHD.dtype if kernel == "fused_cpu" else torch.promote_types(q_BTHD.dtype, torch.float32)
+    return q_BTHD.dtype if kernel == "fused" else torch.promote_types(q_BTHD.dtype, torch.float32)
 
 
 def _group(x_BCHD: Tensor, K: int) -> Tensor:
-    """Heads that share a key/value head become rows, [B, K, C * G, D]; row c * G + g is query c, head g of a group."""
+    """Turn heads that share a key/value head into rows, [B, K, C * G, D]: row c * G + g is query c, head g of G."""
     B, C, H, D = x_BCHD.shape
     return x_BCHD.reshape(B, C, K, H // K, D).transpose(1, 2).reshape(B, K, C * (H // K), D)
 
 
 def _ungroup(x_BKRD: Tensor, H: int) -> Tensor:
-    """Inverse of `_group`: [B, C, H, D]."""
+    """Undo `_group`: [B, C, H, D]."""
     B, K, R, D = x_BKRD.shape
     G = H // K
     return x_BKRD.reshape(B, K, R // G, G, D).transpose(1, 2).reshape(B, R // G, H, D)
 
 
 def _bias(lower_MC: Tensor, upper_C: Tensor, S: int, G: int, dtype: torch.dtype) -> Tensor:
-    """0 where lower <= key <= upper (key indices of the tile), -inf elsewhere; [M, 1, C * G, S]."""
+    """Return 0 where lower <= key <= upper (key indices of the tile), -inf elsewhere; [M, 1, C * G, S]."""
     key_S = torch.arange(S, device=upper_C.device)
     hidden_MCS = (key_S > upper_C[:, None]) | (key_S < lower_MC[..., None])
     bias_MCS = torch.zeros(hidden_MCS.shape, dtype=dtype, device=key_S.device).masked_fill_(hidden_MCS, float("-inf"))
@@ -204,15 +215,21 @@ def _strip_bias(
 def _causal_bias(
     start: int, stop: int, first_key: int, window: int | None, G: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Bias of queries start ... stop - 1 and keys first_key ... stop - 1, the same in every layer and step."""
+    """Return the bias of queries start ... stop - 1 and keys first_key ... stop - 1.
+
+    It is the same in every layer and step, so that a few of them are kept.
+    """
     position_C = torch.arange(start, stop, device=device)
     lower_C = torch.zeros_like(position_C) if window is None else position_C - (window - 1)
     return _bias(lower_C[None] - first_key, position_C - first_key, stop - first_key, G, dtype)
 
 
 def _use_band(window: int | None, kernel: str) -> bool:
-    """`chunked` keeps whole score matrices of a call, in float32, so it takes one strip at a time. `fused_cpu` keeps
-    them too, in 16 bits and within the band: still linear in T."""
+    """Return whether to compute all blocks of a window in one call.
+
+    `chunked` keeps whole score matrices of a call, in float32, so it takes one strip at a time. `fused` keeps them too,
+    in 16 bits and within the band: still linear in T.
+    """
     return window is not None and kernel != "chunked"
 
 
@@ -231,16 +248,21 @@ class Band(NamedTuple):
 
     @classmethod
     def of(cls, T: int, window: int, K: int) -> Band:
+        """Return the band for sequences of T tokens with K key/value heads."""
         # An eighth of the window: small blocks compute few hidden scores, large ones amortise the kernel's overheads.
         C = MIN_BLOCK * max(1, -(-window // (8 * MIN_BLOCK)))
         return cls(T, window, K, C, C * -(-(window - 1) // C))
 
     @property
     def padded_tokens(self) -> int:
+        """Tokens of a sequence in whole blocks."""
         return self.block * -(-self.tokens // self.block)
 
     def queries(self, x_BTHD: Tensor, dtype: torch.dtype) -> Tensor:
-        """[M, K, R, D], zeros behind the last token; also for o, do and lse. Zero do keeps padding out of gradients."""
+        """Return the tiles of q, o, do or lse, [M, K, R, D], with zeros behind the last token.
+
+        Zeros in do keep the padding out of gradients.
+        """
         B, T, H, D = x_BTHD.shape
         if self.padded_tokens != T:
             padded = x_BTHD.new_zeros((B, self.padded_tokens, H, D), dtype=dtype)
@@ -249,7 +271,7 @@ class Band(NamedTuple):
         return _group(x_BTHD.to(dtype).reshape(-1, self.block, H, D), self.key_heads)
 
     def keys(self, x_BTKD: Tensor, dtype: torch.dtype) -> Tensor:
-        """[M, K, S, D], an overlapping view."""
+        """Return the tiles of k or v, [M, K, S, D]: an overlapping view."""
         B, T, K, D = x_BTKD.shape
         rows = x_BTKD.new_zeros((self.left + B * self.padded_tokens, K, D), dtype=dtype)
         rows[self.left :].view(B, self.padded_tokens, K, D)[:, :T] = x_BTKD
@@ -257,7 +279,7 @@ class Band(NamedTuple):
         return rows.as_strided((tiles, K, self.left + self.block, D), (self.block * K * D, D, K * D, 1))
 
     def sum_keys(self, x_MKSD: Tensor, B: int) -> Tensor:
-        """The adjoint of `keys`: every row's gradient over the tiles that saw it, [B, T, K, D]."""
+        """Return the sum of every key's gradient over the tiles that saw it, [B, T, K, D]: the adjoint of `keys`."""
         M, K, S, D = x_MKSD.shape
         dtype = torch.promote_types(x_MKSD.dtype, torch.float32)
         rows = x_MKSD.new_zeros((self.left + M * self.block, K, D), dtype=dtype)
@@ -267,12 +289,13 @@ class Band(NamedTuple):
         return rows[self.left :].view(B, self.padded_tokens, K, D)[:, : self.tokens]
 
     def ungroup(self, x_MKRD: Tensor, B: int) -> Tensor:
-        """The inverse of `queries`: [B, T, H, D]."""
+        """Undo `queries`: [B, T, H, D]."""
         K, R = x_MKRD.shape[1:3]
         H, D = K * (R // self.block), x_MKRD.shape[-1]
         return _ungroup(x_MKRD, H).view(B, self.padded_tokens, H, D)[:, : self.tokens]
 
     def bias(self, B: int, G: int, first_BT: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the bias of all tiles, [M, 1, R, S]; without documents it is the same in every layer, and kept."""
         elements = B * self.padded_tokens * G * (self.left + self.block)
         cached = first_BT is None and device.type == "cpu" and elements <= 1 << 22
         return (_band_bias if cached else _band_bias.__wrapped__)(self, B, G, first_BT, dtype, device)
@@ -342,7 +365,7 @@ def _fused_forward(q_MKRD, k_MKSD, v_MKSD, bias_M1RS, sinks_KR, scale):
 
 
 def _fused_backward(do_MKRD, q_MKRD, k_MKSD, v_MKSD, o_MKRD, lse_MKR, bias_M1RS, scale):
-    k_MKSD = k_MKSD.contiguous()  # or each of its two products copies it
+    k_MKSD = k_MKSD.contiguous()  # Otherwise each of its two products would copy it.
     scores_MKRS, dp_MKRS = q_MKRD @ k_MKSD.mT, do_MKRD @ v_MKSD.mT
     p_MKRS, ds_MKRS = _compiled(_score_gradients)(
         scores_MKRS, dp_MKRS, bias_M1RS, lse_MKR[..., None], do_MKRD, o_MKRD, scale
@@ -367,6 +390,6 @@ def _score_gradients(scores, dp, bias, lse, do, o, scale: float):
 
 _KERNELS = {
     "chunked": Kernel(_matmul_forward, _matmul_backward),
-    "flash_cpu": Kernel(_flash_cpu_forward, _flash_cpu_backward),
-    "fused_cpu": Kernel(_fused_forward, _fused_backward),
+    "flash": Kernel(_flash_cpu_forward, _flash_cpu_backward),
+    "fused": Kernel(_fused_forward, _fused_backward),
 }

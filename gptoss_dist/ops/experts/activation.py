@@ -2,11 +2,11 @@
 
     act = g * sigmoid(alpha * g) * (u + 1),   g = min(gate, limit), u = clip(up, -limit, limit)
 
-``swiglu`` is the function on interleaved hidden states, for any device. ``BetweenGemms`` does for the hand-written
-expert MLP (``ops/experts/cpu_blocked.py``) everything between its GEMMs, on transposed blocks ``h_I2n`` whose gate and
-up rows are contiguous, in passes over chunks that stay in cache.
+`swiglu` is the function on interleaved hidden states, for any device. `BetweenGemms` does everything between the
+matrix products of the hand-written expert MLP (`cpu_blocked.py`), on transposed blocks `h_I2n` whose gate and up rows
+are contiguous, in passes over chunks that stay in cache.
 
-Shape legend: I intermediate size, n rows of one expert, F = 2 * I.
+Shapes: I intermediate size, n rows of one expert, F = 2 * I.
 """
 
 import math
@@ -25,7 +25,7 @@ _CHUNK_ELEMENTS = 1 << 18
 
 
 class Gating(NamedTuple):
-    """``act = g * sigmoid(alpha * g) * u``; g = min(gate, limit), u = clip(up, -limit, limit) (+ 1 if ``plus_one``)."""
+    """act = g * sigmoid(alpha * g) * u, with g = min(gate, limit), u = clip(up, -limit, limit), + 1 if `plus_one`."""
 
     alpha: float
     limit: float
@@ -33,7 +33,7 @@ class Gating(NamedTuple):
 
 
 def gating_of(activation: str, alpha: float, limit: float) -> Gating:
-    """The settings of a named activation; ValueError if there is none of that name."""
+    """Return the settings of a named activation; there is a ValueError if there is none of that name."""
     if activation == "gpt_oss":
         return Gating(alpha, limit, plus_one=True)
     if activation == "silu":
@@ -42,16 +42,22 @@ def gating_of(activation: str, alpha: float, limit: float) -> Gating:
 
 
 def swiglu(h: Tensor, activation: str, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
-    """The experts' activation alone: ``[..., 2 * I]``, gate and up interleaved -> ``[..., I]`` in h's dtype, via fp32.
+    """Return the experts' activation alone, [..., I] in h's dtype, computed in fp32.
 
-    Keeps only ``h`` for backward, unless torch.compile decides otherwise. A dense MLP that must be
-    fast on CPU is better served by ``grouped_experts`` with one expert, whose GEMM delivers gate and up de-interleaved.
+    It keeps only h for the backward pass, unless torch.compile decides otherwise. A dense MLP that must be fast on CPU
+    is better served by `grouped_experts` with one expert, whose matrix product delivers gate and up de-interleaved.
+
+    Args:
+        h: [..., 2 * I], gate and up interleaved.
+        activation: one of `ACTIVATIONS`.
+        alpha: factor within the sigmoid; `silu` ignores it.
+        limit: where gate and up are clamped; `silu` ignores it.
     """
     return gated(h, gating_of(activation, alpha, limit))
 
 
 def gated(h: Tensor, gating: Gating) -> Tensor:
-    """`swiglu` with its settings already looked up."""
+    """Return `swiglu` of h, with its settings already looked up."""
     if torch.compiler.is_compiling():  # the compiler fuses the formula, and dislikes `out=`
         dtype = torch.promote_types(h.dtype, torch.float32)
         return swiglu_reference(h.to(dtype), gating).to(h.dtype)
@@ -59,7 +65,7 @@ def gated(h: Tensor, gating: Gating) -> Tensor:
 
 
 def swiglu_reference(h: Tensor, gating: Gating) -> Tensor:
-    """The activation as the papers write it, under plain autograd and in h's dtype."""
+    """Return the activation as the papers write it, under plain autograd and in h's dtype."""
     gate = h[..., ::2].clamp(max=gating.limit)
     up = h[..., 1::2].clamp(min=-gating.limit, max=gating.limit)
     return (up + 1 if gating.plus_one else up) * (gate * torch.sigmoid(gate * gating.alpha))
@@ -69,7 +75,7 @@ def swiglu_reference(h: Tensor, gating: Gating) -> Tensor:
 
 
 class BetweenGemms:
-    """What an expert computes between its GEMMs, with room for experts of up to ``most_rows`` rows."""
+    """What an expert computes between its matrix products, with room for experts of up to `most_rows` rows."""
 
     def __init__(self, gating: Gating, most_rows: int, intermediate: int, like: Tensor) -> None:
         self.gating = gating
@@ -77,7 +83,7 @@ class BetweenGemms:
         self.scratch = _Scratch(min(max(_CHUNK_ELEMENTS, most_rows), most_rows * intermediate), like)
 
     def forward(self, h_I2n: Tensor, b1_I2: Tensor | None, a_In: Tensor) -> None:
-        """Adds the bias (or None) to the pre-activations h, in place, and fills a."""
+        """Add the bias (or None) to the pre-activations h, in place, and fill a."""
         step = _rows_per_chunk(*a_In.shape, a_In.device)
         for i in range(0, a_In.shape[0], step):
             h = h_I2n[i : i + step]
@@ -86,7 +92,7 @@ class BetweenGemms:
             _activation_forward(h[:, 0], h[:, 1], self.gating, self.scratch, a_In[i : i + step])
 
     def backward(self, h_I2n: Tensor, da_In: Tensor, a_In: Tensor, dh_I2n: Tensor, db1_I2: Tensor | None) -> None:
-        """Fills a again, dh, and db1 (or None) from h and da."""
+        """Fill a again, dh, and db1 (or None) from h and da."""
         step = _rows_per_chunk(*a_In.shape, a_In.device)
         for h, da, a, dh in zip(h_I2n.split(step), da_In.split(step), a_In.split(step), dh_I2n.split(step)):
             gating = _without_idle_clamp(self.gating, h)
@@ -108,7 +114,7 @@ class _Scratch:
 
 
 def _load(source: Tensor, low: float, high: float, scratch: Tensor) -> Tensor:
-    """``source`` clamped, in the compute dtype, read-only: in ``scratch``, or ``source`` itself if that serves."""
+    """Return source clamped, in the compute dtype, read-only: in scratch, or source itself if that serves."""
     clamped = high < math.inf
     if source.dtype != scratch.dtype:
         scratch.copy_(source)
@@ -117,12 +123,12 @@ def _load(source: Tensor, low: float, high: float, scratch: Tensor) -> Tensor:
 
 
 def _times_up(t: Tensor, u: Tensor, gating: Gating, out: Tensor) -> Tensor:
-    """``t * u``, or ``t * (u + 1)``, in one pass."""
+    """Compute t * u, or t * (u + 1), in one pass."""
     return torch.addcmul(t, t, u, out=out) if gating.plus_one else torch.mul(t, u, out=out)
 
 
 def _gated(gate: Tensor, up: Tensor, gating: Gating, scratch: _Scratch) -> tuple[Tensor, ...]:
-    """``s = sigmoid(alpha * g)``, ``glu = g * s``, u, and a free buffer; g and u are the clamped gate and up."""
+    """Return s = sigmoid(alpha * g), glu = g * s, u, and a free buffer; g and u are the clamped gate and up."""
     g_buffer, s, u_buffer, free = scratch.views(gate.shape)
     g = _load(gate, -math.inf, gating.limit, g_buffer)
     u = _load(up, -gating.limit, gating.limit, u_buffer)
@@ -145,9 +151,9 @@ def _activation_backward(
     d_gate: Tensor,
     d_up: Tensor,
 ) -> None:
-    """Gradients of the pre-activations, and the activation itself again in ``out`` (where given).
+    """Fill the gradients of the pre-activations, and `out` (if given) with the activation itself again.
 
-    d(g * s)/dg = s + alpha * g * s * (1 - s), written as an interpolation from ``alpha * g * s`` to 1 by s: one pass.
+    d(g * s)/dg = s + alpha * g * s * (1 - s) is written as an interpolation from alpha * g * s to 1 by s: one pass.
     """
     s, glu, u, free = _gated(gate, up, gating, scratch)
     if out is not None:
@@ -169,12 +175,12 @@ def _next_above(value: float, dtype: torch.dtype) -> float:
 
 
 def _rows_per_chunk(rows: int, columns: int, device: torch.device) -> int:
-    """Rows of a [rows, columns] block per elementwise pass; one pass where there is no cache worth blocking for."""
+    """Return the rows of a [rows, columns] block for one elementwise pass: all where there is no cache to block for."""
     return max(1, _CHUNK_ELEMENTS // max(columns, 1)) if device.type == "cpu" else max(rows, 1)
 
 
 def _without_idle_clamp(gating: Gating, h: Tensor) -> Gating:
-    """Clamps and their gradient masks are four passes; one look at ``h`` saves them where nothing exceeds the limit."""
+    """Drop the limit if nothing in h exceeds it: clamps and their gradient masks are four passes, this look is one."""
     if gating.limit == math.inf or h.device.type != "cpu":
         return gating
     low, high = torch.aminmax(h)

@@ -1,33 +1,62 @@
-"""The expert MLPs on CPU, with a hand-written forward and backward pass."""
+"""The expert MLPs on CPU, with a hand-written forward and backward pass.
+
+Each expert's hidden states are computed *transposed*, `h_Fn = W_DF^T x_nD^T`: BLAS transposes almost for free, and then
+the interleaved gate and up columns of `h_nF` are the even and odd *rows* of `h_Fn`. Every elementwise pass reads
+contiguous memory and vectorises, and neither weights nor activations are ever de-interleaved. Where bf16 is multiplied
+in fp32 (`ops/gemm.py`), rows and weights are cast once per pass, and what lives only between two matrix products is not
+rounded.
+
+Shapes: N rows of all experts, P of them and the room between, n rows of one expert, E experts, D hidden size,
+I intermediate size, F = 2 * I.
+"""
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gptoss_dist.ops.experts.activation import BetweenGemms, Gating
-from gptoss_dist.ops.gemm import cast_into, mm_into
+from gptoss_dist.ops.experts.loop import check_counts
+from gptoss_dist.ops.gemm import cast_into, gemm_dtype, mm_into
+
+
+@torch.compiler.disable  # row counts on the host are what a compiler cannot trace; it breaks the graph here instead
+def blocked_experts(tokens_per_expert_E: Tensor, gating: Gating, operands: tuple) -> Tensor:
+    """Compute the expert MLPs by hand-written passes; arguments as in the table of `grouped_experts.py`."""
+    x_ND, *weights = operands
+    counts = tokens_per_expert_E.tolist()
+    check_counts(counts, x_ND)
+    dtype = gemm_dtype(x_ND, rows=sum(counts) // max(sum(n > 0 for n in counts), 1))
+    room = in_few_sizes(counts) if builds_a_kernel_per_shape(x_ND.device, dtype) else counts
+    if room == counts:
+        return _Blocked.apply(counts, gating, dtype, x_ND, *weights)
+    position_N = positions(counts, room)
+    y_PD = _Blocked.apply(room, gating, dtype, _Pad.apply(x_ND, sum(room), position_N), *weights)
+    return _Unpad.apply(y_PD, position_N)
 
 
 def builds_a_kernel_per_shape(device: torch.device, dtype: torch.dtype) -> bool:
-    """16-bit GEMMs on CPU are oneDNN's: it generates code at the first use of every shape, which costs as much as the
-    GEMM of a few hundred rows (docs/log.md) - and an expert has another number of rows in every step."""
+    """Return whether matrix products of this type are oneDNN's, as those in 16 bits on CPU are.
+
+    It generates code at the first use of every shape, which costs as much as the product of a few hundred rows
+    (docs/log.md), and an expert has another number of rows in every step.
+    """
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
 
 
 def in_few_sizes(counts: list[int]) -> list[int]:
-    """Rows of room for each expert: at most a sixteenth more, one of 16 numbers per power of two."""
+    """Return the rows of room for each expert: at most a sixteenth more, one of 16 numbers per power of two."""
     steps = [1 << max(n.bit_length() - 5, 0) for n in counts]
     return [-(-n // step) * step for n, step in zip(counts, steps)]
 
 
 def positions(counts: list[int], room: list[int]) -> Tensor:
-    """Where each row lies if every expert's rows begin a room of their own."""
+    """Return where each row lies if every expert's rows begin a room of their own, [N] int64."""
     gap_E = torch.tensor([0, *(r - n for r, n in zip(room, counts))])[:-1].cumsum(0)
     return torch.arange(sum(counts)) + torch.repeat_interleave(gap_E, torch.tensor(counts))
 
 
-class Pad(torch.autograd.Function):
-    """Rows to their positions among P, zeros between them."""
+class _Pad(torch.autograd.Function):
+    """Move rows to their positions among P, with zeros between them."""
 
     @staticmethod
     def forward(ctx, x_ND: Tensor, P: int, position_N: Tensor) -> Tensor:
@@ -40,8 +69,8 @@ class Pad(torch.autograd.Function):
         return dy_PD.index_select(0, ctx.position_N), None, None
 
 
-class Unpad(torch.autograd.Function):
-    """The inverse of `Pad`. The zeros in its gradient keep the rows between out of the weights' gradients."""
+class _Unpad(torch.autograd.Function):
+    """Undo `_Pad`. The zeros in its gradient keep the rows between out of the weights' gradients."""
 
     @staticmethod
     def forward(ctx, y_PD: Tensor, position_N: Tensor) -> Tensor:
@@ -55,14 +84,14 @@ class Unpad(torch.autograd.Function):
 
 
 def _cast_rooms(like: Tensor, dtype: torch.dtype, *elements: int) -> list[Tensor]:
-    """Flat scratch in ``dtype`` for casts of ``like``'s dtype, empty if there is nothing to cast."""
+    """Return flat scratch in `dtype` for casts from like's dtype, empty if there is nothing to cast."""
     return [like.new_empty(n if dtype != like.dtype else 0, dtype=dtype) for n in elements]
 
 
-class Blocked(torch.autograd.Function):
-    """One expert at a time; every GEMM writes straight into its slice of the result, and experts share all scratch.
+class _Blocked(torch.autograd.Function):
+    """One expert at a time: every matrix product writes into its slice of the result, and experts share all scratch.
 
-    ``dtype`` is that of the GEMMs. If it is not the operands', there is scratch for casts of weights and results too.
+    `dtype` is that of the products. If it is not the operands', there is scratch for casts of weights and results too.
     """
 
     @staticmethod

@@ -1,32 +1,39 @@
-"""The expert MLPs by two grouped matrix products: torch's own (`grouped_mm`) or those of the package `grouped_gemm`."""
+"""The expert MLPs by two grouped matrix products: torch's own (`grouped_mm`) or those of the package `grouped_gemm`.
 
+Shapes: N rows of all experts, E experts, D hidden size, I intermediate size, F = 2 * I.
+"""
+
+import importlib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptoss_dist.ops.backends import BF16_ONLY
 from gptoss_dist.ops.experts.activation import Gating, gated
 from gptoss_dist.ops.experts.loop import check_counts
 
 
-def grouped_mm_limit(dtype: torch.dtype, I: int, D: int) -> str | None:  # noqa: E741
-    """Why ``grouped_mm`` cannot serve operands of this type and these sizes, or None."""
+def why_not_grouped_mm(dtype: torch.dtype, sizes: tuple[int, ...], device: torch.device) -> str | None:
+    """Say why `grouped_mm` cannot serve operands of this type with (hidden, intermediate) sizes like these."""
+    D, I = sizes  # noqa: E741
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"grouped_mm computes in bfloat16, float16 or float32, not {dtype}"
+        return f"computes in bfloat16, float16 or float32, not {dtype}"
     multiple = 16 // dtype.itemsize
     if D % multiple or I % multiple:
-        return (
-            f"grouped_mm needs rows of whole 16 bytes: sizes in multiples of {multiple}, "
-            f"not hidden {D} and intermediate {I}"
-        )
+        return f"needs rows of whole 16 bytes: sizes in multiples of {multiple}, not hidden {D} and intermediate {I}"
     return None
 
 
 def grouped_mm_experts(tokens_per_expert_E: Tensor, gating: Gating, operands: tuple) -> Tensor:
-    if limit := grouped_mm_limit(operands[0].dtype, *operands[3].shape[1:]):
-        raise ValueError(f"{limit}; use backend='loop' or 'blocked'")
+    """Compute the expert MLPs by torch's grouped products; arguments as in the table of `grouped_experts.py`."""
+    # The compiler's idea of torch's grouped product knows bf16 only: for other types the graph breaks here.
+    multiply = _by_grouped_mm if operands[0].dtype == torch.bfloat16 else _by_grouped_mm_uncompiled
+    return multiply(tokens_per_expert_E, gating, operands)
 
+
+def _by_grouped_mm(tokens_per_expert_E: Tensor, gating: Gating, operands: tuple) -> Tensor:
     def multiply(rows, weight, offsets_E):
         out = F.grouped_mm(rows, weight, offs=offsets_E)
         if out.requires_grad:
@@ -36,24 +43,40 @@ def grouped_mm_experts(tokens_per_expert_E: Tensor, gating: Gating, operands: tu
     return _in_two_multiplications(multiply, tokens_per_expert_E, gating, *operands)
 
 
-grouped_mm_experts_uncompiled = torch.compiler.disable(grouped_mm_experts)
+_by_grouped_mm_uncompiled = torch.compiler.disable(_by_grouped_mm)
 
 
-@torch.compiler.disable  # as `_one_by_one`
-def grouped_gemm_experts(tokens_per_expert_E: Tensor, gating: Gating, operands: tuple) -> Tensor:
-    if operands[0].dtype != torch.bfloat16:
-        raise ValueError(
-            f"backend='grouped_gemm' computes in bfloat16 only, not {operands[0].dtype}; use backend='grouped_mm'"
+def why_not_grouped_gemm(dtype: torch.dtype, sizes: tuple[int, ...], device: torch.device) -> str | None:
+    """Say why the package `grouped_gemm` cannot serve operands like these, here."""
+    if dtype != torch.bfloat16:
+        return BF16_ONLY
+    if device.type != "cuda":
+        return "computes on CUDA only"
+    if error := _import_error():
+        return (
+            f"needs the package of that name, which cannot be imported ({error}); with a CUDA toolkit, "
+            "pip install --no-build-isolation grouped_gemm==0.3.0"
         )
+    return None
+
+
+@torch.compiler.disable
+def _import_error() -> ImportError | None:
     try:
-        from grouped_gemm import ops
+        importlib.import_module("grouped_gemm")
     except ImportError as error:
-        raise ValueError(
-            f"backend='grouped_gemm' needs the package grouped_gemm, which cannot be imported ({error}); use "
-            "backend='grouped_mm', or, with a CUDA toolkit, pip install --no-build-isolation grouped_gemm==0.3.0"
-        ) from error
-    counts_E = tokens_per_expert_E.to("cpu", torch.int64)  # the one wait for the device; the package wants them there
-    check_counts(counts_E.tolist(), operands[0])  # it would read and write out of bounds
+        return error
+    return None
+
+
+@torch.compiler.disable  # row counts on the host are what a compiler cannot trace
+def grouped_gemm_experts(tokens_per_expert_E: Tensor, gating: Gating, operands: tuple) -> Tensor:
+    """Compute the expert MLPs by the package `grouped_gemm`; arguments as in the table of `grouped_experts.py`."""
+    from grouped_gemm import ops
+
+    # The one wait for the device: the package wants row counts on the host, and would read and write out of bounds.
+    counts_E = tokens_per_expert_E.to("cpu", torch.int64)
+    check_counts(counts_E.tolist(), operands[0])
 
     def multiply(rows, weight, offsets_E):
         return ops.gmm(rows, weight.contiguous(), counts_E)
@@ -71,8 +94,10 @@ def _in_two_multiplications(
     w2_EID,
     b2_ED,
 ) -> Tensor:
-    """``multiply(rows, weight, offsets_E)``: contiguous rows times the matrix of their expert; expert e's rows end
-    before ``offsets_E[e]``."""
+    """Compute the expert MLPs by `multiply(rows, weight, offsets_E)`.
+
+    It multiplies contiguous rows by the matrix of their expert; the rows of expert e end before offsets_E[e].
+    """
     tokens_E = tokens_per_expert_E.to(x_ND.device, torch.int32)
     offsets_E = tokens_E.cumsum(0, dtype=torch.int32)
     if b1_EF is None and b2_ED is None:

@@ -5,35 +5,40 @@
 
 Every back end computes this function and its gradients:
 
-- ``loop``: one expert at a time under plain autograd. The reference; needs the row counts on the host.
-- ``grouped_mm``: ``torch.nn.functional.grouped_mm``, two grouped GEMMs, and no host synchronisation of ours: for CUDA.
-- ``grouped_gemm``: the same with the GEMMs of the package of that name (https://github.com/tgale96/grouped_gemm), for
-  bf16 on CUDA. Opt-in: it reads the row counts on the host, once per call.
-- ``blocked``: hand-written forward and backward for the CPU. Each expert's hidden states are computed *transposed*,
-  ``h_Fn = W_DF^T x_nD^T``: BLAS transposes almost for free, and then the interleaved gate and up columns of ``h_nF``
-  are the even and odd *rows* of ``h_Fn``. Every elementwise pass reads contiguous memory and vectorises, and neither
-  weights nor activations are ever de-interleaved. Where bf16 is multiplied in fp32 (``ops/gemm.py``), rows and weights
-  are cast once per pass, and what lives only between two GEMMs is not rounded.
+- `loop` takes one expert at a time under plain autograd. It is the reference, and needs the row counts on the host.
+- `grouped_mm` is for CUDA: two grouped products of torch (`torch.nn.functional.grouped_mm`), and no host
+  synchronisation of ours.
+- `grouped_gemm` is the same with the products of the package of that name (https://github.com/tgale96/grouped_gemm),
+  for bf16 on CUDA. It has to be asked for: it reads the row counts on the host, once per call.
+- `blocked` is for the CPU: a hand-written forward and backward pass.
 
-Shape legend: N rows (token copies) of all experts, n rows of one expert, E experts, D hidden size, I intermediate size,
-F = 2 * I.
+Shapes: N rows (token copies) of all experts, E experts, D hidden size, I intermediate size, F = 2 * I.
 """
 
-import torch
 from torch import Tensor
 
-from gptoss_dist.ops.experts.activation import Gating, gating_of
-from gptoss_dist.ops.experts.cpu_blocked import Blocked, Pad, Unpad, builds_a_kernel_per_shape, in_few_sizes, positions
+from gptoss_dist.ops.backends import Backend, choose, serves_all, table
+from gptoss_dist.ops.experts.activation import gating_of
+from gptoss_dist.ops.experts.cpu_blocked import blocked_experts
 from gptoss_dist.ops.experts.grouped import (
     grouped_gemm_experts,
     grouped_mm_experts,
-    grouped_mm_experts_uncompiled,
-    grouped_mm_limit,
+    why_not_grouped_gemm,
+    why_not_grouped_mm,
 )
-from gptoss_dist.ops.experts.loop import check_counts, loop_experts
-from gptoss_dist.ops.gemm import gemm_dtype
+from gptoss_dist.ops.experts.loop import loop_experts
 
-BACKENDS = ("auto", "loop", "grouped_mm", "grouped_gemm", "blocked")
+BACKENDS = table(
+    Backend("grouped_mm", why_not_grouped_mm, grouped_mm_experts),
+    Backend("grouped_gemm", why_not_grouped_gemm, grouped_gemm_experts),
+    Backend("loop", serves_all, loop_experts),
+    Backend("blocked", serves_all, blocked_experts),
+)
+"""Sizes are (D, I). `run` takes tokens_per_expert_E, the activation's `Gating`, and (x_ND, gate_up_proj_EDF,
+gate_up_proj_bias_EF or None, down_proj_EID, down_proj_bias_ED or None); it returns y_ND."""
+
+AUTO_ORDER = {"cpu": ("blocked",), "cuda": ("grouped_mm", "loop")}
+"""What `auto` tries, by type of device; other devices are like CUDA."""
 
 
 def grouped_experts(
@@ -49,60 +54,41 @@ def grouped_experts(
     limit: float = 7.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Apply expert e's MLP to its ``tokens_per_expert_E[e]`` consecutive rows of ``x_ND``: ``y_ND``, in x's dtype.
+    """Apply the MLP of each expert to its rows.
+
+    In bf16 and fp16 the result of each matrix product is rounded before its bias is added, as in the Hugging Face
+    model: a fused addition is more exact, but moves pre-activations across the clamp. The activation is evaluated in
+    fp32 and rounded once, save by `loop`, which rounds after every operation.
 
     Args:
-        x_ND: rows sorted by expert; ``tokens_per_expert_E`` (integers) must sum to N. Experts may have no rows: their
-            gradients are exact zeros.
-        gate_up_proj_EDF, down_proj_EID: weights in Hugging Face's layout, gate in the even and up in the odd columns.
-        gate_up_proj_bias_EF, down_proj_bias_ED: biases, either may be None.
-        activation: ``gpt_oss`` (clamped SwiGLU of the GPT-OSS reference, with ``alpha`` and ``limit``) or ``silu``
-            (``silu(gate) * up``; ignores both).
-        backend: see the module docstring. ``auto`` takes ``blocked`` on CPU, and elsewhere ``grouped_mm`` where its
-            dtype and alignment limits allow, else ``loop``.
+        x_ND: rows sorted by expert, of any floating dtype.
+        tokens_per_expert_E: how many consecutive rows each expert has, integers that sum to N. An expert may have none:
+            its gradients are exact zeros.
+        gate_up_proj_EDF: weights in Hugging Face's layout, gate in the even and up in the odd columns.
+        gate_up_proj_bias_EF: biases, or None.
+        down_proj_EID: weights.
+        down_proj_bias_ED: biases, or None.
+        activation: `gpt_oss` (clamped SwiGLU of the GPT-OSS reference, with `alpha` and `limit`) or `silu`
+            (silu(gate) * up, which ignores both).
+        alpha: factor within the sigmoid.
+        limit: where gate and up are clamped.
+        backend: `auto`, or a name in `BACKENDS`; this file's docstring tells them apart. `auto` is `blocked` on CPU,
+            and elsewhere `grouped_mm` if it can serve, else `loop`.
 
-    In bf16 and fp16 each GEMM's result is rounded before its bias is added, as in the Hugging Face model: a fused
-    addition is more exact, but moves pre-activations across the clamp. The activation is evaluated in fp32 and rounded
-    once, save by ``loop``, which rounds after every operation.
+    Returns:
+        y_ND, in x's dtype.
 
     Raises:
-        ValueError: unknown names, inconsistent shapes or dtypes, row counts that do not sum to N (save with
-            ``grouped_mm``, which would have to wait for the device), sizes ``grouped_mm`` cannot align, a dtype other
-            than bf16 for ``grouped_gemm``, or its package cannot be imported.
+        ValueError: A name is unknown, shapes or dtypes do not fit, row counts do not sum to N (`grouped_mm` does not
+            look, because it would have to wait for the device), or the back end cannot serve.
     """
     _check_operands(x_ND, tokens_per_expert_E, gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
     gating = gating_of(activation, alpha, limit)
-    if backend == "auto":
-        if x_ND.device.type == "cpu":
-            backend = "blocked"
-        else:
-            backend = "loop" if grouped_mm_limit(x_ND.dtype, *down_proj_EID.shape[1:]) else "grouped_mm"
     operands = (x_ND, gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
-    if backend == "grouped_mm":
-        # The compiler's idea of torch's grouped product knows bf16 only: for other types the graph breaks here.
-        multiply = grouped_mm_experts if x_ND.dtype == torch.bfloat16 else grouped_mm_experts_uncompiled
-        return multiply(tokens_per_expert_E, gating, operands)
-    if backend == "grouped_gemm":
-        return grouped_gemm_experts(tokens_per_expert_E, gating, operands)
-    if backend not in ("loop", "blocked"):
-        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-
-    return _one_by_one(backend, tokens_per_expert_E, gating, operands)
-
-
-@torch.compiler.disable  # row counts on the host are what a compiler cannot trace; it breaks the graph here instead
-def _one_by_one(backend: str, tokens_per_expert_E: Tensor, gating: Gating, operands: tuple) -> Tensor:
-    counts = tokens_per_expert_E.tolist()
-    check_counts(counts, operands[0])
-    if backend == "loop":
-        return loop_experts(counts, gating, *operands)
-    dtype = gemm_dtype(operands[0], rows=sum(counts) // max(sum(n > 0 for n in counts), 1))
-    room = in_few_sizes(counts) if builds_a_kernel_per_shape(operands[0].device, dtype) else counts
-    if room == counts:
-        return Blocked.apply(counts, gating, dtype, *operands)
-    position_N = positions(counts, room)
-    y_PD = Blocked.apply(room, gating, dtype, Pad.apply(operands[0], sum(room), position_N), *operands[1:])
-    return Unpad.apply(y_PD, position_N)
+    order = AUTO_ORDER.get(x_ND.device.type, AUTO_ORDER["cuda"])
+    I, D = down_proj_EID.shape[1:]  # noqa: E741
+    chosen = choose(BACKENDS, backend, order, x_ND.dtype, (D, I), x_ND.device)
+    return chosen.run(tokens_per_expert_E, gating, operands)
 
 
 def _check_operands(x_ND, tokens_E, w1_EDF, b1_EF, w2_EID, b2_ED) -> None:

@@ -4,16 +4,19 @@ Shape legend as in the module under test: N rows, E experts, D hidden, I interme
 """
 
 import sys
+import typing
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from gptoss_dist.config import ParallelConfig
+from gptoss_dist.ops.backends import serves_all
 from gptoss_dist.ops.experts import activation as gated_activation
 from gptoss_dist.ops.experts.activation import gating_of, swiglu, swiglu_reference
 from gptoss_dist.ops.experts.cpu_blocked import in_few_sizes, positions
-from gptoss_dist.ops.experts.grouped_experts import grouped_experts
+from gptoss_dist.ops.experts.grouped_experts import AUTO_ORDER, BACKENDS, grouped_experts
 
 NAMES = ("y", "x", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 # fp32: summation order only. bf16: each result carries a few roundings of 2^-9, at different places in each back end.
@@ -64,6 +67,8 @@ def assert_close(actual, expected, tolerance):
 def seen_batch_sizes(monkeypatch):
     """Stands in for the `grouped_gemm` package, whose own kernels need CUDA: as strict about what it is given, and
     differentiable like it. The `batch_sizes` of every call."""
+    row = BACKENDS["grouped_gemm"]
+    monkeypatch.setitem(BACKENDS, "grouped_gemm", row._replace(why_not=serves_all))
     seen = []
 
     def gmm(a, b, batch_sizes, trans_b=False):
@@ -310,18 +315,34 @@ def test_grouped_gemm_makes_its_operands_suit_the_package(seen_batch_sizes):
     assert len(seen_batch_sizes) == 2
 
 
-def test_what_grouped_gemm_cannot_do_is_named(seen_batch_sizes, monkeypatch):
+def test_grouped_gemm_is_told_only_counts_that_fit(seen_batch_sizes):
     x, *weights = make_operands([4, 5], 8, 8, torch.bfloat16)
-    kwargs = {"activation": "silu", "backend": "grouped_gemm"}
     with pytest.raises(ValueError, match="sums to 8 but x has 9"):
-        grouped_experts(x, torch.tensor([4, 4]), *weights, **kwargs)
-    for dtype in (torch.float32, torch.float16):
-        with pytest.raises(ValueError, match=rf"grouped_gemm.*bfloat16 only, not {dtype}; use backend='grouped_mm'"):
-            grouped_experts(x.to(dtype), torch.tensor([4, 5]), *(w.to(dtype) for w in weights), **kwargs)
+        grouped_experts(x, torch.tensor([4, 4]), *weights, activation="silu", backend="grouped_gemm")
     assert seen_batch_sizes == []
+
+
+def test_what_grouped_gemm_cannot_do_is_named(monkeypatch):
+    x, *weights = make_operands([4, 5], 8, 8, torch.bfloat16)
+    with pytest.raises(ValueError, match="backend='grouped_gemm' computes on CUDA only; use backend='auto'"):
+        grouped_experts(x, torch.tensor([4, 5]), *weights, activation="silu", backend="grouped_gemm")
+    why_not, sizes, cuda = BACKENDS["grouped_gemm"].why_not, (8, 8), torch.device("cuda")
+    for dtype in (torch.float32, torch.float16):
+        assert why_not(dtype, sizes, cuda) == "computes in bf16 only"
+    monkeypatch.setitem(sys.modules, "grouped_gemm", SimpleNamespace())
+    assert why_not(torch.bfloat16, sizes, cuda) is None
     monkeypatch.setitem(sys.modules, "grouped_gemm", None)  # what makes Python's import of it fail
-    with pytest.raises(ValueError, match=r"package grouped_gemm, which cannot be imported .* pip install"):
-        grouped_experts(x, torch.tensor([4, 5]), *weights, **kwargs)
+    assert "cannot be imported" in (reason := why_not(torch.bfloat16, sizes, cuda)) and "pip install" in reason
+
+
+def test_the_settings_offer_what_the_table_holds():
+    choices = typing.get_args(typing.get_type_hints(ParallelConfig)["expert_gemm"])
+    assert choices == ("auto", *BACKENDS)
+
+
+def test_auto_always_finds_one():
+    for order in AUTO_ORDER.values():
+        assert BACKENDS[order[-1]].why_not is serves_all
 
 
 @pytest.mark.gpu

@@ -1,0 +1,51 @@
+"""Where the documents of a batch lie: found once for a forward pass, and handed to every layer's attention.
+
+    ids    0 0 0 5 5 9        (one sequence of six tokens, three documents)
+    first  0 0 0 3 3 5        (where each token's document begins)
+    cu_seqlens  0 3 5 6       (where documents begin in the flattened batch, and its end)
+    longest  3
+
+Shapes: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Documents(NamedTuple):
+    """The borders of the documents in the two forms that kernels ask for."""
+
+    first_BT: Tensor
+    """Position within its sequence of the first token of each token's document, int64."""
+    cu_seqlens: Tensor
+    """Start of every document in the flattened batch, and B * T last: [documents + 1], int32."""
+    longest: int
+    """Length of the longest document."""
+
+
+@torch.compiler.disable
+def locate_documents(document_ids_BT: Tensor) -> Documents:
+    """Find the documents of a batch. The host waits for the device here, so do it once for all layers.
+
+    Args:
+        document_ids_BT: integers, non-decreasing along T; equal ids of a sequence are one document.
+
+    Raises:
+        ValueError: there is another number of dimensions, or ids decrease.
+    """
+    if document_ids_BT.dim() != 2:
+        raise ValueError(f"document_ids_BT has shape {tuple(document_ids_BT.shape)}; need [B, T]")
+    B, T = document_ids_BT.shape
+    step_BT = document_ids_BT.diff(dim=1)
+    if (step_BT < 0).any():
+        raise ValueError("document_ids_BT decreases along T; number the documents of a sequence in order")
+    position_T = torch.arange(T, device=document_ids_BT.device)
+    first_BT = torch.zeros_like(document_ids_BT, dtype=torch.int64)
+    first_BT[:, 1:] = torch.where(step_BT > 0, position_T[1:], 0).cummax(dim=1).values
+    starts = (first_BT == position_T).flatten().nonzero().flatten()
+    cu_seqlens = torch.nn.functional.pad(starts, (0, 1), value=B * T)
+    return Documents(first_BT, cu_seqlens.int(), int(cu_seqlens.diff().max()))
