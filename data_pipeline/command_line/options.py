@@ -98,11 +98,7 @@ class Option:
 
 def options_of(kind: type) -> list[Option]:
     """Return the options of a dataclass, in the order of its fields."""
-    import docstring_parser
-
-    hints = typing.get_type_hints(kind)
-    texts = {found.arg_name: found.description for found in docstring_parser.parse_from_object(kind).params}
-    options = []
+    hints, texts, options = typing.get_type_hints(kind), _texts(kind), []
     for field in dataclasses.fields(kind):
         given, factory = field.default is not MISSING, field.default_factory
         required = not given and factory is MISSING
@@ -120,6 +116,15 @@ def options_of(kind: type) -> list[Option]:
             )
         )
     return options
+
+
+def _texts(kind: type) -> dict[str, str | None]:
+    """Return the strings below the fields of a dataclass, and of those it is derived from, by field."""
+    import docstring_parser
+
+    kinds = [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]
+    found = [text for base in kinds for text in docstring_parser.parse_from_object(base).params]
+    return {text.arg_name: text.description for text in found}
 
 
 def with_range(text: str | None, limits: Range | None) -> str:

@@ -85,7 +85,9 @@ def run_verb(
     verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if verb in ("-h", "--help"):
         listed = [f"  {name:<10}{(kind.__doc__ or '').strip().splitlines()[0]}" for name, (kind, _) in verbs.items()]
-        print(f"usage: {program.name} VERB ...", description, "verbs (VERB --help lists its options):", sep="\n\n")
+        print(
+            f"usage: {program.name} VERB ...", description.strip(), "verbs (VERB --help lists its options):", sep="\n\n"
+        )
         print(*listed, sep="\n")
         return 0
     if verb not in verbs:
