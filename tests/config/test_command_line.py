@@ -85,8 +85,11 @@ def test_what_people_type(argv, expected):
 def test_texts_are_taken_as_they_are(text):
     words = [text] if text != "-" else ["-", "-"]
     assert read(*words, "--output", text, "--filter", text, "--train", text, text) == {
-        "sources": words, "output": text, "filter": [text], "train": [text, text],
-    }  # fmt: skip
+        "sources": words,
+        "output": text,
+        "filter": [text],
+        "train": [text, text],
+    }
 
 
 def test_dashes_and_underscores_are_the_same(tmp_path, capsys):
