@@ -30,7 +30,7 @@ class Options:
     kind: Literal["small", "large"] | None = None
     """How much."""
     share: float = ranged(0.5, at_least=0, at_most=1)
-    """Of all."""
+    """Of all, 50 % by default."""
     count: int = 3
     """How many."""
     overwrite: bool = False
@@ -198,7 +198,7 @@ def test_the_help_shows_options_as_they_are_typed(capsys):
         "--train [NAME ...] Several at once.",
         "--from FROM_FILE A file.",
         "--kind {small,large} How much.",
-        "--share SHARE Of all. (in [0, 1]) (type: float, default: 0.5)",
+        "--share SHARE Of all, 50 % by default. (in [0, 1]) (type: float, default: 0.5)",
         "--overwrite, --no-overwrite Replace.",
         "The end.",
     ):
