@@ -9,99 +9,112 @@ From one layout to the other:
                    python launch/convert.py export hf:FOLDER --output NEW --format openai
 """
 
-import argparse
-import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-WHERE = "hf:FOLDER, openai:FOLDER (or only FOLDER, if it has a config.json), or the folder of a run or checkpoint"
+from data_pipeline.command_line import Program, option, positional, ranged, run_verb
+
+
+@dataclass
+class InspectOptions:
+    """List step, settings, tensors, shapes and sizes."""
+
+    source: str = positional("SOURCE")
+    """hf:FOLDER, openai:FOLDER (or only FOLDER, if it has a config.json), or the folder of a run or checkpoint."""
+
+
+@dataclass
+class VerifyOptions:
+    """Hash every file of every checkpoint anew and compare."""
+
+    source: str = positional("SOURCE")
+    """The folder of a run or of a checkpoint."""
+
+
+@dataclass
+class ModelOptions(InspectOptions):
+    """Print the architecture, as a file for --model."""
+
+
+@dataclass
+class ExportOptions(InspectOptions):
+    """Write a model for other tools."""
+
+    output: str = option()
+    """Folder to create."""
+    format: Literal["hf", "openai", "safetensors"] = "hf"
+    """transformers' and vLLM's layout; OpenAI's own; or the bare weights, which any variant can be written as."""
+    mxfp4: bool = False
+    """Write the experts' weights in 4 bits, as published."""
+    search: bool = False
+    """With --mxfp4: take the best of three scales, which is slower."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of what is not packed."""
+    verify: bool = True
+    """Hash a training checkpoint's files first."""
+    max_file_gb: float = ranged(5.0, above=0)
+    """Largest file, in 10^9 bytes."""
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    inspect = verbs.add_parser("inspect", help="list step, settings, tensors, shapes and sizes")
-    inspect.add_argument("source", help=WHERE)
-    verify = verbs.add_parser("verify", help="hash every file of every checkpoint anew and compare")
-    verify.add_argument("source", help="the folder of a run or of a checkpoint")
-    model = verbs.add_parser("model", help="print the architecture, as a file for --model")
-    model.add_argument("source", help=WHERE)
-    export = verbs.add_parser("export", help="write a model for other tools")
-    export.add_argument("source", help=WHERE)
-    export.add_argument("--output", required=True, help="folder to create")
-    export.add_argument(
-        "--format", choices=("hf", "openai", "safetensors"), default="hf",
-        help="transformers' and vLLM's layout; OpenAI's own; or the bare weights, which any variant can be written as",
-    )  # fmt: skip
-    export.add_argument("--mxfp4", action="store_true", help="the experts' weights in 4 bits, as published")
-    export.add_argument("--search", action="store_true", help="with --mxfp4: the best of three scales, which is slower")
-    export.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of what is not packed")
-    export.add_argument("--no-verify", action="store_true", help="do not hash a training checkpoint's files first")
-    export.add_argument("--max-file-gb", type=float, default=5.0, help="largest file, in 10^9 bytes")
-    arguments = parser.parse_args(argv)
-    try:
-        code = {"inspect": _inspect, "verify": _verify, "model": _model, "export": _export}[arguments.verb](arguments)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"convert.py: {error}", file=sys.stderr)
-        return 2
+    """Do what the command line asks for; return the exit code."""
+    verbs = {
+        "inspect": (InspectOptions, _inspect),
+        "verify": (VerifyOptions, _verify),
+        "model": (ModelOptions, _model),
+        "export": (ExportOptions, _export),
+    }
+    return run_verb(Program("convert.py", prefix="convert.py", failed=2), verbs, argv, description=__doc__)
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
+def _inspect(options: InspectOptions) -> None:
     from gptoss_dist.checkpoint.formats.inspect import describe
 
-    print(describe(arguments.source))
-    return 0
+    print(describe(options.source))
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+def _verify(options: VerifyOptions) -> int:
     from gptoss_dist.checkpoint import candidates, verify
 
     wrong = 0
-    for checkpoint in candidates(arguments.source):
+    for checkpoint in candidates(options.source):
         problems = verify(checkpoint)
         print(f"{checkpoint}: {'; '.join(problems) or 'intact'}")
         wrong += bool(problems)
     return 1 if wrong else 0
 
 
-def _model(arguments: argparse.Namespace) -> int:
+def _model(options: ModelOptions) -> None:
     import yaml
 
     from gptoss_dist.checkpoint.formats.pretrained import open_pretrained
 
-    print(yaml.safe_dump(open_pretrained(arguments.source, verify=False).config.to_dict(), sort_keys=False), end="")
-    return 0
+    print(yaml.safe_dump(open_pretrained(options.source, verify=False).config.to_dict(), sort_keys=False), end="")
 
 
-def _export(arguments: argparse.Namespace) -> int:
+def _export(options: ExportOptions) -> None:
     import torch
 
     from gptoss_dist.checkpoint.formats.export import export
     from gptoss_dist.checkpoint.formats.pretrained import open_pretrained
 
     losses = export(
-        open_pretrained(arguments.source, message=print, verify=not arguments.no_verify),
-        arguments.output,
-        arguments.format,
-        dtype=getattr(torch, arguments.dtype),
-        pack=arguments.mxfp4,
-        search=arguments.search,
-        file_bytes=int(arguments.max_file_gb * 1e9),
+        open_pretrained(options.source, message=print, verify=options.verify),
+        options.output,
+        options.format,
+        dtype=getattr(torch, options.dtype),
+        pack=options.mxfp4,
+        search=options.search,
+        file_bytes=int(options.max_file_gb * 1e9),
         message=print,
     )
     for name, loss in losses.items():
         print(f"{name}: relative error {loss:.4f}")
-    print(f"done: {arguments.output}")
-    return 0
+    print(f"done: {options.output}")
 
 
 if __name__ == "__main__":

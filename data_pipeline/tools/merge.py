@@ -6,17 +6,17 @@ Training stays training and validation stays validation, so a document may not b
 there; that is looked for. (Mixing at training time, with weights, needs no merge.)
 """
 
-import argparse
 import hashlib
 import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.command_line import Program, option, positional, run
 from data_pipeline.disk import new_output, publish, staging_directory, write_file_atomically
 from data_pipeline.shards.checksums import check_content, record_content
 from data_pipeline.shards.manifest import FILE_NAME, SPLITS, Manifest, Shard, open_shard
@@ -24,7 +24,6 @@ from data_pipeline.shards.megatron import IndexedReader, IndexedWriter, TokenWri
 from data_pipeline.shards.raw import RawReader
 from data_pipeline.shards.writer import document_batches, shard_of
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from data_pipeline.tools import command
 
 _DIGEST = np.dtype("S16")  # numpy strips zero bytes at its end, but all have 16: equal are only equal ones
 
@@ -205,16 +204,24 @@ def _sum(counts: Iterator[dict[str, int]]) -> dict[str, int]:
     return dict(total)
 
 
+@dataclass
+class MergeOptions:
+    """Put datasets of one tokenizer together, as one dataset."""
+
+    directories: list[str] = positional("DIR")
+    """Prepared datasets."""
+    output: str = option()
+    """Directory to create."""
+    link: bool = False
+    """Make hard links instead of copies."""
+    drop_leaked: bool = False
+    """Leave out training documents that are also in a validation split."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.merge", description="Put datasets of one tokenizer together, as one dataset."
-    )
-    parser.add_argument("directories", nargs="+", metavar="DIR")
-    parser.add_argument("--output", required=True, help="directory to create")
-    parser.add_argument("--link", action="store_true", help="hard links instead of copies")
-    parser.add_argument(
-        "--drop-leaked", action="store_true", help="leave out training documents that are also in a validation split"
-    )
-    arguments = parser.parse_args(argv)
-    options = {"link": arguments.link, "drop_leaked": arguments.drop_leaked}
-    return command.run(lambda: merge(arguments.directories, arguments.output, **options))
+    """Merge what the command line names; return the exit code."""
+    return run(Program("python -m data_pipeline.merge"), MergeOptions, _merge, argv)
+
+
+def _merge(options: MergeOptions) -> None:
+    merge(options.directories, options.output, link=options.link, drop_leaked=options.drop_leaked)

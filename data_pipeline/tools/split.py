@@ -4,22 +4,21 @@ python -m data_pipeline.split data/corpus --output data/corpus5 --validation-fra
 python -m data_pipeline.split data/corpus --output data/parts --parts 8
 """
 
-import argparse
 import hashlib
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.command_line import Program, option, positional, ranged, run
 from data_pipeline.disk import new_output, publish, staging_directory, write_file_atomically
 from data_pipeline.shards.checksums import check_content, record_content
 from data_pipeline.shards.manifest import FILE_NAME, SPLITS, Manifest, open_shards
 from data_pipeline.shards.megatron import token_dtype
 from data_pipeline.shards.writer import SplitWriter, document_batches
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from data_pipeline.tools import command
 
 
 def split_by_hash(
@@ -161,22 +160,36 @@ def _report(directory: Path, manifest: Manifest, report: Callable[[str], None]) 
     report(f"{directory}: {', '.join(parts)}")
 
 
+@dataclass
+class SplitOptions:
+    """Divide a dataset anew: its splits, or into parts."""
+
+    directory: str = positional("DIR")
+    """A prepared dataset."""
+    output: str = option()
+    """Directory to create."""
+    validation_fraction: float | None = ranged(None, at_least=0, below=1)
+    """Share of the documents held out, by hash as prepare does."""
+    parts: int | None = ranged(None, at_least=1)
+    """Make this many datasets part-00000, ... of contiguous documents."""
+    shard_tokens: int = ranged(1 << 26, at_least=1)
+    """Most tokens of a shard file."""
+
+    def __post_init__(self) -> None:
+        if (self.validation_fraction is None) == (self.parts is None):
+            raise ValueError("--validation-fraction and --parts: give one of them")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.split", description="Divide a dataset anew: its splits, or into parts."
-    )
-    parser.add_argument("directory", metavar="DIR")
-    parser.add_argument("--output", required=True, help="directory to create")
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument(
-        "--validation-fraction", type=float, help="share of the documents held out, by hash as prepare does"
-    )
-    how.add_argument("--parts", type=int, help="datasets part-00000, ... of contiguous documents")
-    parser.add_argument("--shard-tokens", type=int, default=1 << 26, help="tokens per shard file (67108864)")
-    arguments = parser.parse_args(argv)
-    common = {"shard_tokens": arguments.shard_tokens}
-    if arguments.parts is not None:
-        divide, common["parts"] = split_into_parts, arguments.parts
+    """Split what the command line names; return the exit code."""
+    return run(Program("python -m data_pipeline.split"), SplitOptions, _split, argv)
+
+
+def _split(options: SplitOptions) -> None:
+    if options.parts is not None:
+        split_into_parts(options.directory, options.output, parts=options.parts, shard_tokens=options.shard_tokens)
     else:
-        divide, common["validation_fraction"] = split_by_hash, arguments.validation_fraction
-    return command.run(lambda: divide(arguments.directory, arguments.output, **common))
+        fraction = options.validation_fraction
+        split_by_hash(
+            options.directory, options.output, validation_fraction=fraction, shard_tokens=options.shard_tokens
+        )

@@ -4,16 +4,16 @@ python -m data_pipeline.bpe                                   # retrains data_pi
 python -m data_pipeline.bpe FILES --vocab-size 8192 --output my.tiktoken
 """
 
-import argparse
 import heapq
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import regex
 
+from data_pipeline.command_line import Program, option, positional, run
 from data_pipeline.corpora.sources import open_source
 from data_pipeline.disk import write_file_atomically
 from data_pipeline.tokenizer.patterns import PATTERNS
@@ -93,25 +93,33 @@ def _merge(word: list[int], pair: tuple[int, int], rank: int) -> list[int]:
     return merged
 
 
+@dataclass
+class TrainBpeOptions:
+    """Train a byte-pair vocabulary."""
+
+    sources: list[str] = positional("SOURCE", default_factory=lambda: ["pystdlib"])
+    """Texts, as for prepare."""
+    vocab_size: int = 4096
+    """Ranks, without special tokens."""
+    pattern: str = "o200k"
+    """One of o200k, cl100k, llama3, gpt2, bytes, or a regular expression."""
+    text_column: str = "text"
+    """Field that holds the text in records."""
+    output: str = option(str(_BUILTIN_RANKS))
+    """Rank file to write."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.bpe", description="Train a byte-pair vocabulary.")
-    parser.add_argument(
-        "sources", nargs="*", default=["pystdlib"], metavar="SOURCE", help="as for data_pipeline.prepare"
-    )
-    parser.add_argument(
-        "--vocab-size", type=int, default=4096, help="ranks, without special tokens (default %(default)s)"
-    )
-    parser.add_argument("--pattern", default="o200k", help=f"one of {', '.join(PATTERNS)} or a regular expression")
-    parser.add_argument("--text-column", default="text")
-    parser.add_argument("--output", type=Path, default=_BUILTIN_RANKS)
-    arguments = parser.parse_args(argv)
+    """Train the vocabulary that the command line describes; return the exit code."""
+    return run(Program("python -m data_pipeline.bpe"), TrainBpeOptions, _train, argv)
+
+
+def _train(options: TrainBpeOptions) -> None:
+    sources = [open_source(spec, text_column=options.text_column) for spec in options.sources]
+    documents = (text for source in sources for text in source.documents())
     try:
-        sources = [open_source(spec, text_column=arguments.text_column) for spec in arguments.sources]
-        documents = (text for source in sources for text in source.documents())
-        ranks = train(documents, arguments.vocab_size, PATTERNS.get(arguments.pattern, arguments.pattern))
-        write_file_atomically(arguments.output, format_ranks(ranks))
-    except (ValueError, OSError, regex.error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{arguments.output}: {len(ranks)} ranks from {', '.join(source.description for source in sources)}")
-    return 0
+        ranks = train(documents, options.vocab_size, PATTERNS.get(options.pattern, options.pattern))
+    except regex.error as error:
+        raise ValueError(f"pattern {options.pattern!r}: {error}") from error
+    write_file_atomically(Path(options.output), format_ranks(ranks))
+    print(f"{options.output}: {len(ranks)} ranks from {', '.join(source.description for source in sources)}")

@@ -3,15 +3,15 @@
 python -m data_pipeline.verify data/corpus --workers 8
 """
 
-import argparse
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.command_line import Program, positional, ranged, run
 from data_pipeline.shards.checksums import problems, record_content
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.tools import command
 
 
 def verify(directory: str | Path, *, workers: int = 1, report: Callable[[str], None] = print) -> str:
@@ -33,15 +33,20 @@ def verify(directory: str | Path, *, workers: int = 1, report: Callable[[str], N
     )
 
 
+@dataclass
+class VerifyOptions:
+    """Read a whole dataset and compare it with its manifest; lists everything that is wrong."""
+
+    directory: str = positional("DIR")
+    """A prepared dataset."""
+    workers: int = ranged(default_factory=lambda: len(os.sched_getaffinity(0)), at_least=1)
+    """Files read at a time."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.verify",
-        description="Read a whole dataset and compare it with its manifest; lists everything that is wrong.",
-    )
-    parser.add_argument("directory", metavar="DIR")
-    default = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=default, help=f"files read at a time ({default})")
-    arguments = parser.parse_args(argv)
-    if arguments.workers < 1:
-        parser.error(f"--workers {arguments.workers}: must be at least 1")
-    return command.run(lambda: print(verify(arguments.directory, workers=arguments.workers)))
+    """Verify what the command line names; return the exit code."""
+    return run(Program("python -m data_pipeline.verify"), VerifyOptions, _verify, argv)
+
+
+def _verify(options: VerifyOptions) -> None:
+    print(verify(options.directory, workers=options.workers))

@@ -3,9 +3,8 @@
 from gptoss_dist.config.data import DataConfig, SourceConfig, StageConfig
 from gptoss_dist.config.parallel import EngineConfig, ParallelConfig
 from gptoss_dist.config.parse import build_parser, load_config, parse_arguments
-from gptoss_dist.config.tree import (
+from gptoss_dist.config.sections import (
     CheckpointConfig,
-    Config,
     LossConfig,
     OptimConfig,
     RunConfig,
@@ -14,6 +13,7 @@ from gptoss_dist.config.tree import (
     TrainConfig,
     ValidationConfig,
 )
+from gptoss_dist.config.tree import Config
 from gptoss_dist.model.config import ModelConfig, RopeScaling
 
 __all__ = [

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_pipeline.command_line import ranged
+
 
 @dataclass
 class SourceConfig:
@@ -13,15 +15,16 @@ class SourceConfig:
 
     path: str
     """Folder with manifest.json."""
-    weight: float | None = None
+    weight: float | None = ranged(None, at_least=0)
     """Its share of the tokens, relative to the other sources'; null is its number of tokens."""
-    max_epochs: float | None = None
+    max_epochs: float | None = ranged(None, above=0)
     """Passes over it, after which its weight falls to the others in proportion; null is no limit."""
     name: str | None = None
     """Name in stages, metrics and messages; null is that of the folder."""
 
     @property
     def label(self) -> str:
+        """Its name in stages, metrics and messages."""
         return self.name or Path(self.path).name
 
 
@@ -31,8 +34,13 @@ class StageConfig:
 
     from_step: int
     """The first optimizer step, counted from 0, that has these weights."""
-    weights: dict[str, float]
+    weights: dict[str, float] = ranged(at_least=0)
     """Weight by the source's name, in the place of all earlier ones; sources left out are not read."""
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"from_step={self.from_step}"
 
 
 @dataclass
@@ -52,13 +60,13 @@ class DataConfig:
     """`contiguous` cuts the text into samples wherever that falls. `best_fit` fills samples with whole documents,
     cutting only those longer than seq_len, with next to no padding (arXiv:2404.10830). `varlen`, for fine-tuning: a
     sample is one document, a micro-batch its documents one after the other without padding. These two always mask."""
-    seq_len: int = 1024
+    seq_len: int = ranged(1024, above=0)
     """Tokens per sample; with `varlen` at most."""
     document_mask: bool = False
     """Keep attention within documents of a contiguous sample, and do not predict across their borders."""
-    workers: int = 1
+    workers: int = ranged(1, at_least=0)
     """Threads that read ahead; 0 reads when asked. The order does not depend on them."""
-    prefetch: int = 2
+    prefetch: int = ranged(2, at_least=0)
     """Optimizer steps to read ahead; 0 reads when asked."""
     verify: Literal["once", "always", "never"] = "once"
     """Before training, compare the data with their checksums: `once` those files that have changed since they were last

@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from data_pipeline.command_line import new_parser, parse_with, show_ranges
 from gptoss_dist.config.tree import Config
 
-
-def build_parser(**kwargs):
-    """A jsonargparse parser with `--config` and one option per field; later values win."""
+if TYPE_CHECKING:
     import jsonargparse
 
-    # Help texts come from the strings below the fields.
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+def build_parser(**arguments: Any) -> jsonargparse.ArgumentParser:
+    """Return a parser with `--config` and one option for each field; later values win.
+
+    Args:
+        arguments: further ones of `jsonargparse.ArgumentParser`.
+    """
     # The generated usage would list each of a hundred options before the first help text.
     usage = "%(prog)s [--config FILE]... [--section.field VALUE]... [further options below]"
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, usage=usage, **kwargs)
-    parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
+    parser = new_parser(usage=usage, **arguments)
     parser.add_class_arguments(Config, sub_configs=True)
+    show_ranges(parser, Config)
     return parser
 
 
-def parse_arguments(argv: list[str], parser=None) -> tuple[Config, dict]:
-    """Settings from `--config` files and `--section.field value` options, and what `parser` adds to them.
+def parse_arguments(argv: list[str], parser: jsonargparse.ArgumentParser | None = None) -> tuple[Config, dict]:
+    """Return the settings that `--config` files and `--section.field value` options give, and what `parser` adds.
+
+    Args:
+        argv: the command line without the program.
+        parser: one of `build_parser`, perhaps with further options.
 
     Raises:
         ValueError: an unknown key, a wrong type or an impossible value; one line that names it.
     """
-    import jsonargparse
-
-    parser = parser or build_parser()
-    names = {f.name for f in dataclasses.fields(Config)}
-    try:
-        values = vars(parser.instantiate(parser.parse_args(argv)))
-    except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
-    return Config(**{k: values[k] for k in names}), {k: v for k, v in values.items() if k not in names | {"config"}}
+    values = parse_with(parser or build_parser(), argv)
+    names = {field.name for field in dataclasses.fields(Config)}
+    config = Config(**{name: values[name] for name in names})
+    return config, {name: value for name, value in values.items() if name not in names | {"config"}}
 
 
 def load_config(*paths: str | Path, overrides: dict[str, object] | None = None) -> Config:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from data_pipeline.command_line import check_ranges, ranged
+
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -53,29 +55,29 @@ class ModelConfig:
     Fields that transformers does not have (from `router_bias` down) default to GPT-OSS behaviour.
     """
 
-    vocab_size: int = 201088
+    vocab_size: int = ranged(201088, above=0)
     """Rows of the embedding and of the head."""
-    hidden_size: int = 2880
+    hidden_size: int = ranged(2880, above=0)
     """Width of the residual stream."""
-    intermediate_size: int = 2880
+    intermediate_size: int = ranged(2880, above=0)
     """Width of one expert."""
-    num_hidden_layers: int = 24
+    num_hidden_layers: int = ranged(24, above=0)
     """Number of blocks."""
-    num_attention_heads: int = 64
+    num_attention_heads: int = ranged(64, above=0)
     """Query heads."""
-    num_key_value_heads: int = 8
+    num_key_value_heads: int = ranged(8, above=0)
     """Key/value heads; divides the query heads."""
-    head_dim: int = 64
+    head_dim: int = ranged(64, above=0)
     """Width of one head."""
-    num_local_experts: int = 32
+    num_local_experts: int = ranged(32, above=0)
     """Experts per layer, over all ranks."""
-    num_experts_per_tok: int = 4
+    num_experts_per_tok: int = ranged(4, above=0)
     """Experts that each token is routed to (top-k)."""
-    sliding_window: int = 128
+    sliding_window: int = ranged(128, above=0)
     """Keys visible to a query on sliding layers, counting the query's own."""
     layer_types: list[str] | None = None
     """`sliding_attention` or `full_attention` per layer; null alternates, starting with sliding."""
-    max_position_embeddings: int = 131072
+    max_position_embeddings: int = ranged(131072, above=0)
     """Longest sequence, in tokens."""
     rms_norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
@@ -108,26 +110,25 @@ class ModelConfig:
     """Initial values of the attention sinks."""
     sink_clamp: list[float] | None = None
     """[low, high] limits of the sink logits; null leaves them free, as GPT-OSS does."""
-    rope_pruned_fraction: float = 0.0
+    rope_pruned_fraction: float = ranged(0.0, at_least=0, below=1)
     """Share of rotary dimensions, slowest first, left unrotated on full layers (p-RoPE, arXiv:2410.06205)."""
 
     def __post_init__(self) -> None:
         if self.layer_types is None:
             self.layer_types = [FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers)]
-        for key in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "num_local_experts",
-            "num_experts_per_tok",
-            "sliding_window",
-            "max_position_embeddings",
-        ):
-            _require(getattr(self, key) > 0, f"model.{key}={getattr(self, key)} must be positive")
+        check_ranges(self, "model.")
+        self._check_layer_types()
+        self._check_heads()
+        _require(
+            self.num_experts_per_tok <= self.num_local_experts,
+            f"model.num_experts_per_tok={self.num_experts_per_tok} exceeds num_local_experts={self.num_local_experts}",
+        )
+        _require(
+            self.sink_clamp is None or (len(self.sink_clamp) == 2 and self.sink_clamp[0] < self.sink_clamp[1]),
+            f"model.sink_clamp={self.sink_clamp} must be [low, high] with low < high, or null",
+        )
+
+    def _check_layer_types(self) -> None:
         _require(
             len(self.layer_types) == self.num_hidden_layers,
             f"model.layer_types has {len(self.layer_types)} entries for num_hidden_layers={self.num_hidden_layers}; "
@@ -135,24 +136,14 @@ class ModelConfig:
         )
         bad = sorted(set(self.layer_types) - {SLIDING, FULL})
         _require(not bad, f"model.layer_types holds {bad}; use {SLIDING!r} or {FULL!r}")
+
+    def _check_heads(self) -> None:
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"model.num_attention_heads={self.num_attention_heads} must be a multiple of "
             f"num_key_value_heads={self.num_key_value_heads}",
         )
         _require(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} must be even for rotary embeddings")
-        _require(
-            self.num_experts_per_tok <= self.num_local_experts,
-            f"model.num_experts_per_tok={self.num_experts_per_tok} exceeds num_local_experts={self.num_local_experts}",
-        )
-        _require(
-            0.0 <= self.rope_pruned_fraction < 1.0,
-            f"model.rope_pruned_fraction={self.rope_pruned_fraction} must be in [0, 1)",
-        )
-        _require(
-            self.sink_clamp is None or (len(self.sink_clamp) == 2 and self.sink_clamp[0] < self.sink_clamp[1]),
-            f"model.sink_clamp={self.sink_clamp} must be [low, high] with low < high, or null",
-        )
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> ModelConfig:

@@ -17,18 +17,18 @@ can be sent later from any machine that sees the run's folder:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import math
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_pipeline.command_line import Program, positional, run_verb
 from gptoss_dist.tracking.jsonl import JsonLinesWriter, read_lines
 from gptoss_dist.tracking.mlflow_mirror import (
     JOURNAL_FILE,
@@ -301,18 +301,25 @@ def _set_aside(run_dir: Path) -> None:
         tracking.rename(run_dir / f"tracking.{n}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Return the command `python -m gptoss_dist.tracking`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m gptoss_dist.tracking")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("sync", help="send to MLflow what it has not yet received of a run")
-    command.add_argument("run_dir", help="folder of the run")
-    command.add_argument("--uri", help="tracking URI; the default is MLFLOW_TRACKING_URI, then the run's own")
-    options = parser.parse_args(arguments)
+@dataclass
+class SyncOptions:
+    """Send to MLflow what it has not yet received of a run."""
+
+    run_dir: str = positional("RUN_DIR")
+    """Folder of the run."""
+    uri: str | None = None
+    """Tracking URI; null is $MLFLOW_TRACKING_URI, then the run's own."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line of `python -m gptoss_dist.tracking` asks for; return the exit code."""
+    program = Program("python -m gptoss_dist.tracking", prefix="not sent")
+    return run_verb(program, {"sync": (SyncOptions, _sync)}, argv, description="What a run recorded, and MLflow.")
+
+
+def _sync(options: SyncOptions) -> None:
     try:
         run_id = sync(options.run_dir, options.uri)
-    except Exception as error:
-        print(f"not sent: {scrub(str(error))}", file=sys.stderr)
-        return 1
+    except Exception as error:  # MLflow raises its own
+        raise ValueError(scrub(str(error))) from error
     print(f"MLflow run {run_id} is complete")
-    return 0

@@ -47,7 +47,7 @@ def config(folders):
             config.data.path = None
             config.data.sources = [SourceConfig(str(folders / name), *rest) for name, *rest in sources]
         config.data.stages = [StageConfig(*stage) for stage in stages]
-        config._check_data()
+        config.check()
         return config
 
     return config
@@ -193,7 +193,7 @@ def test_contradictions_are_one_line(data, message):
     for key, value in data.items():
         setattr(config.data, key, value)
     with pytest.raises(ValueError, match=message) as error:
-        config._check_data()
+        config.check()
     assert "\n" not in str(error.value)
 
 

@@ -22,12 +22,14 @@ import pyarrow.parquet
 import pytest
 
 from data_pipeline import IndexedReader, Manifest, TokenDataset, load_tokenizer, open_source
+from data_pipeline.command_line import parse
 from data_pipeline.corpora.part import Part, Source
-from data_pipeline.prepare.__main__ import _arguments, main
+from data_pipeline.prepare.__main__ import main
 from data_pipeline.prepare.dedupe import duplicates, gather
 from data_pipeline.prepare.part import Piece, _write_hashes, hashes_path, make_piece
 from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.prepare.rules import Rules
+from data_pipeline.prepare.settings import PrepareConfig
 from data_pipeline.tools.verify import main as verify
 
 
@@ -232,8 +234,6 @@ def test_a_directory_of_something_else_is_never_replaced(tmp_path, capsys):
     [
         (["./missing.txt"], "no such file"),
         (["synthetic", "--tokenizer", "nonsense"], "neither a known name"),
-        (["synthetic", "--validation-fraction", "1"], "validation_fraction 1.0"),
-        (["synthetic", "--workers", "0"], "workers 0"),
         (["synthetic:documents=0"], "no training text in the sources, so nothing was prepared: 0 records read"),
         (["synthetic:documents=9", "--max-characters", "1"], "prepared: 9 records read, 9 long"),
         (["synthetic", "--min-characters", "9", "--max-characters", "8"], "min_characters 9: must not be more than"),
@@ -242,6 +242,15 @@ def test_a_directory_of_something_else_is_never_replaced(tmp_path, capsys):
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, arguments, message):
     code, _, err = run(*arguments, "--output", tmp_path / "data", capsys=capsys)
     assert code == 1 and message in err and err.count("\n") == 1 and err.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_outside_their_range_are_refused_before_and_in_python(tmp_path, capsys):
+    for option, key, value in (("--validation-fraction", "validation_fraction", 1.0), ("--workers", "workers", 0)):
+        code, _, err = run("synthetic", "--output", tmp_path / "data", option, value, capsys=capsys)
+        assert code == 2 and err.startswith(f"error: {key}={value} must be") and err.count("\n") == 1
+        with pytest.raises(ValueError, match=f"{key} {value}: must be"):
+            prepare([open_source("synthetic")], tmp_path / "data", load_tokenizer("bytes"), **{key: value})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -340,17 +349,17 @@ def test_recipes(tmp_path, corpus, capsys):
     assert run(corpus, "--output", tmp_path / "b", *options) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     for line, message in (
-        ("tokeniser: bytes", "unknown key 'tokeniser'; known are"),
-        ("workers: many", "workers: 'many' is not"),
-        ("normalization: NFX", "'NFX' is not one of"),
-        ("sources: x", "sources: 'x' is not a list"),
-        ("a: [", "cannot be read"),
+        ("tokeniser: bytes", "'tokeniser' is not accepted"),
+        ("workers: many", "\"workers\": Expected a <class 'int'>. Got value: many"),
+        ("normalization: NFX", "Given value: NFX"),
+        ("sources: x", "\"sources\": Expected a <class 'list'>. Got value: x"),
+        ("a: [", "Problems parsing config"),
     ):
         recipe.write_text(line + "\n")
         code, _, err = run("--config", recipe, "--output", tmp_path / "c", capsys=capsys)
-        assert code == 1 and message in err and "recipe.yaml" in err and err.count("\n") == 1
+        assert code == 2 and message in err and "recipe.yaml" in err and err.count("\n") == 1
     for path in (Path(__file__).parents[3] / "configs/data").glob("*.yaml"):
-        assert _arguments(["--config", str(path), "--output", "x"]).sources
+        assert parse(PrepareConfig, ["--config", str(path), "--output", "x"], prog="prepare").sources
 
 
 def test_parquet_in_row_groups_and_shards_of_a_huggingface_dataset(tmp_path, monkeypatch):

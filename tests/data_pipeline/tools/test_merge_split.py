@@ -149,15 +149,22 @@ def test_what_does_not_fit_together_is_refused(tmp_path, one, two, capsys):
     ):
         assert run(*arguments) == 1 and "train-00000.bin: content differs" in capsys.readouterr().err
     for arguments, message in (
-        (("--validation-fraction", 1.5), "validation_fraction 1.5: must be"),
-        (("--parts", 0), "parts 0: must be"),
         (("--parts", 2000), "2000 parts would not all get a document to train on"),
         (("--parts", len(documents(two))), "would not all get a document"),  # some are longer than a part
-        (("--parts", 2, "--shard-tokens", 0), "shard_tokens 0: must be"),
     ):
         assert run(split.main, two, "--output", tmp_path / "out", *arguments) == 1
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
+    for divide, arguments, message in (
+        (split.split_by_hash, {"validation_fraction": 1.5}, "validation_fraction 1.5: must be"),
+        (split.split_into_parts, {"parts": 0}, "parts 0: must be"),
+        (split.split_into_parts, {"parts": 2, "shard_tokens": 0}, "shard_tokens 0: must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            divide(two, tmp_path / "out", **arguments)
+        options = [f"--{name}={value}" for name, value in arguments.items()]
+        assert run(split.main, two, "--output", tmp_path / "out", *options) == 2
+        assert f"{options[-1][2:]} must be" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not left_behind(tmp_path)
 
 
@@ -242,17 +249,14 @@ def test_inspect_shows_packed_samples_and_mixtures(one, tmp_path, capsys):
     capsys.readouterr()
     assert run(inspect.main, one, tmp_path / "b", "--weights", "3,1", "--at", 20000, "--seq-len", 64) == 0
     assert "15,000 samples, 960,000 tokens, 75.000% of them" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run(inspect.main, one, "--weights", "3,1")
+    assert run(inspect.main, one, "--weights", "3,1") == 2
     assert "--weights: are those of a mixture" in capsys.readouterr().err
     for options in ((tmp_path / "b", "--sample", 3), (tmp_path / "b", "--document", 3), ("--packing", "varlen")):
-        with pytest.raises(SystemExit):
-            run(inspect.main, one, *options)
+        assert run(inspect.main, one, *options) == 2
         assert "give one directory" in (err := capsys.readouterr().err) or "give --sample N" in err
     assert run(inspect.main, one, tmp_path / "b", "--weights", 3) == 1
     assert "--weights: 1 of them for 2 datasets" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run(inspect.main, "--weights", "3;1", one, tmp_path / "b")
+    assert run(inspect.main, "--weights", "3;1", one, tmp_path / "b") == 2
     assert "'3;1': must be numbers separated by commas" in capsys.readouterr().err
 
 

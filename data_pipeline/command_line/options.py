@@ -1,0 +1,132 @@
+"""Options of a command as fields of a dataclass: how they are spelled, and how the help shows them."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass
+from typing import Any
+
+from data_pipeline.command_line.ranges import Range, ranged
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    default_factory: Callable[[], Any] | Any = MISSING,
+    spelling: str | None = None,
+    metavar: str | None = None,
+    several: bool = False,
+    **limits: Any,
+) -> Any:
+    """Return a dataclass field that is spelled or shown otherwise than its name says.
+
+    Args:
+        default: as of `dataclasses.field`, like `default_factory`. Without one the option must be given.
+        spelling: the option, such as `--from`; by default the field's name.
+        metavar: what stands for the value in the help; by default the field's name.
+        several: of a list: it is given as `--train a b`. Other lists are given as `--filter a --filter b`.
+        limits: as of `ranged`.
+    """
+    metadata = {"spelling": spelling, "metavar": metavar, "several": several}
+    if limits:
+        return ranged(default, default_factory=default_factory, metadata=metadata, **limits)
+    return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
+
+
+def positional(metavar: str, default: Any = MISSING, *, default_factory: Callable[[], Any] | Any = MISSING) -> Any:
+    """Return a dataclass field for the words without an option's name: all of them if it is a list, else one.
+
+    Args:
+        metavar: what stands for such a word in the help.
+        default: as of `dataclasses.field`, like `default_factory`. Without one there must be such a word.
+    """
+    metadata = {"positional": True, "metavar": metavar, "several": True}
+    return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Option:
+    """All that is known about the option of a field."""
+
+    name: str
+    """Of the field; the key in files."""
+    spelling: str
+    """Such as `--validation-fraction`."""
+    kind: Any
+    """Type of the value, without strings in it."""
+    required: bool
+    default: Any
+    text: str
+    """The string below the field, with the range."""
+    positional: bool = False
+    several: bool = False
+    metavar: str = ""
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it is given without a value."""
+        return self.kind is bool
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it holds several texts."""
+        return list in (typing.get_origin(self.kind), *map(typing.get_origin, typing.get_args(self.kind)))
+
+    @property
+    def value_shown(self) -> str:
+        """What stands for the value in the help, such as `NAME [NAME ...]`."""
+        choices = [
+            str(choice)
+            for part in (self.kind, *typing.get_args(self.kind))
+            if typing.get_origin(part) is typing.Literal
+            for choice in typing.get_args(part)
+        ]
+        word = "{" + ",".join(choices) + "}" if choices else self.metavar or self.name.upper()
+        if not (self.is_list and self.several):
+            return word
+        return f"{word} [{word} ...]" if self.required else f"[{word} ...]"
+
+    @property
+    def shown(self) -> str:
+        """How the help shows it, as a person types it."""
+        if self.positional:
+            return self.value_shown
+        return f"{self.spelling}, --no-{self.spelling[2:]}" if self.is_flag else f"{self.spelling} {self.value_shown}"
+
+
+def options_of(kind: type) -> list[Option]:
+    """Return the options of a dataclass, in the order of its fields."""
+    hints, texts, options = typing.get_type_hints(kind), _texts(kind), []
+    for field in dataclasses.fields(kind):
+        given, factory = field.default is not MISSING, field.default_factory
+        required = not given and factory is MISSING
+        options.append(
+            Option(
+                name=field.name,
+                spelling=field.metadata.get("spelling") or "--" + field.name.replace("_", "-"),
+                kind=hints[field.name],
+                required=required,
+                default=None if required else field.default if given else factory(),
+                text=with_range(texts.get(field.name), field.metadata.get("range")),
+                positional=field.metadata.get("positional", False),
+                several=field.metadata.get("several", False),
+                metavar=field.metadata.get("metavar") or "",
+            )
+        )
+    return options
+
+
+def _texts(kind: type) -> dict[str, str | None]:
+    """Return the strings below the fields of a dataclass, and of those it is derived from, by field."""
+    import docstring_parser
+
+    kinds = [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]
+    found = [text for base in kinds for text in docstring_parser.parse_from_object(base).params]
+    return {text.arg_name: text.description for text in found}
+
+
+def with_range(text: str | None, limits: Range | None) -> str:
+    """Return a help text in one line with its range: `Final share of the peak. (in [0, 1])`."""
+    return " ".join([*(text or "").split(), *([f"({limits})"] if limits else [])])

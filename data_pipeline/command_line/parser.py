@@ -1,0 +1,143 @@
+"""Parsers: one for a dataclass of options, and what it has in common with that of a tree of sections."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from data_pipeline.command_line.options import Option, options_of, with_range
+from data_pipeline.command_line.ranges import check_ranges, ranges_of
+from data_pipeline.command_line.spelling import known_spellings, spell_out
+
+if TYPE_CHECKING:
+    import jsonargparse
+
+T = TypeVar("T")
+
+# jsonargparse is imported when a command line is read: not by every process that prepares data, nor for `Config(...)`.
+_KEYS_LIKE_OPTIONS = "yaml with keys like options"
+
+
+def parse(kind: type[T], argv: list[str], *, prog: str, epilog: str | None = None) -> T:
+    """Return the options that a command line, and the files which it names with `--config`, give.
+
+    Args:
+        kind: a dataclass whose fields are options, without sections.
+        argv: the command line without the program.
+        prog: what the program is called in its help.
+        epilog: the last paragraph of the help.
+
+    Raises:
+        ValueError: an unknown key, a wrong type, a value outside its range, or one that is missing; one line that names
+            key, value and remedy, and the file if it stands in one.
+        SystemExit: after `--help` and `--print_config`, with code 0.
+    """
+    options = options_of(kind)
+    try:
+        values = parse_with(_parser_of(kind, options, prog, epilog), spell_out(argv, options))
+    except ValueError as error:
+        raise ValueError(f"{error}; see {prog} --help") from None
+    settings = kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+    check_ranges(settings)
+    return settings
+
+
+def new_parser(**arguments: Any) -> jsonargparse.ArgumentParser:
+    """Return a parser that has `--config` and `--print_config`, and raises instead of exiting.
+
+    Args:
+        arguments: further ones of `jsonargparse.ArgumentParser`.
+    """
+    import jsonargparse
+
+    # Help texts come from the strings below the fields.
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, **arguments)
+    parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
+    return parser
+
+
+def show_ranges(parser: jsonargparse.ArgumentParser, kind: type) -> None:
+    """Add the ranges of a dataclass's fields, and of those of the dataclasses in it, to the help of their options."""
+    ranges = dict(ranges_of(kind))
+    for action in parser._actions:  # argparse has no public list of them
+        if action.dest in ranges:
+            action.help = with_range(action.help, ranges[action.dest])
+
+
+def parse_with(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str, Any]:
+    """Return the values that a parser made by `new_parser` reads, by key; those of a section are its dataclass.
+
+    Raises:
+        ValueError: an unknown key, a wrong type, or a missing value, in one line; and what the dataclasses raise.
+        SystemExit: after `--help` and `--print_config`, with code 0.
+    """
+    import jsonargparse
+
+    argv = known_spellings(argv, parser._option_string_actions)
+    try:
+        return vars(parser.instantiate(parser.parse_args(argv)))
+    except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
+        file = _file_of_mistake(parser, argv, error)
+        raise ValueError(" ".join(f"{file}: {error}".split() if file else str(error).split())) from None
+
+
+def _file_of_mistake(parser: jsonargparse.ArgumentParser, argv: list[str], error: Exception) -> str | None:
+    """Return the first of the files of `--config` that is refused for the same reason as the whole command line."""
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    for name, file in itertools.pairwise(words):
+        if name == "--config":
+            try:
+                parser.parse_path(file, defaults=False)
+            except (argparse.ArgumentError, TypeError, ValueError, OSError) as alone:
+                if str(alone) == str(error):
+                    return file
+    return None
+
+
+def _parser_of(kind: type, options: list[Option], prog: str, epilog: str | None) -> jsonargparse.ArgumentParser:
+    import jsonargparse
+    import yaml
+
+    jsonargparse.set_loader(_KEYS_LIKE_OPTIONS, _load, exceptions=(yaml.YAMLError,))
+    shown = {option.name: option.shown for option in options}
+
+    class HelpFormat(jsonargparse.DefaultHelpFormatter):
+        """Show options as they are typed, not as `spell_out` spells them."""
+
+        def _format_action_invocation(self, action: argparse.Action) -> str:
+            return shown.get(action.dest) or super()._format_action_invocation(action)
+
+    parser = new_parser(
+        prog=prog,
+        description=" ".join((kind.__doc__ or "").split()),
+        epilog=epilog,
+        usage=_usage(options),
+        formatter_class=HelpFormat,
+        parser_mode=_KEYS_LIKE_OPTIONS,
+        allow_abbrev=False,
+    )
+    for option in options:
+        default = {"required": True} if option.required else {"default": option.default}
+        parser.add_argument(option.spelling, dest=option.name, type=option.kind, help=option.text, **default)
+    return parser
+
+
+def _usage(options: list[Option]) -> str:
+    words = [option.shown for option in options if option.positional]
+    words += [option.shown for option in options if option.required and not option.positional]
+    return " ".join(["%(prog)s", *words, "[further options below]"])
+
+
+def _load(text: str) -> Any:
+    """Read JSON or YAML; keys of the outermost dictionary may be spelled like options: `text-column`."""
+    import jsonargparse
+
+    try:
+        value = json.loads(text)  # as `spell_out` writes it: exact for any text
+    except ValueError:
+        value = jsonargparse.get_loader("yaml")(text)
+    return {str(key).replace("-", "_"): item for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,97 @@
+"""How commands begin and end: read the command line, do the work, report what went wrong in one line, exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from data_pipeline.command_line.parser import parse
+
+T = TypeVar("T")
+
+MISTAKE = 2
+"""Exit code where the command line, or a file that it names with `--config`, asks for something impossible."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a command calls itself, and how it ends."""
+
+    name: str
+    """What a person types, such as `python -m data_pipeline.prepare`."""
+    prefix: str = "error"
+    """What comes before the message where something went wrong."""
+    failed: int = 1
+    """Exit code where the work could not be done."""
+    interrupted: str = "interrupted"
+    """What is printed after Ctrl-C."""
+    epilog: str | None = None
+    """The last paragraph of its help."""
+
+    def report(self, message: object) -> None:
+        """Print what went wrong."""
+        print(f"{self.prefix}: {message}", file=sys.stderr)
+
+
+def run(program: Program, kind: type[T], action: Callable[[T], int | None], argv: list[str] | None = None) -> int:
+    """Call `action` with what the command line says, and return the exit code.
+
+    Args:
+        program: what it calls itself, and how it ends.
+        kind: the dataclass of its options.
+        action: does the work; raises ValueError or OSError with a line for a person. It returns the exit code, or None
+            for 0.
+        argv: the command line without the program; by default that of this process.
+    """
+    try:
+        settings = parse(kind, sys.argv[1:] if argv is None else argv, prog=program.name, epilog=program.epilog)
+    except ValueError as error:
+        program.report(error)
+        return MISTAKE
+    try:
+        code = action(settings)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `... | head`: not an error, but Python would complain again on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        program.report(error)
+        return program.failed
+    except KeyboardInterrupt:
+        print(program.interrupted, file=sys.stderr)
+        return 130
+    return code or 0
+
+
+def run_verb(
+    program: Program,
+    verbs: Mapping[str, tuple[type, Callable[[Any], int | None]]],
+    argv: list[str] | None = None,
+    *,
+    description: str,
+) -> int:
+    """Do as `run` with the options and the function of the verb that is the first word of the command line.
+
+    Args:
+        program: what it calls itself without the verb.
+        verbs: the dataclass of the options, and what does the work, by verb.
+        argv: as of `run`.
+        description: what `--help` prints above the list of verbs.
+    """
+    verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if verb in ("-h", "--help"):
+        listed = [f"  {name:<10}{(kind.__doc__ or '').strip().splitlines()[0]}" for name, (kind, _) in verbs.items()]
+        print(
+            f"usage: {program.name} VERB ...", description.strip(), "verbs (VERB --help lists its options):", sep="\n\n"
+        )
+        print(*listed, sep="\n")
+        return 0
+    if verb not in verbs:
+        program.report(f"{verb!r} is no verb; give one of {', '.join(verbs)}")
+        return MISTAKE
+    kind, action = verbs[verb]
+    return run(dataclasses.replace(program, name=f"{program.name} {verb}"), kind, action, rest)

@@ -1,0 +1,122 @@
+"""Ranges of settings, declared beside their fields: checked in one place, and shown in `--help`.
+
+@dataclass
+class Settings:
+    steps: int = ranged(1000, above=0)
+    share: float = ranged(0.1, at_least=0, below=1)
+
+    def __post_init__(self):
+        check_ranges(self)  # Settings(steps=0): ValueError: steps=0 must be positive
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Range:
+    """Limits of a number, of each number of a list, or of each value of a dictionary; those left out are None."""
+
+    above: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    length: int | None = None
+    """How many numbers a list has."""
+
+    def __str__(self) -> str:
+        """Return the range as a person reads it, such as `more than 0` or `in [0, 1)`."""
+        low, high = self._ends()
+        if low and high:
+            text = f"in {'(' if self.at_least is None else '['}{low}, {high}{')' if self.at_most is None else ']'}"
+        elif low:
+            text = f"more than {low}" if self.at_least is None else f"{low} or more"
+        else:
+            text = f"less than {high}" if self.at_most is None else f"{high} or less"
+        return text if self.length is None else f"{_NUMBERS[self.length]} numbers {text}"
+
+    def _ends(self) -> tuple[str, str]:
+        low = self.above if self.at_least is None else self.at_least
+        high = self.below if self.at_most is None else self.at_most
+        return ("" if low is None else f"{low:g}"), ("" if high is None else f"{high:g}")
+
+    def holds(self, number: float) -> bool:
+        """Return whether one number lies within the limits; NaN never does."""
+        return (
+            (self.above is None or number > self.above)
+            and (self.at_least is None or number >= self.at_least)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.below is None or number < self.below)
+            and number == number
+        )
+
+    def check(self, key: str, value: Any) -> None:
+        """Raise ValueError with `key` and the remedy where `value` is outside; None is no value, so never outside."""
+        if isinstance(value, dict):
+            for name, number in value.items():
+                self.check(f"{key} of {name}", number)
+            return
+        numbers = value if isinstance(value, list | tuple) else [value]
+        right_length = self.length is None or len(numbers) == self.length
+        if value is not None and not (right_length and all(self.holds(number) for number in numbers)):
+            words = str(self)
+            raise ValueError(f"{key}={value} must be {'positive' if words == 'more than 0' else words}")
+
+
+_NUMBERS = {2: "two"}
+
+
+def ranged(
+    default: Any = MISSING,
+    *,
+    default_factory: Callable[[], Any] | Any = MISSING,
+    metadata: dict[str, Any] | None = None,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    length: int | None = None,
+) -> Any:
+    """Return a dataclass field whose values have limits.
+
+    Args:
+        default: as of `dataclasses.field`, like `default_factory` and `metadata`.
+        above: as of `Range`, like those that follow.
+    """
+    metadata = (metadata or {}) | {"range": Range(above, at_least, at_most, below, length)}
+    return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
+
+
+def check_ranges(section: Any, prefix: str = "") -> None:
+    """Raise ValueError for the first value outside its field's range, in `section` or a dataclass inside it.
+
+    Args:
+        section: an instance of a dataclass.
+        prefix: what comes before the names of its fields in messages, such as `train.`.
+    """
+    for field in dataclasses.fields(section):
+        key, value = f"{prefix}{field.name}", getattr(section, field.name)
+        if limits := field.metadata.get("range"):
+            limits.check(key, value)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{key}.")
+        elif isinstance(value, list | tuple):
+            for number, item in enumerate(value):
+                if dataclasses.is_dataclass(item):
+                    check_ranges(item, f"{key}: {getattr(item, 'label', number)} ")
+
+
+def ranges_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Range]]:
+    """Yield key, such as `train.steps`, and range of each ranged field of a dataclass and of those inside it."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        key = f"{prefix}{field.name}"
+        if limits := field.metadata.get("range"):
+            yield key, limits
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from ranges_of(hints[field.name], f"{key}.")

@@ -1,0 +1,161 @@
+"""Sections of the configuration that have no page of their own: the loop, its optimizer and losses, what it saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+
+from data_pipeline.command_line import ranged
+
+
+@dataclass
+class RunConfig:
+    """Identity of the run. Everything it writes goes to one folder."""
+
+    name: str = "run"
+    """Name in MLflow, and of the folder."""
+    dir: str | None = None
+    """The run's folder (config, metrics, checkpoints, plots, samples, log); null means runs/<name>."""
+    seed: int = 0
+    """Seeds the weights, the data order, and python, numpy and torch."""
+
+
+@dataclass
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = ranged(1000, above=0)
+    """Optimizer steps in all, including those before a resume."""
+    micro_batch_size: int = ranged(8, above=0)
+    """Samples per process and forward pass."""
+    gradient_accumulation: int = ranged(1, above=0)
+    """Forward-backward passes per optimizer step."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute type. Master weights, optimizer state and gradient reduction are always float32."""
+    activation_checkpointing: int = ranged(0, at_least=0)
+    """Recompute every n-th block in the backward pass: 0 none, 1 every block, 3 every third."""
+    keep_all_to_all: bool = False
+    """With activation checkpointing: keep what the all-to-alls of expert parallelism brought, instead of exchanging the
+    tokens again in the backward pass."""
+    routing: Literal["learned", "balanced", "replay"] = "learned"
+    """For benchmarks only, and labelled so in the metrics: `balanced` sends every expert the same number of tokens,
+    `replay` repeats the routing of the first batch. The model learns nothing useful with either."""
+    compile: bool = False
+    """torch.compile each block (needs a C++ compiler on CPU)."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """Mode of torch.compile."""
+    deterministic: bool = False
+    """Refuse operations without a deterministic implementation (torch.use_deterministic_algorithms)."""
+    profile_step: int = ranged(0, at_least=0)
+    """Record this optimizer step with torch.profiler on rank 0 into the run's folder `profile/`; 0 records none."""
+    max_skipped_steps: int = ranged(5, above=0)
+    """Stop after this many steps in a row with a non-finite loss or gradient; each such step is skipped."""
+    log_every_s: float = ranged(10.0, at_least=0)
+    """Seconds between progress lines where there is no terminal."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule. Norms, biases, sinks and embeddings are not decayed."""
+
+    lr: float = ranged(4e-4, at_least=0)
+    """Peak learning rate."""
+    min_lr_ratio: float = ranged(0.1, at_least=0, at_most=1)
+    """Final learning rate as a share of the peak."""
+    warmup_steps: int = ranged(100, at_least=0)
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """`wsd`: warm-up, stable, then decay over the last `decay_steps` (MiniCPM, arXiv:2404.06395)."""
+    decay_steps: int = ranged(0, at_least=0)
+    """Length of the final decay of `wsd`."""
+    betas: list[float] = ranged(default_factory=lambda: [0.9, 0.95], at_least=0, below=1, length=2)
+    """Decay rates of Adam's two moments."""
+    eps: float = ranged(1e-8, above=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = ranged(0.1, at_least=0)
+    """Decoupled weight decay of the decayed parameters."""
+    clip_norm: float = ranged(1.0, at_least=0)
+    """Limit of the global gradient norm; 0 switches clipping off."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns of the names of parameters that stay as they are, such as "*.router.*" or "model.layers.[0-3].*": no
+    gradient, no optimizer state, no part in the gradient norm."""
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    """Factors of the learning rate by such patterns; the last that matches counts."""
+
+
+@dataclass
+class LossConfig:
+    """Auxiliary losses of the router. Each is logged by itself and never counted into the reported loss."""
+
+    aux_coef: float = ranged(0.01, at_least=0)
+    """Weight of the load-balancing loss; 0 switches it off."""
+    z_coef: float = ranged(0.0, at_least=0)
+    """Weight of the router z-loss; 0 switches it off."""
+    router_jitter: float = ranged(0.0, at_least=0, below=1)
+    """Relative size of the noise on the router's input while training; 0 switches it off."""
+    selection_bias_rate: float = ranged(0.0, at_least=0)
+    """Balance without a loss: step of the bias that decides on the choice of experts, in units of a logit (DeepSeek-V3
+    uses 0.001 on scores in [0, 1]); 0 switches it off. Needs model.router_selection_bias, and aux_coef near 0."""
+
+
+Init = TypedDict("Init", {"from": str | None})  # not a dataclass, because a field cannot have that name
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: int = ranged(500, at_least=0)
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: int = ranged(3, at_least=0)
+    """Newest checkpoints to keep; 0 keeps all."""
+    keep_every: int = ranged(0, at_least=0)
+    """Keep those of steps that are multiples of this for good; 0 keeps none so."""
+    keep_best: bool = False
+    """Keep the one with the lowest validation loss too, of those saved right after a validation."""
+    asynchronous: bool = True
+    """Write beside the training, from a copy in host memory; false makes the step wait until the disk has it."""
+    dir: str | None = None
+    """Folder of the checkpoints; null means <run.dir>/checkpoints."""
+
+
+@dataclass
+class ValidationConfig:
+    """Loss on the held-out split."""
+
+    every: int = ranged(500, at_least=0)
+    """Steps between validations; 0 switches them off. There is one before the first step and one after the last."""
+    samples: int = ranged(256, above=0)
+    """Samples of the validation split to use, always the same ones."""
+
+
+@dataclass
+class SamplingConfig:
+    """Text written by the model while it trains."""
+
+    every: int = ranged(0, at_least=0)
+    """Steps between samples; 0 switches them off. The last step is followed by samples in any case."""
+    prompts: list[str] = field(default_factory=list)
+    """Texts to continue."""
+    max_new_tokens: int = ranged(64, above=0)
+    """Tokens to write per prompt."""
+    temperature: float = ranged(0.8, at_least=0)
+    """0 takes the most likely token."""
+    top_k: int = ranged(50, at_least=0)
+    """Sample from this many most likely tokens; 0 is all."""
+
+
+@dataclass
+class TrackingConfig:
+    """MLflow. metrics.jsonl in the run's folder is always written."""
+
+    mlflow: bool = True
+    """Mirror metrics, parameters, plots and samples to MLflow."""
+    experiment: str = "gptoss_dist"
+    """MLflow experiment."""
+    uri: str | None = None
+    """Tracking server; null means $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db."""
+    plots: bool = True
+    """Draw the run's plots at each validation and at the end."""
+    expert_tokens_every: int = ranged(100, at_least=0)
+    """Steps between rows of expert_tokens.jsonl (tokens of each expert, summed over those steps); 0 writes none."""

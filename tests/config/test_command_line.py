@@ -1,0 +1,244 @@
+"""The command line that all commands share: what people type, files, mistakes, help, exit codes."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from data_pipeline.command_line import Program, option, parse, positional, ranged, run, run_verb
+from data_pipeline.prepare.settings import PrepareConfig
+from gptoss_dist.config import parse_arguments
+
+
+@dataclass
+class Options:
+    """Do something. It takes
+    a while."""
+
+    sources: list[str] = positional("SOURCE")
+    """What to read."""
+    output: str = option()
+    """Where to write
+    it."""
+    filter: list[str] = option(default_factory=list)
+    """May be repeated."""
+    train: list[str] = option(default_factory=list, several=True, metavar="NAME")
+    """Several at once."""
+    from_file: str | None = option(None, spelling="--from")
+    """A file."""
+    kind: Literal["small", "large"] | None = None
+    """How much."""
+    share: float = ranged(0.5, at_least=0, at_most=1)
+    """Of all, 50 % by default."""
+    count: int = 3
+    """How many."""
+    overwrite: bool = False
+    """Replace."""
+    verify: bool = True
+    """Compare."""
+
+
+@dataclass
+class One:
+    """Take one thing."""
+
+    name: Literal["a", "b"] = positional("NAME")
+    """Its name."""
+
+
+def read(*argv: str) -> dict:
+    """What is not as it is by default."""
+    found = parse(Options, [*argv], prog="do")
+    default = Options(["x"], "y")
+    values = dataclasses.asdict(found).items()
+    return {name: value for name, value in values if value != getattr(default, name)}
+
+
+AWKWARD = ["null", "1", "true", "[x]", "{a: 1}", "a: b", ' x \n"é', "{a", "~", "", "😀", "\udcff", "\x7f", "a=b", "-"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("a b --output o", {"sources": ["a", "b"], "output": "o"}),
+        ("--output o a b", {"sources": ["a", "b"], "output": "o"}),
+        ("a --output=o b", {"sources": ["a", "b"], "output": "o"}),
+        ("--output o -- a --b", {"sources": ["a", "--b"], "output": "o"}),
+        ("--overwrite a --output o", {"sources": ["a"], "output": "o", "overwrite": True}),
+        ("a --output o --overwrite --no-overwrite", {"sources": ["a"], "output": "o"}),
+        ("a --output o --overwrite=true", {"sources": ["a"], "output": "o", "overwrite": True}),
+        ("a --output o --no-verify", {"sources": ["a"], "output": "o", "verify": False}),
+        ("--filter x a --filter y --output o", {"sources": ["a"], "output": "o", "filter": ["x", "y"]}),
+        ("a --train u v --output o", {"sources": ["a"], "output": "o", "train": ["u", "v"]}),
+        ("a --train u --train v w --output o", {"sources": ["a"], "output": "o", "train": ["v", "w"]}),
+        ("a --output o --from f --kind small", {"sources": ["a"], "output": "o", "from_file": "f", "kind": "small"}),
+        ("a --output o --share 1 --count 7", {"sources": ["a"], "output": "o", "share": 1.0, "count": 7}),
+        ("a --output o --share 0.1 --share 0.2", {"sources": ["a"], "output": "o", "share": 0.2}),
+    ],
+)
+def test_what_people_type(argv, expected):
+    assert read(*argv.split()) == expected
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_texts_are_taken_as_they_are(text):
+    words = [text] if text != "-" else ["-", "-"]
+    assert read(*words, "--output", text, "--filter", text, "--train", text, text) == {
+        "sources": words,
+        "output": text,
+        "filter": [text],
+        "train": [text, text],
+    }
+
+
+def test_dashes_and_underscores_are_the_same(tmp_path, capsys):
+    first = parse(PrepareConfig, ["a", "--output", "o", "--validation-fraction", "0.2", "--keep-duplicates"], prog="p")
+    second = parse(PrepareConfig, ["a", "--output", "o", "--validation_fraction=0.2", "--keep_duplicates"], prog="p")
+    assert first == second and first.validation_fraction == 0.2 and first.keep_duplicates
+    model = ["--model.hidden-size", "64"]
+    assert parse_arguments([*model, "--train.micro-batch-size", "3"])[0].train.micro_batch_size == 3
+    for spelling in ("--print-config", "--print_config"):
+        with pytest.raises(SystemExit) as end:
+            parse(PrepareConfig, ["a", "--output", "o", spelling], prog="p")
+        assert end.value.code in (0, None) and "keep_duplicates: false" in capsys.readouterr().out
+
+
+def test_files_and_what_comes_later(tmp_path, capsys):
+    recipe, more = tmp_path / "recipe.yaml", tmp_path / "more.yaml"
+    recipe.write_text("sources: [a, b]\noutput: o\nfilter: [x]\nfrom-file: f\noverwrite: true\nshare: 0.25\n")
+    more.write_text("share: 0.75\nfilter: [y]\n")
+    whole = {"sources": ["a", "b"], "output": "o", "filter": ["x"], "from_file": "f", "overwrite": True, "share": 0.25}
+    assert read("--config", str(recipe)) == whole
+    assert read(f"--config={recipe}", "--share", "0.1") == whole | {"share": 0.1}
+    assert read("--share", "0.1", "--config", str(recipe)) == whole
+    assert read("--config", str(recipe), "--config", str(more)) == whole | {"share": 0.75, "filter": ["y"]}
+    assert read("--config", str(recipe), "c", "--filter", "z") == whole | {"sources": ["c"], "filter": ["x", "z"]}
+    assert read("--config", str(recipe), "--no-overwrite")["sources"] == ["a", "b"]
+    with pytest.raises(SystemExit):
+        read("--config", str(recipe), "--filter", "a: b", "--print_config")
+    more.write_text(printed := capsys.readouterr().out)
+    assert read("--config", str(more)) == whole | {"filter": ["x", "a: b"]}, printed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("outputs: o", "'outputs' is not accepted"),
+        ("count: many", "\"count\": Expected a <class 'int'>. Got value: many"),
+        ("overwrite: 3", "\"overwrite\": Expected a <class 'bool'>. Got value: 3"),
+        ("sources: x", "\"sources\": Expected a <class 'list'>. Got value: x"),
+        ("sources: [1]", '"sources"'),
+        ("kind: huge", "Given value: huge"),
+        ("a: [", "Problems parsing config"),
+        ("[1]", "Unexpected config: [1]"),
+    ],
+)
+def test_mistakes_in_files_name_file_and_key(tmp_path, text, message):
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("count: 4\n")
+    bad.write_text(text + "\n")
+    with pytest.raises(ValueError) as error:
+        read("--config", str(good), "--config", str(bad), "a", "--output", "o")
+    found = str(error.value)
+    assert found.startswith(f"{bad}: ") and message in found and found.endswith("; see do --help"), found
+    assert "\n" not in found
+
+
+def test_mistakes_in_files_of_a_run_name_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    for text, message in (("train: {stepz: 3}", "'stepz'"), ("train: {steps: many}", '"train.steps"')):
+        path.write_text(text)
+        with pytest.raises(ValueError) as error:
+            parse_arguments(["--config", "configs/quickstart.yaml", "--config", str(path)])
+        assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("", "arguments are required: sources, output"),
+        ("a", "arguments are required: output"),
+        ("a --output", "argument --output: expected one argument"),
+        ("a --output --count 3", "argument --output: expected one argument"),
+        ("a --output o --counts 3", "unrecognized arguments: --counts"),
+        ("a --output o --no-count", "unrecognized arguments: --no-count"),
+        ("a --output o --count x", "\"count\": Expected a <class 'int'>. Got value: x"),
+        ("a --output o --overwrite=perhaps", "\"overwrite\": Expected a <class 'bool'>. Got value: perhaps"),
+        ("a --output o --kind huge", "Given value: huge"),
+        ("a --output o --share 1.5", "share=1.5 must be in [0, 1]"),
+        ("a --output o --config nowhere.yaml", "nowhere.yaml"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):
+    code = run(Program("do"), Options, lambda options: pytest.fail("was called"), argv.split())
+    out, err = capsys.readouterr()
+    assert code == 2 and not out and err.startswith("error: ") and message in err and err.count("\n") == 1, err
+
+
+def test_one_word_where_one_is_expected(capsys):
+    assert parse(One, ["b"], prog="do").name == "b"
+    for argv, message in ((["c"], "Got value: c"), (["a", "b"], "unrecognized arguments: b"), ([], "required: name")):
+        with pytest.raises(ValueError, match=message):
+            parse(One, argv, prog="do")
+
+
+def test_the_help_shows_options_as_they_are_typed(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(Options, ["--help"], prog="do", epilog="The end.")
+    assert end.value.code in (0, None)
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith(
+        "usage: do SOURCE [SOURCE ...] --output OUTPUT [further options below] Do something. It takes"
+    )
+    for part in (
+        "SOURCE [SOURCE ...] What to read. (required, type: list[str])",
+        "--output OUTPUT Where to write it. (required, type: str)",
+        "--filter FILTER May be repeated.",
+        "--train [NAME ...] Several at once.",
+        "--from FROM_FILE A file.",
+        "--kind {small,large} How much.",
+        "--share SHARE Of all, 50 % by default. (in [0, 1]) (type: float, default: 0.5)",
+        "--overwrite, --no-overwrite Replace.",
+        "The end.",
+    ):
+        assert part in text, part
+    assert "--sources" not in text and "+" not in text
+
+
+def test_exit_codes(capsys):
+    def do(error):
+        def action(options):
+            if error is not None:
+                raise error
+
+        return run(Program("do", interrupted="do it again"), One, action, ["a"])
+
+    assert do(None) == 0
+    assert do(ValueError("bad")) == 1 and capsys.readouterr().err == "error: bad\n"
+    assert do(OSError("gone")) == 1 and capsys.readouterr().err == "error: gone\n"
+    assert do(KeyboardInterrupt()) == 130 and capsys.readouterr().err == "do it again\n"
+    assert run(Program("do"), One, lambda options: 7, ["a"]) == 7
+
+    def refuse(options):
+        raise ValueError("no")
+
+    assert run(Program("do", prefix="do.py", failed=2), One, refuse, ["a"]) == 2
+    assert capsys.readouterr().err == "do.py: no\n"
+
+
+def test_verbs(capsys):
+    done = []
+    verbs = {"one": (One, lambda options: done.append(options.name)), "other": (Options, lambda options: 3)}
+
+    def do(*argv):
+        return run_verb(Program("do"), verbs, [*argv], description="Two things.")
+
+    assert do("one", "b") == 0 and done == ["b"]
+    assert do("other", "x", "--output", "o") == 3
+    assert do("one") == 2 and "see do one --help" in capsys.readouterr().err
+    for argv in ((), ("two",), ("--one",)):
+        assert do(*argv) == 2 and "give one of one, other" in capsys.readouterr().err
+    assert do("--help") == 0
+    out = capsys.readouterr().out
+    assert "Two things." in out and "one       Take one thing." in out and "other     Do something. It takes" in out
