@@ -2,7 +2,7 @@
 
 from gptoss_dist.checkpoint.formats.export import export, save_pretrained
 from gptoss_dist.checkpoint.formats.pretrained import check_architecture, load_into, load_pretrained, open_pretrained
-from gptoss_dist.checkpoint.info import CheckpointInfo
+from gptoss_dist.checkpoint.info import CheckpointInfo, DataPlace, read_info
 from gptoss_dist.checkpoint.rng import restore_rng
 from gptoss_dist.checkpoint.saver import Saver, save
 from gptoss_dist.checkpoint.store import (
@@ -10,7 +10,6 @@ from gptoss_dist.checkpoint.store import (
     candidates,
     checkpoints,
     load_state,
-    read_info,
     resolve,
     set_aside,
     verify,
@@ -18,6 +17,7 @@ from gptoss_dist.checkpoint.store import (
 
 __all__ = [
     "CheckpointInfo",
+    "DataPlace",
     "Retention",
     "Saver",
     "candidates",

@@ -30,12 +30,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from gptoss_dist.checkpoint.boxes import Box
 from gptoss_dist.checkpoint.formats.tensor_files import write_boxes
+from gptoss_dist.checkpoint.info import FORMAT, INFO, read_info, sealed
 from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object, on_rank_zero
 
 log = logging.getLogger(__name__)
-
-INFO = "checkpoint.json"
-FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def write(
             **info,
             "files": {name: entry for share in shares for name, entry in sorted(share.items())},
         }
-        _write(partial / INFO, json.dumps({**values, "sha256": _digest(values)}, indent=1))
+        _write(partial / INFO, sealed(values))
         _sync(partial)
         if final.exists():
             _set_aside(final)
@@ -276,27 +274,6 @@ def verify(checkpoint: str | Path) -> list[str]:
     return problems
 
 
-def read_info(checkpoint: str | Path) -> dict:
-    """The JSON values stored with a checkpoint.
-
-    Raises:
-        ValueError: it is not a checkpoint, of another format, or not what was written.
-    """
-    path = Path(checkpoint) / INFO
-    if not path.is_file():
-        raise ValueError(f"{INFO} is missing: it was not finished")
-    try:
-        info = json.loads(path.read_text())
-        recorded = info.pop("sha256", None)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from None
-    if info.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {info.get('format')}, this version reads {FORMAT}")
-    if recorded != _digest(info):
-        raise ValueError(f"{path} is not what was written (SHA-256)")
-    return info
-
-
 def load_state(checkpoint: str | Path, state: dict[str, Tensor]) -> None:
     """Fill the tensors of `state` in place, from any number of ranks that wrote it; collective.
 
@@ -324,11 +301,6 @@ def misfits(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) ->
         for name, tensor in state.items()
         if name in shapes and tuple(shapes[name]) != tuple(tensor.shape)
     ]
-
-
-def _digest(values: dict) -> str:
-    as_read = json.loads(json.dumps(values))  # where keys are strings
-    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(path: Path) -> dict:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -12,7 +12,7 @@ from data_pipeline import Manifest, MixtureDataset, Source, Stage, open_dataset
 from data_pipeline.batches.contiguous import TokenSplit
 from data_pipeline.batches.mixture_changes import differences
 from data_pipeline.shards.checksums import check_content, copy_id, record_content, unread_shards
-from gptoss_dist.checkpoint import CheckpointInfo
+from gptoss_dist.checkpoint import DataPlace
 from gptoss_dist.config import Config, DataConfig, SourceConfig, StageConfig
 from gptoss_dist.distributed.collectives import all_gather_objects, raise_on_every_rank
 from gptoss_dist.train.start import Start, print_message
@@ -34,14 +34,18 @@ class TrainingData:
     history: list[dict]
     """Changes of the mixture on resume: `step`, `samples` consumed by then, and `changed`, in words."""
 
-    def place(self, position: int) -> dict:
+    path: str | None = None
+    """`data.path`, if there is only that."""
+
+    def place(self, position: int) -> DataPlace:
         """Return what a checkpoint keeps: all that is needed to go on from `position`, with this mixture or another."""
         state = {"start_step": self.start_step, "history": self.history, "read": self.mixture.consumed_at(position)}
-        return {
-            "content_sha256": self.mixture.content_sha256,
-            "versions": _versions(self.mixture.sources[0].dataset),
-            "mixture": self.mixture.state() | state,
-        }
+        return DataPlace(
+            path=self.path,
+            content_sha256=self.mixture.content_sha256,
+            versions=_versions(self.mixture.sources[0].dataset),
+            mixture=self.mixture.state() | state,
+        )
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def open_training_data(config: Config, samples_per_step: int, start: Start | Non
     else:
         data = _continued(mixing, start, may_change=config.data.change_mixture)
     _check_length(data.mixture, start, config.train.steps, samples_per_step)
-    return data
+    return dataclasses.replace(data, path=config.data.path)
 
 
 @dataclass(frozen=True)
@@ -107,13 +111,13 @@ def _continued(mixing: _Mixing, start: Start, *, may_change: bool) -> TrainingDa
     """Return the data of a resumed run: the mixture of its checkpoint, or if it `may_change` another from there on."""
     checkpoint, info = start.checkpoint, start.info
     for what, version in _versions(mixing.sources[0].dataset).items():
-        if (old := info.data.get("versions", {}).get(what, 1)) != version:
+        if (old := info.data.versions.get(what, 1)) != version:
             raise ValueError(
                 f"{checkpoint} was trained with version {old} of {what}, this is version {version}, which gives "
                 f"other samples: its place in the data is lost; go on with the code that wrote it, or start a new "
                 f"run with --init.from {checkpoint}"
             )
-    before = _recorded(info)
+    before = info.data.mixture
     mixture = mixing.begin(before["start"], before["start_step"], before["consumed"])
     changed = differences(before, mixture.state())
     if not changed:
@@ -204,16 +208,6 @@ def verify(config: DataConfig, message: Callable[[str], None], group: dist.Proce
 def _versions(dataset: TokenSplit) -> dict[str, int]:
     """Of the code that decides which samples come when. dataset: any source, as all are packed alike."""
     return {f"data.packing={dataset.packing}": dataset.plan_version, "mixing": MixtureDataset.order_version}
-
-
-def _recorded(info: CheckpointInfo) -> dict:
-    """Return the mixture of a checkpoint; those from before there were mixtures have one source."""
-    if "mixture" in info.data:
-        return dict(info.data["mixture"])
-    sha, name = info.data["content_sha256"], Path(info.data["path"]).name
-    only = {"name": name, "content_sha256": sha, "weight": 1.0, "max_epochs": None}
-    read = {sha: info.samples_consumed}
-    return {"start": 0, "start_step": 0, "consumed": {}, "sources": [only], "stages": [], "read": read, "history": []}
 
 
 def _open(config: Config, source: SourceConfig, split: str) -> TokenSplit:

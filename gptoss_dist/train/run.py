@@ -150,24 +150,26 @@ class Run:
         Args:
             validation_loss: if there was a validation right before.
         """
-        training, report = self.data.training, self.report
+        info = self._checkpoint_info(step, validation_loss, self.report).to_json() if self.report else {}  # rank 0's
+        self.saver.save(step, self.engine.state(), info, extra_files=self.data.training.mixture.tokenizer.save)
+        self.last_saved_step = step
+        if self.report:
+            self.report.saved(step, self.saver.pause_s)
+
+    def _checkpoint_info(self, step: int, validation_loss: float | None, report: Report) -> CheckpointInfo:
         consumed = self.loader.samples_consumed
-        info = CheckpointInfo(
+        return CheckpointInfo(
             step=step,
             samples_consumed=consumed,
+            config=self.config.to_dict(),
+            data=self.data.training.place(consumed),
+            tokens=report.throughput.tokens,
             skipped_steps=self.guard.total,
             validation_loss=validation_loss,
-            config=self.config.to_dict(),
-            data={"path": self.config.data.path} | training.place(consumed),
-            tokens=report.throughput.tokens if report else None,
-            mlflow_run_id=report.tracker.run_id if report else None,
-            code=report.revision if report else None,
+            mlflow_run_id=report.tracker.run_id,
+            code=report.revision,
             layout=f"{self.engine.name}, {self.engine.layout}",
         )
-        self.saver.save(step, self.engine.state(), info.to_dict(), extra_files=training.mixture.tokenizer.save)
-        self.last_saved_step = step
-        if report:
-            report.saved(step, self.saver.pause_s)
 
     def finish(self, step: int) -> None:
         """Save what is not saved yet, wait for the disk, and say how the run ended.

@@ -58,7 +58,7 @@ def find_start(config: Config) -> Start:
         step=info.step,
         samples_consumed=info.samples_consumed,
         skipped_steps=info.skipped_steps,
-        tokens=info.samples_consumed * config.data.seq_len if info.tokens is None else info.tokens,
+        tokens=info.tokens,
         mlflow_run_id=info.mlflow_run_id if is_own else None,
     )
 

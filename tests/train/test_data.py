@@ -1,5 +1,6 @@
 """The data of a run: which settings are refused, and what becomes of a mixture on resume."""
 
+import dataclasses
 import json
 import shutil
 from dataclasses import asdict
@@ -11,7 +12,8 @@ import torch.distributed as dist
 import yaml
 
 from data_pipeline import Manifest
-from gptoss_dist.checkpoint import CheckpointInfo
+from gptoss_dist.checkpoint import CheckpointInfo, DataPlace
+from gptoss_dist.checkpoint.info import FORMAT, sealed
 from gptoss_dist.config import Config, SourceConfig, StageConfig, load_config
 from gptoss_dist.distributed.processes import start
 from gptoss_dist.model.config import ModelConfig
@@ -55,7 +57,8 @@ def config(folders):
 
 def resumed(step, samples, data) -> Start:
     """A start from the checkpoint CKPT, whose JSON keeps `data`."""
-    info = CheckpointInfo(step=step, samples_consumed=samples, data=json.loads(json.dumps({"path": None} | data)))
+    place = DataPlace(**json.loads(json.dumps(dataclasses.asdict(data))))
+    info = CheckpointInfo(step=step, samples_consumed=samples, config={}, data=place, tokens=0)
     return Start(Path("CKPT"), info, step, samples)
 
 
@@ -99,9 +102,12 @@ def test_a_change_is_refused_unless_asked_for_and_then_recorded(config):
     assert fourth.mixture.counts(68)[0] == first.mixture.counts(40)[0] and len(fourth.history) == 2
 
 
-def test_from_one_dataset_to_several_and_from_older_checkpoints(config):
+def test_from_one_dataset_to_several_and_from_older_checkpoints(config, tmp_path):
     one = open_training_data(config("web"), PER_STEP)
-    old = resumed(3, 12, {"path": "x/web", "content_sha256": one.mixture.content_sha256})
+    place = {"path": "x/web", "content_sha256": one.mixture.content_sha256}
+    values = {"format": FORMAT, "step": 3, "samples_consumed": 12, "config": {"data": {"seq_len": 16}}, "data": place}
+    (tmp_path / "checkpoint.json").write_text(sealed(values))
+    old = Start(Path("CKPT"), CheckpointInfo.read(tmp_path), 3, 12)
     assert indices(open_training_data(config("web"), PER_STEP, old), 12, 99) == indices(one, 12, 99)
     for begin in (old, resumed(3, 12, one.place(12))):
         with pytest.raises(ValueError, match=r"weight of web was 1\.0, now 0\.5; code is new"):
@@ -121,16 +127,16 @@ def test_a_checkpoint_of_another_plan_of_the_samples_is_refused(config):
         settings = config("web", packing=packing)
         start = resumed(3, 12, open_training_data(settings, PER_STEP).place(12))
         open_training_data(settings, PER_STEP, start)
-        start.info.data["versions"] = earlier
-        if earlier is None:
-            del start.info.data["versions"]
+        start.info.data.versions.clear()
+        start.info.data.versions.update(earlier or {})
         with pytest.raises(ValueError, match=f"CKPT was trained with {message}, which gives other samples"):
             open_training_data(settings, PER_STEP, start)
 
 
 @pytest.mark.parametrize("model", [{"wings": 2}, {"rope_scaling": {"wings": 2}}])
 def test_a_checkpoint_of_another_model_code_is_named(config, model):
-    info = CheckpointInfo(3, 12, config={"model": config("web").model.to_dict() | model})
+    place = DataPlace(None, "0", {}, {})
+    info = CheckpointInfo(3, 12, {"model": config("web").model.to_dict() | model}, place, tokens=0)
     with pytest.raises(
         ValueError, match=r"CKPT: model config has unknown keys \['wings'\]; resume it with the version"
     ):

@@ -11,7 +11,7 @@ import yaml
 
 from gptoss_dist.checkpoint.formats.pretrained import open_pretrained
 from gptoss_dist.checkpoint.formats.tensor_files import Source, stored_tensors
-from gptoss_dist.checkpoint.store import read_info
+from gptoss_dist.checkpoint.info import read_info
 
 
 def describe(where: str | Path) -> str:

@@ -30,7 +30,8 @@ from torch.futures import Future
 
 from gptoss_dist.checkpoint.formats import huggingface, openai
 from gptoss_dist.checkpoint.formats.tensor_files import Source, stored_tensors
-from gptoss_dist.checkpoint.store import candidates, misfits, read_info, resolve
+from gptoss_dist.checkpoint.info import read_info
+from gptoss_dist.checkpoint.store import candidates, misfits, resolve
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
 
