@@ -1,4 +1,4 @@
-"""How the tools of this package end: 0, or one line `error: ...` on stderr per problem and 1."""
+"""End the commands of this package alike: with 0, or with 1 and one line `error: ...` on stderr for each problem."""
 
 import os
 import sys
@@ -6,7 +6,12 @@ from collections.abc import Callable
 
 
 def run(action: Callable[[], object], interrupted: str = "interrupted") -> int:
-    """Exit code after `action`, which reports problems by ValueError or OSError. interrupted: said after Ctrl-C."""
+    """Return the exit code after `action`, which reports problems by ValueError or OSError.
+
+    Args:
+        action: What the command does.
+        interrupted: What is printed after Ctrl-C.
+    """
     try:
         action()
         sys.stdout.flush()
