@@ -32,10 +32,8 @@ FEWEST_FILES, MOST_FILES = 3, 12
 LONG_FUNCTIONS: dict[str, str] = {
     "gptoss_dist.train.loop:train": "to be taken apart",
     "gptoss_dist.checkpoint.store:write": "to be taken apart",
-    "launch.benchmarks.data:load_benchmark": "to be taken apart",
     "gptoss_dist.engine.zero_settings:deepspeed_settings": "to be taken apart",
     "data_pipeline.tokenizer.huggingface:huggingface_files": "to be taken apart",
-    "launch.benchmarks.engines:work": "to be taken apart",
 }
 """FILE:FUNCTION, and why it is longer than the others may be."""
 
