@@ -1,4 +1,4 @@
-"""Finished pieces into one dataset: copies of earlier documents taken out, what is held out brought together."""
+"""Prepared parts into one dataset: copies of earlier documents are taken out, held-out documents brought together."""
 
 import bisect
 import itertools
@@ -9,54 +9,64 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.prepare.part import HASHES, Piece, hashes_path
+from data_pipeline.prepare.part import HASHES, PreparedPart, hashes_path
 from data_pipeline.prepare.rules import Rules, in_validation
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.megatron import IndexedReader, data_path, index_path
 from data_pipeline.shards.writer import SplitWriter
 
 
-def gather(
-    folder: Path, final: Path, pieces: list[Piece], rules: Rules, dtype: np.dtype
+def assemble_splits(
+    folder: Path, final: Path, parts: list[PreparedPart], rules: Rules, dtype: np.dtype
 ) -> tuple[dict[str, list[Shard]], dict[str, int]]:
-    """The shards of the dataset, in `final`; and what was dropped, by reason.
+    """Write the shards of the whole dataset.
 
-    Training shards that are not touched by duplicates of other pieces are the files of the pieces, linked.
+    Training shards that no duplicate of another part touches are the files of the part, linked.
+
+    Args:
+        folder: Where the prepared parts are.
+        final: Where the shards go.
+        parts: The prepared parts, in the order of their sources.
+        rules: What the parts were prepared by.
+        dtype: The type of the token ids.
+
+    Returns:
+        The shards of each split, and the numbers of documents that were dropped, by reason.
     """
-    dropped = sum((Counter(piece.dropped) for piece in pieces), Counter())
-    drops = duplicates(folder, pieces) if rules.deduplicate else {}
+    dropped = sum((Counter(part.dropped) for part in parts), Counter())
+    drops = find_duplicates(folder, parts) if rules.deduplicate else {}
     dropped["duplicate"] += sum(map(len, drops.values()))
     dropped = {"empty": 0, "duplicate": 0} | dict(sorted(dropped.items()))
     if rules.max_documents is not None:
-        drops = _drop_beyond(pieces, drops, rules.max_documents)
+        drops = _drop_beyond(parts, drops, rules.max_documents)
     train: list[Shard] = []
     held_out = SplitWriter(final, "validation", dtype, rules.shard_tokens)
     none = np.empty(0, np.uint32)
-    for index, piece in enumerate(pieces):
+    for index, part in enumerate(parts):
         drop = drops.get(index, none)
-        if piece.shards["validation"]:
-            places = _kept_documents(folder, piece, drop, rules.validation_fraction, "validation")
-            _copy_documents(folder, piece.shards["validation"], places, held_out)
+        if part.shards["validation"]:
+            places = _kept_documents(folder, part, drop, rules.validation_fraction, "validation")
+            _copy_documents(folder, part.shards["validation"], places, held_out)
         if len(drop):
-            places = _kept_documents(folder, piece, drop, rules.validation_fraction, "train")
-            writer = SplitWriter(final, "rewritten", dtype, rules.shard_tokens, piece.source)
-            _copy_documents(folder, piece.shards["train"], places, writer)
+            places = _kept_documents(folder, part, drop, rules.validation_fraction, "train")
+            writer = SplitWriter(final, "rewritten", dtype, rules.shard_tokens, part.source)
+            _copy_documents(folder, part.shards["train"], places, writer)
             shards, place = writer.close(), final
         else:
-            shards, place = piece.shards["train"], folder
+            shards, place = part.shards["train"], folder
         for shard in shards:
             name = f"train-{len(train):05d}"
             for path in (data_path, index_path):
-                (_link if place == folder else os.rename)(path(place / shard.name), path(final / name))
+                (_link_or_copy if place == folder else os.rename)(path(place / shard.name), path(final / name))
             train.append(Shard(**vars(shard) | {"name": name}))
     return {"train": train, "validation": held_out.close()}, dropped
 
 
-def _drop_beyond(pieces: list[Piece], drops: dict[int, np.ndarray], most: int) -> dict[int, np.ndarray]:
+def _drop_beyond(parts: list[PreparedPart], drops: dict[int, np.ndarray], most: int) -> dict[int, np.ndarray]:
     """Also drop all documents after the first `most` that are left."""
     cut = {}
-    for index, piece in enumerate(pieces):
-        keep = np.ones(piece.documents, bool)
+    for index, part in enumerate(parts):
+        keep = np.ones(part.documents, bool)
         keep[drops.get(index, [])] = False
         order = np.cumsum(keep)
         keep &= order <= most
@@ -66,7 +76,7 @@ def _drop_beyond(pieces: list[Piece], drops: dict[int, np.ndarray], most: int) -
     return cut
 
 
-def _link(source: Path, target: Path) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links
@@ -75,21 +85,29 @@ def _link(source: Path, target: Path) -> None:
             os.fsync(file.fileno())
 
 
-def duplicates(directory: Path, pieces: list[Piece], *, bucket: int = 1 << 22) -> dict[int, np.ndarray]:
-    """Places, by index of the piece, of documents that an earlier piece holds already. A file that is named twice is
-    two pieces of one key.
+def find_duplicates(
+    directory: Path, parts: list[PreparedPart], *, documents_at_once: int = 1 << 22
+) -> dict[int, np.ndarray]:
+    """Find the documents that an earlier part holds already.
 
-    bucket: documents looked at together, so that memory (about 100 bytes each) does not grow with the corpus.
+    Args:
+        directory: Where the hashes of the parts are.
+        parts: The prepared parts in order. A file that is named twice is two parts of one key.
+        documents_at_once: How many documents are compared together, so that memory, about 100 bytes for each, does not
+            grow with the corpus.
+
+    Returns:
+        The places of such documents within their part, ascending, by the index of the part.
     """
-    total = sum(piece.documents for piece in pieces)
-    # Pieces are sorted by hash, so the documents whose hashes lie in one range are a slice of each.
-    bounds = np.linspace(0.0, 2.0**64, max(1, -(-total // bucket)) + 1)
+    total = sum(part.documents for part in parts)
+    # The hashes of a part are sorted, so the documents whose hashes lie in one range are a slice of each part.
+    bounds = np.linspace(0.0, 2.0**64, max(1, -(-total // documents_at_once)) + 1)
     found: dict[int, list[np.ndarray]] = {}
-    filled = [(index, piece) for index, piece in enumerate(pieces) if piece.documents]
+    filled = [(index, part) for index, part in enumerate(parts) if part.documents]
     for low, high in itertools.pairwise(bounds):
         slices, owners = [], []
-        for index, piece in filled:
-            table = np.memmap(hashes_path(directory, piece.key), HASHES, mode="r")
+        for index, part in filled:
+            table = np.memmap(hashes_path(directory, part.key), HASHES, mode="r")
             start, stop = (_first_from(table, int(bound)) for bound in (low, high))
             slices.append(np.array(table[start:stop]))
             owners.append(np.full(stop - start, index, np.int32))
@@ -105,16 +123,24 @@ def duplicates(directory: Path, pieces: list[Piece], *, bucket: int = 1 << 22) -
 
 
 def _first_from(table: np.ndarray, high: int) -> int:
-    """Place of the first hash that is not below. numpy's search would copy the whole column out of the map."""
+    """Return the place of the first hash that is not below `high`.
+
+    numpy's own search would copy the whole column out of the map.
+    """
     return bisect.bisect_left(range(len(table)), high, key=lambda i: int(table[i]["high"]))
 
 
-def _kept_documents(directory: Path, piece: Piece, drop: np.ndarray, fraction: float, split: str) -> np.ndarray:
-    """Places, among this split's documents in the piece, of those that are not dropped.
+def _kept_documents(directory: Path, part: PreparedPart, drop: np.ndarray, fraction: float, split: str) -> np.ndarray:
+    """Return the places, among the documents of one split of a part, of those that are not dropped.
 
-    drop: places among all documents of the piece, sorted.
+    Args:
+        directory: Where the hashes of the part are.
+        part: The part.
+        drop: Places among all documents of the part, ascending.
+        fraction: The share of the documents that is held out.
+        split: "train" or "validation".
     """
-    table = np.fromfile(hashes_path(directory, piece.key), HASHES)
+    table = np.fromfile(hashes_path(directory, part.key), HASHES)
     high = np.empty(len(table), np.uint64)
     high[table["place"]] = table["high"]
     mine = in_validation(high, fraction) == (split == "validation")
@@ -124,7 +150,7 @@ def _kept_documents(directory: Path, piece: Piece, drop: np.ndarray, fraction: f
 
 
 def _copy_documents(directory: Path, shards: list[Shard], places: np.ndarray, writer: SplitWriter) -> None:
-    """Add the documents at `places`, sorted, of shards that follow each other."""
+    """Add the documents at `places`, ascending, of shards that follow each other."""
     first = 0
     for shard in shards:
         reader = IndexedReader(directory / shard.name)

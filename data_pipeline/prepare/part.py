@@ -1,8 +1,8 @@
 """One part of a source as finished shards: read, filtered, tokenized and written by one process.
 
-A piece is a set of files that appear one after the other, each whole, synced and by renaming; its record, KEY.json,
-comes last and says that it is complete. KEY is a hash of everything that its bytes depend on, so that a run that was
-killed, or one with other sources, takes over what fits.
+A prepared part is a set of files that appear one after the other, each of them whole, synced and by renaming. Its
+record, KEY.json, comes last and says that it is complete. KEY is a hash of everything that the bytes of the part depend
+on, so a run that was killed, or a run with other sources, takes over the parts that fit.
 """
 
 import contextlib
@@ -26,26 +26,51 @@ from data_pipeline.shards.writer import SplitWriter
 from data_pipeline.tokenizer.tokenizer import Tokenizer, repaired
 
 VERSION = 2
-# Of each document: the first 16 bytes of its SHA-256 as two numbers, and its place among the documents of the piece.
+# Of each document: the first 16 bytes of its SHA-256 as two numbers, and its place among the documents of the part.
 HASHES = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<u4")])
 MAX_EXAMPLES = 1000
+# Documents are tokenized together until they have so many characters or are so many.
+BATCH_CHARACTERS = 1 << 20
+BATCH_DOCUMENTS = 4096
 _HOPELESS = 100  # records, all malformed: a wrong column, not bad luck
-_BATCH_CHARACTERS = 1 << 20
-_BATCH_DOCUMENTS = 4096
 
 
-def piece_key(part: Part, rules: Rules, tokenizer: Tokenizer) -> str:
-    """Names a piece by all that its bytes depend on."""
+@dataclass(frozen=True)
+class Preparation:
+    """What all parts of one preparation have in common.
+
+    Attributes:
+        folder: Where the prepared parts go. The tokenizer is saved there too.
+        rules: What becomes of a text.
+        tokenizer: What makes ids of it.
+    """
+
+    folder: Path
+    rules: Rules
+    tokenizer: Tokenizer
+
+
+def part_key(part: Part, rules: Rules, tokenizer: Tokenizer) -> str:
+    """Name a prepared part by all that its bytes depend on."""
     fields = [VERSION, part.fingerprint, rules.fingerprint(), tokenizer.sha256]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass
-class Piece:
-    """The record of a finished piece.
+class PreparedPart:
+    """The record of a part that is complete on disk; its fields are those of KEY.json.
 
-    source: the part's name. shards: by split. records: all that were read. dropped, irregular: counts by reason.
-    malformed: count; examples: of these, with file and line, the first 1,000. sizes: bytes of every file of the piece.
+    Attributes:
+        key: What `part_key` says of it.
+        source: The name of the part.
+        records: How many were read.
+        documents: How many were kept.
+        shards: The shards of each split.
+        dropped: How many texts were dropped, by reason.
+        irregular: How many texts the tokenizer had to treat, by reason.
+        malformed: How many records hold no text.
+        examples: The first 1,000 of these, with file and line.
+        sizes: Bytes of every file of the part, by name.
     """
 
     key: str
@@ -59,123 +84,166 @@ class Piece:
     examples: list[str]
     sizes: dict[str, int]
 
-    @property
-    def tokens(self) -> int:
-        return sum(shard.tokens for shards in self.shards.values() for shard in shards)
-
     @classmethod
-    def read(cls, directory: Path, key: str) -> "Piece | None":
-        """The piece of this key if it is complete in `directory`."""
+    def read(cls, directory: Path, key: str) -> "PreparedPart | None":
+        """Return the part of this key if it is complete in `directory`."""
         try:
             fields = json.loads((directory / f"{key}.json").read_bytes())
             shards = {split: [Shard(**shard) for shard in fields["shards"][split]] for split in SPLITS}
-            piece = cls(**fields | {"shards": shards})
-            complete = all((directory / name).stat().st_size == size for name, size in piece.sizes.items())
+            part = cls(**fields | {"shards": shards})
+            complete = all((directory / name).stat().st_size == size for name, size in part.sizes.items())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        return piece if complete and piece.key == key else None
+        return part if complete and part.key == key else None
 
 
-def hashes_path(directory: Path, key: str) -> Path:
-    return directory / f"{key}.hashes"
-
-
-def make_piece(
-    directory: Path,
+def prepare_part(
     part: Part,
     key: str,
-    rules: Rules,
-    tokenizer: Tokenizer,
-    progress: Callable[[int, int], None] = lambda documents, tokens: None,
-) -> Piece:
-    """Write the piece of a part into `directory`.
+    preparation: Preparation,
+    report_progress: Callable[[int, int], None] = lambda documents, tokens: None,
+) -> PreparedPart:
+    """Write the shards and the record of one part.
 
-    key: its `piece_key`. progress: called with the numbers of documents and tokens since its last call.
-    Raises ValueError when the part cannot be read, or nothing but malformed records is found; OSError when the piece
-    cannot be written.
+    Args:
+        part: What is read.
+        key: Its `part_key`.
+        preparation: Where it goes, by which rules, with which tokenizer.
+        report_progress: Called with the numbers of documents and tokens since its last call.
+
+    Returns:
+        The record, which is on disk by then, as are the shards.
+
+    Raises:
+        ValueError: The part cannot be read, a filter was changed, or the first 100 records are all malformed.
+        OSError: The files cannot be written.
     """
-    dtype = token_dtype(tokenizer.n_vocab)
-    rules.check_filters()
-    writers = {
-        split: SplitWriter(directory, f"{key}-{split}", dtype, rules.shard_tokens, part.name) for split in SPLITS
-    }
-    batches: dict[str, list[str]] = {split: [] for split in SPLITS}
-    filters = [(name, load_filter(name)) for name in rules.filters]
-    dropped: Counter[str] = Counter()
-    irregular_before = tokenizer.irregular.copy()
-    seen: set[bytes] = set()
-    hashes: list[bytes] = []
-    examples: list[str] = []
-    records = malformed = characters = waiting = 0
+    preparation.rules.check_filters()
+    writer = _PartWriter(part, key, preparation, report_progress)
+    for record in part.read():
+        writer.add(record)
+        if writer.is_full:
+            break
+    return writer.finish()
 
-    def write() -> None:
-        nonlocal characters, waiting
+
+class _PartWriter:
+    """Takes the records of one part, and writes those that are kept as shards of the two splits."""
+
+    def __init__(
+        self, part: Part, key: str, preparation: Preparation, report_progress: Callable[[int, int], None]
+    ) -> None:
+        self.part, self.key, self.report_progress = part, key, report_progress
+        self.folder, self.rules, self.tokenizer = preparation.folder, preparation.rules, preparation.tokenizer
+        self.dtype = token_dtype(self.tokenizer.n_vocab)
+        self.filters = [(name, load_filter(name)) for name in self.rules.filters]
+        self.shard_writers = {
+            split: SplitWriter(self.folder, f"{key}-{split}", self.dtype, self.rules.shard_tokens, part.name)
+            for split in SPLITS
+        }
+        self.batch: dict[str, list[str]] = {split: [] for split in SPLITS}
+        self.batch_characters = self.batch_documents = 0
+        self.records = self.malformed = 0
+        self.examples: list[str] = []
+        self.dropped: Counter[str] = Counter()
+        self.irregular_before = self.tokenizer.irregular.copy()
+        self.seen: set[bytes] = set()
+        self.hashes: list[bytes] = []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the part holds all the documents that the whole dataset may have."""
+        return self.rules.max_documents is not None and len(self.hashes) >= self.rules.max_documents
+
+    def add(self, record: str | Malformed) -> None:
+        """Keep the text of a record, or count why it is left out."""
+        self.records += 1
+        if isinstance(record, Malformed):
+            self._count_malformed(record)
+            return
+        text, reason = apply_rules(record, self.rules, self.filters)
+        if reason:
+            self.dropped[reason] += 1
+            return
+        text, digest = self._hash(text)
+        if self.rules.deduplicate:
+            if digest[:16] in self.seen:
+                self.dropped["duplicate"] += 1
+                return
+            self.seen.add(digest[:16])
+        self.hashes.append(digest[:16])
+        held_out = int.from_bytes(digest[:8], "big") / 2**64 < self.rules.validation_fraction
+        self.batch["validation" if held_out else "train"].append(text)
+        self.batch_characters, self.batch_documents = self.batch_characters + len(text), self.batch_documents + 1
+        if self.batch_characters >= BATCH_CHARACTERS or self.batch_documents >= BATCH_DOCUMENTS:
+            self.write_batch()
+
+    def write_batch(self) -> None:
+        """Tokenize the texts that wait, and add them to the shards."""
         tokens_written = 0
-        for split, texts in batches.items():
+        for split, texts in self.batch.items():
             if texts:
-                tokens, lengths = tokenizer.encode_documents(texts, dtype)
-                writers[split].add_documents(tokens, lengths)
+                tokens, lengths = self.tokenizer.encode_documents(texts, self.dtype)
+                self.shard_writers[split].add_documents(tokens, lengths)
                 tokens_written += len(tokens)
                 texts.clear()
-        progress(waiting, tokens_written)
-        characters = waiting = 0
+        self.report_progress(self.batch_documents, tokens_written)
+        self.batch_characters = self.batch_documents = 0
 
-    for record in part.read():
-        records += 1
-        if isinstance(record, Malformed):
-            malformed += 1
-            if len(examples) < MAX_EXAMPLES:
-                examples.append(str(record))
-            if malformed == records == _HOPELESS:
-                raise ValueError(f"{record} (and so are all of the first {_HOPELESS} records)")
-            continue
-        text, reason = apply_rules(record, rules, filters)
-        if reason:
-            dropped[reason] += 1
-            continue
+    def finish(self) -> PreparedPart:
+        """Complete the shards, write the hashes, and last the record."""
+        self.write_batch()
+        hashes = hashes_path(self.folder, self.key)
+        write_hashes(hashes, self.hashes)
+        shards = {split: writer.close() for split, writer in self.shard_writers.items()}
+        files = [hashes]
+        for shard in (shard for found in shards.values() for shard in found):
+            files += [data_path(self.folder / shard.name), index_path(self.folder / shard.name)]
+        prepared = PreparedPart(
+            key=self.key,
+            source=self.part.name,
+            records=self.records,
+            documents=len(self.hashes),
+            shards=shards,
+            dropped=dict(self.dropped),
+            irregular=dict(self.tokenizer.irregular - self.irregular_before),
+            malformed=self.malformed,
+            examples=self.examples,
+            sizes={path.name: path.stat().st_size for path in files},
+        )
+        write_file_atomically(self.folder / f"{self.key}.json", json.dumps(asdict(prepared)).encode())
+        return prepared
+
+    def _count_malformed(self, record: Malformed) -> None:
+        self.malformed += 1
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(str(record))
+        if self.malformed == self.records == _HOPELESS:
+            raise ValueError(f"{record} (and so are all of the first {_HOPELESS} records)")
+
+    def _hash(self, text: str) -> tuple[str, bytes]:
+        """Return the text as it can be tokenized, and its SHA-256."""
         try:
             data = text.encode()
         except UnicodeEncodeError:  # before it is hashed: two texts that become the same tokens are one document
             text = repaired(text)
             data = text.encode()
-            tokenizer.irregular["repaired"] += 1
-        digest = hashlib.sha256(data).digest()
-        if rules.deduplicate:
-            if digest[:16] in seen:
-                dropped["duplicate"] += 1
-                continue
-            seen.add(digest[:16])
-        hashes.append(digest[:16])
-        held_out = int.from_bytes(digest[:8], "big") / 2**64 < rules.validation_fraction
-        batches["validation" if held_out else "train"].append(text)
-        characters, waiting = characters + len(text), waiting + 1
-        if characters >= _BATCH_CHARACTERS or waiting >= _BATCH_DOCUMENTS:
-            write()
-        if rules.max_documents is not None and len(hashes) >= rules.max_documents:
-            break
-    write()
-    _write_hashes(hashes_path(directory, key), hashes)
-    shards = {split: writer.close() for split, writer in writers.items()}
-    files = [hashes_path(directory, key)]
-    for shard in (shard for found in shards.values() for shard in found):
-        files += [data_path(directory / shard.name), index_path(directory / shard.name)]
-    piece = Piece(
-        key=key,
-        source=part.name,
-        records=records,
-        documents=len(hashes),
-        shards=shards,
-        dropped=dict(dropped),
-        irregular=dict(tokenizer.irregular - irregular_before),
-        malformed=malformed,
-        examples=examples,
-        sizes={path.name: path.stat().st_size for path in files},
-    )
-    write_file_atomically(directory / f"{key}.json", json.dumps(asdict(piece)).encode())
-    return piece
+            self.tokenizer.irregular["repaired"] += 1
+        return text, hashlib.sha256(data).digest()
 
 
-def _write_hashes(path: Path, digests: list[bytes]) -> None:
+def hashes_path(directory: Path, key: str) -> Path:
+    """Return where the table of a part's hashes is."""
+    return directory / f"{key}.hashes"
+
+
+def write_hashes(path: Path, digests: list[bytes]) -> None:
+    """Write the table of a part's hashes, sorted by them.
+
+    Args:
+        path: The file.
+        digests: The first 16 bytes of each document's SHA-256, in the order of the documents.
+    """
     numbers = np.frombuffer(b"".join(digests), dtype=[("high", ">u8"), ("low", ">u8")])
     table = np.empty(len(numbers), HASHES)
     table["high"], table["low"], table["place"] = numbers["high"], numbers["low"], np.arange(len(numbers))
@@ -183,11 +251,11 @@ def _write_hashes(path: Path, digests: list[bytes]) -> None:
 
 
 def finished_keys(directory: Path) -> set[str]:
-    """Keys of the pieces whose records are there."""
+    """Return the keys of the parts whose records are in `directory`."""
     return {path.stem for path in directory.glob("*.json") if re.fullmatch("[0-9a-f]{32}", path.stem)}
 
 
-def sweep(directory: Path) -> None:
+def remove_temporary_files(directory: Path) -> None:
     """Remove what killed processes left under temporary names."""
     for path in directory.glob(".*"):
         with contextlib.suppress(OSError):

@@ -5,21 +5,22 @@ import json
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.corpora.part import Source
+from data_pipeline.corpora.part import Part, Source
 from data_pipeline.disk import write_file_atomically
-from data_pipeline.prepare.dedupe import gather
-from data_pipeline.prepare.part import HASHES, Piece, finished_keys, hashes_path, piece_key
-from data_pipeline.prepare.pool import make_pieces
+from data_pipeline.prepare.dedupe import assemble_splits
+from data_pipeline.prepare.part import HASHES, Preparation, PreparedPart, finished_keys, hashes_path, part_key
+from data_pipeline.prepare.pool import prepare_parts
 from data_pipeline.prepare.progress import Progress
 from data_pipeline.prepare.rules import Rules
-from data_pipeline.prepare.workdir import output_path, replace, sweep_finished, working_directory
+from data_pipeline.prepare.workdir import output_path, publish_dataset, remove_if_finished, working_directory
 from data_pipeline.shards.checksums import check_content, record_content
-from data_pipeline.shards.manifest import FILE_NAME, VERSION, Manifest, open_shards
+from data_pipeline.shards.manifest import FILE_NAME, VERSION, Manifest, Shard, open_shards
 from data_pipeline.shards.megatron import token_dtype
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
@@ -29,6 +30,48 @@ SETTINGS_FILE_NAME = (
 MALFORMED_FILE_NAME = "malformed.log"
 FINAL = "final"
 _FIRST_NAMED = 3  # malformed records
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, wherever the result goes.
+
+    Attributes:
+        sources: The texts, in order.
+        tokenizer: What makes ids of them.
+        rules: What becomes of them.
+        workers: The number of processes.
+        max_malformed: The share of the records that may hold no text.
+        report: Takes lines for people.
+    """
+
+    sources: list[Source]
+    tokenizer: Tokenizer
+    rules: Rules
+    workers: int
+    max_malformed: float
+    report: Callable[[str], None]
+
+    def __post_init__(self):
+        if self.workers < 1:
+            raise ValueError(f"workers {self.workers}: must be at least 1")
+        if not 0 <= self.max_malformed <= 1:
+            raise ValueError(f"max_malformed {self.max_malformed}: must be a share, from 0 to 1")
+
+    def settings(self) -> dict:
+        """Return everything that the bytes of the dataset depend on, as it is read back from JSON."""
+        settings = {
+            "version": VERSION,
+            "sources": [[source.spec, source.fingerprint] for source in self.sources],
+            "tokenizer_sha256": self.tokenizer.sha256,
+            **self.rules.fingerprint(),
+        }
+        return json.loads(json.dumps(settings))
+
+    def keyed_parts(self) -> list[tuple[str, Part]]:
+        """Return the parts of all sources in order, each with its key."""
+        parts = [part for source in self.sources for part in source.parts]
+        return [(part_key(part, self.rules, self.tokenizer), part) for part in parts]
 
 
 def prepare(
@@ -42,61 +85,65 @@ def prepare(
     report: Callable[[str], None] = print,
     **options,
 ) -> Manifest:
-    """Writes the documents of `sources`, in order, as a dataset in the directory `output`, and returns its manifest.
+    """Write the documents of `sources`, in order, as a dataset in the directory `output`.
 
     A document's SHA-256 alone decides its split, so no text is in both. Each document ends with the tokenizer's
     end-of-text token. Each part of the sources becomes shards of its own, in OUTPUT.preparing, by processes side by
     side; whatever is complete there is taken over. When all are, copies of earlier documents are taken out, what is
-    held out is gathered, and the result is renamed into place.
+    held out is brought together, and the result is renamed into place. When `output` already holds the result of the
+    same request, nothing is done.
 
-    workers: processes. options: what becomes of a text, the fields of `Rules`. max_malformed: share of the records that
-    may hold no text; they are left out and listed in malformed.log. When `output` already holds the result of the same
-    request nothing is done.
+    Args:
+        sources: The texts.
+        output: The directory to create.
+        tokenizer: What makes ids of the texts.
+        workers: The number of processes.
+        max_malformed: The share of the records that may hold no text; they are left out and listed in malformed.log.
+        overwrite: Replace a prepared dataset that is at `output`, but nothing else.
+        report: Takes lines for people.
+        **options: What becomes of a text: the fields of `Rules`.
 
-    Raises ValueError for a bad argument, too many bad records, no training text, or an `output` that holds something
-    else and `overwrite` is not set (with `overwrite` only a prepared dataset is replaced); OSError when it cannot be
-    written.
+    Returns:
+        The manifest of the dataset.
+
+    Raises:
+        ValueError: An argument is bad, too many records are, there is no training text, or `output` holds something
+            else.
+        OSError: The dataset cannot be written.
     """
-    rules = Rules(**options)
-    if workers < 1:
-        raise ValueError(f"workers {workers}: must be at least 1")
-    if not 0 <= max_malformed <= 1:
-        raise ValueError(f"max_malformed {max_malformed}: must be a share, from 0 to 1")
+    request = _Request(sources, tokenizer, Rules(**options), workers, max_malformed, report)
     output = output_path(output)
-    settings = {
-        "version": VERSION,
-        "sources": [[source.spec, source.fingerprint] for source in sources],
-        "tokenizer_sha256": tokenizer.sha256,
-        **rules.fingerprint(),
-    }
-    settings = json.loads(json.dumps(settings))  # as it will be read back
-    if (existing := _existing(output, settings, overwrite)) is not None:
+    settings = request.settings()
+    if (existing := _existing_dataset(output, settings, overwrite)) is not None:
         report(f"{output}: already prepared, {_summary(existing)}")
-        sweep_finished(output, {piece_key(part, rules, tokenizer) for source in sources for part in source.parts})
+        remove_if_finished(output, {key for key, _ in request.keyed_parts()})
         return existing
     for source in sources:
         report(f"{source.spec}: {source.description}")
-
-    with working_directory(output) as folder, _naming(folder):
+    with working_directory(output) as folder, _naming_folder_in_errors(folder):
         # Again, now that no other process can be at it; and once more before something might be replaced.
-        if (existing := _existing(output, settings, overwrite)) is not None:
+        if (existing := _existing_dataset(output, settings, overwrite)) is not None:
             return existing
-        manifest = _make(sources, folder, tokenizer, rules, workers, max_malformed, settings, report)
-        _existing(output, settings, overwrite)
-        replace(folder, folder / FINAL, output)
+        manifest = _prepare_in_folder(request, settings, folder)
+        _existing_dataset(output, settings, overwrite)
+        publish_dataset(folder, folder / FINAL, output)
         record_content(output, manifest)  # now that nothing else links to its files
-    report(f"{output}: {_summary(manifest)}")
-    if rules.validation_fraction and not manifest.splits["validation"]:
-        report(
-            "warning: no document fell into the validation split; prepare again with --validation-fraction 0.2 "
-            "--overwrite, say, or train with --validation.every 0"
-        )
+    _report_result(output, manifest, request)
     return manifest
 
 
+def _report_result(output: Path, manifest: Manifest, request: _Request) -> None:
+    request.report(f"{output}: {_summary(manifest)}")
+    if request.rules.validation_fraction and not manifest.splits["validation"]:
+        request.report(
+            "warning: no document fell into the validation split; prepare again with --validation-fraction 0.2 "
+            "--overwrite, say, or train with --validation.every 0"
+        )
+
+
 @contextlib.contextmanager
-def _naming(folder: Path) -> Iterator[None]:
-    """Errors of writing, such as a full disk, do not name a file."""
+def _naming_folder_in_errors(folder: Path) -> Iterator[None]:
+    """Name the folder in errors of writing, such as a full disk, that name no file."""
     try:
         yield
     except OSError as error:
@@ -105,28 +152,23 @@ def _naming(folder: Path) -> Iterator[None]:
         raise
 
 
-def _make(
-    sources: list[Source],
-    folder: Path,
-    tokenizer: Tokenizer,
-    rules: Rules,
-    workers: int,
-    max_malformed: float,
-    settings: dict,
-    report: Callable[[str], None],
-) -> Manifest:
-    """The whole dataset, in FOLDER/final."""
+def _prepare_in_folder(request: _Request, settings: dict, folder: Path) -> Manifest:
+    """Write the whole dataset to FOLDER/final."""
+    tokenizer = request.tokenizer
     tokenizer.save(folder)
-    pieces = _make_pieces(sources, folder, rules, tokenizer, workers, report)
-    examples = _check_malformed(pieces, max_malformed, report)
+    parts = _prepare_missing_parts(request, folder)
+    examples = _check_malformed(parts, request.max_malformed, request.report)
     final = folder / FINAL
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
     tokenizer.save(final)
-    splits, dropped = gather(folder, final, pieces, rules, token_dtype(tokenizer.n_vocab))
-    if malformed := sum(piece.malformed for piece in pieces):
+    splits, dropped = assemble_splits(folder, final, parts, request.rules, token_dtype(tokenizer.n_vocab))
+    if malformed := sum(part.malformed for part in parts):
         dropped = {**dropped, "malformed": malformed}
-    irregular = sum((Counter(piece.irregular) for piece in pieces), Counter())
+    if not splits["train"]:
+        _remove_parts(folder, parts)
+        raise ValueError(_nothing_to_train_on(parts, splits["validation"], dropped))
+    irregular = sum((Counter(part.irregular) for part in parts), Counter())
     manifest = Manifest(
         tokenizer={
             "name": tokenizer.name,
@@ -136,20 +178,11 @@ def _make(
         },
         dtype=token_dtype(tokenizer.n_vocab).name,
         splits=splits,
-        sources=[{"source": source.spec, "kind": source.kind} for source in sources],
+        sources=[{"source": source.spec, "kind": source.kind} for source in request.sources],
         dropped=dropped,
         irregular={reason: irregular[reason] for reason in ("split", "repaired")},
         python_version=platform.python_version(),
     )
-    if not splits["train"]:
-        for piece in pieces:
-            for path in folder.glob(f"{piece.key}*"):
-                path.unlink()
-        counts = {"records read": sum(piece.records for piece in pieces)} | dropped
-        if held_out := sum(shard.documents for shard in splits["validation"]):
-            counts["held out for validation"] = held_out
-        counted = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count or name == "records read")
-        raise ValueError(f"there is no training text in the sources, so nothing was prepared: {counted}")
     if examples:
         write_file_atomically(final / MALFORMED_FILE_NAME, "".join(f"{line}\n" for line in examples).encode())
     write_file_atomically(final / SETTINGS_FILE_NAME, (json.dumps(settings, indent=1) + "\n").encode())
@@ -157,9 +190,26 @@ def _make(
     return manifest
 
 
-def _existing(output: Path, settings: dict, overwrite: bool) -> Manifest | None:
-    """The dataset already at `output` if it answers the same request; None if it may be written. ValueError if it must
-    not be.
+def _remove_parts(folder: Path, parts: list[PreparedPart]) -> None:
+    for part in parts:
+        for path in folder.glob(f"{part.key}*"):
+            path.unlink()
+
+
+def _nothing_to_train_on(parts: list[PreparedPart], validation: list[Shard], dropped: dict[str, int]) -> str:
+    """Say what became of the records of a corpus that leaves no training text."""
+    counts = {"records read": sum(part.records for part in parts)} | dropped
+    if held_out := sum(shard.documents for shard in validation):
+        counts["held out for validation"] = held_out
+    counted = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count or name == "records read")
+    return f"there is no training text in the sources, so nothing was prepared: {counted}"
+
+
+def _existing_dataset(output: Path, settings: dict, overwrite: bool) -> Manifest | None:
+    """Return the dataset that is at `output` if it answers the same request, and None if `output` may be written.
+
+    Raises:
+        ValueError: `output` must not be written.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
@@ -171,8 +221,8 @@ def _existing(output: Path, settings: dict, overwrite: bool) -> Manifest | None:
         for split in manifest.splits:
             open_shards(output, manifest, split)
         differing = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
-        said = (_said(key, found.get(key), settings.get(key)) for key in differing)
-        problem = f"was prepared with other settings ({', '.join(said)})" if differing else None
+        differences = (_difference(key, found.get(key), settings.get(key)) for key in differing)
+        problem = f"was prepared with other settings ({', '.join(differences)})" if differing else None
         if overwrite and not differing:  # who asks for it may know of damage that sizes do not show
             check_content(output, manifest, always=True)
     except (OSError, ValueError, AttributeError) as error:
@@ -184,8 +234,8 @@ def _existing(output: Path, settings: dict, overwrite: bool) -> Manifest | None:
     return None
 
 
-def _said(key: str, theirs: object, ours: object) -> str:
-    """What differs, and how, where that is short."""
+def _difference(key: str, theirs: object, ours: object) -> str:
+    """Say that a setting differs, and how, where that is short."""
     if key == "tokenizer_sha256":
         return "another tokenizer"
     if isinstance(theirs, (list, dict)) or isinstance(ours, (list, dict)):
@@ -193,61 +243,71 @@ def _said(key: str, theirs: object, ours: object) -> str:
     return f"{key} {theirs}, not {ours}"
 
 
-def _make_pieces(
-    sources: list[Source],
-    folder: Path,
-    rules: Rules,
-    tokenizer: Tokenizer,
-    workers: int,
-    report: Callable[[str], None],
-) -> list[Piece]:
-    """The pieces of all parts in order, or of as many as hold `max_documents`."""
-    parts = [part for source in sources for part in source.parts]
-    keys = [piece_key(part, rules, tokenizer) for part in parts]
-    pieces = {index: piece for index, key in enumerate(keys) if (piece := Piece.read(folder, key)) is not None}
-    if pieces:
-        report(f"continuing: {len(pieces)} of {len(parts)} parts are done already")
-    if others := finished_keys(folder) - set(keys):
-        report(f"{folder} holds {len(others)} parts of another request; they are removed when this one is done")
-    seen: set[tuple[int, int]] = set()
-    counted = 0
+def _prepare_missing_parts(request: _Request, folder: Path) -> list[PreparedPart]:
+    """Return the prepared parts in order: all of them, or as many as hold `max_documents`.
 
-    def enough() -> bool:
-        """Whether the first parts, without a gap, hold `max_documents` distinct documents."""
-        nonlocal counted
-        most = rules.max_documents
-        while most is not None and counted in pieces and len(seen) < most:
-            table = np.fromfile(hashes_path(folder, keys[counted]), HASHES)
-            if rules.deduplicate:
-                seen.update(zip(table["high"].tolist(), table["low"].tolist()))
-            else:
-                seen.update((counted, place) for place in range(len(table)))
-            counted += 1
-        return most is not None and len(seen) >= most
-
-    places: dict[str, list[int]] = {}  # of each key: a file that is named twice is read once
-    for index, key in enumerate(keys):
-        places.setdefault(key, []).append(index)
-    todo = [indices[0] for indices in places.values() if indices[0] not in pieces]
-    if todo and not enough():
-        size = sum(parts[index].size for index in todo)
-        with Progress(size, report) as progress:
-            made = make_pieces(
-                [parts[i] for i in todo], [keys[i] for i in todo], folder, rules, tokenizer, workers, progress.work
-            )
-            with contextlib.closing(made):
-                for position, piece in made:
-                    pieces |= dict.fromkeys(places[piece.key], piece)
-                    progress.done(parts[todo[position]].size)
-                    if enough():
+    Those that are complete in `folder` are taken over. A file that is named twice has two parts of one key, and is read
+    once.
+    """
+    keyed_parts = request.keyed_parts()
+    keys, parts = [key for key, _ in keyed_parts], dict(keyed_parts)
+    prepared = {key: part for key in parts if (part := PreparedPart.read(folder, key)) is not None}
+    if prepared:
+        done = sum(key in prepared for key in keys)
+        request.report(f"continuing: {done} of {len(keys)} parts are done already")
+    if others := finished_keys(folder) - parts.keys():
+        request.report(f"{folder} holds {len(others)} parts of another request; they are removed when this one is done")
+    missing = {key: part for key, part in parts.items() if key not in prepared}
+    first_parts = _FirstParts(folder, keys, request.rules)
+    if missing and not first_parts.hold_enough(prepared):
+        preparation = Preparation(folder, request.rules, request.tokenizer)
+        with Progress(sum(part.size for part in missing.values()), request.report) as progress:
+            arriving = prepare_parts(missing, preparation, request.workers, progress.count)
+            with contextlib.closing(arriving):
+                for part in arriving:
+                    prepared[part.key] = part
+                    progress.finish_part(parts[part.key].size)
+                    if first_parts.hold_enough(prepared):
                         break
-    return [pieces[index] for index in range(counted if enough() else len(parts))]
+    used = keys[: first_parts.counted] if first_parts.hold_enough(prepared) else keys
+    return [prepared[key] for key in used]
 
 
-def _check_malformed(pieces: list[Piece], most: float, report: Callable[[str], None]) -> list[str]:
-    """Names the malformed records. Raises ValueError when they are more than the share `most`."""
-    count, records = sum(piece.malformed for piece in pieces), sum(piece.records for piece in pieces)
-    examples = [line for piece in pieces for line in piece.examples]
+class _FirstParts:
+    """Counts distinct documents of the first parts, to stop when these hold `max_documents`."""
+
+    def __init__(self, folder: Path, keys: list[str], rules: Rules):
+        self.folder, self.keys, self.rules = folder, keys, rules
+        self.counted = 0  # parts
+        self.documents: set[tuple[int, int]] = set()
+
+    def hold_enough(self, prepared: Collection[str]) -> bool:
+        """Return whether the first parts, without a gap, hold `max_documents` distinct documents.
+
+        Args:
+            prepared: The keys of all parts that are complete; none is ever taken out.
+        """
+        most = self.rules.max_documents
+        if most is None:
+            return False
+        while len(self.documents) < most and self.counted < len(self.keys) and self.keys[self.counted] in prepared:
+            table = np.fromfile(hashes_path(self.folder, self.keys[self.counted]), HASHES)
+            if self.rules.deduplicate:
+                self.documents.update(zip(table["high"].tolist(), table["low"].tolist()))
+            else:
+                self.documents.update((self.counted, place) for place in range(len(table)))
+            self.counted += 1
+        return len(self.documents) >= most
+
+
+def _check_malformed(parts: list[PreparedPart], most: float, report: Callable[[str], None]) -> list[str]:
+    """Return the malformed records that are listed, and report the first of them.
+
+    Raises:
+        ValueError: They are more than the share `most` of all records.
+    """
+    count, records = sum(part.malformed for part in parts), sum(part.records for part in parts)
+    examples = [line for part in parts for line in part.examples]
     if count > most * records:
         raise ValueError(
             f"{count:,} of {records:,} records are malformed, more than --max-malformed {most:g} allows; mend them or "

@@ -1,4 +1,4 @@
-"""Processes that make pieces side by side, and end with the process that started them."""
+"""Processes that prepare parts side by side, and end with the process that started them."""
 
 import contextlib
 import multiprocessing
@@ -10,69 +10,66 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 
 from data_pipeline.corpora.part import Part
 from data_pipeline.disk import forget_locks
-from data_pipeline.prepare.part import Piece, make_piece
+from data_pipeline.prepare.part import Preparation, PreparedPart, prepare_part
 from data_pipeline.prepare.rules import Rules
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
-# What a worker works with, set once when it starts.
-_tokenizer: Tokenizer | None = None
-_counters = None
 
+def prepare_parts(
+    parts: dict[str, Part], preparation: Preparation, workers: int, watch: Callable[[int, int], None]
+) -> Iterator[PreparedPart]:
+    """Yield prepared parts as they are done; prepare no more of them when the consumer stops.
 
-def make_pieces(
-    parts: list[Part],
-    keys: list[str],
-    directory: Path,
-    rules: Rules,
-    tokenizer: Tokenizer,
-    workers: int,
-    watch: Callable[[int, int], None],
-) -> Iterator[tuple[int, Piece]]:
-    """Yields (index of the part, its piece) as they are done; stops making more when the consumer does.
+    Args:
+        parts: The parts by their keys, in the order in which they are begun.
+        preparation: What they have in common.
+        workers: The number of processes; 1 works in this process.
+        watch: Called with the numbers of documents and tokens done so far, several times a second.
 
-    keys: of the pieces. directory: for the pieces; the tokenizer is saved there. workers: 1 works in this process.
-    watch: called with the numbers of documents and tokens done so far, several times a second. Raises ValueError when a
-    part cannot be read, the tokenizer's engine cannot be used or a worker died.
+    Raises:
+        ValueError: A part cannot be read, the tokenizer's engine cannot be used, or a worker died.
     """
     if workers == 1:
-        totals = [0, 0]
+        yield from _prepare_in_turn(parts, preparation, watch)
+    else:
+        yield from _prepare_side_by_side(parts, preparation, workers, watch)
 
-        def progress(documents: int, tokens: int) -> None:
-            totals[0] += documents
-            totals[1] += tokens
-            watch(*totals)
 
-        for index, part in enumerate(parts):
-            yield index, make_piece(directory, part, keys[index], rules, tokenizer, progress)
-        return
+def _prepare_in_turn(
+    parts: dict[str, Part], preparation: Preparation, watch: Callable[[int, int], None]
+) -> Iterator[PreparedPart]:
+    totals = [0, 0]
 
-    context = multiprocessing.get_context(_start_method())
-    if context.get_start_method() == "fork":
-        tokenizer.load_engine()  # a thread that it starts does not come along, and is not needed: nothing is parallel
-    counters = context.Array("q", 2)
-    shared = tokenizer if context.get_start_method() == "fork" else directory  # where it is saved
-    arguments = (shared, tokenizer.engine, counters, os.getpid())
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
-    left, running = iter(enumerate(parts)), {}
+    def report_progress(documents: int, tokens: int) -> None:
+        totals[0] += documents
+        totals[1] += tokens
+        watch(*totals)
 
-    def submit() -> None:
-        # A few more than are at work, so that none waits; not all, because of what each future holds.
-        while len(running) < 2 * workers and (following := next(left, None)) is not None:
-            index, part = following
-            running[_submit(pool, directory, part, keys[index], rules)] = index
+    for key, part in parts.items():
+        yield prepare_part(part, key, preparation, report_progress)
 
+
+def _prepare_side_by_side(
+    parts: dict[str, Part], preparation: Preparation, workers: int, watch: Callable[[int, int], None]
+) -> Iterator[PreparedPart]:
+    pool, counters = _start_pool(preparation, workers)
+    waiting = iter(parts.items())
+    running: set[Future] = set()
     try:
-        submit()
+        _submit_some(pool, waiting, running, 2 * workers)
         while running:
             done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             watch(*counters[:])
             for future in done:
-                yield running.pop(future), future.result()
-            submit()
+                running.remove(future)
+                yield future.result()
+            _submit_some(pool, waiting, running, 2 * workers)
     except BrokenProcessPool as error:
         raise ValueError(
             "a worker process died (out of memory?); the same command continues, with fewer --workers perhaps"
@@ -85,43 +82,98 @@ def make_pieces(
             pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, directory: Path, part: Part, key: str, rules: Rules) -> Future:
-    try:
-        return pool.submit(_make_piece, directory, part, key, rules)
-    except (OSError, RuntimeError) as error:  # a pool that is just breaking fails in several ways
-        raise BrokenProcessPool(str(error)) from error
+def _submit_some(
+    pool: ProcessPoolExecutor, waiting: Iterator[tuple[str, Part]], running: set[Future], most: int
+) -> None:
+    """Submit parts until `most` are running.
+
+    That is a few more than are at work, so that no process waits; it is not all of them, because of what each future
+    holds.
+    """
+    while len(running) < most and (following := next(waiting, None)) is not None:
+        try:
+            running.add(pool.submit(_prepare_in_worker, *following))
+        except (OSError, RuntimeError) as error:  # a pool that is just breaking fails in several ways
+            raise BrokenProcessPool(str(error)) from error
+
+
+def _start_pool(preparation: Preparation, workers: int) -> tuple[ProcessPoolExecutor, SynchronizedArray]:
+    """Return a pool, and the numbers of documents and tokens that its processes have done."""
+    context = multiprocessing.get_context(_start_method())
+    forked = context.get_start_method() == "fork"
+    tokenizer = preparation.tokenizer
+    if forked:
+        tokenizer.load_engine()  # a thread that it starts does not come along, and is not needed: nothing is parallel
+    setup = _WorkerSetup(
+        folder=preparation.folder,
+        rules=preparation.rules,
+        tokenizer=tokenizer if forked else None,
+        engine=tokenizer.engine,
+        counters=context.Array("q", 2),
+        parent=os.getpid(),
+    )
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(setup,))
+    return pool, setup.counters
 
 
 def _start_method() -> str:
-    """`fork` starts at once and shares the tokenizer, but not after libraries have started threads of their own.
-    gigatoken imports pyarrow, whose one thread then is its allocator's, made for forks; its modules that read start
-    others.
+    """Return "fork" where it is safe, else "spawn".
+
+    `fork` starts at once and shares the tokenizer, but not after libraries have started threads of their own. gigatoken
+    imports pyarrow, whose one thread then is its allocator's, made for forks; its modules that read start others.
     """
     reading = {f"pyarrow._{name}" for name in ("parquet", "dataset", "csv", "json", "fs", "flight")}
     threaded = ({"torch", "datasets"} | reading) & sys.modules.keys()
     return "spawn" if threaded or threading.active_count() > 1 else "fork"
 
 
-def _start_worker(tokenizer: Tokenizer | Path, engine: str, counters, parent: int) -> None:
-    global _tokenizer, _counters
+@dataclass(frozen=True)
+class _WorkerSetup:
+    """What a worker process starts with.
+
+    Attributes:
+        folder: As of the preparation.
+        rules: As of the preparation.
+        tokenizer: As of the preparation; a process that was not forked loads it from `folder` instead.
+        engine: What tokenizes.
+        counters: Documents and tokens that all workers have done.
+        parent: The process that the worker ends with.
+    """
+
+    folder: Path
+    rules: Rules
+    tokenizer: Tokenizer | None
+    engine: str
+    counters: SynchronizedArray
+    parent: int
+
+
+# A pool hands its tasks to a function by name, so what a worker process was started with has to be found from there.
+_preparation: Preparation | None = None
+_counters: SynchronizedArray | None = None
+
+
+def _start_worker(setup: _WorkerSetup) -> None:
+    global _preparation, _counters
     forget_locks()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
-    _tokenizer.engine, _counters = engine, counters
+    threading.Thread(target=_exit_with_parent, args=(setup.parent,), daemon=True).start()
+    tokenizer = setup.tokenizer or Tokenizer.load(setup.folder)
+    tokenizer.engine = setup.engine
+    _preparation, _counters = Preparation(setup.folder, setup.rules, tokenizer), setup.counters
 
 
-def _end_with(parent: int) -> None:
-    """A worker of a killed process would wait for work for ever."""
+def _exit_with_parent(parent: int) -> None:
+    """End this process after its parent: a worker of a killed process would wait for work for ever."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
-def _make_piece(directory: Path, part: Part, key: str, rules: Rules) -> Piece:
-    def progress(documents: int, tokens: int) -> None:
+def _prepare_in_worker(key: str, part: Part) -> PreparedPart:
+    def report_progress(documents: int, tokens: int) -> None:
         with _counters.get_lock():
             _counters[0] += documents
             _counters[1] += tokens
 
-    return make_piece(directory, part, key, rules, _tokenizer, progress)
+    return prepare_part(part, key, _preparation, report_progress)

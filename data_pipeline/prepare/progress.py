@@ -1,4 +1,4 @@
-"""How far a long preparation is: a bar on a terminal, else a line now and then."""
+"""Show how far a long preparation is: by a bar on a terminal, else by a line now and then."""
 
 import sys
 import time
@@ -8,7 +8,12 @@ _LINE_EVERY_SECONDS = 10.0
 
 
 class Progress:
-    """total: bytes of input, 0 when not known. report: takes the lines where there is no terminal."""
+    """Shows documents, tokens and speed.
+
+    Args:
+        total: Bytes of input, 0 when not known.
+        report: Takes the lines where there is no terminal.
+    """
 
     def __init__(self, total: int, report: Callable[[str], None]):
         self.total, self.report = total, report
@@ -32,13 +37,13 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def work(self, documents: int, tokens: int) -> None:
-        """documents, tokens: all so far."""
+    def count(self, documents: int, tokens: int) -> None:
+        """Show the numbers of documents and tokens that are done so far."""
         self.documents, self.tokens = documents, tokens
         self._show()
 
-    def done(self, size: int) -> None:
-        """Another part of `size` bytes is complete."""
+    def finish_part(self, size: int) -> None:
+        """Show that another part, of `size` bytes, is complete."""
         self.bytes += size
         self._show()
 

@@ -1,4 +1,4 @@
-"""What becomes of a text: normalisation, filters, limits of length, and which split it goes to."""
+"""The rules that say what becomes of a text: normalization, filters, limits of length, and the split it goes to."""
 
 import hashlib
 import importlib
@@ -17,12 +17,19 @@ from data_pipeline.corpora.files import first_line
 class Rules:
     """What becomes of a text.
 
-    normalization: a Unicode form (NFC, NFD, NFKC, NFKD) or None. min_characters, max_characters: shorter and longer
-    documents are dropped. filters: MODULE:FUNCTION each, called with the text; True keeps it, False drops it, a string
-    replaces it. deduplicate: drop exact copies of earlier documents. validation_fraction: share of the documents held
-    out, decided by their hash. shard_tokens: most tokens of a shard. max_documents: stop after so many.
+    Attributes:
+        normalization: A Unicode form (NFC, NFD, NFKC, NFKD) or None.
+        min_characters: Shorter documents are dropped.
+        max_characters: Longer documents are dropped.
+        filters: MODULE:FUNCTION each. The function is called with the text; True keeps it, False drops it, and a string
+            replaces it.
+        deduplicate: Drop exact copies of earlier documents.
+        validation_fraction: The share of the documents that is held out; their hash decides.
+        shard_tokens: The most tokens of a shard.
+        max_documents: Stop after so many.
 
-    Raises ValueError for impossible values and for filters that cannot be imported.
+    Raises:
+        ValueError: A value is impossible, or a filter cannot be imported.
     """
 
     normalization: str | None = None
@@ -51,20 +58,22 @@ class Rules:
         object.__setattr__(self, "filter_versions", {name: _filter_version(name) for name in self.filters})
 
     def fingerprint(self) -> dict:
-        """Everything about the rules that decides on the bytes, as JSON values. Of filters: the file of their module,
-        and its `VERSION`, which should change with whatever else they use.
+        """Return everything about the rules that decides on the bytes, as JSON values.
+
+        Of a filter that is the file of its module, and the module's `VERSION`, which should change with whatever else
+        the filter uses.
         """
         return asdict(self) | {"filters": [[name, *self.filter_versions[name]] for name in self.filters]}
 
     def check_filters(self) -> None:
-        """Raises ValueError when a filter is not the one that the rules were made with."""
+        """Raise ValueError when a filter is not the one that the rules were made with."""
         for name, version in self.filter_versions.items():
             if _filter_version(name) != version:
                 raise ValueError(f"filter {name}: was changed while the texts were being prepared; start again")
 
 
 def load_filter(name: str) -> Callable[[str], bool | str]:
-    """The function of MODULE:FUNCTION. Raises ValueError when there is none."""
+    """Return the function of MODULE:FUNCTION, or raise ValueError when there is none."""
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
@@ -90,8 +99,17 @@ def in_validation(high: np.ndarray, fraction: float) -> np.ndarray:
     return high.astype(np.float64) / 2.0**64 < fraction
 
 
-def apply_rules(text: str, rules: Rules, filters: list) -> tuple[str, str | None]:
-    """The text as it will be tokenized, and why it is dropped, if it is."""
+def apply_rules(text: str, rules: Rules, filters: list[tuple[str, Callable]]) -> tuple[str, str | None]:
+    """Return the text as it will be tokenized, and the reason why it is dropped, or None.
+
+    Args:
+        text: A document.
+        rules: What becomes of it.
+        filters: (name, function) of each filter of the rules.
+
+    Raises:
+        ValueError: A filter fails, or returns something that is no answer.
+    """
     if rules.normalization:
         text = unicodedata.normalize(rules.normalization, text)
     for name, function in filters:

@@ -1,5 +1,7 @@
-"""OUTPUT.preparing, where a dataset is made: it outlives a kill, belongs to one process at a time, and ends by being
-renamed.
+"""OUTPUT.preparing, the folder in which a dataset is made.
+
+It outlives a kill, and belongs to one process at a time. It goes away when the finished dataset in it is renamed to its
+place.
 """
 
 import contextlib
@@ -9,14 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.disk import locked, publish
-from data_pipeline.prepare.part import finished_keys, sweep
+from data_pipeline.prepare.part import finished_keys, remove_temporary_files
 
 _MARK = "unfinished.txt"
 _TEXT = "An unfinished dataset of `python -m data_pipeline.prepare`; the same command continues, and removes this.\n"
 
 
 def output_path(output: str | Path) -> Path:
-    """Where the dataset will really be. Raises ValueError for a place that nothing can be renamed to."""
+    """Return where the dataset will really be.
+
+    Raises:
+        ValueError: Nothing can be renamed to that place.
+    """
     output = Path(output).absolute()
     if output.is_symlink():
         output = output.resolve()
@@ -25,18 +31,20 @@ def output_path(output: str | Path) -> Path:
     return output
 
 
-def _folder(output: Path) -> Path:
+def _preparing_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.preparing")
 
 
 @contextlib.contextmanager
 def working_directory(output: Path) -> Iterator[Path]:
-    """OUTPUT.preparing, locked while in use; it stays when the work was not finished, unless there is nothing in it
-    that could be taken over.
+    """Create OUTPUT.preparing, or take it over, and lock it while it is in use.
 
-    Raises ValueError when another process is at work there, or when it is somebody else's.
+    It stays when the work was not finished, unless there is nothing in it that could be taken over.
+
+    Raises:
+        ValueError: Another process is at work there, or the folder is somebody else's.
     """
-    folder = _folder(output)
+    folder = _preparing_path(output)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -47,9 +55,9 @@ def working_directory(output: Path) -> Iterator[Path]:
             if any(folder.iterdir()):
                 raise ValueError(f"{folder}: is needed for unfinished work, but holds something else; move it away")
             (folder / _MARK).write_text(_TEXT)
-        if (folder / "replaced").exists() and not output.exists():  # killed between the two renames of `replace`
+        if (folder / "replaced").exists() and not output.exists():  # killed between two renames
             os.rename(folder / "replaced", output)
-        sweep(folder)
+        remove_temporary_files(folder)
         try:
             yield folder
         finally:
@@ -57,8 +65,14 @@ def working_directory(output: Path) -> Iterator[Path]:
                 _remove(folder)
 
 
-def replace(folder: Path, final: Path, output: Path) -> None:
-    """Rename the result to its place, and end the work; an older dataset there is removed after that."""
+def publish_dataset(folder: Path, final: Path, output: Path) -> None:
+    """Rename the result to its place, and end the work; an older dataset there is removed after that.
+
+    Args:
+        folder: The working directory, which is removed.
+        final: The result, in it.
+        output: Its place.
+    """
     replaced = folder / "replaced"
     shutil.rmtree(replaced, ignore_errors=True)
     if output.exists():
@@ -72,17 +86,23 @@ def replace(folder: Path, final: Path, output: Path) -> None:
     _remove(folder)
 
 
-def sweep_finished(output: Path, keys: set[str]) -> None:
-    """Remove OUTPUT.preparing if a kill just after the end left it; not what belongs to another request."""
-    folder = _folder(output)
+def remove_if_finished(output: Path, keys: set[str]) -> None:
+    """Remove OUTPUT.preparing if a kill just after the end left it, but not what belongs to another request.
+
+    Args:
+        output: The place of the dataset, which is complete.
+        keys: The keys of all its parts.
+    """
+    folder = _preparing_path(output)
     with contextlib.suppress(OSError), locked(folder):
         if (folder / _MARK).exists() and finished_keys(folder) <= keys:
             _remove(folder)
 
 
 def _remove(folder: Path) -> None:
-    """The mark last: a kill on the way leaves what is known to be ours. So does a worker of a killed run that is still
-    at its last file.
+    """Remove a working directory, and its mark last, so that what a kill on the way leaves is known to be ours.
+
+    A worker of a killed run that is still at its last file may put that there meanwhile; then the mark stays too.
     """
     with contextlib.suppress(OSError):
         for path in folder.iterdir():

@@ -1,4 +1,4 @@
-"""A manifest for token files that are there already.
+"""Write a manifest for token files that are there already.
 
     python -m data_pipeline.adopt data/openwebtext --tokenizer gpt2 --dtype uint16 \\
         --train train.bin --validation val.bin
@@ -35,50 +35,36 @@ def adopt(
     workers: int = 1,
     report: Callable[[str], None] = print,
 ) -> Manifest:
-    """Writes manifest.json and the tokenizer beside existing token files, which are read once; returns the manifest.
+    """Write manifest.json and the tokenizer beside existing token files, which are read once.
 
-    train, validation: patterns of names in `directory`; the files of a split are in the order of the patterns, and of
-        the names within one. Files with an .idx beside them are Megatron's (no suffix needed), all others raw.
-    dtype: of raw files, "uint16", "uint32" or "int32"; Megatron's indices and the headers of numpy.save know theirs.
+    Args:
+        directory: Where the files are.
+        tokenizer: What made them.
+        train: Patterns of names in `directory`. The files of a split are in the order of the patterns, and of the names
+            within one. Files with an .idx beside them are Megatron's (they need no suffix), all others are raw.
+        validation: Likewise.
+        dtype: The type of raw files, "uint16", "uint32" or "int32"; Megatron's indices and the headers of numpy.save
+            know theirs.
+        workers: How many files are read at a time.
+        report: Takes lines for people.
 
-    Raises ValueError, one line with the file and the remedy, when there is a manifest or another tokenizer already,
-    when a pattern matches nothing, when a file makes no sense as `dtype` or has ids beyond the vocabulary, or when
-    documents of a Megatron file do not end with the end-of-text token. Then nothing was written.
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: There is a manifest or another tokenizer already, a pattern matches nothing, a file makes no sense
+            as `dtype` or has ids beyond the vocabulary, or documents of a Megatron file do not end with the end-of-text
+            token. The message is one line with the file and the remedy, and nothing was written.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: no such directory; name the one that holds the token files")
-    if (directory / FILE_NAME).exists():
-        raise ValueError(f"{directory / FILE_NAME}: exists; move it away first if these files are to be adopted anew")
-    # Never half written: the manifest comes last, and a tokenizer alone is no dataset.
-    there = [name for name in ("tokenizer.gptoss.json", "tokenizer.tiktoken") if (directory / name).exists()]
-    if there and Tokenizer.load(directory).sha256 != tokenizer.sha256:
-        raise ValueError(
-            f"{directory / there[0]}: another tokenizer; move it away, or adopt with --tokenizer {directory}"
-        )
-    names = {"train": _names(directory, train), "validation": _names(directory, validation)}
+    has_tokenizer = _check_directory(directory, tokenizer)
+    names = {"train": _matching_names(directory, train), "validation": _matching_names(directory, validation)}
     if twice := sorted(set(names["train"]) & set(names["validation"])):
         raise ValueError(f"{directory / twice[0]}: in both splits; training and validation need different files")
     described = {key: getattr(tokenizer, key) for key in ("name", "sha256", "n_vocab", "eot_id")}
-    readers = {}
-    for name in names["train"] + names["validation"]:
-        readers[name] = _open(directory / name, dtype, tokenizer)
-    kinds = {
-        ("raw" if isinstance(reader, RawReader) else "megatron", reader.dtype.name): name
-        for name, reader in readers.items()
-    }
-    if len(kinds) > 1:
-        (first, first_name), (second, second_name) = list(kinds.items())[:2]
-        raise ValueError(
-            f"{directory / second_name}: {' '.join(second)} where {first_name} is {' '.join(first)}; adopt them "
-            f"apart, in directories of their own"
-        )
-    ((storage, dtype),) = kinds
-    with ThreadPoolExecutor(workers) as pool:  # hashing does not hold the GIL
-        try:
-            shards = dict(zip(readers, pool.map(lambda name: _shard(name, readers[name], described), readers)))
-        finally:  # at the first error the other files need not be read
-            pool.shutdown(cancel_futures=True)
+    readers = {name: _open(directory / name, dtype, tokenizer) for name in names["train"] + names["validation"]}
+    storage, dtype = _common_format(directory, readers)
+    shards = _read_shards(readers, described, workers)
     manifest = Manifest(
         tokenizer=described,
         dtype=dtype,
@@ -89,23 +75,36 @@ def adopt(
         python_version=platform.python_version(),
         storage=storage,
     )
-    if not there:
+    if not has_tokenizer:
         tokenizer.save(directory)
     write_file_atomically(directory / FILE_NAME, manifest.to_json())
     sync_directory(directory)
     record_content(directory, manifest)
-    for split, listed in manifest.splits.items():
-        report(
-            f"{directory}: {split} {manifest.tokens(split):,} tokens in {manifest.documents(split):,} documents, "
-            f"{len(listed)} files of {manifest.dtype}"
-        )
-    for shard in shards.values():
-        if shard.documents == 1:
-            report(f"warning: {directory / shard.name}: one document, no end-of-text (id {tokenizer.eot_id}) inside")
+    _report(directory, manifest, report)
     return manifest
 
 
-def _names(directory: Path, patterns: list[str]) -> list[str]:
+def _check_directory(directory: Path, tokenizer: Tokenizer) -> bool:
+    """Return whether `tokenizer` is in the directory already.
+
+    Raises:
+        ValueError: A manifest or another tokenizer is there, or the directory is not.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory; name the one that holds the token files")
+    if (directory / FILE_NAME).exists():
+        raise ValueError(f"{directory / FILE_NAME}: exists; move it away first if these files are to be adopted anew")
+    # Never half written: the manifest comes last, and a tokenizer alone is no dataset.
+    found = [name for name in ("tokenizer.gptoss.json", "tokenizer.tiktoken") if (directory / name).exists()]
+    if found and Tokenizer.load(directory).sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"{directory / found[0]}: another tokenizer; move it away, or adopt with --tokenizer {directory}"
+        )
+    return bool(found)
+
+
+def _matching_names(directory: Path, patterns: list[str]) -> list[str]:
+    """Return the names of the shards that match, each once: of raw files with their suffix, of Megatron's without."""
     names: dict[str, None] = {}
     for pattern in patterns:
         if Path(pattern).name != pattern:
@@ -138,12 +137,49 @@ def _open(path: Path, dtype: str | None, tokenizer: Tokenizer) -> IndexedReader 
     return reader
 
 
-def _shard(name: str, reader: IndexedReader | RawReader, tokenizer: dict) -> Shard:
+def _common_format(directory: Path, readers: dict[str, IndexedReader | RawReader]) -> tuple[str, str]:
+    """Return the storage, "raw" or "megatron", and the dtype of all files; raise ValueError when they differ."""
+    formats = {
+        ("raw" if isinstance(reader, RawReader) else "megatron", reader.dtype.name): name
+        for name, reader in readers.items()
+    }
+    if len(formats) > 1:
+        (first, first_name), (second, second_name) = list(formats.items())[:2]
+        raise ValueError(
+            f"{directory / second_name}: {' '.join(second)} where {first_name} is {' '.join(first)}; adopt them "
+            f"apart, in directories of their own"
+        )
+    (common,) = formats
+    return common
+
+
+def _read_shards(readers: dict[str, IndexedReader | RawReader], tokenizer: dict, workers: int) -> dict[str, Shard]:
+    """Return the shards by name after reading all tokens, `workers` files at a time."""
+    with ThreadPoolExecutor(workers) as pool:  # hashing does not hold the GIL
+        try:
+            return dict(zip(readers, pool.map(lambda name: _read_shard(name, readers[name], tokenizer), readers)))
+        finally:  # at the first error the other files need not be read
+            pool.shutdown(cancel_futures=True)
+
+
+def _read_shard(name: str, reader: IndexedReader | RawReader, tokenizer: dict) -> Shard:
     found = scan(reader, tokenizer["eot_id"])
     for problem in token_problems(reader, found, tokenizer):
         raise ValueError(problem)
     index_sha256 = reader.index_sha256() if isinstance(reader, IndexedReader) else None
     return Shard(name, reader.n_tokens, found.documents, found.sha256, index_sha256, found.max_token)
+
+
+def _report(directory: Path, manifest: Manifest, report: Callable[[str], None]) -> None:
+    for split, listed in manifest.splits.items():
+        report(
+            f"{directory}: {split} {manifest.tokens(split):,} tokens in {manifest.documents(split):,} documents, "
+            f"{len(listed)} files of {manifest.dtype}"
+        )
+    eot_id = manifest.tokenizer["eot_id"]
+    for shard in (shard for listed in manifest.splits.values() for shard in listed):
+        if shard.documents == 1:
+            report(f"warning: {directory / shard.name}: one document, no end-of-text (id {eot_id}) inside")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What is in a dataset, and what training sees of it.
+"""Print what is in a dataset, and what training sees of it.
 
 python -m data_pipeline.inspect data/pystdlib
 python -m data_pipeline.inspect data/pystdlib --document 3 --split validation
@@ -22,7 +22,7 @@ _PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 
 
 def summary(directory: str | Path) -> Iterator[str]:
-    """Lines about splits, shards, lengths of documents, sources, what was dropped, and the tokenizer."""
+    """Yield lines about splits, shards, lengths of documents, sources, what was dropped, and the tokenizer."""
     manifest = Manifest.read(directory)
     tokenizer = manifest.tokenizer
     yield f"{directory}: {manifest.storage} storage of {manifest.dtype}, content {manifest.content_sha256[:16]}"
@@ -57,7 +57,7 @@ def summary(directory: str | Path) -> Iterator[str]:
 
 
 def document(directory: str | Path, split: str, number: int) -> Iterator[str]:
-    """A line about document `number` of a split, counted from 0 over all shards, and its text."""
+    """Yield a line about document `number` of a split, counted from 0 over all shards, and its text."""
     manifest = _read_manifest(directory, split)
     if not 0 <= number < manifest.documents(split):
         raise ValueError(f"document {number}: {directory} has 0 to {manifest.documents(split) - 1} in split {split}")
@@ -74,8 +74,18 @@ def document(directory: str | Path, split: str, number: int) -> Iterator[str]:
 def sample(
     directory: str | Path, split: str, number: int, *, seq_len: int, seed: int, packing: str = "contiguous"
 ) -> Iterator[str]:
-    """What training with `seed` gets at position `number`: its inputs and the label of the last one of each piece, each
-    document's part under a line that says which document it is and which tokens of it.
+    """Yield what training with `seed` reads at position `number`, as text.
+
+    That is the inputs of the sample, and the label of the last input of each run of tokens. What comes of one document
+    is under a line that says which document it is, and which of its tokens follow.
+
+    Args:
+        directory: The dataset.
+        split: "train" or "validation".
+        number: The position in the order of the samples, from 0.
+        seq_len: Tokens of a sample.
+        seed: That of the order.
+        packing: "contiguous", "best_fit" or "varlen".
     """
     from data_pipeline.batches.documents import open_dataset
 
@@ -105,7 +115,7 @@ def sample(
 def mixture(
     directories: list[str], weights: list[float] | None, split: str, *, at: int, seq_len: int, packing: str
 ) -> Iterator[str]:
-    """What training has read of each source after `at` samples of a mixture."""
+    """Yield what training has read of each source after `at` samples of a mixture."""
     from data_pipeline.batches.documents import open_dataset
     from data_pipeline.batches.mixture import MixtureDataset, Source
 
@@ -130,8 +140,17 @@ def mixture(
 def _documents_at(
     directory: str | Path, manifest: Manifest, split: str, spans: list[tuple[int, int]]
 ) -> list[list[tuple[str, int, int, int]]]:
-    """For each span [start, end) of positions in the split its documents: (title, its first and one after its last
-    token that lie there, where it begins).
+    """Find the documents in spans of positions of a split.
+
+    Args:
+        directory: The dataset.
+        manifest: Its manifest.
+        split: "train" or "validation".
+        spans: [start, end) of each.
+
+    Returns:
+        For each span its documents: (title, the first of its tokens that lies there, one after the last, the position
+        at which the document begins).
     """
     found: list[list[tuple[str, int, int, int]]] = [[] for _ in spans]
     base = number = 0

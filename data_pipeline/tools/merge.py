@@ -1,9 +1,9 @@
-"""One dataset of several.
+"""Make one dataset of several.
 
     python -m data_pipeline.merge data/wiki data/code --output data/both --link
 
 Training stays training and validation stays validation, so a document may not be in the one here and in the other
-there; that is looked for. (Mixing at training time, with weights, needs no merge.)
+there: such documents are looked for. (Mixing at training time, with weights, needs no merge.)
 """
 
 import hashlib
@@ -36,24 +36,27 @@ def merge(
     drop_leaked: bool = False,
     report: Callable[[str], None] = print,
 ) -> Manifest:
-    """Writes all shards of `directories`, in that order and numbered anew, as a dataset at `output`, which appears
-    whole or not at all; returns its manifest.
+    """Write all shards of several datasets, in that order and numbered anew, as one dataset.
 
-    link: hard links instead of copies; needs one file system.
-    drop_leaked: leave training documents out that are also in a validation split, writing their shards anew.
+    A document is compared by the first 16 bytes of the SHA-256 of its tokens; memory is 16 bytes for each validation
+    document. Copies of a document within the training splits stay.
 
-    A document is compared by the first 16 bytes of the SHA-256 of its tokens; memory is 16 bytes per validation
-    document. Copies of a document within the training splits stay. Raises ValueError, one line with the remedy, when
-    the datasets differ in tokenizer, dtype or storage, when one is damaged, or when there are leaked documents.
+    Args:
+        directories: The datasets.
+        output: The directory of the new one, which appears whole or not at all.
+        link: Make hard links instead of copies; this needs one file system.
+        drop_leaked: Leave out training documents that are also in a validation split, and write their shards anew.
+        report: Takes lines for people.
+
+    Returns:
+        The manifest of the new dataset.
+
+    Raises:
+        ValueError: The datasets differ in tokenizer, dtype or storage, one is damaged, or there are leaked documents.
+            The message is one line with the remedy.
     """
     output = new_output(output)
-    if len({Path(directory).resolve() for directory in directories}) < len(directories):
-        raise ValueError("a directory is given twice; to repeat a dataset, mix it in with a weight at training time")
-    datasets = [(Path(directory), Manifest.read(directory)) for directory in directories]
-    first_directory, first = datasets[0]
-    for directory, manifest in datasets:
-        _check_alike(directory, manifest, first_directory, first)
-        check_content(directory, manifest)
+    datasets = _read_datasets(directories)
     leaked = _find_leaked(datasets)
     n_leaked = sum(int(mask.sum()) for mask in leaked.values())
     if n_leaked and not drop_leaked:
@@ -62,31 +65,12 @@ def merge(
             f"{n_leaked} training documents are also in a validation split, the first is document "
             f"{int(np.argmax(mask))} of {directory / name}; leave them out of training with --drop-leaked"
         )
-
     with staging_directory(output) as staging:
-        splits = {}
-        for split in SPLITS:
-            splits[split] = []
-            for directory, manifest in datasets:
-                for shard in manifest.splits[split]:
-                    suffix = Path(shard.name).suffix if manifest.storage == "raw" else ""
-                    name = f"{split}-{len(splits[split]):05d}{suffix}"
-                    mask = leaked.get((directory, shard.name))
-                    if mask is None or split != "train":
-                        splits[split].append(_place(directory, manifest, shard, staging / name, link))
-                    elif not mask.all():
-                        splits[split].append(_without(open_shard(directory, manifest, shard), mask, staging / name))
+        splits = {split: _place_split(datasets, split, staging, leaked, link) for split in SPLITS}
         if not splits["train"]:
             raise ValueError("nothing is left to train on: every training document is in a validation split as well")
-        manifest = replace(
-            first,
-            splits=splits,
-            sources=[source for _, manifest in datasets for source in manifest.sources],
-            dropped=_sum(manifest.dropped for _, manifest in datasets) | ({"leaked": n_leaked} if n_leaked else {}),
-            irregular=_sum(manifest.irregular for _, manifest in datasets),
-            python_version=platform.python_version(),
-        )
-        Tokenizer.load(first_directory).save(staging)
+        manifest = _merged_manifest(datasets, splits, n_leaked)
+        Tokenizer.load(datasets[0][0]).save(staging)
         write_file_atomically(staging / FILE_NAME, manifest.to_json())
         record_content(staging, manifest)
         publish(staging, output)
@@ -98,6 +82,17 @@ def merge(
     if n_leaked:
         report(f"{n_leaked:,} training documents left out that are in a validation split")
     return manifest
+
+
+def _read_datasets(directories: list[str | Path]) -> list[tuple[Path, Manifest]]:
+    """Return the datasets, all of which are sound and alike in what has to be."""
+    if len({Path(directory).resolve() for directory in directories}) < len(directories):
+        raise ValueError("a directory is given twice; to repeat a dataset, mix it in with a weight at training time")
+    datasets = [(Path(directory), Manifest.read(directory)) for directory in directories]
+    for directory, manifest in datasets:
+        _check_alike(directory, manifest, *datasets[0])
+        check_content(directory, manifest)
+    return datasets
 
 
 def _check_alike(directory: Path, manifest: Manifest, first_directory: Path, first: Manifest) -> None:
@@ -114,8 +109,10 @@ def _check_alike(directory: Path, manifest: Manifest, first_directory: Path, fir
 
 
 def _find_leaked(datasets: list[tuple[Path, Manifest]]) -> dict[tuple[Path, str], np.ndarray]:
-    """Which documents of training are in a validation split too: bool [documents] for each shard that has any, by
-    directory and name.
+    """Find the training documents that are in a validation split too.
+
+    Returns:
+        bool [documents] for each shard that has any, by directory and name.
     """
     held_out = _validation_digests(datasets)
     leaked = {}
@@ -128,8 +125,9 @@ def _find_leaked(datasets: list[tuple[Path, Manifest]]) -> dict[tuple[Path, str]
 
 
 def _digests(directory: Path, manifest: Manifest, shard: Shard) -> Iterator[np.ndarray]:
-    """Of documents in order, S16 [n] at a time. The end-of-text token, which the last document of a raw file may lack,
-    does not count.
+    """Yield the digests of the documents in order, S16 [n] at a time.
+
+    The end-of-text token, which the last document of a raw file may lack, does not count.
     """
     end = manifest.tokenizer["eot_id"]
     for tokens, lengths in document_batches(open_shard(directory, manifest, shard)):
@@ -158,7 +156,40 @@ def _contains(sorted_digests: np.ndarray, digests: np.ndarray) -> np.ndarray:
     return sorted_digests[places] == digests
 
 
-def _place(directory: Path, manifest: Manifest, shard: Shard, target: Path, link: bool) -> Shard:
+def _place_split(
+    datasets: list[tuple[Path, Manifest]],
+    split: str,
+    staging: Path,
+    leaked: dict[tuple[Path, str], np.ndarray],
+    link: bool,
+) -> list[Shard]:
+    """Put the shards of one split of all datasets into `staging`, and return them."""
+    placed: list[Shard] = []
+    for directory, manifest in datasets:
+        for shard in manifest.splits[split]:
+            suffix = Path(shard.name).suffix if manifest.storage == "raw" else ""
+            target = staging / f"{split}-{len(placed):05d}{suffix}"
+            mask = leaked.get((directory, shard.name))
+            if mask is None or split != "train":
+                placed.append(_link_or_copy_shard(directory, manifest, shard, target, link))
+            elif not mask.all():
+                placed.append(_write_without(open_shard(directory, manifest, shard), mask, target))
+    return placed
+
+
+def _merged_manifest(datasets: list[tuple[Path, Manifest]], splits: dict[str, list[Shard]], n_leaked: int) -> Manifest:
+    manifests = [manifest for _, manifest in datasets]
+    return replace(
+        manifests[0],
+        splits=splits,
+        sources=[source for manifest in manifests for source in manifest.sources],
+        dropped=_sum(manifest.dropped for manifest in manifests) | ({"leaked": n_leaked} if n_leaked else {}),
+        irregular=_sum(manifest.irregular for manifest in manifests),
+        python_version=platform.python_version(),
+    )
+
+
+def _link_or_copy_shard(directory: Path, manifest: Manifest, shard: Shard, target: Path, link: bool) -> Shard:
     placed = replace(shard, name=target.name)
     hashes = (shard.sha256, shard.index_sha256)
     for old, new, sha256 in zip(manifest.files(shard), manifest.files(placed), hashes):
@@ -185,8 +216,8 @@ def _copy(source: Path, destination: Path, sha256: str | None) -> None:
         raise ValueError(f"{source}: content differs from {FILE_NAME}; restore it from a good copy")
 
 
-def _without(reader: IndexedReader | RawReader, leaked: np.ndarray, target: Path) -> Shard:
-    """The shard's documents that are not `leaked`, as a shard of the same storage."""
+def _write_without(reader: IndexedReader | RawReader, leaked: np.ndarray, target: Path) -> Shard:
+    """Write the documents that are not `leaked` (bool [documents]) as a shard of the same storage."""
     position = 0
     with (TokenWriter if isinstance(reader, RawReader) else IndexedWriter)(target, reader.dtype) as writer:
         for tokens, lengths in document_batches(reader):

@@ -1,4 +1,4 @@
-"""One dataset divided anew: another share of validation, or parts to send to different places.
+"""Divide a dataset anew: with another share of validation, or into parts to send to different places.
 
 python -m data_pipeline.split data/corpus --output data/corpus5 --validation-fraction 0.05
 python -m data_pipeline.split data/corpus --output data/parts --parts 8
@@ -29,16 +29,27 @@ def split_by_hash(
     shard_tokens: int = 1 << 26,
     report: Callable[[str], None] = print,
 ) -> Manifest:
-    """Writes all documents of a dataset, training's before validation's, as a dataset at `output` with other splits;
-    returns its manifest.
+    """Write all documents of a dataset, those of training first, as a dataset with other splits.
 
-    The rule is `prepare`'s, SHA-256 of a document's text, so the same document falls on the same side here and there.
-    The output is Megatron shards whatever the input's storage. `output` appears whole or not at all. Raises ValueError,
-    one line with the remedy, for a bad argument or a damaged dataset.
+    The rule is that of `prepare`, the SHA-256 of a document's text, so a document falls on the same side here and
+    there. The output is Megatron shards, whatever the storage of the input.
+
+    Args:
+        directory: The dataset.
+        output: The directory of the new one, which appears whole or not at all.
+        validation_fraction: The share of the documents that is held out.
+        shard_tokens: The most tokens of a shard.
+        report: Takes lines for people.
+
+    Returns:
+        The manifest of the new dataset.
+
+    Raises:
+        ValueError: An argument is bad, or the dataset is damaged. The message is one line with the remedy.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction {validation_fraction}: must be at least 0 and less than 1")
-    manifest, tokenizer, output = _open(directory, output, shard_tokens)
+    manifest, tokenizer, output = _open_input(directory, output, shard_tokens)
     with staging_directory(output) as staging:
         writers = _writers(staging, tokenizer, shard_tokens)
         for split in manifest.splits:
@@ -46,7 +57,7 @@ def split_by_hash(
                 held_out = _fractions(tokenizer, tokens, lengths) < validation_fraction
                 for name, chosen in (("train", ~held_out), ("validation", held_out)):
                     writers[name].add_documents(tokens[np.repeat(chosen, lengths)], lengths[chosen])
-        written = _finish(staging, manifest, tokenizer, writers)
+        written = _complete(staging, manifest, tokenizer, writers)
         if not written.splits["train"]:
             raise ValueError(
                 f"validation_fraction {validation_fraction}: leaves no document for training; use a smaller one"
@@ -64,15 +75,27 @@ def split_into_parts(
     shard_tokens: int = 1 << 26,
     report: Callable[[str], None] = print,
 ) -> list[Manifest]:
-    """Writes OUTPUT/part-00000, ...: datasets of contiguous documents, of about as many tokens each, training and
-    validation divided alike; returns their manifests.
+    """Write OUTPUT/part-00000, ...: datasets of contiguous documents that have about as many tokens each.
 
-    `output` appears whole or not at all. Raises ValueError, one line with the remedy, for a bad argument, a damaged
-    dataset, or one that has too few documents for every part to get one to train on.
+    Training and validation are divided alike.
+
+    Args:
+        directory: The dataset.
+        output: The directory of the parts, which appears whole or not at all.
+        parts: How many there are.
+        shard_tokens: The most tokens of a shard.
+        report: Takes lines for people.
+
+    Returns:
+        The manifests of the parts.
+
+    Raises:
+        ValueError: An argument is bad, the dataset is damaged, or it has too few documents for every part to get one to
+            train on. The message is one line with the remedy.
     """
     if parts < 1:
         raise ValueError(f"parts {parts}: must be at least 1")
-    manifest, tokenizer, output = _open(directory, output, shard_tokens)
+    manifest, tokenizer, output = _open_input(directory, output, shard_tokens)
     too_many = f"{directory}: {parts} parts would not all get a document to train on; use fewer --parts"
     if parts > manifest.documents("train"):
         raise ValueError(too_many)
@@ -94,7 +117,7 @@ def split_into_parts(
                     writers[i][split].add_documents(tokens[np.repeat(chosen, lengths)], lengths[chosen])
                 before += int(ends[-1])
         for name, own in zip(names, writers):
-            written.append(_finish(staging / name, manifest, tokenizer, own))
+            written.append(_complete(staging / name, manifest, tokenizer, own))
             if not written[-1].splits["train"]:
                 raise ValueError(too_many)
         publish(staging, output)
@@ -103,7 +126,7 @@ def split_into_parts(
     return written
 
 
-def _open(directory: str | Path, output: str | Path, shard_tokens: int) -> tuple[Manifest, Tokenizer, Path]:
+def _open_input(directory: str | Path, output: str | Path, shard_tokens: int) -> tuple[Manifest, Tokenizer, Path]:
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens {shard_tokens}: must be at least 1")
     output = new_output(output)
@@ -118,7 +141,7 @@ def _writers(directory: Path, tokenizer: Tokenizer, shard_tokens: int) -> dict[s
 
 
 def _documents(directory: str | Path, manifest: Manifest, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """As `document_batches`, over a split; each document ends with end-of-text, also the last of a raw file."""
+    """Yield as `document_batches` does, over a split; end-of-text is added to the last document of a raw file."""
     eot_id = manifest.tokenizer["eot_id"]
     for reader in open_shards(directory, manifest, split):
         for tokens, lengths in document_batches(reader):
@@ -138,7 +161,8 @@ def _fractions(tokenizer: Tokenizer, tokens: np.ndarray, lengths: np.ndarray) ->
     return np.array([int.from_bytes(digest[:8], "big") / 2**64 for digest in digests])
 
 
-def _finish(directory: Path, manifest: Manifest, tokenizer: Tokenizer, writers: dict[str, SplitWriter]) -> Manifest:
+def _complete(directory: Path, manifest: Manifest, tokenizer: Tokenizer, writers: dict[str, SplitWriter]) -> Manifest:
+    """Complete the dataset in `directory`, and return its manifest, which is `manifest` but for what has changed."""
     written = replace(
         manifest,
         dtype=token_dtype(tokenizer.n_vocab).name,

@@ -1,4 +1,4 @@
-"""Trains a byte-pair vocabulary; deterministic, in a few seconds for the built-in one.
+"""Train a byte-pair vocabulary; the result is deterministic, and the built-in one takes a few seconds.
 
 python -m data_pipeline.bpe                                   # retrains data_pipeline/tokenizer/builtin.tiktoken
 python -m data_pipeline.bpe FILES --vocab-size 8192 --output my.tiktoken
@@ -23,18 +23,22 @@ _BUILTIN_RANKS = Path(__file__).parents[1] / "tokenizer" / "builtin.tiktoken"
 
 
 def train(documents: Iterable[str], vocab_size: int, pattern: str = PATTERNS["o200k"]) -> dict[bytes, int]:
-    """{token bytes: rank} after merging the most frequent adjacent pair until there are `vocab_size` tokens or no pair
-    is left.
+    """Merge the most frequent adjacent pair until there are `vocab_size` tokens or no pair is left.
 
-    Sennrich et al. 2016 on bytes, inside the words that `pattern` cuts. Among equally frequent pairs the one with the
-    smallest bytes wins, so the result depends on nothing but the arguments.
+    This is Sennrich et al. 2016 on bytes, inside the words that `pattern` cuts. Among equally frequent pairs the one
+    with the smallest bytes wins, so the result depends on nothing but the arguments.
+
+    Args:
+        documents: The texts.
+        vocab_size: The number of ranks, at least 256.
+        pattern: The regular expression that cuts texts into words.
+
+    Returns:
+        The rank of each token, by its bytes.
     """
     if vocab_size < 256:
         raise ValueError(f"vocab_size {vocab_size}: a byte-level vocabulary has at least 256 tokens")
-    cut = regex.compile(pattern)
-    word_counts: Counter[str] = Counter()
-    for document in documents:
-        word_counts.update(cut.findall(document))
+    word_counts = _count_words(documents, pattern)
     words = [list(word.encode("utf-8", "replace")) for word in word_counts]
     counts = list(word_counts.values())
 
@@ -54,10 +58,8 @@ def train(documents: Iterable[str], vocab_size: int, pattern: str = PATTERNS["o2
     heapq.heapify(queue)
     while len(tokens) < vocab_size and queue:
         negative_count, _, _, pair = heapq.heappop(queue)
-        if (
-            pair_counts[pair] != -negative_count
-        ):  # stale: the pair has been seen since with another count, and queued again if it has one
-            continue
+        if pair_counts[pair] != -negative_count:
+            continue  # stale: the pair has been seen since with another count, and queued again if it has one
         merged = tokens[pair[0]] + tokens[pair[1]]
         # tiktoken looks merges up by their bytes, so two ways to spell the same bytes are one token.
         rank = rank_of.setdefault(merged, len(tokens))
@@ -79,6 +81,14 @@ def train(documents: Iterable[str], vocab_size: int, pattern: str = PATTERNS["o2
                 if pair_counts[changed] > 0:
                     heapq.heappush(queue, entry(changed))
     return rank_of
+
+
+def _count_words(documents: Iterable[str], pattern: str) -> Counter[str]:
+    cut = regex.compile(pattern)
+    counts: Counter[str] = Counter()
+    for document in documents:
+        counts.update(cut.findall(document))
+    return counts
 
 
 def _merge(word: list[int], pair: tuple[int, int], rank: int) -> list[int]:

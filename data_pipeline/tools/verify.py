@@ -1,4 +1,4 @@
-"""Is a dataset what its manifest says, byte by byte?
+"""Check that a dataset is what its manifest says, byte by byte.
 
 python -m data_pipeline.verify data/corpus --workers 8
 """
@@ -15,8 +15,18 @@ from data_pipeline.shards.manifest import Manifest
 
 
 def verify(directory: str | Path, *, workers: int = 1, report: Callable[[str], None] = print) -> str:
-    """One line about a sound dataset, which is also noted in verified.json. Raises ValueError with all problems, a line
-    each.
+    """Read a whole dataset, and note in verified.json that it is sound.
+
+    Args:
+        directory: The dataset.
+        workers: How many files are read at a time.
+        report: Takes lines for people.
+
+    Returns:
+        A line about the dataset.
+
+    Raises:
+        ValueError: The dataset has problems. The message is one line for each of them.
     """
     manifest = Manifest.read(directory)
     start = time.perf_counter()

@@ -5,19 +5,17 @@
     python launch/benchmark.py moe
 
 `train` times whole training steps, `moe` the forward and backward pass of one mixture-of-experts layer. Every
-implementation lives in a process of its own; the processes take turns, a few steps each, so that they meet the same
-machine. Figures are medians over rounds, and ratios are taken round by round. It runs on the CPU, where transformers
-has one attention with sinks that can be trained, `eager` (its flex attention has no backward pass there, sdpa has no
-sinks), and two expert implementations worth timing. The GEMM ceiling of bf16 is the faster of bare products in bf16
-and in float32, in which ours multiplies on CPUs without bf16 instructions (`gptoss_dist/ops/gemm.py`). Ours sets up its
-process as training does, which includes that freed memory is kept (`distributed/processes.py`); the others run as they
-come.
+implementation lives in a process of its own, which takes turns of a few steps; see protocol.py. It runs on the CPU,
+where transformers has one attention with sinks that can be trained, `eager` (its flex attention has no backward pass
+there, sdpa has no sinks), and two expert implementations worth timing. The GEMM ceiling of bf16 is the faster of bare
+products in bf16 and in float32, in which ours multiplies on CPUs without bf16 instructions (`gptoss_dist/ops/gemm.py`).
+Ours sets up its process as training does, which includes that freed memory is kept (`distributed/processes.py`); the
+others run as they come.
 """
 
 import argparse
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +23,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from launch.benchmarks.protocol import Spread, environment
 
 # The first word of a worker's name says what it builds, further words are variants of it.
 OURS, PEER, LOOP, GEMM = "gptoss_dist", "transformers", "loop", "gemm"
@@ -88,12 +88,14 @@ def main(argv: list[str]) -> int:
 
 
 def start_worker(argv: list[str], precision: str, name: str, threads: int) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    """Start a process that takes its turns when `turn` asks for them."""
+    env = environment(threads, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
     command = [sys.executable, __file__, *argv, "--precision", precision, "--worker", name]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
 
 def turn(worker: subprocess.Popen, steps: int) -> dict:
+    """Let a worker take so many steps, and return what it found."""
     worker.stdin.write(f"{steps}\n")
     worker.stdin.flush()
     while line := worker.stdout.readline():
@@ -108,36 +110,31 @@ def report(arguments: argparse.Namespace, precision: str, rounds: list[dict]) ->
     print(f"{precision}, {about}; {arguments.threads} threads, {len(rounds)} rounds")
     if GEMM_FP32 in rounds[0]:
         used, other = ("float32", "bf16") if gemm == GEMM_FP32 else ("bf16", "float32")
-        ratio = statistics.median(ratios(rounds, ({GEMM, GEMM_FP32} - {gemm}).pop(), gemm))
+        ratio = ratios(rounds, ({GEMM, GEMM_FP32} - {gemm}).pop(), gemm).median
         print(f"  the ceiling's products are computed in {used}, {ratio:.2f}x as fast as in {other} on this CPU")
     medians = {}
     for name in (n for n in rounds[0] if not n.startswith(GEMM) and ROUTING not in n):
-        medians[name] = statistics.median(turn[name]["s_per_step"] for turn in rounds)
-        share = statistics.median(ratios(rounds, gemm, name))
+        medians[name] = statistics.median(seconds(rounds, name))
+        share = ratios(rounds, gemm, name).median
         print(f"  {name:<32}{tokens / medians[name]:10,.0f} tok/s  {share:6.1%} of the GEMM ceiling")
     for ours in (name for name in medians if name.startswith(OURS)):
         for kind in dict.fromkeys(["", ours.removeprefix(OURS)]):  # eager others, then like against like
             others = [n for n in medians if not n.startswith(OURS) and n.endswith(COMPILED) == bool(kind)]
             best = min(others, key=medians.get)
-            values = ratios(rounds, best, ours)
-            print(
-                f"  {ours} is {statistics.median(values):.2f}x {best} (round by round {values[0]:.2f} to "
-                f"{values[-1]:.2f})"
-            )
+            ratio = ratios(rounds, best, ours)
+            print(f"  {ours} is {ratio.median:.2f}x {best} (round by round {ratio.range('.2f')})")
     if OURS + ROUTING in rounds[0]:
-        values = ratios(rounds, OURS + ROUTING, gemm)
+        share = ratios(rounds, OURS + ROUTING, gemm)
         print(
-            f"  routing and permutation of {OURS}: {statistics.median(values):.1%} of the GEMM time (round by round "
-            f"{values[0]:.1%} to {values[-1]:.1%})"
+            f"  routing and permutation of {OURS}: {share.median:.1%} of the GEMM time (round by round "
+            f"{share.range('.1%')})"
         )
 
 
 def fastest_gemm(rounds: list[dict]) -> str:
-    """The worker whose products are the ceiling."""
-    return min(
-        (name for name in rounds[0] if name.startswith(GEMM)),
-        key=lambda name: statistics.median(turn[name]["s_per_step"] for turn in rounds),
-    )
+    """Return the worker whose products are the ceiling."""
+    names = (name for name in rounds[0] if name.startswith(GEMM))
+    return min(names, key=lambda name: statistics.median(seconds(rounds, name)))
 
 
 def gemm_dtype(arguments: argparse.Namespace):
@@ -146,15 +143,20 @@ def gemm_dtype(arguments: argparse.Namespace):
     return torch.bfloat16 if arguments.precision == "bf16" and arguments.worker != GEMM_FP32 else torch.float32
 
 
-def ratios(rounds: list[dict], a: str, b: str) -> list[float]:
-    """Time of worker a over that of worker b in every round, in ascending order."""
-    return sorted(turn[a]["s_per_step"] / turn[b]["s_per_step"] for turn in rounds)
+def seconds(rounds: list[dict], name: str) -> list[float]:
+    """Return the seconds per step of a worker in every round."""
+    return [turn[name]["s_per_step"] for turn in rounds]
+
+
+def ratios(rounds: list[dict], a: str, b: str) -> Spread:
+    """Compare the time of worker a with that of worker b, round by round."""
+    return Spread.of_ratios(seconds(rounds, a), seconds(rounds, b))
 
 
 def about_train(arguments: argparse.Namespace, rounds: list[dict]) -> tuple[int, str]:
     flops = rounds[0][GEMM]["flops_per_token"]
     tokens = arguments.batch_size * arguments.seq_len
-    ceiling = tokens / statistics.median(turn[fastest_gemm(rounds)]["s_per_step"] for turn in rounds)
+    ceiling = tokens / statistics.median(seconds(rounds, fastest_gemm(rounds)))
     return tokens, (
         f"{arguments.batch_size} x {arguments.seq_len} tokens per step; GEMM ceiling {ceiling:,.0f} tok/s = "
         f"{ceiling * flops / 1e9:,.0f} GFLOP/s measured here / {flops / 1e6:.1f} MFLOP per token (6 x active weights + "
@@ -172,7 +174,7 @@ def about_moe(arguments: argparse.Namespace, rounds: list[dict]) -> tuple[int, s
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """A worker: each line of standard input is a turn of so many steps; the first one only builds and warms up."""
+    """Work as a worker: each line of standard input is a turn of so many steps; the first one also builds the step."""
     import torch
 
     torch.set_num_threads(arguments.threads)
@@ -214,7 +216,7 @@ def architecture(arguments: argparse.Namespace) -> dict:
 
 
 def ours(arguments: argparse.Namespace):
-    """The training engine as `launch/train.py` drives it, router losses and metrics sums included."""
+    """Build the training engine as `launch/train.py` drives it, router losses and metrics sums included."""
     from gptoss_dist.config import ModelConfig
     from gptoss_dist.distributed.processes import start
     from gptoss_dist.engine import EngineSettings, build_engine
@@ -236,7 +238,7 @@ def ours(arguments: argparse.Namespace):
 
 
 def peer(arguments: argparse.Namespace):
-    """transformers, in the compute type throughout (no float32 master weights, which it would only slow down)."""
+    """Build transformers' model, in the compute type throughout: float32 master weights would only slow it down."""
     import torch
     from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -279,7 +281,7 @@ def gemm_step(arguments: argparse.Namespace):
 
 
 def moe_reference(arguments: argparse.Namespace):
-    """transformers' eager layer and the inputs; a worker's seed gives all of them the same."""
+    """Return transformers' eager layer and the inputs; the seed of the workers gives all of them the same."""
     import torch
     from transformers import GptOssConfig
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
@@ -300,7 +302,7 @@ def moe_reference(arguments: argparse.Namespace):
 
 
 def moe_step(arguments: argparse.Namespace):
-    """Forward and backward of one layer in the compute type, with gradients of all parameters and of the input."""
+    """Build one layer's forward and backward in the compute type, with gradients of all parameters and of the input."""
     import torch
 
     kind, *variant = arguments.worker.split()
@@ -335,7 +337,7 @@ def moe_step(arguments: argparse.Namespace):
 
 
 def moe_layer(reference, arguments: argparse.Namespace):
-    """Our layer with the weights of `reference`: the experts of training, or the plain loop."""
+    """Return our layer with the weights of `reference`, with the experts of training or the plain loop."""
     from gptoss_dist.model.config import ModelConfig
     from gptoss_dist.model.moe import MoE
     from gptoss_dist.parallel.experts import DroplessExperts
@@ -352,7 +354,7 @@ def moe_layer(reference, arguments: argparse.Namespace):
 
 
 def moe_gemm_step(arguments: argparse.Namespace):
-    """Only the matrix products of the experts' forward and backward pass, for the rows that the router gives them."""
+    """Build the bare matrix products of the experts, forward and backward, for the rows that the router gives them."""
     import torch
 
     layer, (x_1TD, *_) = moe_reference(arguments)

@@ -4,22 +4,23 @@
     python launch/benchmark_checkpoints.py --processes 2
 
 Each turn trains `--every` steps after a save of its kind, and counts the time until the save is on disk. The order of
-the kinds rotates, ratios are taken within a round. The pause is the time that the step itself is held up by the call,
-which copies the state to host memory. Runs on the CPU with gloo; the model is that of configs/quickstart.yaml.
+the kinds rotates, and all kinds share the processes of one launch; see protocol.py for the rest. The pause is the time
+that the step itself is held up by the call, which copies the state to host memory. Runs on the CPU with gloo; the model
+is that of configs/quickstart.yaml.
 """
 
 import argparse
 import json
 import os
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from launch.benchmarks.protocol import QUICKSTART, Spread, environment, run_worker, torchrun
 
 KINDS = ("never", "asynchronous", "synchronous")
 
@@ -41,35 +42,27 @@ def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.worker:
         return work(arguments)
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arguments.processes)]
     threads = max(1, (os.cpu_count() or 1) // arguments.processes)
     with tempfile.TemporaryDirectory() as folder:
         target = ["--folder", folder] if arguments.folder is None else []
-        done = subprocess.run(
-            [*line, __file__, *argv, *target, "--worker"],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        )
-    if done.returncode:
-        return done.returncode
-    found = json.loads(done.stdout.splitlines()[-1])
+        command = [*torchrun(arguments.processes), __file__, *argv, *target, "--worker"]
+        found = run_worker("the run", command, environment(threads))
     print(
         f"{arguments.processes} processes, {found['parameters']:,} parameters, {found['bytes'] / 2**20:.0f} MiB per "
         f"checkpoint, one every {arguments.every} steps; medians of {arguments.rounds} turns"
     )
     for kind in KINDS[1:]:
-        cost = [100 * (a / b - 1) for a, b in zip(found["seconds"][kind], found["seconds"]["never"])]
-        pause = [100 * p / s for p, s in zip(found["pause"][kind], found["seconds"][kind])]
+        cost = Spread.of(100 * (a / b - 1) for a, b in zip(found["seconds"][kind], found["seconds"]["never"]))
+        pause = Spread.of(100 * p / s for p, s in zip(found["pause"][kind], found["seconds"][kind]))
         print(
-            f"  {kind:<13} costs {statistics.median(cost):5.1f} % ({min(cost):.1f} to {max(cost):.1f}); the step "
-            f"itself is held up for {statistics.median(pause):.2f} % of the time ({min(pause):.2f} to {max(pause):.2f})"
+            f"  {kind:<13} costs {cost.median:5.1f} % ({cost.range('.1f')}); the step itself is held up for "
+            f"{pause.median:.2f} % of the time ({pause.range('.2f')})"
         )
     return 0
 
 
 def work(arguments: argparse.Namespace) -> int:
-    """One process of the launch."""
+    """Measure all kinds, in one process of the launch."""
     import torch
 
     from gptoss_dist.checkpoint import Retention, Saver
@@ -81,7 +74,7 @@ def work(arguments: argparse.Namespace) -> int:
 
     ranks = start()
     config = load_config(
-        Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml",
+        QUICKSTART,
         overrides={"train.micro_batch_size": arguments.micro_batch_size},
     )
     engine = build_engine(engine_settings(config), ranks, next_token_prediction)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How fast text becomes shards, and shards become batches, beside what others do, in one run.
+"""Measure how fast text becomes shards, and shards become batches, beside what others do, in one run.
 
     python launch/benchmark_data.py prepare --tokenizer o200k_harmony [--megabytes 200] [--rounds 3]
     python launch/benchmark_data.py load [--gigabytes 1]
@@ -21,20 +21,25 @@ import os
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from launch.benchmarks.protocol import Spread, run_worker
+
 PARTS = 10
 """Of an epoch that is timed: what else the machine does shows as their spread."""
 WHOLE_CORE = 0.75, 0.95
-"""A part has a whole core from these shares on: of the fastest pass through a loop, just before and after the part
-(beside a busy hardware thread, which may be another machine's, it is about half), and of its time, that on the CPU.
+"""A part of an epoch has a whole core from these shares on: of the fastest loop, which is timed just before and after
+the part (beside a busy hardware thread, which may be another machine's, it is about half), and of the part's time, that
+on the CPU.
 """
 COMPETITORS = {
     "tiktoken": "tiktoken alone, texts in memory",
@@ -50,12 +55,12 @@ COMPETITORS = {
 
 
 def clocks() -> np.ndarray:
-    """Seconds, and CPU seconds of this process and of those that it waited for."""
+    """Return seconds, and CPU seconds of this process and of those that it waited for."""
     return np.array([time.perf_counter(), sum(os.times()[:4])])
 
 
 def loop_speed() -> float:
-    """Of this core at this moment, in passes of an empty loop per microsecond; takes some 10 ms."""
+    """Return how fast this core is at this moment: passes of an empty loop per microsecond. It takes some 10 ms."""
     seconds = []
     for _ in range(9):
         start = time.perf_counter()
@@ -71,7 +76,7 @@ def read_texts(path: Path) -> list[str]:
 
 
 def published(tokenizer):
-    """tiktoken with the pattern as others use it."""
+    """Return tiktoken's encoding with the pattern as others use it."""
     import tiktoken
 
     return tiktoken.Encoding(
@@ -91,7 +96,7 @@ def run_tiktoken(path: Path, output: Path, encoding) -> tuple[int, np.ndarray]:
 
 
 def run_two(path: Path, output: Path, encoding) -> tuple[int, np.ndarray]:
-    """What two processes that share nothing make of this machine's cores."""
+    """Time what two processes that share nothing make of this machine's cores."""
     texts, encode = read_texts(path), encoding.encode_to_numpy
     context = multiprocessing.get_context("fork")
     counts = context.Array("q", 2)
@@ -125,7 +130,7 @@ _shared = None
 
 
 def _encode_line(line: str) -> tuple[dict, dict, int]:
-    """What Megatron-LM's Encoder hands to its parent: ids and lengths by the keys of the record, as lists."""
+    """Return what Megatron-LM's Encoder hands to its parent: ids and lengths by the keys of the record, as lists."""
     ids, lengths = [], []
     encoding, eot = _shared
     sentence = encoding.encode_ordinary(json.loads(line)["text"])
@@ -139,7 +144,7 @@ def _encode_line(line: str) -> tuple[dict, dict, int]:
 
 
 def run_megatron(path: Path, output: Path, tokenizer) -> tuple[int, np.ndarray]:
-    """The scheme of `process_json_file` and `IndexedDatasetBuilder.add_document`, without their checks and messages."""
+    """Time the scheme of `process_json_file` and `IndexedDatasetBuilder.add_document` without checks and messages."""
     from data_pipeline.shards.megatron import token_dtype
 
     global _shared
@@ -157,7 +162,7 @@ def run_megatron(path: Path, output: Path, tokenizer) -> tuple[int, np.ndarray]:
 
 
 def run_datasets(path: Path, output: Path, tokenizer) -> tuple[int, np.ndarray]:
-    """The usual recipe, as of nanoGPT's prepare.py: map, then copy into one memory map."""
+    """Time the usual recipe, that of nanoGPT's prepare.py: map, then copy into one memory map."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -185,7 +190,7 @@ def run_datasets(path: Path, output: Path, tokenizer) -> tuple[int, np.ndarray]:
 
 
 def compete(arguments: argparse.Namespace) -> None:
-    """One competitor, in this process; prints tokens and seconds."""
+    """Run one competitor in this process, and print tokens and seconds."""
     from data_pipeline.tokenizer.published import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.tokenizer)
@@ -211,7 +216,7 @@ def compete(arguments: argparse.Namespace) -> None:
 
 
 def make_corpus(path: Path, megabytes: int) -> int:
-    """Python sources of this environment, without copies, as .jsonl; returns bytes of text."""
+    """Write Python sources of this environment, without copies, as .jsonl, and return the bytes of text."""
     from data_pipeline.corpora.sources import open_source
 
     seen, size = set(), 0
@@ -241,22 +246,23 @@ def prepare_benchmark(arguments: argparse.Namespace) -> None:
         for round_ in range(arguments.rounds):
             for name in names if round_ % 2 == 0 else reversed(names):
                 command = [sys.executable, __file__, "prepare", "--only", name, "--corpus", str(corpus)]
-                done = subprocess.run([*command, "--tokenizer", arguments.tokenizer], capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(f"{name}: {done.stderr}")
-                results[name].append(json.loads(done.stdout.splitlines()[-1]))
+                results[name].append(run_worker(name, [*command, "--tokenizer", arguments.tokenizer]))
+    print(f"{size / 1e6:.0f} MB of text, tokenizer {arguments.tokenizer}, {arguments.rounds} rounds; medians")
+    report_prepare(results)
+
+
+def report_prepare(results: dict[str, list[dict]]) -> None:
     tokens = {result["tokens"] for found in results.values() for result in found}
     contents = {result["content"] for found in results.values() for result in found} - {None}
-    print(f"{size / 1e6:.0f} MB of text, tokenizer {arguments.tokenizer}, {arguments.rounds} rounds; medians")
     print(f"tokens: {', '.join(f'{t:,}' for t in sorted(tokens))}; our outputs have {len(contents)} content hash(es)")
-    rate = {name: statistics.median(r["tokens"] / r["seconds"] / 1e6 for r in found) for name, found in results.items()}
-    for name in names:
-        cpu = statistics.median(r["tokens"] / r["cpu"] / 1e6 for r in results[name])
-        print(f"  {COMPETITORS[name]:<40}{rate[name]:8.2f} M tokens/s {cpu:8.2f} M tokens per CPU second")
+    for name, found in results.items():
+        rate, cpu = (statistics.median(r["tokens"] / r[clock] / 1e6 for r in found) for clock in ("seconds", "cpu"))
+        print(f"  {COMPETITORS[name]:<40}{rate:8.2f} M tokens/s {cpu:8.2f} M tokens per CPU second")
 
     def ratio(a: str, b: str) -> str:
-        values = [y["seconds"] / x["seconds"] for x, y in zip(results[a], results[b])]
-        return f"{statistics.median(values):.2f}x ({min(values):.2f} to {max(values):.2f})"
+        seconds_a, seconds_b = ([result["seconds"] for result in results[name]] for name in (a, b))
+        speed = Spread.of_ratios(seconds_b, seconds_a)
+        return f"{speed.median:.2f}x ({speed.range('.2f')})"
 
     print(f"1 process against tiktoken alone: {ratio('ours1', 'tiktoken')}")
     print(f"1 process against tiktoken alone with our form of its pattern: {ratio('ours1', 'pattern')}")
@@ -268,8 +274,16 @@ def prepare_benchmark(arguments: argparse.Namespace) -> None:
             print(f"{COMPETITORS[name]} against datasets.map: {ratio(name, 'datasets')}")
 
 
-def _write_dataset(folder: Path, tokenizer, lengths: np.ndarray, shards: int, holes: bool = False) -> None:
-    """Random tokens in documents of `lengths`. holes: none on disk; they read as zeros."""
+def write_dataset(folder: Path, tokenizer, lengths: np.ndarray, shards: int, holes: bool = False) -> None:
+    """Write a dataset of random tokens.
+
+    Args:
+        folder: The directory to create.
+        tokenizer: What the tokens pretend to come from.
+        lengths: Tokens of each document.
+        shards: The number of shards.
+        holes: Write no tokens, but files that read as zeros and take no room.
+    """
     from data_pipeline.shards.manifest import Manifest, Shard
     from data_pipeline.shards.megatron import IndexedWriter, data_path, index_bytes, index_path
     from data_pipeline.shards.writer import shard_of
@@ -295,30 +309,50 @@ def _write_dataset(folder: Path, tokenizer, lengths: np.ndarray, shards: int, ho
     (folder / "manifest.json").write_bytes(manifest.to_json())
 
 
+@dataclass
+class EpochPart:
+    """What was measured of a tenth of an epoch.
+
+    Attributes:
+        rate: Million tokens per second.
+        core_before: The loop speed of the core just before it.
+        core_after: The same just after it.
+        share: The share of its time that it was on the CPU.
+    """
+
+    rate: float
+    core_before: float
+    core_after: float
+    share: float
+
+    def has_whole_core(self, least_speed: float, least_share: float) -> bool:
+        return min(self.core_before, self.core_after) >= least_speed and self.share >= least_share
+
+
+@dataclass
+class Epoch:
+    """What was measured of an epoch; the memory of the process at its start and its end is in MiB."""
+
+    name: str
+    parts: list[EpochPart]
+    memory_before: float
+    memory_after: float
+
+
 def load_benchmark(arguments: argparse.Namespace) -> None:
     import torch
 
-    from data_pipeline import BatchLoader, load_tokenizer, open_dataset
-
-    def memory() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-
-    def lengths(count: int) -> np.ndarray:
-        """As of web pages: most are short, a thirteenth are longer than a sample. The mean is near 800."""
-        return np.clip(np.random.default_rng(1).lognormal(np.log(485), 1, count), 2, None).astype(np.int32)
-
-    def spread(values: list[float], form: str = ".0f") -> str:
-        return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    from data_pipeline import load_tokenizer, open_dataset
 
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    epochs, seen = [], [loop_speed() for _ in range(100)]
+    cores = [loop_speed() for _ in range(100)]
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         tokenizer = load_tokenizer("builtin")
         large, many = Path(folder) / "large", Path(folder) / "many"
-        _write_dataset(large, tokenizer, lengths(round(arguments.gigabytes * 1e9 / 2 / 800)), 8)
-        _write_dataset(many, tokenizer, lengths(10_000_000), 128, holes=True)
-        size = sum(path.stat().st_size for path in large.glob("*.bin"))
+        write_dataset(large, tokenizer, document_lengths(round(arguments.gigabytes * 1e9 / 2 / 800)), 8)
+        write_dataset(many, tokenizer, document_lengths(10_000_000), 128, holes=True)
+        epochs = []
         # Micro-batches of about 16,000 tokens.
         for packing, micro_batch_size, options in (
             ("contiguous", 8, {}),
@@ -328,45 +362,79 @@ def load_benchmark(arguments: argparse.Namespace) -> None:
         ):
             dataset = open_dataset(large, packing=packing, seq_len=2048)
             for prefetch in (0, 2):
-                with BatchLoader(dataset, micro_batch_size=micro_batch_size, prefetch=prefetch, **options) as loader:
-                    for _ in range(20):
-                        next(loader)
-                    before, parts, speed = memory(), [], loop_speed()
-                    steps = dataset.samples_per_epoch // micro_batch_size // PARTS
-                    tokens = dataset.inputs_total * steps * micro_batch_size / dataset.samples_per_epoch
-                    for _ in range(PARTS):
-                        start, cpu = time.perf_counter(), time.process_time()
-                        for _ in range(steps):
-                            next(loader)
-                        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-                        slower, speed = speed, loop_speed()
-                        seen.append(speed)
-                        parts.append((tokens / seconds / 1e6, min(slower, speed), cpu / seconds))
-                    name = packing + (", document_mask" if options else "") + (", read ahead" if prefetch else "")
-                    epochs.append((name, parts, before, memory()))
-        least_speed, least_share = WHOLE_CORE[0] * max(seen), WHOLE_CORE[1]
-        about = (
-            f"One core; {size / 1e9:.2f} GB of tokens in documents of about 800, samples of 2048. M tokens/s, without "
-            f"padding, over one epoch in random order: median of its {PARTS} parts (slowest to fastest); the same of "
-            f"parts with a whole core, which had {least_share:.0%} of its time, and before and after which an empty "
-            f"loop made {least_speed:.0f} passes per us or more (of {min(seen):.0f} to {max(seen):.0f} seen); memory "
-            "of the process at the start and the end of the epoch, MiB. Then a first batch's time, median of three."
-        )
-        print(textwrap.fill(about, 110))
-        print(f"  {'':<38}{'all parts':<20}{'with a whole core':<27}memory")
-        for name, parts, before, after in epochs:
-            rates = [rate for rate, *_ in parts]
-            whole = [rate for rate, speed, share in parts if speed >= least_speed and share >= least_share]
-            with_core = f"{spread(whole)}, {len(whole)} of {PARTS}" if whole else f"none of {PARTS}"
-            print(f"  {name:<38}{spread(rates):<20}{with_core:<27}{before:.0f} to {after:.0f}")
+                name = packing + (", document_mask" if options else "") + (", read ahead" if prefetch else "")
+                epochs.append(time_epoch(name, dataset, micro_batch_size, prefetch=prefetch, **options))
+        cores += [part.core_after for epoch in epochs for part in epoch.parts]
+        report_epochs(epochs, cores, sum(path.stat().st_size for path in large.glob("*.bin")))
         for packing in ("contiguous", "best_fit", "varlen"):
-            seconds = []
-            for _ in range(3):
-                start = time.perf_counter()
-                with BatchLoader(open_dataset(many, packing=packing, seq_len=2048), micro_batch_size=8) as loader:
-                    next(loader)
-                seconds.append(time.perf_counter() - start)
-            print(f"  first batch, 10,000,000 documents, {packing}: {spread(seconds, '.2f')} s", flush=True)
+            seconds = Spread.of(time_first_batch(many, packing) for _ in range(3))
+            print(f"  first batch, 10,000,000 documents, {packing}: {seconds:.2f} s", flush=True)
+
+
+def document_lengths(count: int) -> np.ndarray:
+    """Return lengths as of web pages: most are short, a thirteenth are longer than a sample. The mean is near 800."""
+    return np.clip(np.random.default_rng(1).lognormal(np.log(485), 1, count), 2, None).astype(np.int32)
+
+
+def memory_mib() -> float:
+    """Return the resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def time_epoch(name: str, dataset, micro_batch_size: int, **options) -> Epoch:
+    """Read a dataset once in random order, in parts that are timed one by one; the options are the loader's."""
+    from data_pipeline import BatchLoader
+
+    steps = dataset.samples_per_epoch // micro_batch_size // PARTS
+    tokens = dataset.inputs_total * steps * micro_batch_size / dataset.samples_per_epoch
+    with BatchLoader(dataset, micro_batch_size=micro_batch_size, **options) as loader:
+        for _ in range(20):
+            next(loader)
+        before, parts, core = memory_mib(), [], loop_speed()
+        for _ in range(PARTS):
+            start, cpu = time.perf_counter(), time.process_time()
+            for _ in range(steps):
+                next(loader)
+            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+            core_before, core = core, loop_speed()
+            parts.append(EpochPart(tokens / seconds / 1e6, core_before, core, cpu / seconds))
+        return Epoch(name, parts, before, memory_mib())
+
+
+def time_first_batch(folder: Path, packing: str) -> float:
+    """Return the seconds from opening a dataset to its first batch."""
+    from data_pipeline import BatchLoader, open_dataset
+
+    start = time.perf_counter()
+    with BatchLoader(open_dataset(folder, packing=packing, seq_len=2048), micro_batch_size=8) as loader:
+        next(loader)
+    return time.perf_counter() - start
+
+
+def report_epochs(epochs: list[Epoch], cores: list[float], size: int) -> None:
+    """Print the speed of all epochs.
+
+    Args:
+        epochs: What was measured.
+        cores: The loop speeds of the core that were seen meanwhile.
+        size: Bytes of the tokens.
+    """
+    least_speed, least_share = WHOLE_CORE[0] * max(cores), WHOLE_CORE[1]
+    about = (
+        f"One core; {size / 1e9:.2f} GB of tokens in documents of about 800, samples of 2048. M tokens/s, without "
+        f"padding, over one epoch in random order: median of its {PARTS} parts (slowest to fastest); the same of "
+        f"parts with a whole core, which had {least_share:.0%} of its time, and before and after which an empty "
+        f"loop made {least_speed:.0f} passes per us or more (of {min(cores):.0f} to {max(cores):.0f} seen); memory "
+        "of the process at the start and the end of the epoch, MiB. Then a first batch's time, median of three."
+    )
+    print(textwrap.fill(about, 110))
+    print(f"  {'':<38}{'all parts':<20}{'with a whole core':<27}memory")
+    for epoch in epochs:
+        rates = f"{Spread.of(part.rate for part in epoch.parts):.0f}"
+        whole = [part.rate for part in epoch.parts if part.has_whole_core(least_speed, least_share)]
+        with_core = f"{Spread.of(whole):.0f}, {len(whole)} of {PARTS}" if whole else f"none of {PARTS}"
+        memory = f"{epoch.memory_before:.0f} to {epoch.memory_after:.0f}"
+        print(f"  {epoch.name:<38}{rates:<20}{with_core:<27}{memory}")
 
 
 def main() -> None:

@@ -3,27 +3,26 @@
 
     python launch/benchmark_engines.py --processes 2 4
 
-Every engine gets a launch of its own, in turn, so that none inherits another's memory; rounds repeat the turns. Held is
-what stays between steps: every tensor's memory, each counted once. The peak is what the process grew by, from before
-the model is built to after the last step; freed memory that is not used again counts. Bytes are those that one process
-sends per optimizer step, by the usual count of ring algorithms: (n-1)/n of what is gathered or scattered, twice
-that for an all-reduce, and what really leaves for an all-to-all. Runs on the CPU with gloo; the bytes do not depend on
-the device, time and memory do.
+Every engine gets a launch of its own, in turn; see protocol.py. Held is what stays between steps: the memory of every
+tensor, counted once. The peak is what the process grew by, from before the model is built to after the last step; freed
+memory that is not used again counts. Bytes are those that one process sends per optimizer step, by the usual count of
+ring algorithms: (n-1)/n of what is gathered or scattered, twice that for an all-reduce, and what really leaves for an
+all-to-all. Runs on the CPU with gloo; the bytes do not depend on the device, time and memory do.
 """
 
 import argparse
 import gc
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from launch.benchmarks.protocol import QUICKSTART, Spread, environment, run_worker, torchrun
 
 ENGINES = {
     "fsdp": {"engine.kind": "fsdp"},
@@ -70,44 +69,53 @@ def main(argv: list[str]) -> int:
             held, memory, sent = (
                 statistics.median(f[key] for f in found) / 2**20 for key in ("held", "memory", "sent")
             )
-            ratios = [f["seconds"] / g["seconds"] for f, g in zip(found, results["fsdp"])]
+            ratio = Spread.of_ratios((f["seconds"] for f in found), (f["seconds"] for f in results["fsdp"]))
             losses = max(abs(f["loss"] / g["loss"] - 1) for f, g in zip(found, results["fsdp"]))
             print(
                 f"  {name:<20}{held:8.0f} MiB held {memory:8.0f} MiB at the peak {sent:8.1f} MiB sent per step "
-                f"{statistics.median(ratios):6.2f}x fsdp's step time ({min(ratios):.2f} to {max(ratios):.2f}); "
+                f"{ratio.median:6.2f}x fsdp's step time ({ratio.range('.2f')}); "
                 f"last loss differs by {losses:.0e}"
             )
     return 0
 
 
 def launch(name: str, processes: int, argv: list[str]) -> dict:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*line, __file__, *argv, "--worker", name],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    """Return what one turn of an engine found, in processes of its own."""
+    return run_worker(name, [*torchrun(processes), __file__, *argv, "--worker", name], environment(threads=1))
 
 
 def work(arguments: argparse.Namespace) -> int:
-    """One engine in one process of a launch."""
+    """Measure one engine, in one process of a launch."""
     import torch
 
-    from gptoss_dist.config import load_config
     from gptoss_dist.distributed.processes import shut_down, start
     from gptoss_dist.engine import build_engine
-    from gptoss_dist.parallel.traffic import SentBytes
     from gptoss_dist.train.objectives import next_token_prediction
     from gptoss_dist.train.start import engine_settings
 
     ranks = start()
-    share = arguments.samples // ranks.world_size
-    config = load_config(
-        Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml",
+    config = worker_config(arguments, ranks)
+    if config.engine.kind == "deepspeed":
+        from gptoss_dist.engine.deepspeed import load_deepspeed
+
+        load_deepspeed(ranks)  # its code is not what is measured
+    before = peak_memory()
+    engine = build_engine(engine_settings(config), ranks, next_token_prediction)
+    found = time_steps(engine, worker_batches(arguments, config, ranks), arguments.steps)
+    memory = ranks.sum(torch.tensor(float(peak_memory() - before))) / ranks.world_size
+    if ranks.is_main:
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
+        found |= {"held": held_memory(), "memory": float(memory), "parameters": parameters}
+        print(json.dumps(found), flush=True)
+    return shut_down()
+
+
+def worker_config(arguments: argparse.Namespace, ranks):
+    """Return the quickstart run with the engine of this worker and the sizes that were asked for."""
+    from gptoss_dist.config import load_config
+
+    return load_config(
+        QUICKSTART,
         overrides=ENGINES[arguments.worker]
         | {
             "model.hidden_size": arguments.hidden_size,
@@ -115,23 +123,32 @@ def work(arguments: argparse.Namespace) -> int:
             "model.num_local_experts": arguments.experts,
             "parallel.expert_parallel": arguments.expert_parallel,
             "train.precision": arguments.precision,
-            "train.micro_batch_size": share,
+            "train.micro_batch_size": arguments.samples // ranks.world_size,
             "train.gradient_accumulation": arguments.accumulation,
             "data.seq_len": arguments.seq_len,
         },
     )
-    if config.engine.kind == "deepspeed":
-        from gptoss_dist.engine.deepspeed import load_deepspeed
 
-        load_deepspeed(ranks)  # its code is not what is measured
-    before = peak_memory()
-    engine = build_engine(engine_settings(config), ranks, next_token_prediction)
+
+def worker_batches(arguments: argparse.Namespace, config, ranks) -> list[dict]:
+    """Return the micro-batches of one step: this process's share of the same random samples, whatever the engine."""
+    import torch
+
+    share = config.train.micro_batch_size
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.model.vocab_size, (arguments.samples, arguments.seq_len + 1), generator=generator)
     mine = tokens[ranks.rank * share : (ranks.rank + 1) * share]
-    batches = [{"input_ids": mine[:, :-1], "labels": mine[:, 1:]}] * arguments.accumulation
+    return [{"input_ids": mine[:, :-1], "labels": mine[:, 1:]}] * arguments.accumulation
+
+
+def time_steps(engine, batches: list[dict], steps: int) -> dict:
+    """Train some steps. Return the median of their seconds, the bytes that one of them sends, and the last loss."""
+    import torch
+
+    from gptoss_dist.parallel.traffic import SentBytes
+
     seconds, sent = [], 0
-    for step in range(arguments.steps):
+    for step in range(steps):
         counter = SentBytes()
         torch.distributed.barrier()
         begin = time.perf_counter()
@@ -145,22 +162,11 @@ def work(arguments: argparse.Namespace) -> int:
             sent = counter.total
         else:
             seconds.append(time.perf_counter() - begin)
-    memory = ranks.sum(torch.tensor(float(peak_memory() - before))) / ranks.world_size
-    if ranks.is_main:
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
-        found = {
-            "held": held_memory(),
-            "memory": float(memory),
-            "sent": sent,
-            "seconds": statistics.median(seconds),
-            "loss": loss,
-        }
-        print(json.dumps(found | {"parameters": parameters}), flush=True)
-    return shut_down()
+    return {"seconds": statistics.median(seconds), "sent": sent, "loss": loss}
 
 
 def held_memory() -> int:
-    """Bytes of all tensors that are alive."""
+    """Return the bytes of all tensors that are alive."""
     import torch
 
     gc.collect()
@@ -174,7 +180,7 @@ def held_memory() -> int:
 
 
 def peak_memory() -> int:
-    """Bytes of this process at its peak so far."""
+    """Return the bytes of this process at its peak so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -25,8 +25,8 @@ from data_pipeline import IndexedReader, Manifest, TokenDataset, load_tokenizer,
 from data_pipeline.command_line import parse
 from data_pipeline.corpora.part import Part, Source
 from data_pipeline.prepare.__main__ import main
-from data_pipeline.prepare.dedupe import duplicates, gather
-from data_pipeline.prepare.part import Piece, _write_hashes, hashes_path, make_piece
+from data_pipeline.prepare.dedupe import assemble_splits, find_duplicates
+from data_pipeline.prepare.part import Preparation, PreparedPart, hashes_path, prepare_part, write_hashes
 from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.prepare.rules import Rules
 from data_pipeline.prepare.settings import PrepareConfig
@@ -105,7 +105,7 @@ def expected_documents(sources, most=None):
 
 @pytest.mark.parametrize("most", [None, 290])
 def test_workers_change_nothing(tmp_path, corpora, monkeypatch, most):
-    monkeypatch.setattr("data_pipeline.prepare.part._BATCH_CHARACTERS", 9000)
+    monkeypatch.setattr("data_pipeline.prepare.part.BATCH_CHARACTERS", 9000)
     monkeypatch.setattr("data_pipeline.corpora.part.MIN_PART_BYTES", 20_000)  # files are read in ranges of bytes
     options = ["--shard-tokens", 9000, "--tokenizer", "bytes", "--validation-fraction", 0.1]
     options += ["--max-documents", most] if most else []
@@ -132,16 +132,16 @@ def test_workers_change_nothing(tmp_path, corpora, monkeypatch, most):
 def test_duplicates_are_found_in_ranges_of_hashes(tmp_path, monkeypatch):
     """However little memory the search may use, it finds what a dictionary finds."""
     random = np.random.default_rng(0)
-    pieces, first, expected = [], {}, {}
+    parts, first, expected = [], {}, {}
     for index, count in enumerate([50, 0, 1, 200, 120]):
         keys = [f"{value:03d}".encode() for value in random.permutation(300)[:count]]
         digests = [hashlib.sha256(key).digest()[:16] for key in keys]
-        _write_hashes(hashes_path(tmp_path, str(index)), digests)
-        pieces.append(Piece(str(index), "", 0, count, {}, {}, {}, 0, [], {}))
+        write_hashes(hashes_path(tmp_path, str(index)), digests)
+        parts.append(PreparedPart(str(index), "", 0, count, {}, {}, {}, 0, [], {}))
         expected[index] = [place for place, digest in enumerate(digests) if first.setdefault(digest, index) != index]
     expected = {key: places for key, places in expected.items() if places}
-    for bucket in (1 << 20, 100, 1):
-        found = duplicates(tmp_path, pieces, bucket=bucket)
+    for documents_at_once in (1 << 20, 100, 1):
+        found = find_duplicates(tmp_path, parts, documents_at_once=documents_at_once)
         assert {key: places.tolist() for key, places in found.items()} == expected
 
 
@@ -464,9 +464,9 @@ def test_replacing_loses_nothing_at_any_moment(tmp_path, capsys, monkeypatch):
     def appear(*arguments):
         (tmp_path / "late").mkdir()
         (tmp_path / "late/notes.txt").write_text("x")
-        return gather(*arguments)
+        return assemble_splits(*arguments)
 
-    monkeypatch.setattr("data_pipeline.prepare.pipeline.gather", appear)
+    monkeypatch.setattr("data_pipeline.prepare.pipeline.assemble_splits", appear)
     code, _, err = run(old, "--output", tmp_path / "late", "--overwrite", capsys=capsys)
     assert code == 1 and "not a prepared dataset" in err and contents(tmp_path / "late") == {"notes.txt": b"x"}
 
@@ -482,7 +482,7 @@ def test_inputs_and_filters_that_change_are_noticed(tmp_path, capsys, monkeypatc
     (tmp_path / "my_filter.py").write_text("def f(text):\n    return text + '2'\n")
     part = open_source(str(tmp_path / "in")).parts[0]
     with pytest.raises(ValueError, match="my_filter:f: was changed"):
-        make_piece(tmp_path, part, "0" * 32, rules, load_tokenizer("bytes"))
+        prepare_part(part, "0" * 32, Preparation(tmp_path, rules, load_tokenizer("bytes")))
     del sys.modules["my_filter"]
     assert run(tmp_path / "in", *options) == 0 and documents_of(tmp_path / "data", "train") == ["a2", "b2"]
     del sys.modules["my_filter"]
