@@ -32,7 +32,6 @@ FEWEST_FILES, MOST_FILES = 3, 12
 LONG_FUNCTIONS: dict[str, str] = {
     "gptoss_dist.train.loop:train": "to be taken apart",
     "data_pipeline.prepare.part:make_piece": "to be taken apart",
-    "gptoss_dist.checkpoint.store:write": "to be taken apart",
     "data_pipeline.tools.adopt:adopt": "to be taken apart",
     "launch.benchmarks.data:load_benchmark": "to be taken apart",
     "data_pipeline.tools.merge:merge": "to be taken apart",

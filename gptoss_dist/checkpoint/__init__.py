@@ -6,7 +6,7 @@ from gptoss_dist.checkpoint.info import CheckpointInfo, DataPlace, read_info
 from gptoss_dist.checkpoint.rng import restore_rng
 from gptoss_dist.checkpoint.saver import Saver, save
 from gptoss_dist.checkpoint.store import (
-    Keep,
+    Retention,
     candidates,
     checkpoints,
     load_state,
@@ -18,7 +18,7 @@ from gptoss_dist.checkpoint.store import (
 __all__ = [
     "CheckpointInfo",
     "DataPlace",
-    "Keep",
+    "Retention",
     "Saver",
     "candidates",
     "check_architecture",

@@ -122,7 +122,7 @@ def train(config: Config, ranks: Ranks) -> None:
         for moved in checkpoint.set_aside(config.checkpoint_folder, after=first):
             report.message(f"a later checkpoint is now {moved}")
 
-    retention = checkpoint.Keep(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
+    retention = checkpoint.Retention(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
     saver = checkpoint.Saver(
         config.checkpoint_folder, keep=retention, asynchronous=config.checkpoint.asynchronous, group=patient
     )

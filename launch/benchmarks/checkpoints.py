@@ -72,7 +72,7 @@ def work(arguments: argparse.Namespace) -> int:
     """One process of the launch."""
     import torch
 
-    from gptoss_dist.checkpoint import Keep, Saver
+    from gptoss_dist.checkpoint import Retention, Saver
     from gptoss_dist.config import load_config
     from gptoss_dist.distributed.processes import shut_down, start
     from gptoss_dist.engine import build_engine
@@ -87,7 +87,7 @@ def work(arguments: argparse.Namespace) -> int:
     tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(ranks.rank))
     batches = [{"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}]
     savers = {
-        kind: Saver(Path(arguments.folder) / kind, keep=Keep(newest=2), asynchronous=kind == "asynchronous")
+        kind: Saver(Path(arguments.folder) / kind, keep=Retention(newest=2), asynchronous=kind == "asynchronous")
         for kind in KINDS[1:]
     }
     seconds, pause = {kind: [] for kind in KINDS}, {kind: [] for kind in KINDS}

@@ -35,7 +35,7 @@ def example() -> dict[str, torch.Tensor]:
 
 
 def save(folder, step, info=None, **keep) -> Path:
-    return checkpoint.save(folder, step, example(), info or {}, keep=checkpoint.Keep(**keep))
+    return checkpoint.save(folder, step, example(), info or {}, keep=checkpoint.Retention(**keep))
 
 
 def blank() -> dict[str, torch.Tensor]:
@@ -104,7 +104,7 @@ def test_a_failed_save_is_tried_again_then_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     for asynchronous in (False, True):
         left[0] = 100
-        failing = checkpoint.Saver(tmp_path, keep=checkpoint.Keep(newest=1), asynchronous=asynchronous)
+        failing = checkpoint.Saver(tmp_path, keep=checkpoint.Retention(newest=1), asynchronous=asynchronous)
         failing.save(2, example(), {})
         failing.wait()
         said = failing.messages()
@@ -145,7 +145,7 @@ def test_what_is_saved_is_the_state_of_the_call(tmp_path, monkeypatch):
         return original(folder, step, *args, **kwargs)
 
     monkeypatch.setattr(saver, "write", slowly)
-    writing, state = checkpoint.Saver(tmp_path, keep=checkpoint.Keep(), asynchronous=True), example()
+    writing, state = checkpoint.Saver(tmp_path, keep=checkpoint.Retention(), asynchronous=True), example()
     generators = torch.get_rng_state()
     writing.save(1, state, {})
     assert writing.pause_s < 0.2 and not order
@@ -196,7 +196,7 @@ def test_an_old_one_that_cannot_be_deleted_is_no_failure(tmp_path, monkeypatch):
 
 def test_which_checkpoints_stay(tmp_path):
     losses = {1: math.nan, 2: 2.0, 3: None, 4: 2.5, 5: None, 6: 2.6, 7: 2.7}
-    keep = checkpoint.Keep(newest=2, every=3, best=True)
+    keep = checkpoint.Retention(newest=2, every=3, best=True)
     writing = checkpoint.Saver(tmp_path, keep=keep, asynchronous=False)
     for step, loss in losses.items():
         writing.save(step, example(), {"validation_loss": loss})
@@ -209,7 +209,7 @@ def test_every_damage_is_found_and_the_one_before_is_taken(tmp_path, seed):
     draw = random.Random(seed)
     before = save(tmp_path, 1)
     extra = lambda folder: (folder / "tokenizer.json").write_text("{}")  # noqa: E731
-    writing = checkpoint.Saver(tmp_path, keep=checkpoint.Keep(), asynchronous=False)
+    writing = checkpoint.Saver(tmp_path, keep=checkpoint.Retention(), asynchronous=False)
     writing.save(2, example(), {}, extra_files=extra)
     whole = tmp_path / "step_00000002"
     copy = tmp_path.with_name(tmp_path.name + "-copy")

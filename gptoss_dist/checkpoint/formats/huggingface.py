@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gptoss_dist.checkpoint.formats.tensor_files import Output, Source, stored_tensors
+from gptoss_dist.checkpoint.formats.tensor_files import LazyTensor, Output, stored_tensors
 from gptoss_dist.checkpoint.formats.views import Losses, Packed, Transposed, packed, plain
 from gptoss_dist.model.config import ModelConfig, RopeScaling
 
@@ -110,7 +110,7 @@ def read_json(path: Path) -> dict:
     return values
 
 
-def sources(folder: str | Path, message: Callable[[str], None]) -> dict[str, Source]:
+def read_tensors(folder: str | Path, message: Callable[[str], None]) -> dict[str, LazyTensor]:
     """The folder's tensors by the model's names; MXFP4 is unpacked as it is read.
 
     Args:
@@ -120,18 +120,18 @@ def sources(folder: str | Path, message: Callable[[str], None]) -> dict[str, Sou
         ValueError: there are none, files are damaged, or MXFP4 blocks and scales do not fit each other.
     """
     found, result, dense = stored_tensors(folder), {}, []
-    for name, source in found.items():
+    for name, tensor in found.items():
         stem = name.removesuffix(BLOCKS)
         if name.endswith(SCALES):
             if name.removesuffix(SCALES) + BLOCKS not in found:
                 raise ValueError(f"{folder}: {name} has no {name.removesuffix(SCALES) + BLOCKS} beside it")
         elif stem == name:
-            result[name] = source
+            result[name] = tensor
         elif stem + SCALES in found:
-            result[stem] = checked(Packed(source, found[stem + SCALES]), name, folder)
-        elif source.dtype.is_floating_point:
+            result[stem] = checked(Packed(tensor, found[stem + SCALES]), name, folder)
+        elif tensor.dtype.is_floating_point:
             dense.append(name)  # what transformers 5.23 saves of an MXFP4 model that it has unpacked
-            result[stem] = source
+            result[stem] = tensor
         else:
             raise ValueError(f"{folder}: {name} has no {stem + SCALES} beside it")
     if dense:
@@ -139,12 +139,12 @@ def sources(folder: str | Path, message: Callable[[str], None]) -> dict[str, Sou
     return result
 
 
-def checked(source: Packed, name: str, folder: str | Path) -> Packed:
+def checked(tensor: Packed, name: str, folder: str | Path) -> Packed:
     """
     Raises:
         ValueError: blocks and scales do not fit each other.
     """
-    blocks, scales = source.blocks, source.scales
+    blocks, scales = tensor.blocks, tensor.scales
     if (
         {blocks.dtype, scales.dtype} != {torch.uint8}
         or blocks.shape[3:] != (16,)
@@ -154,7 +154,7 @@ def checked(source: Packed, name: str, folder: str | Path) -> Packed:
             f"{folder}: {name} {tuple(blocks.shape)} and its scales {tuple(scales.shape)} are not MXFP4: uint8 "
             "[experts, outputs, groups, 16] and [experts, outputs, groups] are"
         )
-    return source
+    return tensor
 
 
 def inexpressible(config: ModelConfig) -> list[str]:
@@ -163,15 +163,15 @@ def inexpressible(config: ModelConfig) -> list[str]:
 
 
 def outputs(
-    tensors: dict[str, Source], config: ModelConfig, *, dtype: torch.dtype, pack: bool, search: bool, losses: Losses
+    tensors: dict[str, LazyTensor], config: ModelConfig, *, dtype: torch.dtype, pack: bool, search: bool, losses: Losses
 ) -> list[Output]:
     """What to write of the model's `tensors`; with `pack` the experts in MXFP4, everything else in `dtype`."""
     made = []
-    for name, source in tensors.items():
+    for name, tensor in tensors.items():
         if pack and name.endswith(EXPERTS):
-            made.append(packed(name + BLOCKS, name + SCALES, Transposed(source), losses, search=search))
+            made.append(packed(name + BLOCKS, name + SCALES, Transposed(tensor), losses, search=search))
         else:
-            made.append(plain(name, source, dtype))
+            made.append(plain(name, tensor, dtype))
     return made
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from gptoss_dist.checkpoint.formats.huggingface import EXPERTS, ONLY_HERE, checked, read_json
-from gptoss_dist.checkpoint.formats.tensor_files import Output, Source, stored_tensors
+from gptoss_dist.checkpoint.formats.tensor_files import LazyTensor, Output, stored_tensors
 from gptoss_dist.checkpoint.formats.views import Concatenated, Losses, Packed, Rows, Transposed, packed, plain
 from gptoss_dist.model.config import ModelConfig, RopeScaling
 
@@ -83,21 +83,21 @@ def read_config(folder: str | Path) -> ModelConfig:
     return ModelConfig(**fields, max_position_embeddings=int(context * factor))
 
 
-def sources(folder: str | Path, message: Callable[[str], None]) -> dict[str, Source]:
+def read_tensors(folder: str | Path, message: Callable[[str], None]) -> dict[str, LazyTensor]:
     """The folder's tensors by the model's names; those that have no name here keep their own.
 
     Args:
         message: gets a line about what is unusual; here nothing is.
 
     Raises:
-        ValueError: as `huggingface.sources`.
+        ValueError: as `huggingface.read_tensors`.
     """
     config, found, result = read_config(folder), stored_tensors(folder), {}
     heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     borders = (0, heads, heads + kv_heads, heads + 2 * kv_heads)
     top = {theirs: ours for ours, theirs in TOP.items()}
     layer = {theirs: ours for ours, theirs in LAYER.items()}
-    for name, source in found.items():
+    for name, tensor in found.items():
         block = re.fullmatch(r"block\.(\d+)\.(.+)", name)
         prefix, rest = (f"model.layers.{block[1]}.", block[2]) if block else ("", name)
         stem, _, form = rest.rpartition(".")
@@ -108,15 +108,15 @@ def sources(folder: str | Path, message: Callable[[str], None]) -> dict[str, Sou
             scales = name.removesuffix("blocks") + "scales"
             if scales not in found:
                 raise ValueError(f"{folder}: {name} has no {scales} beside it")
-            result[prefix + layer.get(stem, stem)] = checked(Packed(source, found[scales]), name, folder)
+            result[prefix + layer.get(stem, stem)] = checked(Packed(tensor, found[scales]), name, folder)
         elif stem == "attn.qkv":
-            if source.shape[0] != borders[-1]:
-                raise ValueError(f"{folder}: {name} has {source.shape[0]} rows, config.json means {borders[-1]}")
+            if tensor.shape[0] != borders[-1]:
+                raise ValueError(f"{folder}: {name} has {tensor.shape[0]} rows, config.json means {borders[-1]}")
             for projection, start, stop in zip(QKV, borders, borders[1:]):
-                result[f"{prefix}self_attn.{projection}.{form}"] = Rows(source, start, stop)
+                result[f"{prefix}self_attn.{projection}.{form}"] = Rows(tensor, start, stop)
         else:
             ours = (layer if block else top).get(rest, rest)
-            result[prefix + ours] = Transposed(source) if ours.endswith(EXPERTS) else source
+            result[prefix + ours] = Transposed(tensor) if ours.endswith(EXPERTS) else tensor
     return result
 
 
@@ -131,7 +131,7 @@ def inexpressible(config: ModelConfig) -> list[str]:
 
 
 def outputs(
-    tensors: dict[str, Source], config: ModelConfig, *, dtype: torch.dtype, pack: bool, search: bool, losses: Losses
+    tensors: dict[str, LazyTensor], config: ModelConfig, *, dtype: torch.dtype, pack: bool, search: bool, losses: Losses
 ) -> list[Output]:
     """What to write of the model's `tensors`; with `pack` the experts in MXFP4, everything else in `dtype`."""
     made = [plain(theirs, tensors[ours], dtype) for ours, theirs in TOP.items()]
@@ -141,13 +141,13 @@ def outputs(
             parts = [tensors[f"{ours}self_attn.{projection}.{form}"] for projection in QKV]
             made.append(plain(f"{theirs}attn.qkv.{form}", Concatenated(parts), dtype))
         for name, other in LAYER.items():
-            source, other = tensors[ours + name], theirs + other
+            tensor, other = tensors[ours + name], theirs + other
             if not name.endswith(EXPERTS):
-                made.append(plain(other, source, dtype))
+                made.append(plain(other, tensor, dtype))
             elif pack:
-                made.append(packed(other + ".blocks", other + ".scales", Transposed(source), losses, search=search))
+                made.append(packed(other + ".blocks", other + ".scales", Transposed(tensor), losses, search=search))
             else:
-                made.append(plain(other, Transposed(source), dtype))
+                made.append(plain(other, Transposed(tensor), dtype))
     return made
 
 
