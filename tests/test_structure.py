@@ -35,7 +35,6 @@ LONG_FUNCTIONS: dict[str, str] = {
     "data_pipeline.tools.adopt:adopt": "to be taken apart",
     "launch.benchmarks.data:load_benchmark": "to be taken apart",
     "data_pipeline.tools.merge:merge": "to be taken apart",
-    "gptoss_dist.engine.zero_settings:deepspeed_settings": "to be taken apart",
     "data_pipeline.tokenizer.huggingface:huggingface_files": "to be taken apart",
     "launch.benchmarks.engines:work": "to be taken apart",
     "data_pipeline.prepare.pipeline:prepare": "to be taken apart",

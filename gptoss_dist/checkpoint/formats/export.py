@@ -1,4 +1,4 @@
-"""Writing models that other tools load, in one process and a part of a tensor at a time."""
+"""Writing models that other tools load. One process does it, a part of a tensor at a time."""
 
 from __future__ import annotations
 
@@ -24,16 +24,21 @@ from gptoss_dist.ops.mxfp4 import GROUP
 
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
               "chat_template*", "generation_config.json", "LICENSE*", "USAGE_POLICY*")  # fmt: skip
-"""What is copied from one published model to another."""
+"""The files that are copied from one published model to another."""
 PUBLISHED_IDS = {"eos_token_id": 200002, "pad_token_id": 199999}
 
 
 def check_export(
     config: ModelConfig, format: Literal["hf", "openai", "safetensors"], pack: bool, search: bool = False
 ) -> None:
-    """
+    """Refuse an export that cannot be.
+
+    Args:
+        config, format, pack, search: As for `export`.
+
     Raises:
-        ValueError: the format cannot express the architecture; names all fields that stand in the way.
+        ValueError: The format cannot express the architecture, of which all fields that stand in the way are named, or
+            the options do not go together.
     """
     if search and not pack:
         raise ValueError("--search chooses the scales of --mxfp4, which is not given")
@@ -66,18 +71,21 @@ def export(
     """Write `pretrained` to the new folder `folder`, which appears only when it is complete.
 
     Args:
+        pretrained: The model.
+        folder: The folder to create.
         format: `hf` for transformers and vLLM, `openai` for OpenAI's own code, `safetensors` for the bare weights.
-        dtype: of what is not packed.
-        pack: the experts' weights in MXFP4.
-        search: as in `ops.mxfp4.encode`.
-        file_bytes: largest size of a file, unless a tensor is larger.
+        dtype: The dtype of what is not packed.
+        pack: Write the experts' weights in MXFP4.
+        search: As in `ops.mxfp4.encode`.
+        file_bytes: The largest size of a file, unless a single tensor is larger.
+        message: Gets a line about each file, and about what is unusual.
 
     Returns:
         {tensor: relative quantisation error} of the packed ones.
 
     Raises:
-        ValueError: the format cannot express the model, or the folder is there already.
-        OSError: it cannot be written.
+        ValueError: The format cannot express the model, or the folder is there already.
+        OSError: It cannot be written.
     """
     check_export(pretrained.config, format, pack, search)
     folder, losses = Path(folder), Losses()
@@ -113,10 +121,14 @@ def save_pretrained(model: GptOss, folder: str | Path, *, layout: str = "hf", **
     """Write a model that is in memory to the new folder `folder`.
 
     Args:
-        layout, options: as for `export`.
+        model: The model.
+        folder: The folder to create.
+        layout: The `format` of `export`.
+        options: Further ones of `export`.
 
     Raises:
-        ValueError, OSError: as `export`.
+        ValueError: As `export`.
+        OSError: As `export`.
     """
     tensors = {name: Held(tensor) for name, tensor in chain(model.named_parameters(), model.named_buffers())}
     export(Pretrained("memory", Path(), model.config, tensors), folder, layout, **options)
@@ -125,7 +137,11 @@ def save_pretrained(model: GptOss, folder: str | Path, *, layout: str = "hf", **
 def _write_companions(
     pretrained: Pretrained, folder: Path, format: str, message: Callable[[str], None]
 ) -> dict[str, int | list[int]]:
-    """Tokenizer and generation settings; returns the ids that end and pad a text."""
+    """Write the tokenizer and the generation settings, as far as they are known.
+
+    Returns:
+        `eos_token_id` and `pad_token_id`, the ids that end and pad a text.
+    """
     if pretrained.format == "memory":
         return {}
     if pretrained.format == "run":

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, for people."""
+"""A description of what is in a checkpoint, for people."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from gptoss_dist.checkpoint.info import read_info
 
 
 def describe(where: str | Path) -> str:
-    """Step, format, sizes, settings, and a line for each tensor with its dtype, shape and number of parts.
+    """Describe step, format, sizes and settings, and each tensor in a line with its dtype, shape and number of parts.
 
     Args:
-        where: as for `open_pretrained`.
+        where: As for `open_pretrained`.
 
     Raises:
-        ValueError: as `open_pretrained`.
+        ValueError: As `open_pretrained`.
     """
     pretrained = open_pretrained(where, verify=False)
     lines = [f"{pretrained.folder}"]

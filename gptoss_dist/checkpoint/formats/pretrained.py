@@ -1,4 +1,4 @@
-"""Weights from outside of a run: published models, and the checkpoints of other runs.
+"""Weights from outside of a run: those of published models, and of the checkpoints of other runs.
 
 Each rank reads what it holds of each tensor, a part at a time: no rank ever needs a whole tensor.
 """
@@ -44,17 +44,17 @@ class Pretrained(NamedTuple):
     """Weights that can be read in parts."""
 
     format: str
-    """`hf`, `openai`, `run` for a training checkpoint, or `memory`."""
+    """It is `hf`, `openai`, `run` for a training checkpoint, or `memory`."""
     folder: Path
     config: ModelConfig
     tensors: dict[str, LazyTensor]
-    """By the model's names."""
+    """The tensors by the model's names."""
 
     def build(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> GptOss:
-        """A model with these weights, ready for inference.
+        """Return a model with these weights, ready for inference.
 
         Raises:
-            ValueError: as `load_into`.
+            ValueError: As `load_into`.
         """
         with torch.device("meta"):
             model = GptOss(self.config)
@@ -69,16 +69,16 @@ class Pretrained(NamedTuple):
 def open_pretrained(
     where: str | Path, *, message: Callable[[str], None] = log.warning, verify: bool = True
 ) -> Pretrained:
-    """Weights by `hf:FOLDER`, `openai:FOLDER`, or a run's folder, checkpoint folder or checkpoint.
-
-    Without `hf:` or `openai:` a folder with a config.json is what that file says.
+    """Open the weights that `where` names, without reading them yet.
 
     Args:
-        message: gets a line about what is unusual.
-        verify: hash a training checkpoint's files first, and take the newest intact one; else the newest.
+        where: `hf:FOLDER`, `openai:FOLDER`, or the folder of a run, of its checkpoints, or a checkpoint. Without `hf:`
+            or `openai:` the config.json of a folder tells which of the two it is.
+        message: Gets a line about what is unusual.
+        verify: Hash a training checkpoint's files first, and take the newest intact one; otherwise take the newest.
 
     Raises:
-        ValueError: there is nothing of that kind, or it is damaged.
+        ValueError: There is nothing of that kind, or it is damaged.
     """
     format, _, folder = str(where).partition(":")
     if (Path(where) / "config.json").is_file():
@@ -97,9 +97,10 @@ def open_pretrained(
 
 
 def check_architecture(pretrained: Pretrained, config: ModelConfig) -> None:
-    """
+    """Refuse weights of another architecture than `config`.
+
     Raises:
-        ValueError: the architecture of the weights is another than `config`; names every field that differs.
+        ValueError: A line that names every field that differs.
     """
     ours, theirs = config.to_dict(), pretrained.config.to_dict()
     differ = [
@@ -117,10 +118,11 @@ def load_into(weights: dict[str, Tensor], pretrained: Pretrained) -> None:
     """Fill the tensors of `weights` in place, each rank its own part of them; collective where there are ranks.
 
     Args:
-        weights: by the model's names; plain tensors, DTensors, or what else torch DCP can fill.
+        weights: Plain tensors, DTensors, or what else torch DCP can fill, by the model's names.
+        pretrained: What they are filled from.
 
     Raises:
-        ValueError: names or shapes differ, or a file is damaged; all of them are listed.
+        ValueError: Names or shapes differ, or a file is damaged; all of them are listed.
     """
     shapes = {name: tensor.shape for name, tensor in pretrained.tensors.items()}
     if problems := misfits(weights, shapes):
@@ -135,7 +137,7 @@ def load_into(weights: dict[str, Tensor], pretrained: Pretrained) -> None:
 
 
 class _Reader(StorageReader):
-    """Hands the tensors to DCP, which knows what each rank holds."""
+    """A reader that hands lazy tensors to DCP, which knows what each rank holds."""
 
     def __init__(self, tensors: dict[str, LazyTensor]) -> None:
         self.tensors = tensors
@@ -181,12 +183,12 @@ class _Reader(StorageReader):
 def load_pretrained(
     where: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> GptOss:
-    """A model with its weights, ready for inference.
+    """Return a model with its weights, ready for inference.
 
     Args:
-        where: as for `open_pretrained`.
+        where: As for `open_pretrained`.
 
     Raises:
-        ValueError: there is no such model, or it is damaged.
+        ValueError: There is no such model, or it is damaged.
     """
     return open_pretrained(where).build(dtype, device)

@@ -1,4 +1,4 @@
-"""The forms in which published checkpoints hold a tensor of the model, each readable in parts.
+"""The forms in which published checkpoints hold a tensor of the model. Each can be read in parts.
 
 Shapes: E experts, O outputs, I inputs; the model's own expert weights are [E, I, O].
 """
@@ -28,7 +28,7 @@ class Rows(LazyTensor):
 
 
 class Concatenated(LazyTensor):
-    """Tensors below each other."""
+    """Several tensors below each other, as one."""
 
     def __init__(self, tensors: list[LazyTensor]) -> None:
         self.tensors, self.dtype = tensors, tensors[0].dtype
@@ -45,7 +45,7 @@ class Concatenated(LazyTensor):
 
 
 class Transposed(LazyTensor):
-    """[E, A, B] as [E, B, A]."""
+    """A tensor [E, A, B] as [E, B, A]."""
 
     def __init__(self, tensor: LazyTensor) -> None:
         self.tensor, self.dtype = tensor, tensor.dtype
@@ -56,7 +56,7 @@ class Transposed(LazyTensor):
 
 
 class Packed(LazyTensor):
-    """MXFP4 blocks [E, O, I / 32, 16] and scales [E, O, I / 32] as [E, I, O].
+    """MXFP4 blocks [E, O, I / 32, 16] and scales [E, O, I / 32] as a tensor [E, I, O].
 
     torch's own reader of this form loads the first columns only and reports nothing (2.13).
     """
@@ -78,21 +78,23 @@ class Packed(LazyTensor):
 
 
 def plain(name: str, tensor: LazyTensor, dtype: torch.dtype) -> Output:
-    """`source` to be written as it is."""
+    """Return `tensor` as what is to be written in `dtype` and is otherwise unchanged."""
     parts = ({name: values.to(dtype)} for _, values in tensor.parts())
     return Output({name: (tensor.shape, dtype)}, parts)
 
 
 class Losses(dict[str, float]):
-    """Relative quantisation error of each packed tensor: norm of what was lost over norm of the tensor."""
+    """The relative quantisation error of each packed tensor: norm of what was lost over norm of the tensor."""
 
 
 def packed(blocks: str, scales: str, tensor: LazyTensor, losses: Losses, *, search: bool) -> Output:
-    """`source`, [E, O, I], to be written in MXFP4.
+    """Return `tensor`, [E, O, I], as what is to be written in MXFP4.
 
     Args:
-        losses: gets an entry named `blocks` when the parts have been made.
-        search: as in `ops.mxfp4.encode`.
+        blocks: The name of the blocks in the file.
+        scales: The name of the scales.
+        losses: It gets an entry named `blocks` when the parts have been made.
+        search: As in `ops.mxfp4.encode`.
     """
     experts, outputs, inputs = tensor.shape
 
