@@ -19,16 +19,16 @@ class Box(NamedTuple):
     """A rectangular part of a tensor."""
 
     offset: tuple[int, ...]
-    """Index of its first element in the whole tensor."""
+    """The index of its first element in the whole tensor."""
     values: Tensor
 
 
 class BoxedTensor(Tensor):
-    """Stands for a whole tensor of which this rank holds some boxes. Only torch DCP can do anything with it."""
+    """A whole tensor of which this rank holds only some boxes. Nobody but torch DCP can do anything with it."""
 
     boxes: list[Box]
     is_copy: bool = False
-    """Another rank holds the same boxes, and writes them."""
+    """True if another rank holds the same boxes, and writes them."""
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], boxes: list[Box], dtype: torch.dtype, device: torch.device) -> BoxedTensor:
@@ -68,9 +68,9 @@ def _chunk(offset: tuple[int, ...], values: Tensor) -> ChunkStorageMetadata:
 
 
 def boxes_to_write(name: str, tensor: Tensor) -> list[Box]:
-    """What this rank writes of `tensor`: over all ranks together, each element once.
+    """Return the boxes of `tensor` that this rank writes. All ranks together write each element once.
 
-    Of copies one is chosen by the name, so that not the same ranks write everything.
+    Where several ranks hold copies, the name of the tensor chooses the one that writes, so that the work is divided.
     """
     if isinstance(tensor, BoxedTensor):
         return [] if tensor.is_copy else tensor.boxes

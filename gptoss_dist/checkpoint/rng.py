@@ -1,4 +1,4 @@
-"""Random generators of a process, as JSON values."""
+"""The random generators of a process, as JSON values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def rng_state() -> dict:
-    """States of python's, numpy's and torch's generators as JSON values."""
+    """Return the states of the generators of python, numpy and torch as JSON values."""
     version, keys, gauss = random.getstate()
     name, array, position, has_gauss, cached = np.random.get_state()
     state = {
@@ -27,7 +27,11 @@ def rng_state() -> dict:
 
 
 def restore_rng(checkpoint: str | Path, rank: int) -> bool:
-    """Restore this rank's generators; False if the checkpoint has none for it (another number of ranks wrote it)."""
+    """Restore the generators of a rank.
+
+    Returns:
+        False if the checkpoint has none for this rank, because fewer ranks wrote it.
+    """
     path = Path(checkpoint) / f"rng_{rank:05d}.json"
     if not path.is_file():
         return False

@@ -1,4 +1,4 @@
-"""Saving beside the training: a step waits only until its tensors are copied to host memory."""
+"""Saving beside the training: a step waits only until its tensors have been copied to host memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptoss_dist.checkpoint.boxes import Box, boxes_to_write
 from gptoss_dist.checkpoint.rng import rng_state
-from gptoss_dist.checkpoint.store import Retention, write
+from gptoss_dist.checkpoint.store import Parts, Retention, write
 from gptoss_dist.distributed.collectives import long_timeout_group
 
 RETRY_AFTER_S = (1.0, 5.0)
@@ -23,28 +23,31 @@ RETRY_AFTER_S = (1.0, 5.0)
 class Saver:
     """Writes a run's checkpoints, one at a time. All ranks call the same methods in the same order.
 
-    A save that fails is said by `messages`, tried again, and given up until the next one; training goes on meanwhile
-    and earlier checkpoints stay as they are.
+    A save that fails is tried again, then given up until the next one; `messages` reports it. Training goes on
+    meanwhile and earlier checkpoints stay as they are.
     """
 
     def __init__(
         self, folder: str | Path, *, keep: Retention, asynchronous: bool, group: dist.ProcessGroup | None = None
     ) -> None:
-        """
+        """Prepare to save; collective.
+
         Args:
-            asynchronous: write in a thread, from a copy of the state in host memory (pinned if it comes from a GPU).
-                Needs room for what the rank holds of weights and optimizer state.
-            group: of all ranks, used by nobody else as long as this saves; without one it makes one.
+            folder: The run's checkpoint folder.
+            keep: The rule by which older checkpoints are deleted.
+            asynchronous: Write in a thread, from a copy of the state in host memory (pinned if it comes from a GPU).
+                The copy needs room for what the rank holds of weights and optimizer state.
+            group: A group of all ranks that nobody else uses as long as this saves. Without one, one is made.
         """
         self.folder, self.keep, self.asynchronous = Path(folder), keep, asynchronous
         # The thread's collectives must not meet those of the training on the way.
         self.group = group or long_timeout_group()
         self.error: OSError | None = None
-        """Of the newest save, if that failed for good."""
+        """The error of the newest save, if that failed for good."""
         self.pause_s = 0.0
-        """How long the last call of `save` took."""
+        """How long the last call of `save` took, in seconds."""
         self.seconds = 0.0
-        """How long it took to write the last checkpoint."""
+        """How long it took to write the last checkpoint, in seconds."""
         self._thread: threading.Thread | None = None
         self._broken: BaseException | None = None
         self._copies: dict[tuple[str, int], Tensor] = {}
@@ -53,12 +56,13 @@ class Saver:
     def save(
         self, step: int, state: dict[str, Tensor], info: dict, *, extra_files: Callable[[Path], None] | None = None
     ) -> None:
-        """Save the state of after step `step`; waits for the save before it.
+        """Save the state that step `step` ended with. It waits for the save before it.
 
         Args:
-            state: tensors by name, as an engine's `state()` has them.
-            info: JSON values stored with them.
-            extra_files: called on rank 0 with the unfinished directory, to add files to it.
+            step: Optimizer steps done.
+            state: Tensors by name, as an engine's `state()` has them.
+            info: JSON values to store with them; of a training run, `CheckpointInfo.to_json`.
+            extra_files: Called on rank 0 with the unfinished directory, to add files to it.
         """
         start = time.perf_counter()
         self.wait()
@@ -89,10 +93,10 @@ class Saver:
         self.pause_s = time.perf_counter() - start
 
     def wait(self) -> None:
-        """Until nothing is being written.
+        """Wait until nothing is being written.
 
         Raises:
-            whatever ended the thread, a failure to write excepted.
+            BaseException: Whatever ended the thread, except a failure to write.
         """
         if self._thread is not None:
             self._thread.join()
@@ -101,27 +105,28 @@ class Saver:
             raise self._broken
 
     def messages(self) -> list[str]:
-        """What went wrong since the last call, for the user.
+        """Return what went wrong since the last call, in lines for the user.
 
         Raises:
-            whatever ended the thread, a failure to write excepted.
+            BaseException: Whatever ended the thread, except a failure to write.
         """
         if self._broken is not None:
             self.wait()
-        said, self._messages = self._messages, []
-        return said
+        messages, self._messages = self._messages, []
+        return messages
 
     def close(self) -> None:
         """Wait for the last save.
 
         Raises:
-            OSError: it failed.
+            OSError: The last save failed.
         """
         self.wait()
         if self.error is not None:
             raise self.error
 
-    def _parts(self, state: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], list[Box]]]:
+    def _parts(self, state: dict[str, Tensor]) -> Parts:
+        """Return what this rank writes of `state`, copied if the training goes on meanwhile or it is on a GPU."""
         parts = {}
         for name, tensor in state.items():
             boxes = boxes_to_write(name, tensor)
@@ -131,19 +136,21 @@ class Saver:
         return parts
 
     def _copy(self, key: tuple[str, int], values: Tensor) -> Tensor:
-        """Into memory that all saves use, pinned where that helps."""
+        """Copy `values` to memory that all saves use, which is pinned where that helps."""
         copy = self._copies.get(key)
         if copy is None or copy.shape != values.shape:
             pinned = values.is_cuda
             copy = self._copies[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
         return copy.copy_(values, non_blocking=self.asynchronous)
 
-    def _write(self, step: int, parts: dict, info: dict, rng: dict, extra_files) -> None:
+    def _write(
+        self, step: int, parts: Parts, info: dict, rng: dict, extra_files: Callable[[Path], None] | None
+    ) -> None:
+        """Write a checkpoint, and again if that fails, after each of the waits in `RETRY_AFTER_S`."""
         for wait_s in (*RETRY_AFTER_S, None):
             try:
-                write(
-                    self.folder, step, parts, info, rng, keep=self.keep, extra_files=extra_files, group=self.group
-                )  # fmt: skip
+                options = {"keep": self.keep, "extra_files": extra_files, "group": self.group}
+                write(self.folder, step, parts, info, rng, **options)
                 return
             except OSError as error:  # the same on all ranks
                 again = f"trying again in {wait_s:g} s" if wait_s else "training goes on without it"
@@ -161,7 +168,7 @@ def save(folder: str | Path, step: int, state: dict[str, Tensor], info: dict, *,
         The new directory.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: It cannot be written.
     """
     saver = Saver(folder, keep=keep or Retention(), asynchronous=False)
     saver.save(step, state, info)

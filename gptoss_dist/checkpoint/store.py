@@ -2,8 +2,8 @@
 
     step_00000100/
       rank_00000.safetensors   what this rank writes of each tensor, with its place in the whole (torch DCP reshards)
-      rng_00000.json           random generators of each rank
-      checkpoint.json          step, samples consumed, settings, versions, size and SHA-256 of every file: written last
+      rng_00000.json           the random generators of each rank
+      checkpoint.json          the place of the run, and size and SHA-256 of every file (`info.py`): written last
       tokenizer files
 
 Nothing is pickled. Everything is written to `step_N.tmp` and renamed when all ranks are done and the disk has it.
@@ -38,20 +38,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay when a new one is complete."""
+    """The rule which checkpoints stay when a new one is complete. What any of its fields names, stays."""
 
     newest: int = 0
-    """This many; 0 keeps all."""
+    """How many of the newest stay; 0 keeps all."""
     every: int = 0
-    """And those whose step is a multiple of this; 0 names none."""
+    """Checkpoints whose step is a multiple of this stay; 0 names none."""
     best: bool = False
-    """And the one with the lowest `validation_loss`."""
+    """The checkpoint with the lowest `validation_loss` stays."""
+
+
+Parts = Mapping[str, tuple[Sequence[int], list[Box]]]
+"""The whole shape of each tensor by name, and the boxes of it that this rank holds."""
 
 
 def write(
     folder: str | Path,
     step: int,
-    parts: Mapping[str, tuple[Sequence[int], list[Box]]],
+    parts: Parts,
     info: dict,
     rng: dict,
     *,
@@ -62,64 +66,31 @@ def write(
     """Write `folder/step_N` from all ranks; collective.
 
     Args:
-        folder: the run's checkpoint folder; created if missing.
-        step: optimizer steps done.
-        parts: whole shape of each tensor and the boxes of it that this rank writes, on the CPU.
-        info: JSON values stored with them.
-        rng: this rank's `rng_state`.
-        keep: afterwards the others are deleted.
-        extra_files: called on rank 0 with the unfinished directory, to add files to it.
-        group: of all ranks, for a thread beside the training.
+        folder: The run's checkpoint folder. It is created if it is missing.
+        step: Optimizer steps done.
+        parts: The boxes that this rank writes, on the CPU.
+        info: JSON values to store with the tensors; of a training run, `CheckpointInfo.to_json`.
+        rng: This rank's `rng_state`.
+        keep: The rule by which older checkpoints are deleted when this one is complete.
+        extra_files: Called on rank 0 with the unfinished directory, to add files to it.
+        group: A group of all ranks, for a thread that writes beside the training.
 
     Returns:
         The finished directory.
 
     Raises:
-        OSError: it cannot be written; what was there before is untouched. The same on all ranks.
+        OSError: It cannot be written; what was there before is untouched. All ranks raise the same.
     """
     folder, rank = Path(folder), dist.get_rank(group)
     final = folder / f"step_{step:08d}"
     partial = final.with_name(final.name + ".tmp")
-
-    def begin() -> None:
-        for stale in folder.glob("step_*.tmp*"):
-            shutil.rmtree(stale, ignore_errors=True)  # what somebody still reads may stay
-        partial.mkdir(parents=True)
-
-    def write_share() -> dict[str, dict]:
-        files = write_boxes(partial, f"rank_{rank:05d}", parts)
-        path = partial / f"rng_{rank:05d}.json"
-        _write(path, json.dumps(rng))
-        return {path.name: _fingerprint(path) for path in [*files, path]}
-
-    def commit() -> None:
-        if extra_files is not None:
-            before = set(partial.iterdir())
-            extra_files(partial)
-            for path in set(partial.iterdir()) - before:
-                _sync(path)
-                shares[0][path.name] = _fingerprint(path)
-        values = {
-            "format": FORMAT,
-            "step": step,
-            "world_size": dist.get_world_size(group),
-            "torch": torch.__version__,
-            **info,
-            "files": {name: entry for share in shares for name, entry in sorted(share.items())},
-        }
-        _write(partial / INFO, sealed(values))
-        _sync(partial)
-        if final.exists():
-            _set_aside(final)
-        partial.rename(final)
-        _sync(folder)
-
     try:
-        on_rank_zero(begin, group)
-        shares, written = zip(*_on_all_ranks(lambda: (write_share(), _counts(parts)), group))
-        incomplete = [n for n, (shape, _) in parts.items() if sum(c[n] for c in written) != math.prod(shape)]
+        on_rank_zero(lambda: _begin(folder, partial), group)
+        shares, counts = zip(*_on_all_ranks(lambda: (_write_share(partial, rank, parts, rng), _counts(parts)), group))
+        incomplete = [n for n, (shape, _) in parts.items() if sum(c[n] for c in counts) != math.prod(shape)]
         assert not incomplete, f"the ranks together do not hold each element of {incomplete} once"
-        on_rank_zero(commit, group)
+        stored = {"format": FORMAT, "step": step, "world_size": dist.get_world_size(group), "torch": torch.__version__}
+        on_rank_zero(lambda: _commit(partial, final, {**stored, **info}, shares, extra_files), group)
     except OSError as error:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -132,15 +103,62 @@ def write(
     return final
 
 
-def _counts(parts: Mapping[str, tuple[Sequence[int], list[Box]]]) -> dict[str, int]:
+def _begin(folder: Path, partial: Path) -> None:
+    """Create the unfinished directory, and delete those that earlier saves left behind."""
+    for stale in folder.glob("step_*.tmp*"):
+        shutil.rmtree(stale, ignore_errors=True)  # what somebody still reads may stay
+    partial.mkdir(parents=True)
+
+
+def _write_share(partial: Path, rank: int, parts: Parts, rng: dict) -> dict[str, dict]:
+    """Write this rank's boxes and random generators; return the fingerprints of the files by name."""
+    files = write_boxes(partial, f"rank_{rank:05d}", parts)
+    path = partial / f"rng_{rank:05d}.json"
+    _write(path, json.dumps(rng))
+    return {path.name: _fingerprint(path) for path in [*files, path]}
+
+
+def _commit(
+    partial: Path, final: Path, values: dict, shares: Sequence[dict], extra_files: Callable[[Path], None] | None
+) -> None:
+    """Complete the unfinished directory and rename it to `final`.
+
+    Args:
+        values: what `checkpoint.json` holds besides the files.
+        shares: of each rank, the fingerprints of its files by name.
+        extra_files: as for `write`.
+    """
+    shares = [*shares]
+    if extra_files is not None:
+        shares[0] = {**shares[0], **_write_extra_files(partial, extra_files)}
+    files = {name: entry for share in shares for name, entry in sorted(share.items())}
+    _write(partial / INFO, sealed({**values, "files": files}))
+    _sync(partial)
+    if final.exists():
+        _set_aside(final)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def _write_extra_files(partial: Path, extra_files: Callable[[Path], None]) -> dict[str, dict]:
+    """Call `extra_files`; return the fingerprints of the files that it has added, by name."""
+    before = set(partial.iterdir())
+    extra_files(partial)
+    added = set(partial.iterdir()) - before
+    for path in added:
+        _sync(path)
+    return {path.name: _fingerprint(path) for path in added}
+
+
+def _counts(parts: Parts) -> dict[str, int]:
     return {name: sum(box.values.numel() for box in boxes) for name, (_, boxes) in parts.items()}
 
 
 def _on_all_ranks(function: Callable, group: dist.ProcessGroup | None) -> list:
-    """The results of all ranks, on all ranks; collective.
+    """Call `function` on all ranks and return the results of all, on all of them; collective.
 
     Raises:
-        OSError: it raised anything on any rank.
+        OSError: It raised anything on any rank.
     """
     result, failure = None, None
     try:
@@ -155,10 +173,10 @@ def _on_all_ranks(function: Callable, group: dist.ProcessGroup | None) -> list:
 
 
 def prune(folder: str | Path, keep: Retention) -> None:
-    """Delete the checkpoints that `keep` does not name. For one rank.
+    """Delete the checkpoints that `keep` does not name. Only one rank may call it.
 
     Raises:
-        OSError: one cannot be deleted.
+        OSError: A checkpoint cannot be deleted.
     """
     if keep.newest == 0:
         return
@@ -185,8 +203,13 @@ def _step(checkpoint: Path) -> int:
 
 
 def set_aside(folder: str | Path, after: int) -> list[Path]:
-    """Rename the checkpoints later than step `after` to `step_N.superseded`: a run that goes on from an earlier one
-    must not take them for its own. Call it on one rank; returns the new names."""
+    """Rename the checkpoints later than step `after` to `step_N.superseded`.
+
+    A run that goes on from an earlier checkpoint must not take them for its own. Only one rank may call it.
+
+    Returns:
+        The new paths.
+    """
     return [_set_aside(path) for path in _directories(folder) if _step(path) > after]
 
 
@@ -197,22 +220,25 @@ def _set_aside(path: Path) -> Path:
 
 
 def _directories(folder: str | Path) -> list[Path]:
-    """Those named like checkpoints, oldest first, complete or not."""
+    """Return the directories that are named like checkpoints, oldest first, complete or not."""
     folder = Path(folder)
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(p for p in found if re.fullmatch(r"step_\d{8,}", p.name) and p.is_dir())
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first; their files are not looked at."""
+    """Return the complete checkpoints in `folder`, oldest first, without a look at their files."""
     return [path for path in _directories(folder) if (path / INFO).is_file()]
 
 
 def candidates(path: str | Path) -> list[Path]:
-    """Directories named like checkpoints, oldest first: `path` itself, or those in it or in its checkpoints/.
+    """Return the directories that may be meant by `path`, oldest first.
+
+    If `path` is a checkpoint, it is the only one. Otherwise they are the directories named like checkpoints in it, or
+    in its folder `checkpoints/`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
     """
     path = Path(path)
     found = [path] if (path / INFO).is_file() else _directories(path) or _directories(path / "checkpoints")
@@ -222,14 +248,16 @@ def candidates(path: str | Path) -> list[Path]:
 
 
 def resolve(path: str | Path, message: Callable[[str], None] = log.warning) -> Path:
-    """The checkpoint meant by a checkpoint directory, or the newest intact one of a folder of checkpoints or of a
-    run's folder. Collective where there are ranks: each hashes a share of the files.
+    """Return the newest intact checkpoint of those that `path` may mean.
+
+    It is collective where there are ranks: each of them hashes a share of the files.
 
     Args:
-        message: gets a line about each newer one that is passed over.
+        path: A checkpoint, a folder of checkpoints, or the folder of a run.
+        message: Gets a line about each newer checkpoint that is passed over.
 
     Raises:
-        ValueError: there is none, or none is intact.
+        ValueError: There is none, or none is intact.
     """
     chosen, reasons = broadcast_object(lambda: candidates(path)), []
     for candidate in reversed(chosen):
@@ -243,9 +271,9 @@ def resolve(path: str | Path, message: Callable[[str], None] = log.warning) -> P
 
 
 def verify(checkpoint: str | Path) -> list[str]:
-    """What is wrong with a checkpoint, a phrase for each file; collective where there are ranks.
+    """Return what is wrong with a checkpoint, a phrase for each file; collective where there are ranks.
 
-    Every file's size and SHA-256 must be those that were written.
+    The size and SHA-256 of every file must be those that were written.
     """
     checkpoint, together = Path(checkpoint), dist.is_initialized() and dist.get_world_size() > 1
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
@@ -275,10 +303,10 @@ def verify(checkpoint: str | Path) -> list[str]:
 
 
 def load_state(checkpoint: str | Path, state: dict[str, Tensor]) -> None:
-    """Fill the tensors of `state` in place, from any number of ranks that wrote it; collective.
+    """Fill the tensors of `state` in place, whatever number of ranks wrote the checkpoint; collective.
 
     Raises:
-        ValueError: names or shapes differ, or a file is damaged.
+        ValueError: Names or shapes differ, or a file is damaged.
     """
     try:
         reader = HuggingFaceStorageReader(str(checkpoint))
@@ -293,7 +321,7 @@ def load_state(checkpoint: str | Path, state: dict[str, Tensor]) -> None:
 
 
 def misfits(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """What is missing, surplus or of another shape in a checkpoint with tensors of `shapes`, a phrase each."""
+    """Return a phrase for each tensor that is missing, surplus or of another shape in a checkpoint of `shapes`."""
     problems = [f"{name} is missing" for name in state if name not in shapes]
     problems += [f"{name} is not expected" for name in shapes if name not in state]
     return problems + [

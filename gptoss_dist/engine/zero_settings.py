@@ -1,7 +1,7 @@
 """The settings that DeepSpeed is started with: ours in its words, and the user's further ones.
 
-Every top-level key of DeepSpeed is one of three: set here from our own settings, handed on, or refused by name, because
-it would change what is computed behind the back of the training loop. A key that is none of them is a typing error.
+Every top-level key of DeepSpeed is one of three: it is set here from our own settings, handed on, or refused by name,
+because it would change what is computed without the training loop's knowledge. Any other key is a typing error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEFAULT_STAGE = 2
 # a network.
 BUCKET_ELEMENTS = 2**25
 
-# Handed on: communication, logging, profiling, NVMe; none changes what is computed (`_ONLY`).
+# These are handed on: communication, logging, profiling, NVMe. None changes what is computed (see also `_ONLY`).
 _PASSED = {
     "zero_optimization",
     "data_types",
@@ -44,7 +44,7 @@ _PASSED = {
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 }
-# What says the same here, or why it has no place.
+# These are refused, with the setting to use instead or the reason.
 _REFUSED = {
     "optimizer": "set optim.*",
     "scheduler": "set optim.schedule, optim.warmup_steps, optim.decay_steps",
@@ -65,7 +65,7 @@ _REFUSED = {
     "compile": "set train.compile",
     "sparse_gradients": "no gradient is sparse",
 }
-# Sections of which nothing else is handed on: the rest would round master weights or buffers.
+# Nothing else of these sections is handed on: the rest would round master weights or buffers.
 _ONLY = {"bf16": {"enabled", "check_grad_overflow", "immediate_grad_update"}, "data_types": {"grad_accum_dtype"}}
 _REFUSED_ZERO = {
     "round_robin_gradients": "DeepSpeed 0.19 then loses track of which weights are where",
@@ -79,7 +79,7 @@ def zero_stage(engine: EngineConfig) -> int:
     """Return the ZeRO stage of a run.
 
     Raises:
-        ValueError: there is no such stage here, or engine.deepspeed names another.
+        ValueError: There is no such stage here.
     """
     named = _section(engine.deepspeed or {}, "zero_optimization").get("stage", "auto")
     key, stage = "engine.zero_stage", engine.zero_stage
@@ -92,7 +92,11 @@ def zero_stage(engine: EngineConfig) -> int:
 
 
 def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the settings under `name`, empty if there are none."""
+    """Return the settings under `name`, empty if there are none.
+
+    Raises:
+        ValueError: They are not an object.
+    """
     section = settings.get(name, {})
     if not isinstance(section, dict):
         raise ValueError(f"engine.deepspeed: {name}={section!r} must be an object")
@@ -103,7 +107,7 @@ def check_layout(parallel: ParallelConfig) -> None:
     """Refuse what this engine cannot do and the other can.
 
     Raises:
-        ValueError: one line that names the setting and what to choose instead.
+        ValueError: One line that names the setting and what to choose instead.
     """
     if (replicate := parallel.replicate) > 1:
         raise ValueError(
@@ -124,55 +128,14 @@ def deepspeed_settings(settings: EngineSettings, layout: DeviceLayout) -> dict[s
         ValueError: engine.deepspeed contradicts another setting, or holds a key that has no place; one line that names
             the key, its value and the setting to use.
     """
-    given, train = copy.deepcopy(settings.engine.deepspeed or {}), settings.train
-    for key, value in given.items():
-        if key in _REFUSED:
-            raise ValueError(f"engine.deepspeed: {key}={value!r} has no place here: {_REFUSED[key]}")
-    for key, value in _section(given, "zero_optimization").items():
-        if key in _REFUSED_ZERO and value:
-            raise ValueError(
-                f"engine.deepspeed: zero_optimization.{key}={value!r} has no place here: {_REFUSED_ZERO[key]}"
-            )
-    bf16 = train.precision == "bf16"
-    ours = {
-        "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
-        "gradient_accumulation_steps": (train.gradient_accumulation, "train.gradient_accumulation"),
-        "train_batch_size": (
-            train.micro_batch_size * train.gradient_accumulation * layout.world_size,
-            f"train.micro_batch_size x train.gradient_accumulation x {layout.world_size} processes",
-        ),
-        "gradient_clipping": (settings.optim.clip_norm, "optim.clip_norm"),
-        "zero_optimization.stage": (zero_stage(settings.engine), "engine.zero_stage"),
-        "bf16.enabled": (bf16, "train.precision"),
-        # Gradients are added up and reduced in float32, whatever the model computes in.
-        "communication_data_type": ("fp32", "float32 reduction"),
-        "data_types.grad_accum_dtype": ("fp32", "float32 accumulation"),
-        # Clipping and the skipping of non-finite steps are read from them.
-        "bf16.check_grad_overflow": (True, "non-finite steps are skipped"),
-        "zero_optimization.compute_grad_norm": (True, "the gradient norm is reported"),
-    }
-    for key, (value, setting) in ours.items():
-        *path, name = key.split(".")
-        section = given
-        for part in path:
-            section = section.setdefault(part, _section(section, part))
-        found = section.get(name, "auto")  # the word that Hugging Face's configurations leave gaps with
-        if found != "auto" and found != value:
-            raise ValueError(
-                f"engine.deepspeed: {key}={found!r} contradicts {setting}, which gives {value!r}; leave {key} out"
-            )
-        section[name] = value
-    for key in given:
-        if key not in _PASSED and key not in {name.split(".")[0] for name in ours}:
-            raise ValueError(f"engine.deepspeed: {key}={given[key]!r} is not a setting of DeepSpeed that is known here")
-    for part, allowed in _ONLY.items():
-        for key in sorted(given[part].keys() - allowed):
-            raise ValueError(
-                f"engine.deepspeed: {part}.{key}={given[part][key]!r} has no place here: master weights, optimizer "
-                "state and buffers stay float32"
-            )
+    given = copy.deepcopy(settings.engine.deepspeed or {})
+    _refuse_replaced_keys(given)
+    ours = _our_settings(settings, layout)
+    for key, (value, origin) in ours.items():
+        _fill_in(given, key, value, origin)
+    _refuse_other_keys(given, ours)
     zero = given["zero_optimization"]
-    _check_spread_experts(zero, layout)
+    _check_distributed_experts(zero, layout)
     if zero.get("reduce_bucket_size", "auto") == "auto":
         zero["reduce_bucket_size"] = BUCKET_ELEMENTS
     # torch's fused AdamW steps on the host too; DeepSpeed's own would have to be compiled first.
@@ -183,8 +146,74 @@ def deepspeed_settings(settings: EngineSettings, layout: DeviceLayout) -> dict[s
     } | given
 
 
-def _check_spread_experts(zero: dict[str, Any], layout: DeviceLayout) -> None:
-    """Return what DeepSpeed 0.19 cannot combine with experts that are spread over ranks."""
+def _refuse_replaced_keys(given: dict[str, Any]) -> None:
+    """Refuse the user's keys whose place another setting of this project has taken."""
+    for key, value in given.items():
+        if key in _REFUSED:
+            raise ValueError(f"engine.deepspeed: {key}={value!r} has no place here: {_REFUSED[key]}")
+    for key, value in _section(given, "zero_optimization").items():
+        if key in _REFUSED_ZERO and value:
+            raise ValueError(
+                f"engine.deepspeed: zero_optimization.{key}={value!r} has no place here: {_REFUSED_ZERO[key]}"
+            )
+
+
+def _our_settings(settings: EngineSettings, layout: DeviceLayout) -> dict[str, tuple[Any, str]]:
+    """Return the settings that follow from the rest of the configuration.
+
+    Returns:
+        {dotted key of DeepSpeed: (value, the setting or the reason that it comes from)}.
+    """
+    train = settings.train
+    return {
+        "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (train.gradient_accumulation, "train.gradient_accumulation"),
+        "train_batch_size": (
+            train.micro_batch_size * train.gradient_accumulation * layout.world_size,
+            f"train.micro_batch_size x train.gradient_accumulation x {layout.world_size} processes",
+        ),
+        "gradient_clipping": (settings.optim.clip_norm, "optim.clip_norm"),
+        "zero_optimization.stage": (zero_stage(settings.engine), "engine.zero_stage"),
+        "bf16.enabled": (train.precision == "bf16", "train.precision"),
+        # Gradients are added up and reduced in float32, whatever the model computes in.
+        "communication_data_type": ("fp32", "float32 reduction"),
+        "data_types.grad_accum_dtype": ("fp32", "float32 accumulation"),
+        # Clipping and the skipping of non-finite steps are read from them.
+        "bf16.check_grad_overflow": (True, "non-finite steps are skipped"),
+        "zero_optimization.compute_grad_norm": (True, "the gradient norm is reported"),
+    }
+
+
+def _fill_in(settings: dict[str, Any], key: str, value: Any, origin: str) -> None:
+    """Set the dotted `key` to `value`, unless the user gave it another value, which is refused."""
+    *path, name = key.split(".")
+    section = settings
+    for part in path:
+        section = section.setdefault(part, _section(section, part))
+    found = section.get(name, "auto")  # the word that Hugging Face's configurations leave gaps with
+    if found != "auto" and found != value:
+        raise ValueError(
+            f"engine.deepspeed: {key}={found!r} contradicts {origin}, which gives {value!r}; leave {key} out"
+        )
+    section[name] = value
+
+
+def _refuse_other_keys(settings: dict[str, Any], ours: dict[str, tuple[Any, str]]) -> None:
+    """Refuse keys that DeepSpeed does not have, and those of a section of which only a few are handed on."""
+    known = _PASSED | {key.split(".")[0] for key in ours}
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"engine.deepspeed: {key}={value!r} is not a setting of DeepSpeed that is known here")
+    for part, allowed in _ONLY.items():
+        for key in sorted(settings[part].keys() - allowed):
+            raise ValueError(
+                f"engine.deepspeed: {part}.{key}={settings[part][key]!r} has no place here: master weights, optimizer "
+                "state and buffers stay float32"
+            )
+
+
+def _check_distributed_experts(zero: dict[str, Any], layout: DeviceLayout) -> None:
+    """Refuse what DeepSpeed 0.19 cannot combine with experts that are distributed over ranks."""
     if layout.expert_parallel == 1 or zero["stage"] < 3:
         return
     for key, off in (("zero_quantized_gradients", False), ("zero_hpz_partition_size", 1)):
@@ -196,10 +225,14 @@ def _check_spread_experts(zero: dict[str, Any], layout: DeviceLayout) -> None:
 
 
 def check_frozen(settings: dict[str, Any], patterns: list[str]) -> None:
-    """Refuse frozen parameters where DeepSpeed would lose or change them.
+    """Refuse frozen parameters where their values cannot be written.
+
+    Args:
+        settings: Those of `deepspeed_settings`.
+        patterns: `optim.freeze`.
 
     Raises:
-        ValueError: frozen parameters would be where their values cannot be written.
+        ValueError: One line that names both settings.
     """
     zero = settings["zero_optimization"]
     for key, refused in (
@@ -211,13 +244,36 @@ def check_frozen(settings: dict[str, Any], patterns: list[str]) -> None:
 
 
 def check_offload(settings: dict[str, Any], parameters: int, layout: DeviceLayout) -> None:
-    """Return whether the host's memory can take what is offloaded to it; collective where a process group is there.
+    """Check that the host's memory can take what is offloaded to it; collective where there is a process group.
 
     Args:
-        parameters: number of weights of the whole model.
+        settings: Those of `deepspeed_settings`.
+        parameters: The number of weights of the whole model.
 
     Raises:
-        ValueError: on every rank, if the machine of one cannot, or the stage has nothing to offload; one line.
+        ValueError: One line, on every rank: the machine of one cannot take it, or the stage has nothing to offload.
+    """
+    bytes_per_weight = _offloaded_bytes(settings)
+    if bytes_per_weight == 0:
+        return
+    processes = min(ranks_per_node(layout.world_size), layout.world_size)
+    needed = bytes_per_weight * parameters * processes / layout.world_size
+    available = torch.tensor(psutil.virtual_memory().available)
+    if dist.is_initialized():  # one answer for all, though machines differ and memory is being taken meanwhile
+        dist.all_reduce(available, op=dist.ReduceOp.MIN)
+    if needed > available:
+        raise ValueError(
+            f"engine.deepspeed: offloading to the host needs {needed / 2**30:.1f} GiB on each machine "
+            f"({bytes_per_weight} bytes for each of {parameters:,} weights, {processes} of {layout.world_size} shares) "
+            f"but {available / 2**30:.1f} GiB are free; use more machines, or do not offload"
+        )
+
+
+def _offloaded_bytes(settings: dict[str, Any]) -> int:
+    """Return how many bytes of the host's memory each weight takes, over all ranks together.
+
+    Raises:
+        ValueError: What engine.deepspeed wants to offload cannot be; one line.
     """
     zero, bytes_per_weight = settings["zero_optimization"], 0
     compute = 2 if settings["bf16"]["enabled"] else 4
@@ -255,16 +311,4 @@ def check_offload(settings: dict[str, Any], parameters: int, layout: DeviceLayou
         bytes_per_weight += 16
         if zero["stage"] < 3:
             bytes_per_weight += compute + (4 if compute == 4 and settings["gradient_accumulation_steps"] > 1 else 0)
-    if bytes_per_weight == 0:
-        return
-    processes = min(ranks_per_node(layout.world_size), layout.world_size)
-    needed = bytes_per_weight * parameters * processes / layout.world_size
-    available = torch.tensor(psutil.virtual_memory().available)
-    if dist.is_initialized():  # one answer for all, though machines differ and memory is being taken meanwhile
-        dist.all_reduce(available, op=dist.ReduceOp.MIN)
-    if needed > available:
-        raise ValueError(
-            f"engine.deepspeed: offloading to the host needs {needed / 2**30:.1f} GiB on each machine "
-            f"({bytes_per_weight} bytes for each of {parameters:,} weights, {processes} of {layout.world_size} shares) "
-            f"but {available / 2**30:.1f} GiB are free; use more machines, or do not offload"
-        )
+    return bytes_per_weight

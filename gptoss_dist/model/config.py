@@ -52,7 +52,8 @@ SHAPING = (
 class ModelConfig:
     """Architecture. Field names are those of `transformers.GptOssConfig`; the defaults are exact GPT-OSS.
 
-    Fields that transformers does not have (from `router_bias` down) default to GPT-OSS behaviour.
+    Fields that transformers does not have default to GPT-OSS behaviour; `gptoss_dist.checkpoint.formats.fields` lists
+    them.
     """
 
     vocab_size: int = ranged(201088, above=0)

@@ -1,1 +1,1 @@
-"""Models of other tools: reading and writing the layouts of transformers and of OpenAI."""
+"""Models of other tools: reading and writing the formats of transformers and of OpenAI."""

@@ -1,4 +1,4 @@
-"""Hugging Face's layout of GPT-OSS: what `transformers.GptOssForCausalLM` saves and loads.
+"""Hugging Face's format of GPT-OSS: what `transformers.GptOssForCausalLM` saves and loads.
 
 Names and shapes are the model's own. In the published form the experts' weights are MXFP4: `gate_up_proj_blocks` and
 `gate_up_proj_scales` stand for `gate_up_proj`.
@@ -12,51 +12,21 @@ from pathlib import Path
 
 import torch
 
-from gptoss_dist.checkpoint.formats.tensor_files import Output, Source, stored_tensors
+from gptoss_dist.checkpoint.formats.fields import lost_fields, names
+from gptoss_dist.checkpoint.formats.tensor_files import LazyTensor, Output, stored_tensors
 from gptoss_dist.checkpoint.formats.views import Losses, Packed, Transposed, packed, plain
 from gptoss_dist.model.config import ModelConfig, RopeScaling
 
 BLOCKS, SCALES = "_blocks", "_scales"
 EXPERTS = ("gate_up_proj", "down_proj")
-"""The weights that MXFP4 is for."""
-SHARED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "sliding_window",
-    "layer_types",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "initializer_range",
-    "tie_word_embeddings",
-    "attention_bias",
-    "swiglu_alpha",
-    "swiglu_limit",
-)
-"""Fields of the same name and meaning here and there."""
-ONLY_HERE = {
-    "router_bias": True,
-    "router_selection_bias": False,
-    "expert_bias": True,
-    "expert_activation": "gpt_oss",
-    "num_shared_experts": 0,
-    "sink_clamp": None,
-    "rope_pruned_fraction": 0.0,
-}
-"""Fields that GPT-OSS does not have, and what it does."""
+"""How the names of the weights end that are packed as MXFP4."""
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The architecture that config.json describes.
+    """Return the architecture that config.json describes.
 
     Raises:
-        ValueError: it is missing or damaged, or not a GPT-OSS model.
+        ValueError: The file is missing or damaged, or not that of a GPT-OSS model.
     """
     path = Path(folder) / "config.json"
     values = read_json(path)
@@ -65,7 +35,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     for key, only in (("hidden_act", "silu"), ("attention_dropout", 0)):
         if values.get(key, only) != only:
             raise ValueError(f"{path}: {key}={values[key]} is not supported; GPT-OSS has {only}")
-    fields = {key: values[key] for key in SHARED_FIELDS if values.get(key) is not None}
+    fields = {key: values[key] for key in names("hf") if values.get(key) is not None}
     # transformers 5 keeps rope_theta and rope_scaling in one mapping.
     rope = {
         k: v for k, v in (values.get("rope_parameters") or values.get("rope_scaling") or {}).items() if v is not None
@@ -81,7 +51,15 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def _rope_scaling(path: Path, rope: dict, values: dict) -> RopeScaling | None:
-    """With transformers' defaults for what is not there, which are not GPT-OSS's own."""
+    """Return the scaling that `rope` describes.
+
+    What is missing gets the defaults of transformers, which are not GPT-OSS's own.
+
+    Args:
+        path: The file, for messages.
+        rope: `rope_parameters` or `rope_scaling` without theta.
+        values: The whole config.json.
+    """
     old_name = rope.pop("type", "default")
     kind = rope.pop("rope_type", old_name)
     if kind == "default":
@@ -97,9 +75,10 @@ def _rope_scaling(path: Path, rope: dict, values: dict) -> RopeScaling | None:
 
 
 def read_json(path: Path) -> dict:
-    """
+    """Return the object that a JSON file holds.
+
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: The file is missing or damaged, or holds something else.
     """
     try:
         values = json.loads(path.read_text())
@@ -110,28 +89,29 @@ def read_json(path: Path) -> dict:
     return values
 
 
-def sources(folder: str | Path, message: Callable[[str], None]) -> dict[str, Source]:
-    """The folder's tensors by the model's names; MXFP4 is unpacked as it is read.
+def read_tensors(folder: str | Path, message: Callable[[str], None]) -> dict[str, LazyTensor]:
+    """Return the folder's tensors by the model's names. MXFP4 is unpacked as it is read.
 
     Args:
-        message: gets a line about what is unusual.
+        folder: A folder that transformers or OpenAI has written.
+        message: Gets a line about what is unusual.
 
     Raises:
-        ValueError: there are none, files are damaged, or MXFP4 blocks and scales do not fit each other.
+        ValueError: There are none, files are damaged, or MXFP4 blocks and scales do not fit each other.
     """
     found, result, dense = stored_tensors(folder), {}, []
-    for name, source in found.items():
+    for name, tensor in found.items():
         stem = name.removesuffix(BLOCKS)
         if name.endswith(SCALES):
             if name.removesuffix(SCALES) + BLOCKS not in found:
                 raise ValueError(f"{folder}: {name} has no {name.removesuffix(SCALES) + BLOCKS} beside it")
         elif stem == name:
-            result[name] = source
+            result[name] = tensor
         elif stem + SCALES in found:
-            result[stem] = checked(Packed(source, found[stem + SCALES]), name, folder)
-        elif source.dtype.is_floating_point:
+            result[stem] = checked(Packed(tensor, found[stem + SCALES]), name, folder)
+        elif tensor.dtype.is_floating_point:
             dense.append(name)  # what transformers 5.23 saves of an MXFP4 model that it has unpacked
-            result[stem] = source
+            result[stem] = tensor
         else:
             raise ValueError(f"{folder}: {name} has no {stem + SCALES} beside it")
     if dense:
@@ -139,12 +119,17 @@ def sources(folder: str | Path, message: Callable[[str], None]) -> dict[str, Sou
     return result
 
 
-def checked(source: Packed, name: str, folder: str | Path) -> Packed:
-    """
+def checked(tensor: Packed, name: str, folder: str | Path) -> Packed:
+    """Return `tensor` if its blocks and scales fit each other.
+
+    Args:
+        name: The name of the blocks, for messages.
+        folder: The folder that they are in, for messages.
+
     Raises:
-        ValueError: blocks and scales do not fit each other.
+        ValueError: They do not fit each other.
     """
-    blocks, scales = source.blocks, source.scales
+    blocks, scales = tensor.blocks, tensor.scales
     if (
         {blocks.dtype, scales.dtype} != {torch.uint8}
         or blocks.shape[3:] != (16,)
@@ -154,38 +139,41 @@ def checked(source: Packed, name: str, folder: str | Path) -> Packed:
             f"{folder}: {name} {tuple(blocks.shape)} and its scales {tuple(scales.shape)} are not MXFP4: uint8 "
             "[experts, outputs, groups, 16] and [experts, outputs, groups] are"
         )
-    return source
+    return tensor
 
 
 def inexpressible(config: ModelConfig) -> list[str]:
-    """Settings of the architecture for which this layout has no place."""
-    return [f"{key}={getattr(config, key)}" for key, own in ONLY_HERE.items() if getattr(config, key) != own]
+    """Return the settings of the architecture for which this format has no place."""
+    return lost_fields(config, "hf")
 
 
 def outputs(
-    tensors: dict[str, Source], config: ModelConfig, *, dtype: torch.dtype, pack: bool, search: bool, losses: Losses
+    tensors: dict[str, LazyTensor], config: ModelConfig, *, dtype: torch.dtype, pack: bool, search: bool, losses: Losses
 ) -> list[Output]:
-    """What to write of the model's `tensors`; with `pack` the experts in MXFP4, everything else in `dtype`."""
+    """Return what to write of the model's `tensors`: with `pack` the experts in MXFP4, everything else in `dtype`."""
     made = []
-    for name, source in tensors.items():
+    for name, tensor in tensors.items():
         if pack and name.endswith(EXPERTS):
-            made.append(packed(name + BLOCKS, name + SCALES, Transposed(source), losses, search=search))
+            made.append(packed(name + BLOCKS, name + SCALES, Transposed(tensor), losses, search=search))
         else:
-            made.append(plain(name, source, dtype))
+            made.append(plain(name, tensor, dtype))
     return made
 
 
 def config_json(config: ModelConfig, *, dtype: torch.dtype, pack: bool, special_ids: dict | None = None) -> dict:
-    """Contents of config.json, as transformers reads them.
+    """Return the contents of config.json, as transformers reads them.
 
     Args:
-        special_ids: eos_token_id, which may be a list, and pad_token_id.
+        config: The architecture.
+        dtype: The dtype of what is not packed.
+        pack: Whether the experts are packed as MXFP4.
+        special_ids: `eos_token_id`, which may be a list, and `pad_token_id`.
     """
     rope = {"rope_type": "default"} if config.rope_scaling is None else dict(vars(config.rope_scaling))
     values = {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
-        **{key: getattr(config, key) for key in SHARED_FIELDS},
+        **{key: getattr(config, key) for key in names("hf")},
         "attention_dropout": 0.0,
         "dtype": str(dtype).removeprefix("torch."),
         "hidden_act": "silu",

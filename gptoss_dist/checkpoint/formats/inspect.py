@@ -1,4 +1,4 @@
-"""What is in a checkpoint, for people."""
+"""A description of what is in a checkpoint, for people."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pathlib import Path
 import yaml
 
 from gptoss_dist.checkpoint.formats.pretrained import open_pretrained
-from gptoss_dist.checkpoint.formats.tensor_files import Source, stored_tensors
+from gptoss_dist.checkpoint.formats.tensor_files import LazyTensor, stored_tensors
 from gptoss_dist.checkpoint.info import read_info
 
 
 def describe(where: str | Path) -> str:
-    """Step, layout, sizes, settings, and a line for each tensor with its dtype, shape and number of parts.
+    """Describe step, format, sizes and settings, and each tensor in a line with its dtype, shape and number of parts.
 
     Args:
-        where: as for `open_pretrained`.
+        where: As for `open_pretrained`.
 
     Raises:
-        ValueError: as `open_pretrained`.
+        ValueError: As `open_pretrained`.
     """
     pretrained = open_pretrained(where, verify=False)
     lines = [f"{pretrained.folder}"]
-    if pretrained.layout == "run":
+    if pretrained.format == "run":
         info = read_info(pretrained.folder)
-        tensors: Mapping[str, Source] = stored_tensors(pretrained.folder)
+        tensors: Mapping[str, LazyTensor] = stored_tensors(pretrained.folder)
         config = info.pop("config")
         files = info.pop("files")
         lines += [f"  {key}: {value}" for key, value in info.items()]
@@ -36,16 +36,16 @@ def describe(where: str | Path) -> str:
         lines += ["settings", *_indented(yaml.safe_dump(settings, sort_keys=False))]
     else:
         tensors = pretrained.tensors
-        lines.append(f"  layout: {pretrained.layout}")
+        lines.append(f"  format: {pretrained.format}")
     lines += ["architecture", *_indented(yaml.safe_dump(pretrained.config.to_dict(), sort_keys=False))]
     kinds: dict[str, int] = defaultdict(int)
     lines.append("tensors")
-    for name, source in sorted(tensors.items()):
-        dtype = str(source.dtype).removeprefix("torch.")
-        parts = len(getattr(source, "places", ())) or 1
-        lines.append(f"  {name}  {dtype} {list(source.shape)}" + (f"  in {parts} parts" if parts > 1 else ""))
+    for name, tensor in sorted(tensors.items()):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        parts = len(getattr(tensor, "places", ())) or 1
+        lines.append(f"  {name}  {dtype} {list(tensor.shape)}" + (f"  in {parts} parts" if parts > 1 else ""))
         kind = name.split(".")[0] if name.startswith("optim.") else "weights"
-        kinds[kind] += math.prod(source.shape)
+        kinds[kind] += math.prod(tensor.shape)
     lines += [f"{kind}: {count:,} values" for kind, count in kinds.items()]
     size = sum(path.stat().st_size for path in pretrained.folder.iterdir() if path.is_file())
     return "\n".join([*lines, f"files: {size:,} bytes"])

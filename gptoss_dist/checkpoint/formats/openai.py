@@ -1,4 +1,4 @@
-"""OpenAI's own layout of GPT-OSS, the folder `original/` of the published models.
+"""OpenAI's own format of GPT-OSS, that of the folder `original/` of the published models.
 
 q, k and v are one projection; expert weights are [E, outputs, inputs], dense or as MXFP4 (`.blocks` and `.scales`).
 """
@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from gptoss_dist.checkpoint.formats.huggingface import EXPERTS, ONLY_HERE, checked, read_json
-from gptoss_dist.checkpoint.formats.tensor_files import Output, Source, stored_tensors
+from gptoss_dist.checkpoint.formats.fields import lost_fields, names
+from gptoss_dist.checkpoint.formats.huggingface import EXPERTS, checked, read_json
+from gptoss_dist.checkpoint.formats.tensor_files import LazyTensor, Output, stored_tensors
 from gptoss_dist.checkpoint.formats.views import Concatenated, Losses, Packed, Rows, Transposed, packed, plain
 from gptoss_dist.model.config import ModelConfig, RopeScaling
 
@@ -34,42 +35,20 @@ LAYER = {
     "mlp.experts.down_proj": "mlp.mlp2_weight",
     "mlp.experts.down_proj_bias": "mlp.mlp2_bias",
 }
-"""The model's names within a layer, and OpenAI's within a block; q, k and v apart."""
+"""The model's names within a layer, and OpenAI's within a block, without q, k and v."""
 QKV = ("q_proj", "k_proj", "v_proj")
-FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_hidden_layers",
-    "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "num_local_experts": "num_experts",
-    "num_experts_per_tok": "experts_per_token",
-    "sliding_window": "sliding_window",
-    "swiglu_limit": "swiglu_limit",
-    "rope_theta": "rope_theta",
-}
-"""The model's fields and OpenAI's."""
-FIXED = ONLY_HERE | {
-    "rms_norm_eps": 1e-5,
-    "swiglu_alpha": 1.702,
-    "tie_word_embeddings": False,
-    "attention_bias": True,
-}
-"""Fields that OpenAI's config.json does not have, and what its code does."""
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The architecture that config.json describes.
+    """Return the architecture that config.json describes.
 
     Raises:
-        ValueError: it is missing or damaged, or lacks a key.
+        ValueError: The file is missing or damaged, or lacks a key.
     """
     path = Path(folder) / "config.json"
     values = read_json(path)
     try:
-        fields = {ours: values[theirs] for ours, theirs in FIELDS.items()}
+        fields = {ours: values[theirs] for ours, theirs in names("openai").items()}
         context, factor = values["initial_context_length"], float(values["rope_scaling_factor"])
         scaling = RopeScaling(
             factor=factor,
@@ -83,21 +62,22 @@ def read_config(folder: str | Path) -> ModelConfig:
     return ModelConfig(**fields, max_position_embeddings=int(context * factor))
 
 
-def sources(folder: str | Path, message: Callable[[str], None]) -> dict[str, Source]:
-    """The folder's tensors by the model's names; those that have no name here keep their own.
+def read_tensors(folder: str | Path, message: Callable[[str], None]) -> dict[str, LazyTensor]:
+    """Return the folder's tensors by the model's names. Those that the model does not have keep their own.
 
     Args:
-        message: gets a line about what is unusual; here nothing is.
+        folder: A folder that OpenAI has written.
+        message: Gets a line about what is unusual; here nothing is.
 
     Raises:
-        ValueError: as `huggingface.sources`.
+        ValueError: As `huggingface.read_tensors`.
     """
     config, found, result = read_config(folder), stored_tensors(folder), {}
     heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     borders = (0, heads, heads + kv_heads, heads + 2 * kv_heads)
     top = {theirs: ours for ours, theirs in TOP.items()}
     layer = {theirs: ours for ours, theirs in LAYER.items()}
-    for name, source in found.items():
+    for name, tensor in found.items():
         block = re.fullmatch(r"block\.(\d+)\.(.+)", name)
         prefix, rest = (f"model.layers.{block[1]}.", block[2]) if block else ("", name)
         stem, _, form = rest.rpartition(".")
@@ -108,21 +88,21 @@ def sources(folder: str | Path, message: Callable[[str], None]) -> dict[str, Sou
             scales = name.removesuffix("blocks") + "scales"
             if scales not in found:
                 raise ValueError(f"{folder}: {name} has no {scales} beside it")
-            result[prefix + layer.get(stem, stem)] = checked(Packed(source, found[scales]), name, folder)
+            result[prefix + layer.get(stem, stem)] = checked(Packed(tensor, found[scales]), name, folder)
         elif stem == "attn.qkv":
-            if source.shape[0] != borders[-1]:
-                raise ValueError(f"{folder}: {name} has {source.shape[0]} rows, config.json means {borders[-1]}")
+            if tensor.shape[0] != borders[-1]:
+                raise ValueError(f"{folder}: {name} has {tensor.shape[0]} rows, config.json means {borders[-1]}")
             for projection, start, stop in zip(QKV, borders, borders[1:]):
-                result[f"{prefix}self_attn.{projection}.{form}"] = Rows(source, start, stop)
+                result[f"{prefix}self_attn.{projection}.{form}"] = Rows(tensor, start, stop)
         else:
             ours = (layer if block else top).get(rest, rest)
-            result[prefix + ours] = Transposed(source) if ours.endswith(EXPERTS) else source
+            result[prefix + ours] = Transposed(tensor) if ours.endswith(EXPERTS) else tensor
     return result
 
 
 def inexpressible(config: ModelConfig) -> list[str]:
-    """Settings of the architecture for which this layout has no place."""
-    wrong = [f"{key}={getattr(config, key)}" for key, own in FIXED.items() if getattr(config, key) != own]
+    """Return the settings of the architecture for which this format has no place."""
+    wrong = lost_fields(config, "openai")
     if config.layer_types != ModelConfig(num_hidden_layers=config.num_hidden_layers).layer_types:
         wrong.append("layer_types, which do not alternate from sliding attention on")
     if config.rope_scaling is not None and config.rope_scaling.truncate:
@@ -131,9 +111,9 @@ def inexpressible(config: ModelConfig) -> list[str]:
 
 
 def outputs(
-    tensors: dict[str, Source], config: ModelConfig, *, dtype: torch.dtype, pack: bool, search: bool, losses: Losses
+    tensors: dict[str, LazyTensor], config: ModelConfig, *, dtype: torch.dtype, pack: bool, search: bool, losses: Losses
 ) -> list[Output]:
-    """What to write of the model's `tensors`; with `pack` the experts in MXFP4, everything else in `dtype`."""
+    """Return what to write of the model's `tensors`: with `pack` the experts in MXFP4, everything else in `dtype`."""
     made = [plain(theirs, tensors[ours], dtype) for ours, theirs in TOP.items()]
     for index in range(config.num_hidden_layers):
         ours, theirs = f"model.layers.{index}.", f"block.{index}."
@@ -141,21 +121,21 @@ def outputs(
             parts = [tensors[f"{ours}self_attn.{projection}.{form}"] for projection in QKV]
             made.append(plain(f"{theirs}attn.qkv.{form}", Concatenated(parts), dtype))
         for name, other in LAYER.items():
-            source, other = tensors[ours + name], theirs + other
+            tensor, other = tensors[ours + name], theirs + other
             if not name.endswith(EXPERTS):
-                made.append(plain(other, source, dtype))
+                made.append(plain(other, tensor, dtype))
             elif pack:
-                made.append(packed(other + ".blocks", other + ".scales", Transposed(source), losses, search=search))
+                made.append(packed(other + ".blocks", other + ".scales", Transposed(tensor), losses, search=search))
             else:
-                made.append(plain(other, Transposed(source), dtype))
+                made.append(plain(other, Transposed(tensor), dtype))
     return made
 
 
 def config_json(config: ModelConfig) -> dict:
-    """Contents of config.json."""
+    """Return the contents of config.json."""
     scaling = config.rope_scaling or RopeScaling(factor=1.0)
     context = scaling.original_max_position_embeddings
-    return {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()} | {
+    return {theirs: getattr(config, ours) for ours, theirs in names("openai").items()} | {
         "initial_context_length": context if config.rope_scaling else config.max_position_embeddings,
         "rope_scaling_factor": scaling.factor,
         "rope_ntk_alpha": scaling.beta_slow,

@@ -1,4 +1,4 @@
-"""Weights from outside of a run: published models, and the checkpoints of other runs.
+"""Weights from outside of a run: those of published models, and of the checkpoints of other runs.
 
 Each rank reads what it holds of each tensor, a part at a time: no rank ever needs a whole tensor.
 """
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from gptoss_dist.checkpoint.formats import huggingface, openai
-from gptoss_dist.checkpoint.formats.tensor_files import Source, stored_tensors
+from gptoss_dist.checkpoint.formats.tensor_files import LazyTensor, stored_tensors
 from gptoss_dist.checkpoint.info import read_info
 from gptoss_dist.checkpoint.store import candidates, misfits, resolve
 from gptoss_dist.model.config import ModelConfig
@@ -37,24 +37,24 @@ from gptoss_dist.model.transformer import GptOss
 
 log = logging.getLogger(__name__)
 
-LAYOUTS = {"hf": huggingface, "openai": openai}
+FORMATS = {"hf": huggingface, "openai": openai}
 
 
 class Pretrained(NamedTuple):
     """Weights that can be read in parts."""
 
-    layout: str
-    """`hf`, `openai`, `run` for a training checkpoint, or `memory`."""
+    format: str
+    """It is `hf`, `openai`, `run` for a training checkpoint, or `memory`."""
     folder: Path
     config: ModelConfig
-    tensors: dict[str, Source]
-    """By the model's names."""
+    tensors: dict[str, LazyTensor]
+    """The tensors by the model's names."""
 
     def build(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> GptOss:
-        """A model with these weights, ready for inference.
+        """Return a model with these weights, ready for inference.
 
         Raises:
-            ValueError: as `load_into`.
+            ValueError: As `load_into`.
         """
         with torch.device("meta"):
             model = GptOss(self.config)
@@ -69,37 +69,38 @@ class Pretrained(NamedTuple):
 def open_pretrained(
     where: str | Path, *, message: Callable[[str], None] = log.warning, verify: bool = True
 ) -> Pretrained:
-    """Weights by `hf:FOLDER`, `openai:FOLDER`, or a run's folder, checkpoint folder or checkpoint.
-
-    Without `hf:` or `openai:` a folder with a config.json is what that file says.
+    """Open the weights that `where` names, without reading them yet.
 
     Args:
-        message: gets a line about what is unusual.
-        verify: hash a training checkpoint's files first, and take the newest intact one; else the newest.
+        where: `hf:FOLDER`, `openai:FOLDER`, or the folder of a run, of its checkpoints, or a checkpoint. Without `hf:`
+            or `openai:` the config.json of a folder tells which of the two it is.
+        message: Gets a line about what is unusual.
+        verify: Hash a training checkpoint's files first, and take the newest intact one; otherwise take the newest.
 
     Raises:
-        ValueError: there is nothing of that kind, or it is damaged.
+        ValueError: There is nothing of that kind, or it is damaged.
     """
-    layout, _, folder = str(where).partition(":")
+    format, _, folder = str(where).partition(":")
     if (Path(where) / "config.json").is_file():
-        layout = "hf" if "model_type" in huggingface.read_json(Path(where) / "config.json") else "openai"
+        format = "hf" if "model_type" in huggingface.read_json(Path(where) / "config.json") else "openai"
         folder = str(where)
-    if layout in LAYOUTS and folder:
+    if format in FORMATS and folder:
         if not Path(folder).is_dir():
             raise ValueError(f"{where}: there is no folder {folder}")
-        module = LAYOUTS[layout]
-        return Pretrained(layout, Path(folder), module.read_config(folder), module.sources(folder, message))
-    if re.fullmatch(r"[a-z]{2,}", layout) and folder:
-        raise ValueError(f"{where}: {layout} is no known layout; use {', '.join(f'{name}:FOLDER' for name in LAYOUTS)}")
+        module = FORMATS[format]
+        return Pretrained(format, Path(folder), module.read_config(folder), module.read_tensors(folder, message))
+    if re.fullmatch(r"[a-z]{2,}", format) and folder:
+        raise ValueError(f"{where}: {format} is no known format; use {', '.join(f'{name}:FOLDER' for name in FORMATS)}")
     checkpoint = resolve(where, message) if verify else candidates(where)[-1]
     stored = {n.removeprefix("model."): t for n, t in stored_tensors(checkpoint).items() if n.startswith("model.")}
     return Pretrained("run", checkpoint, ModelConfig.from_dict(read_info(checkpoint)["config"]["model"]), stored)
 
 
 def check_architecture(pretrained: Pretrained, config: ModelConfig) -> None:
-    """
+    """Refuse weights of another architecture than `config`.
+
     Raises:
-        ValueError: the architecture of the weights is another than `config`; names every field that differs.
+        ValueError: A line that names every field that differs.
     """
     ours, theirs = config.to_dict(), pretrained.config.to_dict()
     differ = [
@@ -117,12 +118,13 @@ def load_into(weights: dict[str, Tensor], pretrained: Pretrained) -> None:
     """Fill the tensors of `weights` in place, each rank its own part of them; collective where there are ranks.
 
     Args:
-        weights: by the model's names; plain tensors, DTensors, or what else torch DCP can fill.
+        weights: Plain tensors, DTensors, or what else torch DCP can fill, by the model's names.
+        pretrained: What they are filled from.
 
     Raises:
-        ValueError: names or shapes differ, or a file is damaged; all of them are listed.
+        ValueError: Names or shapes differ, or a file is damaged; all of them are listed.
     """
-    shapes = {name: source.shape for name, source in pretrained.tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in pretrained.tensors.items()}
     if problems := misfits(weights, shapes):
         raise ValueError(f"{pretrained.folder} does not fit the model: " + "; ".join(problems))
     alone = not dist.is_initialized() or dist.get_world_size() == 1
@@ -135,9 +137,9 @@ def load_into(weights: dict[str, Tensor], pretrained: Pretrained) -> None:
 
 
 class _Reader(StorageReader):
-    """Hands the sources to DCP, which knows what each rank holds."""
+    """A reader that hands lazy tensors to DCP, which knows what each rank holds."""
 
-    def __init__(self, tensors: dict[str, Source]) -> None:
+    def __init__(self, tensors: dict[str, LazyTensor]) -> None:
         self.tensors = tensors
 
     def reset(self, checkpoint_id=None) -> None:
@@ -145,10 +147,10 @@ class _Reader(StorageReader):
 
     def read_metadata(self, *_, **__) -> Metadata:
         entries, places = {}, {}
-        for name, source in self.tensors.items():
-            start, shape = torch.Size([0] * len(source.shape)), torch.Size(source.shape)
+        for name, tensor in self.tensors.items():
+            start, shape = torch.Size([0] * len(tensor.shape)), torch.Size(tensor.shape)
             whole = ChunkStorageMetadata(offsets=start, sizes=shape)
-            entries[name] = TensorStorageMetadata(TensorProperties(dtype=source.dtype), shape, [whole])
+            entries[name] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), shape, [whole])
             places[MetadataIndex(name, start)] = name
         return Metadata(state_dict_metadata=entries, storage_data=places)
 
@@ -164,9 +166,9 @@ class _Reader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for item in plan.items:
             offset = item.storage_offsets
-            box = tuple(slice(o, o + n) for o, n in zip(offset, item.lengths))
+            slices = tuple(slice(o, o + n) for o, n in zip(offset, item.lengths))
             target = planner.resolve_tensor(item).detach()
-            for part, values in self.tensors[item.storage_index.fqn].parts(box):
+            for part, values in self.tensors[item.storage_index.fqn].parts(slices):
                 target[tuple(slice(s.start - o, s.stop - o) for s, o in zip(part, offset))].copy_(values)
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
@@ -181,12 +183,12 @@ class _Reader(StorageReader):
 def load_pretrained(
     where: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> GptOss:
-    """A model with its weights, ready for inference.
+    """Return a model with its weights, ready for inference.
 
     Args:
-        where: as for `open_pretrained`.
+        where: As for `open_pretrained`.
 
     Raises:
-        ValueError: there is no such model, or it is damaged.
+        ValueError: There is no such model, or it is damaged.
     """
     return open_pretrained(where).build(dtype, device)

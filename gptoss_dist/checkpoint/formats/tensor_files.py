@@ -19,82 +19,89 @@ from gptoss_dist.checkpoint.boxes import Box
 
 INDEX = "model.safetensors.index.json"
 PART_BYTES = 32 << 20
-"""What is read or converted at a time."""
+"""How much is read or converted at a time."""
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
-Region = tuple[slice, ...]
-"""A part of a tensor: a slice with start and stop for each dimension."""
+Slices = tuple[slice, ...]
+"""The place of a box in a tensor: a slice with start and stop for each dimension."""
 
 
-class Source(ABC):
+class LazyTensor(ABC):
     """A tensor that can be read in parts."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @abstractmethod
-    def read(self, box: Region) -> Tensor:
-        """The values of `box`.
+    def read(self, slices: Slices) -> Tensor:
+        """Return the values at `slices`.
 
         Raises:
-            ValueError: the file is damaged.
+            ValueError: The file is damaged.
         """
 
-    def parts(self, box: Region | None = None, limit: int = PART_BYTES) -> Iterator[tuple[Region, Tensor]]:
-        """The values of `box` (all of the tensor by default), cut so that none takes more than `limit` bytes in
-        float32, or one row of the last dimension."""
-        box = tuple(slice(0, n) for n in self.shape) if box is None else box
-        for part in split(box, limit):
+    def parts(self, slices: Slices | None = None, limit: int = PART_BYTES) -> Iterator[tuple[Slices, Tensor]]:
+        """Yield the values at `slices`, a part at a time.
+
+        Args:
+            slices: All of the tensor by default.
+            limit: No part takes more bytes than this in float32, unless one row of the last dimension does.
+
+        Yields:
+            The place of each part in the tensor, and its values.
+        """
+        slices = tuple(slice(0, n) for n in self.shape) if slices is None else slices
+        for part in split(slices, limit):
             yield part, self.read(part)
 
 
-def split(box: Region, limit: int) -> Iterator[Region]:
-    """Cut `box` along its first dimensions into boxes of at most `limit` bytes in float32, in row-major order."""
-    lengths = [s.stop - s.start for s in box]
-    if 4 * math.prod(lengths) <= limit or len(box) <= 1:
-        yield box
+def split(slices: Slices, limit: int) -> Iterator[Slices]:
+    """Cut `slices` along its first dimensions into boxes of at most `limit` bytes in float32, in row-major order."""
+    lengths = [s.stop - s.start for s in slices]
+    if 4 * math.prod(lengths) <= limit or len(slices) <= 1:
+        yield slices
         return
     row = 4 * math.prod(lengths[1:])
     rows = max(1, limit // row) if row else lengths[0]
-    for start in range(box[0].start, box[0].stop, rows):
-        head = slice(start, min(start + rows, box[0].stop))
+    for start in range(slices[0].start, slices[0].stop, rows):
+        head = slice(start, min(start + rows, slices[0].stop))
         if row <= limit:
-            yield (head, *box[1:])
+            yield (head, *slices[1:])
         else:
-            for tail in split(box[1:], limit):
+            for tail in split(slices[1:], limit):
                 yield (head, *tail)
 
 
-class Held(Source):
+class Held(LazyTensor):
     """A tensor in memory."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.shape, self.dtype = tensor.detach(), tuple(tensor.shape), tensor.dtype
 
-    def read(self, box: Region) -> Tensor:
-        return self.tensor[box].cpu()
+    def read(self, slices: Slices) -> Tensor:
+        return self.tensor[slices].cpu()
 
 
-class Stored(Source):
+class Stored(LazyTensor):
     """A tensor in safetensors files, possibly in several rectangular parts."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.shape, self.dtype = tuple(shape), dtype
         self.places: list[tuple[Path, str, tuple[int, ...], tuple[int, ...]]] = []
-        """Of each part: file, name in it, offset in the whole tensor, sizes."""
+        """The file of each part, its name there, its offset in the whole tensor and its sizes."""
 
-    def read(self, box: Region) -> Tensor:
-        values = torch.empty([s.stop - s.start for s in box], dtype=self.dtype)
+    def read(self, slices: Slices) -> Tensor:
+        values = torch.empty([s.stop - s.start for s in slices], dtype=self.dtype)
         missing = values.numel()
         for path, name, offset, sizes in self.places:
-            common = [slice(max(s.start, o), min(s.stop, o + n)) for s, o, n in zip(box, offset, sizes, strict=True)]
+            common = [slice(max(s.start, o), min(s.stop, o + n)) for s, o, n in zip(slices, offset, sizes, strict=True)]
             if any(s.start >= s.stop for s in common):
                 continue
             try:
                 # Opened for each part: what was read counts as this process's memory until the file is closed.
                 with safe_open(path, "pt") as file:
                     part = file.get_slice(name)[tuple(slice(s.start - o, s.stop - o) for s, o in zip(common, offset))]
-                    values[tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(common, box))] = part
+                    values[tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(common, slices))] = part
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{path}: {name} cannot be read: {error}") from None
             missing -= part.numel()
@@ -104,10 +111,10 @@ class Stored(Source):
 
 
 def stored_tensors(folder: str | Path) -> dict[str, Stored]:
-    """The tensors of a folder: of a training checkpoint, or of files as Hugging Face's libraries write them.
+    """Return the tensors of a training checkpoint, or of a folder as Hugging Face's libraries write them, by name.
 
     Raises:
-        ValueError: there are none, a file is damaged, or the index names what is not there.
+        ValueError: There are none, a file is damaged, or the index names what is not there.
     """
     folder = Path(folder)
     listed = _indexed_files(folder)
@@ -136,7 +143,7 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
 
 
 def _indexed_files(folder: Path) -> dict[str, str]:
-    """{tensor: file} of the index, if there is one."""
+    """Return {tensor: file} of the index, empty if there is no index."""
     path = folder / INDEX
     if not path.is_file():
         return {}
@@ -150,7 +157,7 @@ class Output(NamedTuple):
     """Tensors to be written that are made together."""
 
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
-    """Shape and dtype by name."""
+    """The shape and dtype of each, by name."""
     parts: Iterable[dict[str, Tensor]]
     """Their values in row-major order, a part of some or all of them at a time."""
 
@@ -160,10 +167,19 @@ class Output(NamedTuple):
 
 
 def write_tensors(folder: Path, outputs: list[Output], *, file_bytes: int, stem: str = "model") -> list[Path]:
-    """Write safetensors files of at most `file_bytes`, or of one `Output` that is larger, and their index if there are
-    several: `model-00001-of-00003.safetensors`, as Hugging Face's libraries name them.
+    """Write safetensors files, and their index if there are several.
 
-    safetensors' own writer wants all tensors of a file in memory; this one holds a part at a time.
+    They are named as Hugging Face's libraries name them: `model-00001-of-00003.safetensors`. The writer of safetensors
+    wants all tensors of a file in memory; this one holds a part at a time.
+
+    Args:
+        folder: An existing folder.
+        outputs: What to write, in this order.
+        file_bytes: The largest size of a file, unless a single `Output` is larger.
+        stem: How the files' names begin.
+
+    Returns:
+        The paths of all files, the index last.
     """
     groups: list[list[Output]] = []
     size = 0
@@ -206,7 +222,10 @@ def write_boxes(folder: Path, stem: str, parts: Mapping[str, tuple[Sequence[int]
 
 
 def _write_file(path: Path, group: list[Output], metadata: Mapping[str, str] | None = None) -> None:
-    """One file: the header's length, the header in JSON, the bytes (https://github.com/huggingface/safetensors)."""
+    """Write one file: the header's length, the header in JSON, the bytes of the tensors.
+
+    The format is that of https://github.com/huggingface/safetensors.
+    """
     header, position = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for output in group:
         for name, (shape, dtype) in output.tensors.items():

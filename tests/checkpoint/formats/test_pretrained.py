@@ -155,7 +155,7 @@ def test_any_part_of_a_packed_tensor(tmp_path):
     blocks = torch.randint(0, 256, (3, 10, 4, 16), dtype=torch.uint8, generator=generator)
     scales = torch.randint(120, 131, (3, 10, 4), dtype=torch.uint8, generator=generator)
     save_file({"model.x_blocks": blocks, "model.x_scales": scales}, tmp_path / "model.safetensors")
-    source = huggingface.sources(tmp_path, print)["model.x"]
+    source = huggingface.read_tensors(tmp_path, print)["model.x"]
     whole = decode(Mxfp4(blocks, scales)).transpose(1, 2)
     assert source.shape == (3, 128, 10)
     for box in ((0, 3, 0, 128, 0, 10), (1, 2, 5, 6, 3, 4), (0, 3, 31, 97, 2, 9), (2, 3, 64, 96, 0, 1)):
@@ -198,7 +198,7 @@ def test_everything_wrong_is_listed(published, tmp_path):
         file.truncate(1000)
     with pytest.raises(ValueError, match=first.name):
         open_pretrained(f"hf:{broken}")
-    for where, message in (("hf:nowhere", "no folder nowhere"), ("gguf:x", "gguf is no known layout"),
+    for where, message in (("hf:nowhere", "no folder nowhere"), ("gguf:x", "gguf is no known format"),
                            ("nowhere", "no complete checkpoint in nowhere")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             open_pretrained(where)

@@ -1,0 +1,74 @@
+"""Where other tools keep the fields of `ModelConfig`: the one table, which everything that reads or writes theirs asks.
+
+For example `num_local_experts` has that name in Hugging Face's configuration too, and is `num_experts` in OpenAI's;
+`router_bias` is in neither, so that only a model whose value is GPT-OSS's own can be written for them.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, Literal
+
+from gptoss_dist.model.config import ModelConfig
+
+
+class Absent(Enum):
+    """Why a format has no field for something."""
+
+    CONVERTED = "the format says it in another way, which its module reads and writes"
+    FIXED = "the format's tools always do what GPT-OSS does, which is the default of `ModelConfig`"
+    UNUSED = "it says how weights are drawn, and nothing about those that there are"
+
+
+CONVERTED, FIXED, UNUSED = Absent
+
+FIELDS: dict[str, tuple[str | Absent, str | Absent]] = {
+    # ModelConfig's         Hugging Face's             OpenAI's
+    "vocab_size": ("vocab_size", "vocab_size"),
+    "hidden_size": ("hidden_size", "hidden_size"),
+    "intermediate_size": ("intermediate_size", "intermediate_size"),
+    "num_hidden_layers": ("num_hidden_layers", "num_hidden_layers"),
+    "num_attention_heads": ("num_attention_heads", "num_attention_heads"),
+    "num_key_value_heads": ("num_key_value_heads", "num_key_value_heads"),
+    "head_dim": ("head_dim", "head_dim"),
+    "num_local_experts": ("num_local_experts", "num_experts"),
+    "num_experts_per_tok": ("num_experts_per_tok", "experts_per_token"),
+    "sliding_window": ("sliding_window", "sliding_window"),
+    "layer_types": ("layer_types", CONVERTED),
+    "max_position_embeddings": ("max_position_embeddings", CONVERTED),
+    "rms_norm_eps": ("rms_norm_eps", FIXED),
+    "rope_theta": (CONVERTED, "rope_theta"),
+    "rope_scaling": (CONVERTED, CONVERTED),
+    "initializer_range": ("initializer_range", UNUSED),
+    "tie_word_embeddings": ("tie_word_embeddings", FIXED),
+    "attention_bias": ("attention_bias", FIXED),
+    "swiglu_alpha": ("swiglu_alpha", FIXED),
+    "swiglu_limit": ("swiglu_limit", "swiglu_limit"),
+    "router_bias": (FIXED, FIXED),
+    "router_selection_bias": (FIXED, FIXED),
+    "expert_bias": (FIXED, FIXED),
+    "expert_activation": (FIXED, FIXED),
+    "num_shared_experts": (FIXED, FIXED),
+    "sink_init": (UNUSED, UNUSED),
+    "sink_clamp": (FIXED, FIXED),
+    "rope_pruned_fraction": (FIXED, FIXED),
+}
+
+_COLUMNS = {"hf": 0, "openai": 1}
+
+
+def names(format: Literal["hf", "openai"]) -> dict[str, str]:
+    """Return {field of `ModelConfig`: name in the format} of the fields that the format has with the same meaning."""
+    column = _COLUMNS[format]
+    return {field: places[column] for field, places in FIELDS.items() if isinstance(places[column], str)}
+
+
+def lost_fields(config: ModelConfig, format: Literal["hf", "openai"]) -> list[str]:
+    """Return `field=value` of each field for which the format has no place and which is not GPT-OSS's own."""
+    column, own = _COLUMNS[format], ModelConfig()
+    values: dict[str, tuple[Any, Any]] = {
+        field: (getattr(config, field), getattr(own, field))
+        for field, places in FIELDS.items()
+        if places[column] is FIXED
+    }
+    return [f"{field}={value}" for field, (value, default) in values.items() if value != default]
