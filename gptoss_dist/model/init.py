@@ -10,12 +10,13 @@ import hashlib
 import itertools
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.model.transformer import GptOss
 
 
-def initialize(model: nn.Module, seed: int) -> None:
+def initialize(model: GptOss, seed: int) -> None:
     """Fill every parameter and buffer of a `GptOss` in place, which is neither sharded nor on the meta device."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         fill(tensor.data, name, tensor.shape, model.config, seed)

@@ -35,10 +35,8 @@ class FullCache:
     def append(self, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store new keys and values; arguments and results are those of `attention.LayerCache.append`."""
         old, self.length = self.length, self.length + k_BKTC.shape[2]
-        if self.buffers is None or self.length > self.buffers[0].shape[2]:
-            self.buffers = tuple(
-                self._grown(new, held, old) for new, held in zip((k_BKTC, v_BKTC), self.buffers or (None, None))
-            )
+        k_held, v_held = self.buffers or (None, None)
+        self.buffers = (self._with_room(k_held, k_BKTC, old), self._with_room(v_held, v_BKTC, old))
         for buffer, new in zip(self.buffers, (k_BKTC, v_BKTC)):
             buffer[:, :, old : self.length] = new
         if old == 0:
@@ -47,7 +45,9 @@ class FullCache:
         query_T1 = torch.arange(old, self.length, device=k_BKTC.device)[:, None]
         return k_BKSC, v_BKSC, torch.arange(self.length, device=k_BKTC.device) <= query_T1
 
-    def _grown(self, new: Tensor, held: Tensor | None, old: int) -> Tensor:
+    def _with_room(self, held: Tensor | None, new: Tensor, old: int) -> Tensor:
+        if held is not None and self.length <= held.shape[2]:
+            return held
         B, K, _, C = new.shape
         buffer = new.new_empty(B, K, max(64, 2 * self.length), C)
         if held is not None:
@@ -68,17 +68,15 @@ class SlidingCache:
 
     def append(self, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store new keys and values, after the new tokens saw the old ones; as `attention.LayerCache.append`."""
-        first = self.held is None
-        if not first:
-            k_BKTC, v_BKTC = (torch.cat(pair, dim=2) for pair in zip(self.held, (k_BKTC, v_BKTC)))
-        S = k_BKTC.shape[2]
         visible_TS = None
-        if not first:
+        if self.held is not None:
             held = self.held[0].shape[2]
-            distance_TS = torch.arange(held, S, device=k_BKTC.device)[:, None] - torch.arange(S, device=k_BKTC.device)
+            k_BKTC, v_BKTC = torch.cat((self.held[0], k_BKTC), dim=2), torch.cat((self.held[1], v_BKTC), dim=2)
+            S, device = k_BKTC.shape[2], k_BKTC.device
+            distance_TS = torch.arange(held, S, device=device)[:, None] - torch.arange(S, device=device)
             visible_TS = (distance_TS >= 0) & (distance_TS < self.window)
         # A view of the prefill would keep all of it alive, therefore clone.
-        self.held = tuple(x[:, :, -self.window :].clone() for x in (k_BKTC, v_BKTC))
+        self.held = (k_BKTC[:, :, -self.window :].clone(), v_BKTC[:, :, -self.window :].clone())
         return k_BKTC, v_BKTC, visible_TS
 
     def nbytes(self) -> int:

@@ -43,6 +43,8 @@ class Router(nn.Module):
     `choose` may be replaced from outside (`parallel/forced_routing.py`).
     """
 
+    selection_bias: Tensor | None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         E = config.num_local_experts
@@ -159,10 +161,17 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return expert(x), [T, D] in x's dtype."""
-        weights = (self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias)
         counts_1 = torch.full((1,), x_TD.shape[0], device=x_TD.device)
-        weights_1 = (w if w is None else w[None] for w in weights)
-        return grouped_experts(x_TD, counts_1, *weights_1, backend=self.backend, **self.activation)
+        return grouped_experts(
+            x_TD,
+            counts_1,
+            self.gate_up_proj[None],
+            None if self.gate_up_proj_bias is None else self.gate_up_proj_bias[None],
+            self.down_proj[None],
+            None if self.down_proj_bias is None else self.down_proj_bias[None],
+            backend=self.backend,
+            **self.activation,
+        )
 
 
 class MoE(nn.Module):

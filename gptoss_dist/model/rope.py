@@ -105,4 +105,5 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout_BTHC: Tensor):
-        return _rotate(dout_BTHC, *ctx.saved_tensors, -1), None, None
+        cos_T1R, sin_T1R = ctx.saved_tensors
+        return _rotate(dout_BTHC, cos_T1R, sin_T1R, -1), None, None

@@ -59,7 +59,6 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer_index: int) -> None:
         super().__init__()
-        self.layer_type = config.layer_types[layer_index]
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer_index)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -86,6 +85,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layer_types = config.layer_types
         self.rotary_tables = RotaryTables(config)
 
     def forward(
@@ -102,8 +102,8 @@ class Decoder(nn.Module):
         documents = locate_documents(document_ids_BT) if document_ids_BT is not None else None
         caches = cache.layers if cache is not None else [None] * len(self.layers)
         layer_stats = []
-        for layer, layer_cache in zip(self.layers, caches):
-            x_BTD, stats = layer(x_BTD, rotary[layer.layer_type], documents, layer_cache)
+        for layer, layer_type, layer_cache in zip(self.layers, self.layer_types, caches):
+            x_BTD, stats = layer(x_BTD, rotary[layer_type], documents, layer_cache)
             layer_stats.append(stats)
         if cache is not None:
             cache.length += input_ids_BT.shape[1]

@@ -165,18 +165,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # and unlike in log(probs[label]) nothing underflows.
             losses_C1 = max_C1 - probs_CV.amax(-1, keepdim=True).log_() - label_logit_C1
             loss += losses_C1.masked_fill_(ignored_C1, 0).sum()
-            if not (need_hidden or need_weight or need_bias):
+            if d_hidden_ND is None and d_weight_VD is None and d_bias_V is None:
                 continue
 
             d_logits_CV = probs_CV.scatter_add_(1, labels_C1, probs_CV.new_full((), -1.0).expand_as(labels_C1))
             if rounded:
                 d_logits_CV = rounded_CV.copy_(d_logits_CV)
             # Ignored tokens are masked at width D, not V: in d_hidden directly, in d_weight through rows of hidden.
-            if need_hidden:
+            if d_hidden_ND is not None:
                 torch.mm(d_logits_CV, weight_VD, out=d_hidden_ND[chunk]).masked_fill_(ignored_C1, 0)
-            if need_weight:
+            if d_weight_VD is not None:
                 _add_weight_gradient(d_weight_VD, d_logits_CV, hidden_CD.masked_fill(ignored_C1, 0))
-            if need_bias:
+            if d_bias_V is not None:
                 d_bias_V += d_logits_CV.t() @ (~ignored_C1[:, 0]).to(d_logits_CV.dtype)
 
         ctx.save_for_backward(d_hidden_ND, d_weight_VD, d_bias_V)

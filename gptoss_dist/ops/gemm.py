@@ -23,7 +23,7 @@ def _cpu_multiplies_bf16() -> bool:
     checks = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
     if platform.machine().lower() not in ("x86_64", "amd64") or None in checks:
         return True
-    return any(check() for check in checks)
+    return any(check() for check in checks if check is not None)
 
 
 CPU_MULTIPLIES_BF16 = _cpu_multiplies_bf16()  # not a cached function: torch.compile could not see through that

@@ -40,7 +40,7 @@ class ForcedRouting:
         self.router, self.how = router, how
         self.learned_choice = router.choose
         self.recorded_TK: Tensor | None = None
-        router.choose = self
+        router.choose = self  # type: ignore[method-assign]
 
     @property
     def is_recording(self) -> bool:
@@ -59,10 +59,14 @@ class ForcedRouting:
         if self.how == "balanced":
             indices_TK = torch.arange(T * K, device=logits_TE.device).view(T, K) % E
         else:
-            if self.recorded_TK is None or self.recorded_TK.shape[0] != T:
-                self._record(logits_TE.detach())
-            indices_TK = self.recorded_TK
+            indices_TK = self._repeated(logits_TE)
         return logits_TE.gather(-1, indices_TK), indices_TK
+
+    def _repeated(self, logits_TE: Tensor) -> Tensor:
+        if self.recorded_TK is None or self.recorded_TK.shape[0] != logits_TE.shape[0]:
+            self._record(logits_TE.detach())
+        assert self.recorded_TK is not None
+        return self.recorded_TK
 
     @torch.compiler.disable
     def _record(self, logits_TE: Tensor) -> None:

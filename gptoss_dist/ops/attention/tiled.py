@@ -64,8 +64,8 @@ def forward(
         sinks_KR = sinks_KG[:, None].expand(-1, C, -1).flatten(1)
         return attend(q_MKRD, k_MKSD, v_MKSD, bias_M1RS, sinks_KR, scale)
 
-    if _use_band(window, kernel):
-        band = Band.of(T, window, K)
+    band = Band.of(T, window, K, kernel)
+    if band is not None:
         o_MKRD, lse_MKR = attend_tile(
             band.queries(q_BTHD, dtype),
             band.keys(k_BTKD, dtype),
@@ -107,8 +107,8 @@ def backward(
     differentiate = _KERNELS[kernel].backward
     lse_BTH1 = lse_HN.view(H, B, T).permute(1, 2, 0)[..., None]
 
-    if _use_band(window, kernel):
-        band = Band.of(T, window, K)
+    band = Band.of(T, window, K, kernel)
+    if band is not None:
         dq_MKRD, dk_MKSD, dv_MKSD = differentiate(
             band.queries(do_BTHD, dtype),
             band.queries(q_BTHD, dtype),
@@ -224,15 +224,6 @@ def _causal_bias(
     return _bias(lower_C[None] - first_key, position_C - first_key, stop - first_key, G, dtype)
 
 
-def _use_band(window: int | None, kernel: str) -> bool:
-    """Return whether to compute all blocks of a window in one call.
-
-    `chunked` keeps whole score matrices of a call, in float32, so it takes one strip at a time. `fused` keeps them too,
-    in 16 bits and within the band: still linear in T.
-    """
-    return window is not None and kernel != "chunked"
-
-
 class Band(NamedTuple):
     """All blocks of C queries of a batch as tiles of one call, each with S = left + C keys that end at its last query.
 
@@ -247,8 +238,14 @@ class Band(NamedTuple):
     left: int
 
     @classmethod
-    def of(cls, T: int, window: int, K: int) -> Band:
-        """Return the band for sequences of T tokens with K key/value heads."""
+    def of(cls, T: int, window: int | None, K: int, kernel: str) -> Band | None:
+        """Return the band for sequences of T tokens with K key/value heads, or None if strips serve them better.
+
+        `chunked` keeps whole score matrices of a call, in float32, so it takes one strip at a time. `fused` keeps them
+        too, in 16 bits and within the band: still linear in T.
+        """
+        if window is None or kernel == "chunked":
+            return None
         # An eighth of the window: small blocks compute few hidden scores, large ones amortise the kernel's overheads.
         C = MIN_BLOCK * max(1, -(-window // (8 * MIN_BLOCK)))
         return cls(T, window, K, C, C * -(-(window - 1) // C))

@@ -84,7 +84,7 @@ class BetweenGemms:
 
     def forward(self, h_I2n: Tensor, b1_I2: Tensor | None, a_In: Tensor) -> None:
         """Add the bias (or None) to the pre-activations h, in place, and fill a."""
-        step = _rows_per_chunk(*a_In.shape, a_In.device)
+        step = _rows_per_chunk(a_In)
         for i in range(0, a_In.shape[0], step):
             h = h_I2n[i : i + step]
             if b1_I2 is not None:  # here, near the cache: cheaper than addmm, which first broadcasts it to memory
@@ -93,7 +93,7 @@ class BetweenGemms:
 
     def backward(self, h_I2n: Tensor, da_In: Tensor, a_In: Tensor, dh_I2n: Tensor, db1_I2: Tensor | None) -> None:
         """Fill a again, dh, and db1 (or None) from h and da."""
-        step = _rows_per_chunk(*a_In.shape, a_In.device)
+        step = _rows_per_chunk(a_In)
         for h, da, a, dh in zip(h_I2n.split(step), da_In.split(step), a_In.split(step), dh_I2n.split(step)):
             gating = _without_idle_clamp(self.gating, h)
             _activation_backward(h[:, 0], h[:, 1], da, gating, self.scratch, a, dh[:, 0], dh[:, 1])
@@ -174,9 +174,10 @@ def _next_above(value: float, dtype: torch.dtype) -> float:
     return float(np.nextafter(kind(value), kind(math.inf)))
 
 
-def _rows_per_chunk(rows: int, columns: int, device: torch.device) -> int:
-    """Return the rows of a [rows, columns] block for one elementwise pass: all where there is no cache to block for."""
-    return max(1, _CHUNK_ELEMENTS // max(columns, 1)) if device.type == "cpu" else max(rows, 1)
+def _rows_per_chunk(block: Tensor) -> int:
+    """Return how many rows of a 2D block one elementwise pass takes: all where there is no cache to block for."""
+    rows, columns = block.shape
+    return max(1, _CHUNK_ELEMENTS // max(columns, 1)) if block.device.type == "cpu" else max(rows, 1)
 
 
 def _without_idle_clamp(gating: Gating, h: Tensor) -> Gating:
@@ -194,7 +195,7 @@ class _Swiglu(torch.autograd.Function):
         ctx.save_for_backward(h)
         out = h.new_empty(*h.shape[:-1], h.shape[-1] // 2)
         h_2d, out_2d = h.reshape(-1, h.shape[-1]), out.view(-1, out.shape[-1])
-        rows = _rows_per_chunk(*out_2d.shape, h.device)
+        rows = _rows_per_chunk(out_2d)
         scratch = _Scratch(min(rows, out_2d.shape[0]) * out_2d.shape[1], h)
         for h_chunk, out_chunk in zip(h_2d.split(rows), out_2d.split(rows)):
             _activation_forward(h_chunk[:, ::2], h_chunk[:, 1::2], gating, scratch, out_chunk)
@@ -207,7 +208,7 @@ class _Swiglu(torch.autograd.Function):
         d_h = torch.empty_like(h, memory_format=torch.contiguous_format)
         h_2d, d_h_2d = h.reshape(-1, h.shape[-1]), d_h.view(-1, h.shape[-1])
         d_out_2d = d_out.reshape(-1, d_out.shape[-1])
-        rows = _rows_per_chunk(*d_out_2d.shape, h.device)
+        rows = _rows_per_chunk(d_out_2d)
         scratch = _Scratch(min(rows, d_out_2d.shape[0]) * d_out_2d.shape[1], h)
         for h_chunk, d_h_chunk, d_chunk in zip(h_2d.split(rows), d_h_2d.split(rows), d_out_2d.split(rows)):
             gate, up, d_gate, d_up = h_chunk[:, ::2], h_chunk[:, 1::2], d_h_chunk[:, ::2], d_h_chunk[:, 1::2]

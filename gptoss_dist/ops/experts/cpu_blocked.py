@@ -141,7 +141,7 @@ class _Blocked(torch.autograd.Function):
         widths = (twice_I // 2, twice_I // 2, twice_I)
         a_flat, da_flat, dh_flat = (dy_ND.new_empty(most * width, dtype=dtype) for width in widths)
         w1_room, w2_room, room = _cast_rooms(x_ND, dtype, D * twice_I, D * twice_I // 2, max(D * twice_I, most * D))
-        xc_ND, dyc_ND = x_ND.to(dtype) if need_w1 else None, dy_ND.to(dtype)
+        xc_ND, dyc_ND = x_ND.to(dtype) if need_w1 else x_ND, dy_ND.to(dtype)
         between = BetweenGemms(ctx.gating, most, twice_I // 2, x_ND)
         start = 0
         for e, n in enumerate(ctx.counts):
@@ -159,14 +159,14 @@ class _Blocked(torch.autograd.Function):
 
             if need_h or need_w2:
                 mm_into(cast_into(w2_EID[e], w2_room), dy_nD.t(), da_In, room)
-                db1_I2 = db1_EF[e].view(-1, 2) if need_b1 else None
+                db1_I2 = None if db1_EF is None else db1_EF[e].view(-1, 2)
                 between.backward(h_Fn.view(-1, 2, n), da_In, a_In, dh_Fn.view(-1, 2, n), db1_I2)
-            if need_w2:
+            if dw2_EID is not None:
                 mm_into(a_In, dy_nD, dw2_EID[e], room)
-            if need_b2:
+            if db2_ED is not None:
                 torch.sum(dy_ND[rows], 0, out=db2_ED[e])
-            if need_w1:
+            if dw1_EDF is not None:
                 mm_into(xc_ND[rows].t(), dh_Fn.t(), dw1_EDF[e], room)
-            if need_x:
+            if dx_ND is not None:
                 mm_into(dh_Fn.t(), cast_into(w1_EDF[e], w1_room).t(), dx_ND[rows], room)
         return None, None, None, dx_ND, dw1_EDF, db1_EF, dw2_EID, db2_ED
