@@ -14,7 +14,7 @@ from tests.support.reference import LR, micro_batches, settings
 
 
 @pytest.fixture(scope="module")
-def context():
+def ranks():
     yield start()
     dist.destroy_process_group()
 

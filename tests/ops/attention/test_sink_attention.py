@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens, H query heads, K key/value heads, D head_dim.
 """
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,7 +162,7 @@ def test_bfloat16_is_rounded_only_at_the_edges(window, backend):
     assert_close(result, exact, 4e-3)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+@pytest.mark.compiled
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("window", [None, 100])
 def test_fused_rounds_scores_as_well(window, documents):
@@ -178,7 +177,7 @@ def test_fused_rounds_scores_as_well(window, documents):
         assert_close(result, exact, 1.2e-2)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+@pytest.mark.compiled
 @pytest.mark.parametrize("window", [None, 100])
 def test_the_compiler_gets_fused_only_where_bf16_is_fast(window, bf16_products):
     """`fused` alone differs from what runs outside of the compiler."""
