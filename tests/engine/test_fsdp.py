@@ -140,6 +140,11 @@ def test_samples_compile_nothing_and_validation_little(ranks):
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize(
+    "bf16_products",
+    ["multiplied in float32", pytest.param("multiplied in bf16", marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_compiled_blocks_agree_in_bf16(ranks, bf16_products):
     """Tokens in whole blocks of the attention's band, which is where its strides were once misdeclared."""
     tokens = torch.randint(0, 101, (2, 65), generator=torch.Generator().manual_seed(0))

@@ -160,7 +160,7 @@ def check(folder, case: Case, expected: Result, tolerance: float = 1e-6) -> None
     weights = load_file(folder / f"{case.name}.weights.safetensors")
     for name, tensor in expected.weights.items():
         if name in weights or not case.model.get("tie_word_embeddings"):
-            # Of four steps of LR. Adam turns rounding into steps where a gradient is close to zero: in one element of
+            # Of three steps of LR. Adam turns rounding into steps where a gradient is close to zero: in one element of
             # thousands 6e-3 of LR, on a CPU without AVX-512. A single element that missed a step is 1e-2 by norm.
             error, allowed = (weights[name] - tensor) / LR, min(tolerance, 1e-6)
             assert error.square().mean().sqrt() <= 200 * allowed, name

@@ -278,6 +278,7 @@ print(peak_after_step(4096, 128) - start, peak_after_step(4096, None) - start)
 """
 
 
+@pytest.mark.distributed
 def test_peak_memory_of_a_process():
     """At T = 4096 one float32 T x T matrix for two heads is 128 MiB; the whole process adds a small part of that."""
     command = [sys.executable, "-c", PEAK_MEMORY]
