@@ -1,7 +1,13 @@
 #!/bin/sh
-# Install with the test tools and run the tests: all of them, or what the arguments (pytest's) select.
+# Install with the test tools and run the tests.
 #
-#   sh launch/test.sh [tests/model -k rope ...]
+#   sh launch/test.sh                      all that a change must pass
+#   sh launch/test.sh --fast               before each commit: no further processes, no compilation
+#   sh launch/test.sh --slow               before a release: the slow variants too
+#   sh launch/test.sh tests/model -k rope  what pytest's arguments select
+#
+# The tests that start processes wait most of the time, so all of them run beside the others; their report comes last.
+# Options for both halves: PYTEST_ADDOPTS. What the groups are: docs/testing.md.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 venv=${VIRTUAL_ENV:-$root/.venv}
@@ -9,4 +15,23 @@ sh "$root/launch/install.sh" --venv "$venv" --extras test
 cd "$root"
 # A thread count exported for a launcher's many processes would slow down the one process here.
 unset OMP_NUM_THREADS
-exec "$venv/bin/python" -m pytest "$@"
+
+case ${1-} in
+    --fast) shift; exec "$venv/bin/python" -m pytest -m "not slow and not distributed and not compiled" "$@" ;;
+    --slow) shift; group="" ;;
+    *) group=" and not slow" ;;
+esac
+if [ $# -gt 0 ]; then
+    exec "$venv/bin/python" -m pytest "$@"
+fi
+
+report=$(mktemp)
+"$venv/bin/python" -m pytest -m "distributed$group" >"$report" 2>&1 &
+beside=$!
+trap 'kill "$beside" 2>/dev/null; rm -f "$report"' EXIT
+trap 'exit 130' INT TERM
+status=0
+"$venv/bin/python" -m pytest -m "not distributed$group" || status=$?
+wait "$beside" || status=$?
+cat "$report"
+exit "$status"

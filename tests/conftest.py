@@ -1,6 +1,10 @@
-"""Nothing in the suite may reach for the network."""
+"""What holds for the whole suite: no network, three groups of tests, and a process that each test leaves as it was."""
 
 import os
+import random
+import shutil
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -8,9 +12,59 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 import pytest
+import torch
 import yaml
 
 from tests.support.ranks import MODEL
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--random-order", type=int, metavar="SEED", help="run the files, and the tests of each file, in a random order"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a C++ compiler where there is none, and shuffle if asked to."""
+    if shutil.which("g++") is None:
+        for item in items:
+            if item.get_closest_marker("compiled"):
+                item.add_marker(pytest.mark.skip(reason="torch.compile needs a C++ compiler on CPU"))
+    seed = config.getoption("--random-order")
+    if seed is not None:
+        # A file's tests stay together: what its fixtures make for all of them is made once.
+        files = [list(tests) for _, tests in groupby(items, key=lambda item: item.path)]
+        generator = random.Random(seed)
+        generator.shuffle(files)
+        for tests in files:
+            generator.shuffle(tests)
+        items[:] = [item for tests in files for item in tests]
+
+
+def process_state() -> dict[str, object]:
+    """Return what belongs to the whole process and what a test might leave changed."""
+    return {
+        "working directory": os.getcwd(),
+        "default dtype": torch.get_default_dtype(),
+        "threads of torch": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "process group": torch.distributed.is_initialized(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def unchanged_process() -> Iterator[None]:
+    """Restore the environment after each test, and fail a test that leaves the process in another state.
+
+    The environment is restored in silence, because the code under test rightly sets variables for the rest of its
+    process: those of a launcher, DeepSpeed's accelerator, cuBLAS's workspace. A process that a later test starts would
+    inherit them, and a LOCAL_RANK, for example, makes other tools believe that a launcher started them.
+    """
+    variables, before = dict(os.environ), process_state()
+    yield
+    os.environ.clear()
+    os.environ.update(variables)
+    assert process_state() == before, "the test changed the process it runs in"
 
 
 @pytest.fixture(scope="session")

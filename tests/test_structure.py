@@ -157,6 +157,7 @@ def files(pattern: str) -> list[Path]:
     return [path for package in PACKAGES for path in sorted((ROOT / package).rglob(pattern))]
 
 
+@pytest.mark.distributed
 def test_pytest_finds_the_packages_without_python_m():
     """A folder `tests/data_pipeline` is found before an editable install, unless the root is on the path."""
     pytest = shutil.which("pytest", path=Path(sys.executable).parent) or shutil.which("pytest")

@@ -7,6 +7,8 @@ import yaml
 
 from tests.support.ranks import MODEL, command, environment, run
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, corpus):

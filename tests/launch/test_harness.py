@@ -12,6 +12,8 @@ from tests.support.ranks import environment, run
 pytest.importorskip("lm_eval", reason="needs sh launch/install.sh --extras test,eval")
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.distributed
+
 
 def test_the_harness_runs_on_an_exported_model(settings, tmp_path):
     run("launch/train.py", "--config", str(settings), "--train.steps", "40", "--optim.lr", "0.01")

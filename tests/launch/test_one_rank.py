@@ -28,6 +28,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.distributed
 def test_the_rank_that_gets_too_many_rows_says_so(settings, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -45,11 +46,12 @@ import time
 
 from launch.train import main
 
-time.sleep(3 * (os.environ["RANK"] == "0"))
+time.sleep(1.5 * (os.environ["RANK"] == "0"))
 sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.distributed
 def test_the_first_rank_is_heard_though_it_is_the_last(tmp_path):
     """A launcher ends all processes when the first of them leaves."""
     script = tmp_path / "script.py"
@@ -57,6 +59,7 @@ def test_the_first_rank_is_heard_though_it_is_the_last(tmp_path):
     done = run(str(script), "--train.stepz", "3", processes=2, launcher="torchrun", expect=1)
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert len(said) == 1 and "stepz" in said[0], done.stderr
+    assert done.stderr.count("Traceback") == 1  # torchrun's own
 
 
 SLOW_SECOND = """
@@ -83,6 +86,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.distributed
 def test_the_first_rank_is_there_until_all_have_met_the_mistake(settings, tmp_path):
     """Without torchrun its process is where the others look for each other."""
     script = tmp_path / "script.py"

@@ -9,6 +9,8 @@ from gptoss_dist.config import load_config
 from gptoss_dist.engine.optimizer import is_decayed
 from tests.support.ranks import MODEL, run
 
+pytestmark = pytest.mark.distributed
+
 transformers = pytest.importorskip("transformers")
 SAMPLES, STEPS, LR = 8, 2, 3e-4
 

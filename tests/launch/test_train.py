@@ -17,6 +17,8 @@ from gptoss_dist.tracking.tracker import read_metrics
 from tests.support.ranks import ROOT, losses, run, start
 from tests.support.token_data import write_dataset
 
+pytestmark = pytest.mark.distributed
+
 
 def weights(folder) -> dict[str, torch.Tensor]:
     return dict(load_pretrained(folder).named_parameters())
@@ -32,8 +34,8 @@ def test_interrupted_and_resumed_is_bit_identical(settings, tmp_path, processes)
     if processes == 1:
         options += ["--tracking.mlflow", "true", "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run("launch/train.py", *options, "--run.dir", str(whole), "--checkpoint.keep", "0",
-        processes=processes, launcher="torchrun" if processes > 1 else None)  # fmt: skip
+    run("launch/train.py", *options, "--run.dir", str(whole), "--checkpoint.keep", "0", processes=processes,
+        launcher="torchrun" if processes > 1 else None)  # fmt: skip
     assert [p.name for p in checkpoints(whole / "checkpoints")] == [f"step_{n:08d}" for n in (4, 8, 12)]
     # What a kill in step 11 leaves behind: two checkpoints, an unfinished one, and rows of lost steps.
     shutil.copytree(whole, parts)
@@ -42,8 +44,7 @@ def test_interrupted_and_resumed_is_bit_identical(settings, tmp_path, processes)
     kept = next(i for i, line in enumerate(lines) if json.loads(line).get("step") == 10)
     (parts / "metrics.jsonl").write_text("".join(lines[: kept + 1]) + lines[kept + 1][:20])
 
-    run("launch/train.py", *options, "--run.dir", str(parts), "--resume", "auto", processes=processes,
-        launcher="torchrun" if processes > 1 else None)  # fmt: skip
+    run("launch/train.py", *options, "--run.dir", str(parts), "--resume", "auto", processes=processes)
     assert losses(whole) == losses(parts)
     assert sorted(losses(whole)) == list(range(1, 13))
     a, b = weights(whole), weights(parts)
@@ -60,8 +61,11 @@ def test_interrupted_and_resumed_is_bit_identical(settings, tmp_path, processes)
 
 
 def test_killed_at_any_moment_nothing_is_lost(settings, tmp_path):
-    """SIGKILL while a checkpoint is being written, between two of them, and in mid-step: the run ends bit-identical."""
-    options = ["--config", str(settings), "--checkpoint.every", "2", "--train.steps", "60", "--validation.every", "0",
+    """SIGKILL while a checkpoint is being written, between two of them, and in mid-step: the run ends bit-identical.
+
+    tests/stress draws the moments, on one process and two.
+    """
+    options = ["--config", str(settings), "--checkpoint.every", "2", "--train.steps", "40", "--validation.every", "0",
                "--train.deterministic", "true", "--model.tie_word_embeddings", "true"]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run("launch/train.py", *options, "--run.dir", str(whole))
@@ -74,7 +78,7 @@ def test_killed_at_any_moment_nothing_is_lost(settings, tmp_path):
         return max(losses(killed), default=0) >= step
 
     steps = []
-    for moment in (writing, lambda: reached(25), lambda: reached(38)):
+    for moment in (writing, lambda: reached(19), lambda: reached(28)):
         process = start("launch/train.py", *again)
         deadline = time.time() + 120
         while not ((killed / "metrics.jsonl").is_file() and moment()):
@@ -83,7 +87,7 @@ def test_killed_at_any_moment_nothing_is_lost(settings, tmp_path):
         process.send(signal.SIGKILL)
         assert process.wait().returncode == -signal.SIGKILL
         steps.append(max(losses(killed)))
-    assert len(set(steps)) == 3 and steps[-1] < 60, steps
+    assert len(set(steps)) == 3 and steps[-1] < 40, steps
     run("launch/train.py", *again)
     assert losses(killed) == losses(whole)
     a, b = weights(whole), weights(killed)
@@ -242,8 +246,7 @@ def test_mistakes_give_one_clear_line(settings, name):
 
 
 def test_a_mistake_of_two_processes_is_said_once(settings):
-    done = run("launch/train.py", "--config", str(settings), "--resume", "nowhere", processes=2,
-               launcher="torchrun", expect=1)  # fmt: skip
+    done = run("launch/train.py", "--config", str(settings), "--resume", "nowhere", processes=2, expect=2)
     assert done.stderr.count("train.py: no complete checkpoint in nowhere") == 1
     done = run("launch/train.py", "--config", str(settings), "--run.dir", "/proc/nothing", processes=2, expect=2)
     assert done.stderr.count("train.py: ") == 1 and "/proc/nothing" in done.stderr
@@ -334,6 +337,6 @@ def test_folder_with_checkpoints_is_not_overwritten(settings, tmp_path):
 
 
 def test_dry_run_prints_the_plan(tmp_path):
-    done = run("launch/train.py", "--config", "configs/pretrain_502m_a100.yaml", "--dry-run", launcher="torchrun")
+    done = run("launch/train.py", "--config", "configs/pretrain_502m_a100.yaml", "--dry-run")
     for expected in ("501,836,640", "247,032,672", "131,072 tokens per step", "7,995,392,000", "GiB"):
         assert expected in done.stdout

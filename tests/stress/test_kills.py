@@ -1,6 +1,7 @@
 """Kills at random moments: whatever is killed and when, the run that goes on is the run that nobody killed.
 
-The suite kills a few times; KILLS=60 pytest tests/stress kills sixty times.
+`sh launch/test.sh` kills once in each of two cases, which between them have every value; KILLS=60 pytest tests/stress
+kills sixty times, in four cases.
 """
 
 import os
@@ -14,6 +15,8 @@ import torch
 from gptoss_dist.checkpoint import checkpoints, load_state, read_info, verify
 from gptoss_dist.checkpoint.formats.tensor_files import stored_tensors
 from tests.support.ranks import losses, run, start
+
+pytestmark = pytest.mark.distributed
 
 KILLS = max(1, int(os.environ.get("KILLS", "4")) // 4)
 """Of each of the four cases."""
@@ -36,8 +39,15 @@ def process_group():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("asynchronous", [True, False], ids=["asynchronous", "synchronous"])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    "processes, asynchronous",
+    [
+        pytest.param(1, False, id="1-synchronous"),
+        pytest.param(2, True, id="2-asynchronous"),
+        pytest.param(1, True, id="1-asynchronous", marks=pytest.mark.slow),
+        pytest.param(2, False, id="2-synchronous", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_again_and_again_it_ends_bit_identical(settings, tmp_path, processes, asynchronous):
     draw = random.Random(f"{processes} {asynchronous}")
     options = ["--config", str(settings), "--checkpoint.every", "3", "--train.steps", str(STEPS), "--validation.every",

@@ -1,4 +1,4 @@
-"""Running the project's commands as a user does, in one or several processes."""
+"""Run the project's commands as a user does, in one or several processes."""
 
 import atexit
 import functools
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support.forks import free_port
+from tests.support.fork_server import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ MODEL = {
 
 
 def command(script: str, *arguments: str, processes: int = 1, launcher: str = "torchrun") -> list[str]:
-    """A command line for `script`, under torchrun if there are several processes, or under deepspeed."""
+    """Return a command line for `script`: under torchrun if there are several processes, or under deepspeed."""
     if launcher == "deepspeed":
         deepspeed = Path(sys.executable).with_name("deepspeed")
         line = [str(deepspeed), "--num_gpus", str(processes), "--master_port", str(free_port())]
@@ -48,6 +48,7 @@ def command(script: str, *arguments: str, processes: int = 1, launcher: str = "t
 
 
 def environment(**extra: str) -> dict[str, str]:
+    """Return the environment of a started process: one thread, and the project on Python's path."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
 
 
@@ -60,11 +61,19 @@ def run(
     expect: int | None = 0,
     **extra: str,
 ) -> subprocess.CompletedProcess:
-    """Run to the end; fail with its output unless it exits with `expect`.
+    """Run a script to its end.
 
     Args:
-        launcher: `torchrun` or `deepspeed` starts it as a user does. By default it is forked from a process that has
-            imported everything already; rank 0's code and all output count.
+        script: A path, relative to the root of the project or absolute.
+        arguments: The script's command line.
+        processes: How many ranks the run has.
+        launcher: `torchrun` or `deepspeed` starts the run as a user does. By default the fork server does.
+        cwd: The working directory; by default that of the tests.
+        expect: The exit code that the run must have; None allows any.
+        extra: Variables to add to the environment.
+
+    Raises:
+        AssertionError: The run exited with another code than `expect`; the message holds its output.
     """
     if launcher is None:
         done = start(script, *arguments, processes=processes, cwd=cwd, **extra).wait()
@@ -83,29 +92,31 @@ def run(
 
 
 class Started:
-    """Processes of one run, forked from a process that has imported everything already (forks.py)."""
+    """The processes of one run that the fork server has started."""
 
     def __init__(self, fork_server: subprocess.Popen, job: dict) -> None:
         self.fork_server, self.job = fork_server, job
         self.processes: list[int] = self._ask(job)
 
     def is_running(self, rank: int = 0) -> bool:
-        """Until it has ended, whether somebody waited for it or not."""
+        """Return whether a rank still runs. A process that has ended and is not waited for yet does not."""
         try:
             return Path(f"/proc/{self.processes[rank]}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
         except FileNotFoundError:
             return False
 
     def send(self, number: int = signal.SIGKILL, ranks: Iterable[int] | None = None) -> None:
-        """A signal to all ranks, or to some."""
+        """Send a signal to all ranks, or to `ranks`."""
         for rank in range(len(self.processes)) if ranks is None else ranks:
             if self.is_running(rank):
                 os.kill(self.processes[rank], number)
 
     def wait(self) -> subprocess.CompletedProcess:
-        """The end of all ranks: the first code that is neither 0 nor that of being ended for another, and all output.
+        """Wait until all ranks have ended; end them if they take more than 300 s.
 
-        The ranks are ended if they take more than 300 s.
+        Returns:
+            The output of all ranks, and one exit code: the first that is neither 0 nor that of a rank which was ended
+            because another one had failed.
         """
         codes = self._ask({"wait": self.processes})
         folder, ranks = Path(self.job["folder"]), range(len(self.processes))
@@ -128,7 +139,7 @@ class Started:
 
 
 def start(script: str, *arguments: str, processes: int = 1, cwd: Path | None = None, **extra: str) -> Started:
-    """Start a run and return at once."""
+    """Start a run by the fork server and return at once; the arguments are those of `run`."""
     modules = ["gptoss_dist.train.loop", "gptoss_dist.parallel.parallelize", "torch._inductor.compile_fx"]
     if any("deepspeed" in argument or "zero_stage" in argument for argument in arguments):
         modules.append("deepspeed")
@@ -140,7 +151,7 @@ def start(script: str, *arguments: str, processes: int = 1, cwd: Path | None = N
 @functools.cache
 def _fork_server(modules: tuple[str, ...]) -> subprocess.Popen:
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.forks", *modules],
+        [sys.executable, "-m", "tests.support.fork_server", *modules],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -149,12 +160,12 @@ def _fork_server(modules: tuple[str, ...]) -> subprocess.Popen:
     )
     atexit.register(process.kill)
     while (line := process.stdout.readline()).strip() != "ready":  # what is imported may print
-        assert line, "tests/support/forks.py did not start"
+        assert line, "tests/support/fork_server.py did not start"
     return process
 
 
 def losses(folder: Path, name: str = "loss/train") -> dict[int, float]:
-    """{step: value} of a metric of a run, the last written row of each step."""
+    """Return {step: value} of a metric of a run; of a step that was written twice, the last value counts."""
     from gptoss_dist.tracking.tracker import read_metrics
 
     return {row["step"]: row["metrics"][name] for row in read_metrics(folder) if name in row["metrics"]}

@@ -279,7 +279,7 @@ scan, read = content.scan, []
 def slow_scan(reader, eot_id):
     read.append(reader.file.path.stem)
     if (rank, case) == (0, "sound") and len(read) == 1:
-        time.sleep(6)
+        time.sleep(4)
     return scan(reader, eot_id)
 
 
@@ -287,7 +287,7 @@ content.scan = slow_scan
 for case in sys.argv[2:]:
     config.data.path = f"{sys.argv[1]}/{case}/{rank}"
     read.clear()
-    _set_pg_timeout(timedelta(seconds=4 if case == "sound" else 300))
+    _set_pg_timeout(timedelta(seconds=2.5 if case == "sound" else 300))
     try:
         verify(config.data, print, patient)
         print(case, "sound", flush=True)
@@ -299,6 +299,7 @@ shut_down()
 """
 
 
+@pytest.mark.distributed
 def test_every_copy_of_the_data_is_verified(tmp_path):
     """Two ranks with copies of their own, as on two machines: damage in either is seen by both, whatever the shard. Of
     files that both see each reads a part. A rank may take longer than collectives wait.

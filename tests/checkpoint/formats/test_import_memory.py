@@ -30,6 +30,8 @@ from gptoss_dist.distributed.processes import shut_down, start
 from gptoss_dist.parallel.mesh import build_meshes, local, plan_layout
 from gptoss_dist.parallel.parallelize import parallelize
 
+pytestmark = pytest.mark.distributed
+
 
 def mebibytes(key):
     for line in open("/proc/self/status"):

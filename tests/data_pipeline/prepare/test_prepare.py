@@ -145,6 +145,7 @@ def test_duplicates_are_found_in_ranges_of_hashes(tmp_path, monkeypatch):
         assert {key: places.tolist() for key, places in found.items()} == expected
 
 
+@pytest.mark.distributed
 def test_killed_at_any_moment_it_continues_to_the_same_bytes(tmp_path):
     """KILLS=n for more of them."""
     random = Random(int(os.environ.get("SEED", 0)))

@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens, H query heads, K key/value heads, D head_dim.
 """
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -171,7 +170,7 @@ def test_bfloat16_is_rounded_only_at_the_edges(window, backend):
     assert_close(result, exact, 4e-3)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+@pytest.mark.compiled
 @pytest.mark.parametrize("window, documents", [(None, False), (None, True), (100, True)])
 def test_fused_rounds_scores_as_well(window, documents):
     """Scores, probabilities and their gradients pass through bf16: about four roundings where the others have one."""
@@ -184,7 +183,7 @@ def test_fused_rounds_scores_as_well(window, documents):
     assert_close(result, exact, 1.2e-2)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+@pytest.mark.compiled
 def test_the_compiler_gets_fused_only_where_bf16_is_fast(bf16_products):
     """`fused` alone differs from what runs outside of the compiler."""
     inputs, do = make_inputs(2, 300, 8, 2, 32, dtype=torch.bfloat16)
@@ -282,6 +281,7 @@ def peak_mib(function) -> float:
     return highest() - before
 
 
+@pytest.mark.distributed
 def test_peak_memory_of_a_process():
     """At T = 4096 one float32 T x T matrix for two heads is 128 MiB; the whole process adds a small part of that."""
 

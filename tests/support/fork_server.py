@@ -1,12 +1,17 @@
-"""A process that has imported the project and forks each run from itself: starting one takes milliseconds, not seconds.
+"""The fork server: it imports the project once and forks every run from itself.
 
-    python -m tests.support.forks MODULE...
+    python -m tests.support.fork_server MODULE...
 
-Each line of JSON on its stdin is answered by one on its stdout:
+To import torch and the project takes seconds, and to fork a process that has imported them takes milliseconds. The
+server answers each line of JSON on its stdin by one line on its stdout:
 
-- A run, {"script", "arguments", "environment", "cwd", "processes", "folder"}: as many processes with torchrun's
-  variables, whose output goes to FOLDER/RANK.stdout and .stderr. Answer: their ids.
-- {"wait": ids}: answer: their exit codes, when all have ended. As with torchrun, the others are ended when one fails.
+- {"script", "arguments", "environment", "cwd", "processes", "folder"} starts a run of that many processes, with
+  torchrun's variables. The output of each process goes to FOLDER/RANK.stdout and FOLDER/RANK.stderr. The answer is the
+  list of their process ids.
+- {"wait": ids} waits for these processes. As under torchrun, the others are ended when one fails. The answer is the
+  list of their exit codes.
+
+tests/support/ranks.py is the client.
 """
 
 import faulthandler
@@ -22,13 +27,19 @@ import traceback
 
 
 def free_port() -> int:
+    """Return a port that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def start(job: dict, rank: int, port: int) -> int:
-    """Fork one process of the run; returns its id."""
+    """Fork one process of the run and return its id; in that process, run the script and exit.
+
+    Args:
+        job: The run, as the module describes it.
+        port: Where the processes of the run meet.
+    """
     if process := os.fork():
         return process
     code = 1
@@ -62,9 +73,14 @@ def start(job: dict, rank: int, port: int) -> int:
 
 
 def wait(processes: list[int], codes: dict[int, int]) -> list[int]:
-    """Exit codes in the order of `processes`; when one is not 0, the rest are ended.
+    """Wait for processes and return their exit codes; when one of them fails, end the others.
 
-    codes: of all processes that have ended; extended.
+    Args:
+        processes: Ids of processes that `start` returned.
+        codes: The exit codes of all processes that have ended so far; this function adds to it.
+
+    Returns:
+        The exit codes, in the order of `processes`.
     """
     while True:
         living = [process for process in processes if process not in codes]
@@ -79,6 +95,7 @@ def wait(processes: list[int], codes: dict[int, int]) -> list[int]:
 
 
 def main() -> None:
+    """Import the modules that the command line names, say "ready", and answer until stdin ends."""
     for name in sys.argv[1:]:
         importlib.import_module(name)
     from gptoss_dist.parallel.megablocks_compat import load_megablocks
