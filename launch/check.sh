@@ -18,7 +18,7 @@ for check in "$@"; do
         format) "$venv/bin/ruff" format --check . ;;
         types) "$venv/bin/mypy" ;;
         spelling) git ls-files -z | xargs -0 "$venv/bin/codespell" ;;
-        docs) "$venv/bin/mkdocs" build --strict --quiet ;;
+        docs) "$venv/bin/mkdocs" build --strict ;;
         *) echo "unknown check; known are lint, format, types, spelling and docs" >&2; false ;;
     esac || failed="$failed $check"
 done
