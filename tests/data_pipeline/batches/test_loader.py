@@ -148,7 +148,7 @@ def test_a_look_up_is_bounded_however_short_the_documents(tmp_path):
 
 
 def test_a_million_documents_open_at_once_and_are_read_in_flat_memory(tmp_path):
-    """The figures at full size, 1 GB and ten million documents, are in docs/data.md; these bounds are loose."""
+    """The figures at full size, 1 GB and ten million documents, are in docs/data/reading.md; these bounds are loose."""
     path = write_dataset(tmp_path, {"train": np.full(1_000_000, 50)})
 
     def memory() -> int:

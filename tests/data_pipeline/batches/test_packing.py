@@ -129,7 +129,7 @@ def test_a_plan_is_forever(tmp_path, packing, version, digest):
 
 
 def test_a_million_documents_pack_in_a_moment():
-    """Ten million take ten times as long; the figure is in docs/data.md."""
+    """Ten million take ten times as long; the figure is in docs/data/packing.md."""
     lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 1.2, 1_000_000).astype(int), 1, 2048)
     start = time.process_time()
     plan = BestFit(lengths, 2048)
