@@ -115,7 +115,7 @@ def _write_share(partial: Path, rank: int, parts: Parts, rng: dict) -> dict[str,
     files = write_boxes(partial, f"rank_{rank:05d}", parts)
     path = partial / f"rng_{rank:05d}.json"
     _write(path, json.dumps(rng))
-    return {path.name: _fingerprint(path) for path in [*files, path]}
+    return {path.name: fingerprint(path) for path in [*files, path]}
 
 
 def _commit(
@@ -124,9 +124,9 @@ def _commit(
     """Complete the unfinished directory and rename it to `final`.
 
     Args:
-        values: what `checkpoint.json` holds besides the files.
-        shares: of each rank, the fingerprints of its files by name.
-        extra_files: as for `write`.
+        values: What `checkpoint.json` holds besides the files.
+        shares: The fingerprints, by name, of the files of each rank.
+        extra_files: As for `write`.
     """
     shares = [*shares]
     if extra_files is not None:
@@ -147,7 +147,7 @@ def _write_extra_files(partial: Path, extra_files: Callable[[Path], None]) -> di
     added = set(partial.iterdir()) - before
     for path in added:
         _sync(path)
-    return {path.name: _fingerprint(path) for path in added}
+    return {path.name: fingerprint(path) for path in added}
 
 
 def _counts(parts: Parts) -> dict[str, int]:
@@ -293,7 +293,7 @@ def verify(checkpoint: str | Path) -> list[str]:
                     problems.append(f"{name} is missing")
                 elif path.stat().st_size != expected["bytes"]:
                     problems.append(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-                elif _fingerprint(path) != expected:
+                elif fingerprint(path) != expected:
                     problems.append(f"{name} is not what was written (SHA-256)")
             except OSError as error:
                 problems.append(f"{name} cannot be read ({error})")
@@ -331,7 +331,8 @@ def misfits(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) ->
     ]
 
 
-def _fingerprint(path: Path) -> dict:
+def fingerprint(path: Path) -> dict:
+    """Return the size of a file and the SHA-256 of its content."""
     with open(path, "rb") as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 

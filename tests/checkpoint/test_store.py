@@ -169,14 +169,14 @@ def test_what_json_changes_is_no_damage(tmp_path):
 
 def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
     before, _ = save(tmp_path, 1), save(tmp_path, 2)
-    fingerprint = store._fingerprint
+    original = store.fingerprint
 
     def broken_disk(path):
         if "step_00000002" in str(path) and path.suffix == ".safetensors":
             raise OSError(5, "Input/output error")
-        return fingerprint(path)
+        return original(path)
 
-    monkeypatch.setattr(store, "_fingerprint", broken_disk)
+    monkeypatch.setattr(store, "fingerprint", broken_disk)
     said = []
     assert checkpoint.resolve(tmp_path, said.append) == before and "Input/output error" in said[0]
 
