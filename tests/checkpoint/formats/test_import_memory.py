@@ -15,6 +15,8 @@ from gptoss_dist.checkpoint.formats.tensor_files import Output, write_tensors
 from gptoss_dist.ops.mxfp4 import encode
 from tests.support.ranks import run
 
+pytestmark = pytest.mark.distributed
+
 GIGABYTES = float(os.environ.get("GIGABYTES", "0.25"))
 
 SCRIPT = """
@@ -29,8 +31,6 @@ from gptoss_dist.config import Config
 from gptoss_dist.distributed.processes import shut_down, start
 from gptoss_dist.parallel.mesh import build_meshes, local, plan_layout
 from gptoss_dist.parallel.parallelize import parallelize
-
-pytestmark = pytest.mark.distributed
 
 
 def mebibytes(key):
