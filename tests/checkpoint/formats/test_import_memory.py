@@ -17,6 +17,8 @@ from tests.support.ranks import run
 
 GIGABYTES = float(os.environ.get("GIGABYTES", "0.25"))
 
+pytestmark = pytest.mark.distributed
+
 SCRIPT = """
 import json
 import sys
@@ -29,8 +31,6 @@ from gptoss_dist.config import Config
 from gptoss_dist.distributed.processes import shut_down, start
 from gptoss_dist.parallel.mesh import build_meshes, local, plan_layout
 from gptoss_dist.parallel.parallelize import parallelize
-
-pytestmark = pytest.mark.distributed
 
 
 def mebibytes(key):
