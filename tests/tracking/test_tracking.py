@@ -105,7 +105,7 @@ def test_a_server_that_accepts_and_says_nothing_cannot_hold_close(tmp_path, monk
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(8)
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")  # the thread is to end with the test
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # the thread is to end with the test
         tracker = start(tmp_path / "run", uri=f"http://127.0.0.1:{server.getsockname()[1]}")
         began = time.perf_counter()
         for step in range(200):

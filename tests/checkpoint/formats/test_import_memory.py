@@ -19,6 +19,8 @@ pytestmark = pytest.mark.distributed
 
 GIGABYTES = float(os.environ.get("GIGABYTES", "0.25"))
 
+pytestmark = pytest.mark.distributed
+
 SCRIPT = """
 import json
 import sys
