@@ -6,6 +6,7 @@ import base64
 import json
 import random
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 def rng_state() -> dict:
     """Return the states of the generators of python, numpy and torch as JSON values."""
     version, keys, gauss = random.getstate()
-    name, array, position, has_gauss, cached = np.random.get_state()
+    name, array, position, has_gauss, cached = cast(tuple, np.random.get_state())
     state = {
         "python": [version, list(keys), gauss],
         "numpy": [name, array.tolist(), position, has_gauss, cached],

@@ -149,8 +149,7 @@ class Saver:
         """Write a checkpoint, and again if that fails, after each of the waits in `RETRY_AFTER_S`."""
         for wait_s in (*RETRY_AFTER_S, None):
             try:
-                options = {"keep": self.keep, "extra_files": extra_files, "group": self.group}
-                write(self.folder, step, parts, info, rng, **options)
+                write(self.folder, step, parts, info, rng, keep=self.keep, extra_files=extra_files, group=self.group)
                 return
             except OSError as error:  # the same on all ranks
                 again = f"trying again in {wait_s:g} s" if wait_s else "training goes on without it"

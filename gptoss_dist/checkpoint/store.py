@@ -21,12 +21,14 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gptoss_dist.checkpoint.boxes import Box
 from gptoss_dist.checkpoint.formats.tensor_files import write_boxes
@@ -165,7 +167,7 @@ def _on_all_ranks(function: Callable, group: dist.ProcessGroup | None) -> list:
         result = function()
     except Exception as error:  # nobody is left waiting for a rank that gave up
         failure = str(error) if isinstance(error, OSError) else repr(error)
-    results = [None] * dist.get_world_size(group)
+    results: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(results, (result, failure), group)
     if failures := sorted({failure for _, failure in results if failure}):
         raise OSError("; ".join(failures))
@@ -182,8 +184,8 @@ def prune(folder: str | Path, keep: Retention) -> None:
         return
     found = checkpoints(folder)
     losses = {path: _validation_loss(path) for path in found} if keep.best else {}
-    finite = [path for path, loss in losses.items() if loss is not None and math.isfinite(loss)]
-    best = min(finite, key=losses.get, default=None)
+    finite = {path: loss for path, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    best = min(finite, key=finite.__getitem__, default=None)
     for path in found[: -keep.newest]:
         if path != best and not (keep.every and _step(path) % keep.every == 0):
             doomed = path.with_name(path.name + ".tmp.old")  # it never looks complete on the way
@@ -311,7 +313,9 @@ def load_state(checkpoint: str | Path, state: dict[str, Tensor]) -> None:
     try:
         reader = HuggingFaceStorageReader(str(checkpoint))
         stored = reader.read_metadata().state_dict_metadata
-        if problems := misfits(state, {name: entry.size for name, entry in stored.items()}):
+        if problems := misfits(
+            state, {name: cast(TensorStorageMetadata, entry).size for name, entry in stored.items()}
+        ):
             raise ValueError(f"checkpoint {checkpoint} does not fit the model: " + "; ".join(problems))
         dcp.load(state, storage_reader=reader)
     except ValueError:

@@ -49,7 +49,7 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    init: Init = field(default_factory=lambda: {"from": None})
+    init: Init = field(default_factory=lambda: Init({"from": None}))
     """`--init.from` starts from weights: `hf:FOLDER` (transformers' layout), `openai:FOLDER` (OpenAI's), each dense or
     in MXFP4, or the folder of a run or checkpoint. Optimizer and step begin anew. A resumed run has its own weights."""
     resume: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,7 @@ def broadcast_object(function: Callable[[], T]) -> T:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return function()
-    result = [on_rank_zero(function)]
+    result: list[Any] = [on_rank_zero(function)]
     dist.broadcast_object_list(result, device=torch.device("cpu"))
     return result[0]
 
@@ -65,7 +65,7 @@ def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
-    values = [None] * dist.get_world_size()
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
 
@@ -91,7 +91,8 @@ def raise_on_every_rank(function: Callable[[], T], group: dist.ProcessGroup | No
     Raises:
         ValueError, OSError: on every rank, if it raised one on any; that of the lowest such rank.
     """
-    result, failure = None, None
+    result: Any = None
+    failure = None
     try:
         result = function()
     except (ValueError, OSError) as error:

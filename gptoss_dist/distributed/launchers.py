@@ -119,8 +119,8 @@ def _tasks_on_this_node(env: MutableMapping[str, str]) -> int:
     """Slurm lists them as "4(x2),3": four on each of two nodes, then three."""
     counts = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]).split(","):
-        count, times = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part).groups()
-        counts += [int(count)] * int(times or 1)
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
     return counts[int(env.get("SLURM_NODEID", 0))]
 
 
@@ -137,4 +137,5 @@ def _meeting_host(env: MutableMapping[str, str], launcher: str) -> str:
 
 def first_host(nodes: str) -> str:
     """Return the first name of a Slurm node list: "gpu[07-09,12],login" begins with "gpu07"."""
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes).group())
+    first = re.split(r",(?![^\[]*\])", nodes)[0]  # at commas outside of brackets
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)

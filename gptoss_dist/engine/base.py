@@ -104,9 +104,10 @@ class Engine(ABC):
 
     def __init__(self, settings: EngineSettings, ranks: Ranks, objective: Objective) -> None:
         self.settings, self.ranks, self.objective = settings, ranks, objective
+        self._sums: tuple[Tensor, ...] = ()  # of the micro-batches of a step, for `update`
 
     def _prepare_routers(self) -> None:
-        self.routers = [layer.mlp.router for layer in self.model.model.layers]
+        self.routers = [layer.mlp.router for layer in self.model.blocks]
         for router in self.routers:
             router.jitter = self.settings.loss.router_jitter
         how = self.settings.train.routing
@@ -159,7 +160,7 @@ class Engine(ABC):
         """
         self.model.train()
         batches = [self._to_device(batch) for batch in micro_batches]
-        valid = sum((b["labels"] != IGNORE_INDEX).sum() for b in batches).float()
+        valid = torch.stack([(b["labels"] != IGNORE_INDEX).sum() for b in batches]).sum().float()
         valid = self.ranks.sum(valid).clamp(min=1)
         for index, batch in enumerate(batches):
             self._begin_micro_batch(index == len(batches) - 1)
@@ -206,7 +207,7 @@ class Engine(ABC):
         flag = torch.full_like(loss, float(stop))
         parts = [torch.stack([loss, aux, z, self._gradient_squares(), flag]), entropy_L]
         if self.exchange is not None:
-            parts.append(self._traffic().flatten())
+            parts.append(self._traffic(self.exchange).flatten())
         loss_etc, entropy_L, *traffic = self.ranks.sum(torch.cat(parts)).split([len(part) for part in parts])
         loss, aux, z, squares, flag = loss_etc
         traffic_R3 = traffic[0].view(-1, 3) if traffic else None
@@ -214,6 +215,7 @@ class Engine(ABC):
         if (rate := self.settings.loss.selection_bias_rate) and self.settings.train.routing == "learned":
             for router, counts_E in zip(self.routers, counts_LE):
                 bias_E = router.selection_bias
+                assert bias_E is not None, "loss.selection_bias_rate needs model.router_selection_bias"
                 bias_E.copy_(updated_selection_bias(bias_E, counts_E, rate * (1 - skipped)))
         return self._to_host(StepResult(loss, aux, z, entropy_L, counts_LE, grad_norm, skipped, flag, traffic_R3))
 
@@ -224,17 +226,19 @@ class Engine(ABC):
         """
         if self.ranks.device.type == "cpu":
             return result
-        tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in result if t is not None]
-        for host, tensor in zip(tensors, result):
-            host.copy_(tensor, non_blocking=True)
+        on_host = {}
+        for name, tensor in result._asdict().items():
+            if tensor is not None:
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                on_host[name] = host.copy_(tensor, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return StepResult(*tensors)._replace(arrived=arrived)
+        return result._replace(**on_host, arrived=arrived)
 
-    def _traffic(self) -> Tensor:
+    def _traffic(self, exchange: Exchange) -> Tensor:
         """Return this rank's row of `StepResult.traffic_R3`, zeros elsewhere."""
         traffic_R3 = torch.zeros(self.ranks.world_size, 3, device=self.ranks.device)
-        for column, value in enumerate(self.exchange.take()):
+        for column, value in enumerate(exchange.take()):
             traffic_R3[self.ranks.rank, column].fill_(value)  # a kernel's argument: no copy that the host waits for
         return traffic_R3
 

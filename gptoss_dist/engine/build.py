@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from gptoss_dist.config import EngineConfig
 from gptoss_dist.distributed.launchers import is_deepspeed
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine.base import Engine, EngineSettings, Objective
 
 
-def engine_kind(engine: EngineConfig) -> str:
+def engine_kind(engine: EngineConfig) -> Literal["fsdp", "deepspeed"]:
     """`fsdp` or `deepspeed`: with `engine.kind=auto` what the settings speak of, else what the launcher is made for."""
     if engine.kind == "auto":
         meant = engine.zero_stage is not None or engine.deepspeed is not None

@@ -16,7 +16,8 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,8 @@ def _in_one_line() -> Iterator[None]:
         raise ValueError(f"engine.deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())[:500]}") from error
 
 
-class _Run(NamedTuple):
+@dataclass(frozen=True)
+class _Run:
     """Which elements of a parameter this rank holds, and where."""
 
     flat: Tensor
@@ -95,6 +97,10 @@ class DeepSpeedEngine(Engine):
 
     DeepSpeed looks at the gradient norm on the host in every step: this engine cannot run ahead of the device.
     """
+
+    deepspeed: Any  # DeepSpeed has no types
+    zero: Any
+    optimizer: Any
 
     def __init__(self, settings: EngineSettings, ranks: Ranks, objective: Objective) -> None:
         super().__init__(settings, ranks, objective)
@@ -118,8 +124,8 @@ class DeepSpeedEngine(Engine):
         with _in_one_line():
             _materialize(self.model, dtype, ranks.device, configuration if self.stage == 3 else None)
             freeze(self.model, settings.optim.freeze)
-            groups = parameter_groups(self.model, settings.optim, lambda p: getattr(p, "group_name", None))
-            groups = [{**group, "moe": True, "name": home} if home else group for home, group in groups]
+            by_home = parameter_groups(self.model, settings.optim, lambda p: getattr(p, "group_name", None))
+            groups = [{**group, "moe": True, "name": home} if home else group for home, group in by_home]
             self.deepspeed, self.zero, *_ = library.initialize(
                 model=self.model,
                 optimizer=adamw(groups, settings.optim),
@@ -183,7 +189,7 @@ class DeepSpeedEngine(Engine):
 
     def state(self) -> dict[str, Tensor]:
         """Return this rank's runs of elements by name, as boxes."""
-        state = {}
+        state: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             run, shape, whole = self._run(parameter), _shape(parameter), self.shapes[name]
             first, flats = self._first_expert(parameter), {"model": run.flat}
@@ -208,7 +214,7 @@ class DeepSpeedEngine(Engine):
             moments["step"].copy_(state["optim.step"][0])
         self._weights_from_master()
 
-    def _run(self, parameter: nn.Parameter) -> _Run:
+    def _run(self, parameter: Any) -> _Run:
         zero = self.zero
         if not parameter.requires_grad:  # no master weights: what the model computes with is all there is
             return self._frozen_run(parameter)
@@ -223,7 +229,7 @@ class DeepSpeedEngine(Engine):
         held = mapping.hp_fragment_address
         return _Run(self.flats[mapping.param_group_index], held.start, mapping.lp_fragment_address.start, held.numel)
 
-    def _frozen_run(self, parameter: nn.Parameter) -> _Run:
+    def _frozen_run(self, parameter: Any) -> _Run:
         if self.stage == 3:
             share = parameter.partition_numel()
             start = share * torch.distributed.get_rank(parameter.ds_process_group)
@@ -250,6 +256,7 @@ class DeepSpeedEngine(Engine):
             persistent[0].partition(persistent)
         for index in range(len(self.flats)):
             zero._reassign_or_swap_out_partitioned_parameters(index)
+        parameter: Any
         for parameter in self.model.parameters():  # frozen ones too, which DeepSpeed's own function leaves out
             parameter.ds_secondary_tensor = None
         if persistent:
@@ -284,10 +291,10 @@ def _hold_experts(model: GptOss, expert_parallel: int) -> None:
     name = f"ep_size_{expert_parallel}"
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(expert_parallel_size_=expert_parallel)
-    for layer in model.model.layers:
+    for layer in model.blocks:
         experts = layer.mlp.experts
         for key, parameter in list(experts.named_parameters(recurse=False)):
-            held = nn.Parameter(local(parameter.detach()))
+            held: Any = nn.Parameter(local(parameter.detach()))
             held.allreduce, held.group_name = False, name
             held.ds_zero_placement_family, held.ds_zero_partition_group_name = "autoep_expert", name
             held.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(name)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from gptoss_dist.distributed.processes import Ranks
@@ -31,10 +34,12 @@ class FsdpEngine(Engine):
             self.model = self.module = GptOss(settings.model)
         meshes = build_meshes(self.layout, ranks.device.type)
         self.exchange = parallelize(self.model, settings.train, settings.parallel, meshes)
+        self.sharded = cast(FSDPModule, self.model)
         self.model.to_empty(device=ranks.device)
         freeze(self.model, settings.optim.freeze)
         self._prepare_routers()
         for name, parameter in self.model.named_parameters():
+            assert isinstance(parameter, DTensor)
             shape, offset = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
@@ -42,11 +47,12 @@ class FsdpEngine(Engine):
             fill(local(parameter).data, name, parameter.shape, settings.model, settings.seed, tuple(offset))
         for name, buffer in self.model.named_buffers():
             fill(buffer, name, buffer.shape, settings.model, settings.seed)
-        self.optimizer = build_optimizer(self.model, settings.optim)
+        # Fused AdamW reads two attributes that its class does not declare, `grad_scale` and `found_inf`.
+        self.optimizer: Any = build_optimizer(self.model, settings.optim)
 
     def _begin_micro_batch(self, last: bool) -> None:
-        self.model.set_requires_gradient_sync(last)
-        self.model.set_is_last_backward(last)
+        self.sharded.set_requires_gradient_sync(last)
+        self.sharded.set_is_last_backward(last)
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -55,7 +61,7 @@ class FsdpEngine(Engine):
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         unused = [name for name, p in trained.items() if p.grad is None]
         assert not unused, f"no gradient reached {unused}"
-        gradients = [local(p.grad) for p in trained.values()]
+        gradients = [local(p.grad) for p in trained.values() if p.grad is not None]
         # Each rank holds another part of the gradient, however it is sharded, save for copies of the whole model.
         return torch.stack(torch._foreach_norm(gradients)).float().square().sum() / self.layout.replicate
 
@@ -94,6 +100,5 @@ class FsdpEngine(Engine):
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Adopt the step count; all else is aliased."""
-        # Only the step count is not aliased.
         for moments in self.optimizer.state.values():
             moments["step"].copy_(state["optim.step"][0])

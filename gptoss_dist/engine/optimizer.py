@@ -57,7 +57,7 @@ def parameter_groups(
     scales = dict.fromkeys(parameters, 1.0)
     for pattern, scale in config.lr_scale.items():
         scales |= dict.fromkeys(_matching(parameters, pattern, "optim.lr_scale"), scale)
-    groups = {}
+    groups: dict[tuple[Hashable, bool, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         groups.setdefault((home(parameter), is_decayed(name), scales[name]), []).append(parameter)
     return [
@@ -74,7 +74,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def adamw(groups: list[dict], config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW (arXiv:1711.05101)."""
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
 def allocate_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:

@@ -81,7 +81,7 @@ def zero_stage(engine: EngineConfig) -> int:
     Raises:
         ValueError: There is no such stage here.
     """
-    named = _section(engine.deepspeed or {}, "zero_optimization").get("stage", "auto")
+    named = _section(_given(engine), "zero_optimization").get("stage", "auto")
     key, stage = "engine.zero_stage", engine.zero_stage
     if stage is None:
         key, stage = "engine.deepspeed: zero_optimization.stage", DEFAULT_STAGE if named == "auto" else named
@@ -89,6 +89,12 @@ def zero_stage(engine: EngineConfig) -> int:
         reason = " (0 shards nothing, and DeepSpeed clips spread experts wrongly with it)" if stage == 0 else ""
         raise ValueError(f"{key}={stage!r} is not possible; choose 1, 2 or 3{reason}")
     return stage
+
+
+def _given(engine: EngineConfig) -> dict[str, Any]:
+    """Return the contents of `engine.deepspeed`, which `Config` has put in the place of a file's name."""
+    assert not isinstance(engine.deepspeed, str), engine.deepspeed
+    return engine.deepspeed or {}
 
 
 def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
@@ -128,7 +134,7 @@ def deepspeed_settings(settings: EngineSettings, layout: DeviceLayout) -> dict[s
         ValueError: engine.deepspeed contradicts another setting, or holds a key that has no place; one line that names
             the key, its value and the setting to use.
     """
-    given = copy.deepcopy(settings.engine.deepspeed or {})
+    given = copy.deepcopy(_given(settings.engine))
     _refuse_replaced_keys(given)
     ours = _our_settings(settings, layout)
     for key, (value, origin) in ours.items():

@@ -29,8 +29,8 @@ class Session:
             ValueError: there is no intact checkpoint, it does not fit, or there is no tokenizer of ours beside it.
         """
         pretrained = open_pretrained(path)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = pretrained.build(torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = pretrained.build(torch.bfloat16 if target.type == "cuda" else torch.float32, target)
         return cls(model, Tokenizer.load(pretrained.folder))
 
     def seed(self, seed: int) -> None:

@@ -40,7 +40,7 @@ class Attention(nn.Module):
         super().__init__()
         D, C, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.head_dim = C
-        self.window = config.sliding_window if config.layer_types[layer_index] == SLIDING else None
+        self.window = config.sliding_window if config.attention_types[layer_index] == SLIDING else None
         self.sink_clamp = config.sink_clamp
         self.backend = "auto"
         """Of `ops.attention.sink_attention`."""

@@ -129,13 +129,19 @@ class ModelConfig:
             f"model.sink_clamp={self.sink_clamp} must be [low, high] with low < high, or null",
         )
 
+    @property
+    def attention_types(self) -> list[str]:
+        """`sliding_attention` or `full_attention` of each layer: `layer_types`, which is filled in by now."""
+        assert self.layer_types is not None
+        return self.layer_types
+
     def _check_layer_types(self) -> None:
         _require(
-            len(self.layer_types) == self.num_hidden_layers,
-            f"model.layer_types has {len(self.layer_types)} entries for num_hidden_layers={self.num_hidden_layers}; "
-            "give one per layer, or null to alternate",
+            len(self.attention_types) == self.num_hidden_layers,
+            f"model.layer_types has {len(self.attention_types)} entries for "
+            f"num_hidden_layers={self.num_hidden_layers}; give one per layer, or null to alternate",
         )
-        bad = sorted(set(self.layer_types) - {SLIDING, FULL})
+        bad = sorted(set(self.attention_types) - {SLIDING, FULL})
         _require(not bad, f"model.layer_types holds {bad}; use {SLIDING!r} or {FULL!r}")
 
     def _check_heads(self) -> None:

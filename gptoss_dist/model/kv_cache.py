@@ -17,7 +17,7 @@ class KVCache:
     def __init__(self, config: ModelConfig) -> None:
         self.length = 0
         self.layers: list[FullCache | SlidingCache] = [
-            SlidingCache(config.sliding_window) if kind == SLIDING else FullCache() for kind in config.layer_types
+            SlidingCache(config.sliding_window) if kind == SLIDING else FullCache() for kind in config.attention_types
         ]
 
     def nbytes(self) -> int:

@@ -54,7 +54,7 @@ class RotaryTables:
     """Tables of cos and sin by layer type, computed once per forward pass for the positions at hand."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.frequencies = {kind: inverse_frequencies(config, kind) for kind in sorted(set(config.layer_types))}
+        self.frequencies = {kind: inverse_frequencies(config, kind) for kind in sorted(set(config.attention_types))}
 
     def __call__(self, position_T: Tensor, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
         """Return {layer_type: (cos [T, R], sin [T, R])} in `dtype`, on the positions' device."""

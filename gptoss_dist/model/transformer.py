@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, D hidden_size, V vocab_size, L layers, E experts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.layer_types = config.layer_types
+        self.layer_types = config.attention_types
         self.rotary_tables = RotaryTables(config)
 
     def forward(
@@ -123,6 +123,11 @@ class GptOss(nn.Module):
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks in order, as what they are: a `ModuleList` does not know."""
+        return cast(list[Block], list(self.model.layers))
 
     def tie(self) -> None:
         """Share the embedding with the head if the config says so; `to_empty` undoes it, so call this again then."""

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from gptoss_dist.model.moe import Experts
+from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.ops.experts.grouped_experts import grouped_experts
 from gptoss_dist.parallel.exchange import Exchange
 from gptoss_dist.parallel.megablocks_compat import load_megablocks
@@ -25,14 +26,14 @@ from gptoss_dist.parallel.mesh import local
 megablocks = load_megablocks()
 
 
-class _Arguments(megablocks.arguments.Arguments):
+class _Arguments(megablocks.arguments.Arguments):  # type: ignore[name-defined]
     """megablocks' arguments without its refusal to go without the `grouped_gemm` package, which nothing here needs."""
 
     def __post_init__(self) -> None:
         pass
 
 
-class DroplessExperts(megablocks.dmoe.ParallelDroplessMLP):
+class DroplessExperts(megablocks.dmoe.ParallelDroplessMLP):  # type: ignore[name-defined]
     """Drop-in for `Experts`: the same parameters, the same results, no token dropped.
 
     Holds no state between calls and never touches megablocks' global lists of losses, so recomputation under
@@ -85,16 +86,16 @@ class DroplessExperts(megablocks.dmoe.ParallelDroplessMLP):
         """
         if self.exchange is None:
             return self.forward_fn(x_TD, weights_TK, indices_TK)[0]
-        return self._over_processes(x_TD, weights_TK, indices_TK)
+        return self._over_processes(self.exchange, x_TD, weights_TK, indices_TK)
 
     @torch.compiler.disable  # how many rows go where is known to the host only at run time
-    def _over_processes(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+    def _over_processes(self, exchange: Exchange, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         """Send tokens to the processes of their experts, compute there, and bring the results back.
 
         This is upstream's `parallel_forward_once` with one look of the host at the device instead of two, results that
         recomputation can keep, and row counts that stay on the device for the expert MLP.
         """
-        ops, exchange = megablocks.ops, self.exchange
+        ops = megablocks.ops
         exchange.counting = self.training
         with torch.no_grad():
             order_N, bin_ids_N, bins_E, sent_E = self.indices_and_bins(indices_TK.flatten())
@@ -134,7 +135,7 @@ class DroplessExperts(megablocks.dmoe.ParallelDroplessMLP):
         )
 
 
-def use_megablocks(model: nn.Module, expert_parallel: DeviceMesh | None = None) -> Exchange | None:
+def use_megablocks(model: GptOss, expert_parallel: DeviceMesh | None = None) -> Exchange | None:
     """Swap the experts of every layer of a `GptOss` for `DroplessExperts`, in place.
 
     On one process parameters stay the same objects under the same names, so optimizers and state dicts made before
@@ -150,14 +151,14 @@ def use_megablocks(model: nn.Module, expert_parallel: DeviceMesh | None = None) 
     Raises:
         ValueError: the mesh does not divide the experts.
     """
-    swapped = [e for e in (layer.mlp.experts for layer in model.model.layers) if isinstance(e, DroplessExperts)]
+    swapped = [e for e in (layer.mlp.experts for layer in model.blocks) if isinstance(e, DroplessExperts)]
     exchange = swapped[0].exchange if swapped else None
     if not swapped and expert_parallel is not None and expert_parallel.size() > 1:
         exchange = Exchange(expert_parallel.get_group(), torch.device(expert_parallel.device_type))
-    for layer in model.model.layers:
+    for layer in model.blocks:
         experts = layer.mlp.experts
         if isinstance(experts, Experts):
-            if exchange is not None:
+            if exchange is not None and expert_parallel is not None:
                 _spread(experts, expert_parallel)
             layer.mlp.experts = DroplessExperts(experts, model.config.num_experts_per_tok, exchange)
     return exchange

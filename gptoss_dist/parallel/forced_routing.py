@@ -19,7 +19,7 @@ from gptoss_dist.model.transformer import GptOss
 
 def force_routing(model: GptOss, how: Literal["balanced", "replay"]) -> list[ForcedRouting]:
     """Replace the choice of experts of every layer of `model`, in place; see `ForcedRouting`."""
-    return [ForcedRouting(layer.mlp.router, how) for layer in model.model.layers]
+    return [ForcedRouting(layer.mlp.router, how) for layer in model.blocks]
 
 
 class ForcedRouting:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import overload
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -136,6 +137,14 @@ def build_meshes(layout: DeviceLayout, device_type: str) -> Meshes:
     root = init_device_mesh(device_type, (*expert_sizes, layout.expert_parallel),
                             mesh_dim_names=(*expert_names, "expert"))  # fmt: skip
     return Meshes(dense, root[tuple(expert_names)], root["expert"])
+
+
+@overload
+def local(tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def local(tensor: None) -> None: ...
 
 
 def local(tensor: Tensor | None) -> Tensor | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from gptoss_dist.config import ParallelConfig, TrainConfig
@@ -30,7 +31,6 @@ def parallelize(model: GptOss, train: TrainConfig, parallel: ParallelConfig, mes
     Returns:
         The all-to-alls between the experts, if they are spread over processes.
     """
-    layers = model.model.layers
     exchange = place_experts(model, train.precision, parallel, meshes)
     wrap_blocks(model, train)
     # One process holds everything anyway: gathering it a second time for the backward pass would only cost time.
@@ -38,7 +38,7 @@ def parallelize(model: GptOss, train: TrainConfig, parallel: ParallelConfig, mes
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if train.precision == "bf16" else None, reduce_dtype=torch.float32
     )
-    for layer in layers:
+    for layer in model.blocks:
         experts = layer.mlp.experts
         if exchange is not None:
             _shard(experts, meshes.experts, policy, reshard, stacks=experts)
@@ -52,12 +52,14 @@ def parallelize(model: GptOss, train: TrainConfig, parallel: ParallelConfig, mes
 
 def wrap_blocks(model: GptOss, train: TrainConfig) -> None:
     """Compile each block, and checkpoint every n-th one's activations, as the settings say; in place."""
-    layers = model.model.layers
+    layers = model.blocks
     if train.compile:
         # Before the checkpointing around it: torch.compile runs a checkpointed function eagerly, and without a word, if
         # anything in it breaks the graph, as the all-to-alls do.
         for layer in layers:
-            layer.forward = torch.compile(layer.forward, mode=train.compile_mode)
+            layer.forward = torch.compile(  # type: ignore[method-assign]
+                layer.forward, mode=train.compile_mode
+            )
     if every := train.activation_checkpointing:
         for layer in layers[every - 1 :: every]:
             checkpoint_activations(layer, keep_large=train.keep_all_to_all)
@@ -80,7 +82,7 @@ def place_experts(model: GptOss, precision: str, parallel: ParallelConfig, meshe
         except ImportError as error:
             raise ValueError(f"{error}; or choose --parallel.experts plain") from None
         exchange = use_megablocks(model, meshes.expert_parallel)
-    for layer in model.model.layers:
+    for layer in model.blocks:
         for experts in (layer.mlp.experts, layer.mlp.shared_expert):
             if experts is not None:
                 experts.backend = parallel.expert_gemm
@@ -114,8 +116,8 @@ def _shard(
         reshard: free gathered parameters after the forward pass.
         stacks: the part of it whose parameters are stacks of experts.
     """
-    stacked = set(stacks.parameters()) if stacks is not None else ()
-    fully_shard(
+    stacked = set(stacks.parameters()) if stacks is not None else set()
+    sharded = fully_shard(
         module,
         mesh=mesh,
         reshard_after_forward=reshard,
@@ -123,11 +125,11 @@ def _shard(
         mp_policy=policy,
     )
     if mesh.size() == 1:
-        module.set_custom_reduce_scatter(_NothingToReduce())
+        sharded.set_custom_reduce_scatter(cast(Any, _NothingToReduce()))  # its class is a private one of torch
     else:
-        module.set_gradient_divide_factor(1.0)
+        sharded.set_gradient_divide_factor(1.0)
         # Without this gloo is asked for a pre-multiplied sum, which it does not have.
-        module.set_force_sum_reduction_for_comms(True)
+        sharded.set_force_sum_reduction_for_comms(True)
 
 
 def shard_dimension(shape: tuple[int, ...], shards: int) -> int:
@@ -149,11 +151,12 @@ def _prefetch(model: GptOss) -> None:
     FSDP would gather experts when their forward pass begins. It gathers ahead of the device as far as the host runs
     ahead of it, and the host waits in every layer to learn how many tokens go where.
     """
-    blocks = list(model.model.layers)
-    pairs = [[block, block.mlp.experts] for block in blocks]
-    for module, upcoming in zip([model, *blocks], pairs):
+    root = cast(FSDPModule, model)
+    blocks = [cast(FSDPModule, block) for block in model.blocks]
+    pairs = [[cast(FSDPModule, block), cast(FSDPModule, block.mlp.experts)] for block in model.blocks]
+    for module, upcoming in zip([root, *blocks], pairs):
         module.set_modules_to_forward_prefetch(upcoming)
-    for module, upcoming in zip([model, *blocks[::-1]], pairs[::-1]):
+    for module, upcoming in zip([root, *blocks[::-1]], pairs[::-1]):
         module.set_modules_to_backward_prefetch(upcoming)
 
 
@@ -164,7 +167,7 @@ class _NothingToReduce:
     """
 
     def __init__(self) -> None:
-        self.input = None
+        self.input: torch.Tensor | None = None
 
     def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return the input of a reduction, and at the next call the same buffer as its output."""

@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +22,8 @@ class _Recording:
     """What one run of a checkpointed block keeps for its recomputation, in the order in which it was computed."""
 
     def __init__(self, keep_large: bool) -> None:
-        self.keep_large, self.results, self.replaying = keep_large, deque(), False
+        self.keep_large, self.replaying = keep_large, False
+        self.results: deque[Any] = deque()
 
 
 _current: _Recording | None = None

@@ -86,6 +86,7 @@ class ExpertTokens:
             self._writer = None
 
     def _write(self) -> list[list[int]]:
+        assert self._sum_LE is not None and self._writer is not None, "add() before the first row"
         tokens = self._sum_LE.tolist()
         self._sum_LE = None
         self._writer.append({"first_step": self._first_step, "step": self._step, "tokens": tokens})

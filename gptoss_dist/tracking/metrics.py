@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
@@ -49,7 +50,7 @@ def mixture_metrics(usage: list[Usage]) -> dict[str, float]:
 class StepTimer:
     """Splits a step's time into phases (`data`, `compute`, `optimizer`), without ever waiting for the device.
 
-    timer.start()
+        timer.start()
         with timer.phase("data"): ...
         with timer.phase("compute"): ...
         metrics |= timer.stop()
@@ -61,9 +62,10 @@ class StepTimer:
 
     def __init__(self, device: torch.device | str) -> None:
         self._cuda = torch.device(device).type == "cuda"
-        self._spans: list[tuple[str, object, object]] = []
-        self._started: object = None
-        self._pending: deque[list[tuple[str, object, object]]] = deque()
+        # Clock readings: seconds on CPU, torch.cuda.Event on CUDA.
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._started: Any = None
+        self._pending: deque[list[tuple[str, Any, Any]]] = deque()
 
     def start(self) -> None:
         """Begin a step; what an interrupted one left behind is forgotten."""

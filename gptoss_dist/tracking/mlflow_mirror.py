@@ -19,12 +19,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptoss_dist.tracking.jsonl import read_lines
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Metric
 
 logger = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ class Shipper:
         self._uri = uri
         self._abandoned = abandoned
         self._lock_wait_s = lock_wait_s
-        self._client: MlflowClient | None = None
+        self._client: Any = None  # an MlflowClient while there is a connection
         self._artifact_failures = 0
 
     def pending(self) -> bool:

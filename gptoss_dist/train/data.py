@@ -20,7 +20,10 @@ from gptoss_dist.train.start import Start, print_message
 
 def sources(config: DataConfig) -> list[SourceConfig]:
     """List the sources of `data.sources`, or `data.path` as the only one."""
-    return list(config.sources) or [SourceConfig(path=config.path)]
+    if config.sources:
+        return list(config.sources)
+    assert config.path is not None, "Config fills in a path where there are no sources"
+    return [SourceConfig(path=config.path)]
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class _Mixing:
 def _continued(mixing: _Mixing, start: Start, *, may_change: bool) -> TrainingData:
     """Return the data of a resumed run: the mixture of its checkpoint, or if it `may_change` another from there on."""
     checkpoint, info = start.checkpoint, start.info
+    assert info is not None
     for what, version in _versions(mixing.sources[0].dataset).items():
         if (old := info.data.versions.get(what, 1)) != version:
             raise ValueError(

@@ -9,6 +9,7 @@ import platform
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -180,7 +181,7 @@ class Report:
         except Exception as error:  # a plot must never end a run
             log.warning("plots not drawn: %s", error)
 
-    def close(self, status: str) -> None:
+    def close(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
         """Finish the tracked run: FINISHED, KILLED or FAILED."""
         try:
             self.expert_tokens.close()
@@ -192,7 +193,7 @@ class Report:
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
+    flat: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")

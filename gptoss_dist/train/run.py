@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Self
+from typing import Literal, Self
 
 import torch.distributed as dist
 
@@ -59,7 +59,7 @@ class Run:
         self.timer, self.stop = StepTimer(ranks.device), StopRequest()
         self.guard = SkipGuard(config.train.max_skipped_steps, start.skipped_steps)
         self.last_saved_step = start.step
-        self._status = "FAILED"
+        self._status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
 
     def _open_loader(self, samples_consumed: int) -> BatchLoader:
         train, data = self.config.train, self.config.data

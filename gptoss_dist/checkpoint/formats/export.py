@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from data_pipeline import Tokenizer
 from data_pipeline.tokenizer.huggingface import huggingface_files
 from gptoss_dist.checkpoint.formats import huggingface, openai
 from gptoss_dist.checkpoint.formats.pretrained import Pretrained
-from gptoss_dist.checkpoint.formats.tensor_files import Held, write_tensors
+from gptoss_dist.checkpoint.formats.tensor_files import Held, LazyTensor, write_tensors
 from gptoss_dist.checkpoint.formats.views import Losses, plain
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
@@ -105,7 +105,7 @@ def export(
         values = openai.config_json(config)
     special_ids = _write_companions(pretrained, partial, format, message)
     if format == "hf":
-        values = huggingface.config_json(config, dtype=dtype, pack=pack, special_ids=special_ids)
+        values = huggingface.config_json(config, dtype=dtype, pack=pack, special_ids=dict(special_ids))
     (partial / "config.json").write_text(json.dumps(values, indent=1) + "\n")
     for path in write_tensors(partial, outputs, file_bytes=file_bytes):
         message(f"wrote {path.name}")
@@ -117,7 +117,9 @@ def export(
     return losses
 
 
-def save_pretrained(model: GptOss, folder: str | Path, *, layout: str = "hf", **options) -> None:
+def save_pretrained(
+    model: GptOss, folder: str | Path, *, layout: Literal["hf", "openai", "safetensors"] = "hf", **options
+) -> None:
     """Write a model that is in memory to the new folder `folder`.
 
     Args:
@@ -130,13 +132,15 @@ def save_pretrained(model: GptOss, folder: str | Path, *, layout: str = "hf", **
         ValueError: As `export`.
         OSError: As `export`.
     """
-    tensors = {name: Held(tensor) for name, tensor in chain(model.named_parameters(), model.named_buffers())}
+    tensors: dict[str, LazyTensor] = {
+        name: Held(tensor) for name, tensor in chain(model.named_parameters(), model.named_buffers())
+    }
     export(Pretrained("memory", Path(), model.config, tensors), folder, layout, **options)
 
 
 def _write_companions(
     pretrained: Pretrained, folder: Path, format: str, message: Callable[[str], None]
-) -> dict[str, int | list[int]]:
+) -> Mapping[str, int | list[int]]:
     """Write the tokenizer and the generation settings, as far as they are known.
 
     Returns:

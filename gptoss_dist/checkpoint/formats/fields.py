@@ -60,7 +60,7 @@ _COLUMNS = {"hf": 0, "openai": 1}
 def names(format: Literal["hf", "openai"]) -> dict[str, str]:
     """Return {field of `ModelConfig`: name in the format} of the fields that the format has with the same meaning."""
     column = _COLUMNS[format]
-    return {field: places[column] for field, places in FIELDS.items() if isinstance(places[column], str)}
+    return {field: name for field, places in FIELDS.items() if isinstance(name := places[column], str)}
 
 
 def lost_fields(config: ModelConfig, format: Literal["hf", "openai"]) -> list[str]:

@@ -99,7 +99,8 @@ def read_tensors(folder: str | Path, message: Callable[[str], None]) -> dict[str
     Raises:
         ValueError: There are none, files are damaged, or MXFP4 blocks and scales do not fit each other.
     """
-    found, result, dense = stored_tensors(folder), {}, []
+    found, dense = stored_tensors(folder), []
+    result: dict[str, LazyTensor] = {}
     for name, tensor in found.items():
         stem = name.removesuffix(BLOCKS)
         if name.endswith(SCALES):

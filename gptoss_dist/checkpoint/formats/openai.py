@@ -72,7 +72,8 @@ def read_tensors(folder: str | Path, message: Callable[[str], None]) -> dict[str
     Raises:
         ValueError: As `huggingface.read_tensors`.
     """
-    config, found, result = read_config(folder), stored_tensors(folder), {}
+    config, found = read_config(folder), stored_tensors(folder)
+    result: dict[str, LazyTensor] = {}
     heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     borders = (0, heads, heads + kv_heads, heads + 2 * kv_heads)
     top = {theirs: ours for ours, theirs in TOP.items()}

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -92,7 +92,9 @@ def open_pretrained(
     if re.fullmatch(r"[a-z]{2,}", format) and folder:
         raise ValueError(f"{where}: {format} is no known format; use {', '.join(f'{name}:FOLDER' for name in FORMATS)}")
     checkpoint = resolve(where, message) if verify else candidates(where)[-1]
-    stored = {n.removeprefix("model."): t for n, t in stored_tensors(checkpoint).items() if n.startswith("model.")}
+    stored: dict[str, LazyTensor] = {
+        n.removeprefix("model."): t for n, t in stored_tensors(checkpoint).items() if n.startswith("model.")
+    }
     return Pretrained("run", checkpoint, ModelConfig.from_dict(read_info(checkpoint)["config"]["model"]), stored)
 
 
@@ -146,7 +148,8 @@ class _Reader(StorageReader):
         """There is nothing to reset."""
 
     def read_metadata(self, *_, **__) -> Metadata:
-        entries, places = {}, {}
+        entries: dict[str, Any] = {}
+        places = {}
         for name, tensor in self.tensors.items():
             start, shape = torch.Size([0] * len(tensor.shape)), torch.Size(tensor.shape)
             whole = ChunkStorageMetadata(offsets=start, sizes=shape)

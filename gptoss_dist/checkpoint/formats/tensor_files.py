@@ -8,12 +8,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gptoss_dist.checkpoint.boxes import Box
 
@@ -130,6 +131,7 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
         raise ValueError(f"{folder} cannot be read: {' '.join(str(error).split())[:300]}") from None
     tensors = {}
     for name, entry in found.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata), name  # safetensors hold nothing else
         tensors[name] = Stored(entry.size, entry.properties.dtype)
     for index, place in found.storage_data.items():
         offset = tuple(index.offset or (0,) * len(place.shape))
@@ -189,7 +191,8 @@ def write_tensors(folder: Path, outputs: list[Output], *, file_bytes: int, stem:
             size = 0
         groups[-1].append(output)
         size += output.nbytes
-    paths, weight_map = [], {}
+    paths: list[Path] = []
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         name = f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors"
         _write_file(folder / name, group)
@@ -226,7 +229,8 @@ def _write_file(path: Path, group: list[Output], metadata: Mapping[str, str] | N
 
     The format is that of https://github.com/huggingface/safetensors.
     """
-    header, position = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    position = 0
     for output in group:
         for name, (shape, dtype) in output.tensors.items():
             end = position + math.prod(shape) * dtype.itemsize
@@ -244,7 +248,7 @@ def _write_file(path: Path, group: list[Output], metadata: Mapping[str, str] | N
                     assert values.dtype == output.tensors[name][1], name
                     file.seek(begin + header[name]["data_offsets"][0] + written[name])
                     data = values.contiguous().view(-1).view(torch.uint8).numpy()
-                    file.write(data)
+                    file.write(data.data)
                     written[name] += data.nbytes
             for name, count in written.items():
                 first, end = header[name]["data_offsets"]
