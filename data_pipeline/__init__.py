@@ -11,7 +11,6 @@ _HOME = {
     "BestFitDataset": "batches.documents",
     "DocumentDataset": "batches.documents",
     "MixtureDataset": "batches.mixture",
-    "Source": "batches.mixture",
     "Stage": "batches.mixture_plan",
     "TokenDataset": "batches.contiguous",
     "open_dataset": "batches.documents",
@@ -22,6 +21,7 @@ _HOME = {
     "RawReader": "shards.raw",
     "SplitWriter": "shards.writer",
     "Tokenizer": "tokenizer.tokenizer",
+    "WeightedDataset": "batches.mixture",
     "check_content": "shards.checksums",
     "load_tokenizer": "tokenizer.published",
     "open_source": "corpora.sources",
@@ -31,7 +31,11 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
+_FORMER_NAMES = {"Source": "WeightedDataset"}
+
+
 def __getattr__(name: str):
+    name = _FORMER_NAMES.get(name, name)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,10 +1,23 @@
-"""Best-fit-decreasing bin packing of pieces of documents into rows of one length."""
+"""Best-fit-decreasing bin packing of pieces of documents into rows of one length.
+
+Each piece, from the longest to the shortest, goes into the fullest row that has room for it. For example, five pieces
+of lengths 3, 6, 4, 2 and 5 into rows of 10:
+
+    piece   length   goes into                                  rows, as filled
+    1       6        a new row                                  [6]
+    4       5        a new row: 4 are left in the first         [6] [5]
+    2       4        the first, which it fills                  [6 4] [5]
+    0       3        the second                                 [6 4] [5 3]
+    3       2        the second, which it fills                 [6 4] [5 3 2]
+
+"Fewer Truncations Improve Language Modeling", arXiv:2404.10830.
+"""
 
 from __future__ import annotations
 
 import itertools
 from array import array
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,10 +32,10 @@ _COPIED_AT_ONCE = 10_000
 
 
 class _Content(NamedTuple):
-    """What each row of a group holds: `each` pieces of `length`, and what was put in before them, the content at the
-    place `before`, or nothing: -1.
+    """What each row of a group holds: `each` pieces of `length`, and what was put in before them.
 
-    Row i has those at the places placed + (i - first) * each and on, in the order of all pieces.
+    That is the content at the place `before`, or nothing: -1. Row i has the pieces at the places
+    placed + (i - first) * each and on, in the order of all pieces.
     """
 
     length: int
@@ -41,15 +54,18 @@ class _Group(NamedTuple):
 
 
 class BestFit:
-    """Best-fit-decreasing bin packing: each piece, from the longest to the shortest, goes into the fullest row that has
-    room for it ("Fewer Truncations Improve Language Modeling", arXiv:2404.10830).
+    """The plan of a packing: which pieces each row holds.
 
     Pieces of one length are placed together: the fullest row with room r for length n takes r // n of them before
     another one is the fullest. Rows that hold the same lengths are kept as one group, so that work and memory, but for
     sorting, grow with the groups (thousands to some hundred thousand, by capacity) and not with the pieces. Memory: 4
     bytes per piece and about a hundred per group, a few hundred while the plan is made.
 
-    lengths: int [P], each in [1, capacity]. `len` is the number of rows; `rows` says what they hold.
+    `len` is the number of rows.
+
+    Args:
+        lengths: of the pieces, int [P], each in [1, capacity].
+        capacity: room of a row.
     """
 
     def __init__(self, lengths: np.ndarray, capacity: int):
@@ -72,11 +88,18 @@ class BestFit:
         return self._rows
 
     def rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What rows hold, each in [0, len), int64 [N]: indices [P] of the pieces, row by row, those of a row from the
-        longest to the shortest; lengths [P] of the pieces; and how many each row has, [N].
+        """Return what rows hold.
+
+        Args:
+            rows: int64 [N], each in [0, len).
+
+        Returns:
+            Indices [P] of the pieces, row by row, those of a row from the longest to the shortest; lengths [P] of the
+            pieces; and how many each row has, [N].
         """
         assert rows.size == 0 or (rows.min() >= 0 and rows.max() < self._rows)
-        found, row = [], np.arange(len(rows))
+        found: list[tuple[np.ndarray, ...]] = []
+        row = np.arange(len(rows))
         place = self._content[self._firsts.searchsorted(rows, side="right") - 1]
         while not found or row.size:  # of all rows at once, what was put in last, and so on
             length, each, first, placed, before = self._table[place].T
@@ -122,17 +145,18 @@ class BestFit:
 
 
 def _longest_first(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices [P] of all pieces from the longest to the shortest, those of one length in their order; and how many
-    there are of length capacity - n, for each n in [0, capacity).
+    """Return indices [P] of all pieces from the longest to the shortest, those of one length in their order.
+
+    And how many there are of length capacity - n, for each n in [0, capacity).
 
     By counting, a part at a time: memory that was never used costs more time than the arithmetic in it.
     """
     # The room that is left and the place within a part in one number: numpy sorts numbers faster than it orders them.
-    key_type = np.uint32 if capacity <= 2**32 // _SORTED_AT_ONCE else np.uint64
+    key_type: Any = np.uint32 if capacity <= 2**32 // _SORTED_AT_ONCE else np.uint64
     parts = [lengths[start : start + _SORTED_AT_ONCE] for start in range(0, len(lengths), _SORTED_AT_ONCE)]
     counts = [np.bincount(capacity - part, minlength=capacity) for part in parts]
-    totals = np.sum(counts, axis=0, dtype=np.int64) if parts else np.zeros(capacity, np.int64)
-    order = np.empty(len(lengths), np.uint32 if len(lengths) < 2**32 else np.int64)
+    totals: np.ndarray = sum(counts, np.zeros(capacity, np.int64))
+    order: np.ndarray = np.empty(len(lengths), np.uint32 if len(lengths) < 2**32 else np.int64)
     free = bounds(totals)[:-1]
     for number, (part, count) in enumerate(zip(parts, counts)):
         keys = (capacity - part).astype(key_type) * key_type(_SORTED_AT_ONCE) + np.arange(len(part), dtype=key_type)

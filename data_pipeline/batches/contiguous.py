@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.batches.order import global_order
-from data_pipeline.batches.reading import Pieces, Samples
+from data_pipeline.batches.reading import Samples, Spans
 from data_pipeline.shards.manifest import FILE_NAME, Manifest, open_shards
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
@@ -65,25 +65,32 @@ class TokenSplit(Samples):
 
     @abstractmethod
     def _count_samples(self) -> int:
-        """Samples in an epoch; called once, with the files open. Sets `inputs_total`."""
+        """Return samples in an epoch; called once, with the files open.
+
+        Sets `inputs_total`.
+        """
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the split was made with."""
         tokenizer = Tokenizer.load(self.path)
         if tokenizer.sha256 != self.manifest.tokenizer["sha256"]:
             raise ValueError(f"{self.path}: the tokenizer there is not the one that made its tokens")
         return tokenizer
 
     def order(self, positions: np.ndarray) -> np.ndarray:
-        """Index of the sample at each global position, int64 of any shape; position p lies in epoch
-        p // samples_per_epoch.
+        """Return index of the sample at each global position, int64 of any shape.
+
+        Position p lies in epoch p // samples_per_epoch.
         """
         return global_order(positions, self.samples_per_epoch, seed=self.seed, shuffle=self.shuffle)
 
 
 class TokenDataset(TokenSplit):
-    """Contiguous packing: sample i is tokens [i*T, i*T + T] of the split, so each token is predicted once per epoch
-    (bar an incomplete sample at the end), and documents begin and end anywhere in a sample.
+    """Contiguous packing: sample i is tokens [i*T, i*T + T] of the split.
+
+    Each token is predicted once per epoch, bar an incomplete sample at the end, and documents begin and end anywhere in
+    a sample.
 
     Attributes and errors as in `TokenSplit`.
     """
@@ -96,14 +103,15 @@ class TokenDataset(TokenSplit):
         return samples
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
-        """Tokens int64 [N, T+1] at global positions, int64 [N]."""
+        """Return tokens int64 [N, T+1] at global positions, int64 [N]."""
         return self.read(self.order(positions))
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Tokens int64 [N, T+1] of samples by index, each in [0, samples_per_epoch), in the order of the text."""
+        """Return tokens int64 [N, T+1] of samples by index, in the order of the text."""
         arrays = self.micro_batch(indices)
         return np.concatenate([arrays["input_ids"], arrays["labels"][:, -1:]], axis=1)
 
-    def pieces(self, indices: np.ndarray) -> Pieces:
+    def spans(self, indices: np.ndarray) -> Spans:
+        """Return one span for each sample."""
         ones = np.ones_like(indices)
-        return Pieces(indices * self.seq_len, ones * self.seq_len, ones)
+        return Spans(indices * self.seq_len, ones * self.seq_len, ones)

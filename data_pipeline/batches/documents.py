@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipeline.batches.best_fit import BestFit
 from data_pipeline.batches.contiguous import TokenDataset, TokenSplit
-from data_pipeline.batches.reading import Pieces, bounds, ranges
+from data_pipeline.batches.reading import Spans, bounds, ranges
 
 
 class BestFitDataset(TokenSplit):
@@ -49,7 +49,8 @@ class BestFitDataset(TokenSplit):
         self.padding_share = 1 - self.inputs_total / max(samples * T, 1)
         return samples
 
-    def pieces(self, indices: np.ndarray) -> Pieces:
+    def spans(self, indices: np.ndarray) -> Spans:
+        """Return the pieces of each row, from the longest to the shortest, and its padding."""
         T, full = self.seq_len, len(self._full_rows)
         (cut,), (packed,) = (indices < full).nonzero(), (indices >= full).nonzero()
         documents, lengths, counts = self._plan.rows(indices[packed] - full)
@@ -62,7 +63,7 @@ class BestFitDataset(TokenSplit):
         places = ranges(first[packed], counts)
         starts_P[places], lengths_P[places] = self._starts[documents], lengths
         lengths_P[(first[packed] + counts)[padding > 0]] = padding[padding > 0]
-        return Pieces(starts_P, lengths_P, counts_N)
+        return Spans(starts_P, lengths_P, counts_N)
 
 
 class DocumentDataset(TokenSplit):
@@ -82,22 +83,23 @@ class DocumentDataset(TokenSplit):
         self.inputs_total = int(self._lengths.sum())
         return len(self._starts)
 
-    def pieces(self, indices: np.ndarray) -> Pieces:
-        return Pieces(self._starts[indices], self._lengths[indices].astype(np.int64), np.ones_like(indices))
+    def spans(self, indices: np.ndarray) -> Spans:
+        """Return one span for each document."""
+        return Spans(self._starts[indices], self._lengths[indices].astype(np.int64), np.ones_like(indices))
 
 
 PACKINGS: dict[str, type[TokenSplit]] = {kind.packing: kind for kind in (TokenDataset, BestFitDataset, DocumentDataset)}
 
 
 def open_dataset(path: str | Path, *, packing: str = "contiguous", **options) -> TokenSplit:
-    """A split as samples of the kind that `packing` names; options and errors as of `TokenSplit`."""
+    """Return a split as samples of the kind that `packing` names; options and errors as of `TokenSplit`."""
     if packing not in PACKINGS:
         raise ValueError(f"packing {packing!r} is unknown; choose one of {', '.join(PACKINGS)}")
     return PACKINGS[packing](path, **options)
 
 
 def _documents(shards: list) -> tuple[np.ndarray, np.ndarray]:
-    """Start in the split's sequence of tokens, int64, and number of inputs, of every document that has any."""
+    """Return start in the split's sequence of tokens, int64, and number of inputs, of every document that has any."""
     lengths = np.concatenate([np.empty(0, np.int32), *(shard.lengths for shard in shards)])
     starts = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=starts[1:])

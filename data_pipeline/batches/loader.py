@@ -14,18 +14,19 @@ import numpy as np
 import torch
 
 from data_pipeline.batches.order import step_positions
-from data_pipeline.batches.reading import IGNORED_LABEL, Layout, Samples
+from data_pipeline.batches.reading import IGNORED_LABEL, ReadPlan, Samples
 
 MicroBatch = dict[str, torch.Tensor]
-_LAID_OUT_AT_ONCE = 1 << 23, 1 << 14
+_PLANNED_AT_ONCE = 1 << 23, 1 << 14
 """At most so many places for tokens, and pieces of documents in them, or what a step has, are looked up in one go, of
 this rank. numpy's cost per call is then small beside the reading, and the caller of `next` waits 50 ms at the most.
 """
 
 
 class BatchLoader:
-    """Iterator over optimizer steps: each `next` gives this rank's `accumulation` micro-batches. Endless, unless the
-    dataset is a mixture whose sources are all used up.
+    """Iterator over optimizer steps: each `next` gives this rank's `accumulation` micro-batches.
+
+    Endless, unless the dataset is a mixture whose sources are all used up.
 
     A micro-batch is a dict of int64 CPU tensors `input_ids`, `labels` and, with `document_mask` or where the packing
     needs it, `document_ids`; see `micro_batch` of the dataset. Memory is pinned when CUDA is available.
@@ -60,14 +61,14 @@ class BatchLoader:
         self._dataset = dataset
         # What a thread runs must not hold this object, or it would never be collected.
         self._read = partial(_read_step, dataset, document_mask, torch.cuda.is_available())
-        layout = {
+        share = {
             "micro_batch_size": micro_batch_size,
             "accumulation": accumulation,
             "rank": rank,
             "world_size": world_size,
         }
-        self._positions_AB = step_positions(0, **layout)  # of every step, relative to its first sample
-        self._laid_out: deque[Sequence[Layout]] = deque()
+        self._positions_AB = step_positions(0, **share)  # of every step, relative to its first sample
+        self._planned: deque[Sequence[ReadPlan]] = deque()
         self._next_position = samples_consumed
         self._steps_at_once = 1  # until it is known how much a step holds
         self._ahead = prefetch if workers else 0
@@ -78,6 +79,7 @@ class BatchLoader:
 
     @property
     def samples_consumed(self) -> int:
+        """Positions of the data order that all steps so far have read: the only state."""
         return self._samples_consumed
 
     def __iter__(self) -> BatchLoader:
@@ -89,7 +91,7 @@ class BatchLoader:
         if self._closed:
             raise StopIteration
         try:
-            step = self._read_ahead() if self._threads else self._read(self._next_layouts())
+            step = self._read_ahead() if self._threads else self._read(self._next_read_plans())
         except StopIteration:
             raise
         except BaseException as error:  # whatever it is, the steps after it must not be handed out
@@ -99,7 +101,10 @@ class BatchLoader:
         return step
 
     def close(self) -> None:
-        """Ends the threads; the loader gives no more steps. May be called twice."""
+        """End the threads; the loader gives no more steps.
+
+        May be called twice.
+        """
         self._closed = True
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
@@ -112,9 +117,10 @@ class BatchLoader:
         self.close()
 
     def _read_ahead(self) -> list[MicroBatch]:
+        assert self._threads is not None
         while len(self._reading) < self._ahead:
             try:
-                self._reading.append(self._threads.submit(self._read, self._next_layouts()))
+                self._reading.append(self._threads.submit(self._read, self._next_read_plans()))
             except StopIteration:
                 break
         if not self._reading:
@@ -123,16 +129,16 @@ class BatchLoader:
         self._reading.popleft()
         # Not only at the next call: the threads would have nothing to do during the last step of computation.
         if self._has_next():
-            self._reading.append(self._threads.submit(self._read, self._next_layouts()))
+            self._reading.append(self._threads.submit(self._read, self._next_read_plans()))
         return step
 
     def _has_next(self) -> bool:
-        end, start = self._dataset.positions_total, self._next_position - len(self._laid_out) * self.samples_per_step
+        end, start = self._dataset.positions_total, self._next_position - len(self._planned) * self.samples_per_step
         return end is None or start + self.samples_per_step <= end
 
-    def _next_layouts(self) -> Sequence[Layout]:
-        """What the next step's micro-batches hold, A of them."""
-        if not self._laid_out:
+    def _next_read_plans(self) -> Sequence[ReadPlan]:
+        """Return what the next step's micro-batches hold, A of them."""
+        if not self._planned:
             steps, end = self._steps_at_once, self._dataset.positions_total
             if end is not None:
                 steps = min(steps, (end - self._next_position) // self.samples_per_step)
@@ -141,14 +147,14 @@ class BatchLoader:
             starts = self._next_position + np.arange(steps, dtype=np.int64) * self.samples_per_step
             accumulation, size = self._positions_AB.shape
             indices = self._dataset.order(starts[:, None, None] + self._positions_AB).reshape(-1)
-            layouts = self._dataset.layouts(indices, [size] * (steps * accumulation))
-            self._laid_out.extend(layouts[i : i + accumulation] for i in range(0, len(layouts), accumulation))
-            places, pieces = _LAID_OUT_AT_ONCE
-            found = sum(len(layout.reads_R4) for layout in layouts)
+            read_plans = self._dataset.read_plans(indices, [size] * (steps * accumulation))
+            self._planned.extend(read_plans[i : i + accumulation] for i in range(0, len(read_plans), accumulation))
+            places, pieces = _PLANNED_AT_ONCE
+            found = sum(len(read_plan.reads_R4) for read_plan in read_plans)
             most = min(places // (accumulation * size * self._dataset.seq_len), pieces * steps // max(found, 1))
             self._steps_at_once = max(1, most)
             self._next_position += steps * self.samples_per_step
-        return self._laid_out.popleft()
+        return self._planned.popleft()
 
 
 def validation_batches(
@@ -160,11 +166,11 @@ def validation_batches(
     max_samples: int | None = None,
     document_mask: bool = False,
 ) -> Iterator[MicroBatch]:
-    """Micro-batches over `max_samples` samples (all when None) spread evenly over the split, always the same ones, each
-    on exactly one rank, once.
+    """Yield micro-batches over a split, each sample on exactly one rank, once.
 
-    Every rank gets the same number of micro-batches, all of B samples, so that collectives stay in step; samples beyond
-    the last have labels -100 throughout.
+    `max_samples` samples (all when None) are taken, evenly over the split and always the same ones. Every rank gets the
+    same number of micro-batches, all of B samples, so that collectives stay in step; samples beyond the last have
+    labels -100 throughout.
     """
     _check_layout(micro_batch_size, 1, rank, world_size)
     if max_samples is not None and max_samples < 1:
@@ -172,9 +178,9 @@ def validation_batches(
     count = min(dataset.samples_per_epoch, max_samples or dataset.samples_per_epoch)
     # Neighbouring samples come from the same documents: the first ones would stand for a few texts only.
     chosen = np.arange(count, dtype=np.int64) * dataset.samples_per_epoch // count
-    layout = {"micro_batch_size": micro_batch_size, "rank": rank, "world_size": world_size}
+    share = {"micro_batch_size": micro_batch_size, "rank": rank, "world_size": world_size}
     for consumed in range(0, count, micro_batch_size * world_size):
-        (indices,) = step_positions(consumed, **layout)
+        (indices,) = step_positions(consumed, **share)
         batch = dataset.micro_batch(chosen[np.minimum(indices, count - 1)], document_mask)
         beyond = indices >= count
         if dataset.packing == "varlen":  # one row, its documents numbered as they were asked for
@@ -195,9 +201,11 @@ def _check_layout(micro_batch_size: int, accumulation: int, rank: int, world_siz
         raise ValueError(f"rank {rank}: must be in [0, {world_size})")
 
 
-def _read_step(dataset: Samples, document_mask: bool, pin_memory: bool, layouts: Sequence[Layout]) -> list[MicroBatch]:
+def _read_step(
+    dataset: Samples, document_mask: bool, pin_memory: bool, read_plans: Sequence[ReadPlan]
+) -> list[MicroBatch]:
     step = []
-    for layout in layouts:
-        batch = {name: torch.from_numpy(array) for name, array in dataset.fill(layout, document_mask).items()}
+    for read_plan in read_plans:
+        batch = {name: torch.from_numpy(array) for name, array in dataset.fill(read_plan, document_mask).items()}
         step.append({name: tensor.pin_memory() for name, tensor in batch.items()} if pin_memory else batch)
     return step

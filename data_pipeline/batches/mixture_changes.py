@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """What differs between two mixtures by their `state`, in words; names and places of the data do not count."""
+    """Return what differs between two mixtures by their `state`, in words.
+
+    Names and places of the data do not count.
+    """
     old, new = ({s["content_sha256"]: s for s in state["sources"]} for state in (before, now))
     found = []
     renewed = {s["name"] for s in before["sources"]} & {new[sha]["name"] for sha in new.keys() - old.keys()}

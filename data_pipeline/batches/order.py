@@ -15,7 +15,7 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9)
 
 
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """The images of `positions` under a pseudo-random bijection of [0, n) chosen by (seed, epoch).
+    """Return the images of `positions` under a pseudo-random bijection of [0, n) chosen by (seed, epoch).
 
     positions: integers in [0, n), any shape. Returns int64 of the same shape. Memory is proportional to the input,
         never to n.
@@ -58,8 +58,7 @@ def global_order(positions: np.ndarray, samples_per_epoch: int, *, seed: int, sh
 def step_positions(
     samples_consumed: int, *, micro_batch_size: int, accumulation: int = 1, rank: int = 0, world_size: int = 1
 ) -> np.ndarray:
-    """Global positions [accumulation, micro_batch_size] that `rank` reads in the step that starts at
-    `samples_consumed`.
+    """Return the global positions that `rank` reads in a step, int64 [accumulation, micro_batch_size].
 
     A step consumes world_size * accumulation * micro_batch_size consecutive positions, so the same global batch
     whatever the number of ranks; micro-batch m of rank r takes the (m * world_size + r)-th run of micro_batch_size.

@@ -1,8 +1,19 @@
-"""Samples by index, read as micro-batches: where their tokens are is worked out for many micro-batches at a time, so
-that little but system calls is left to do for each.
+"""Samples by index, read as micro-batches.
 
-Shapes: M micro-batches of B samples each, N samples in all, T = seq_len; P pieces, what a sample holds of one document
-or its padding; R pieces that are read, all but padding.
+Where a micro-batch's tokens are, its read plan, is worked out for many micro-batches at a time, so that little but
+system calls is left to do for each. For example, a sample of T = 6 inputs, packed by best fit, of two documents whose
+tokens are at 10 to 13 and 40 to 41 of one file (their last token is end-of-text, E, and only a label), and padding:
+
+    span            start 10, 3 inputs     start 40, 1 input     padding, 2 inputs
+    read            tokens 10 to 13        tokens 40 and 41      nothing
+    input_ids       t10  t11  t12          t40                   E    E
+    labels          t11  t12  t13          t41                   -100 -100
+    document_ids    0    0    0            1                     2    2
+
+A span is read with one token more than it has inputs, its last label; the next span is put over it.
+
+Shapes: M micro-batches of B samples each, N samples in all, T = seq_len; P spans, what a sample holds of one document
+or its padding; R spans that are read, all but padding.
 """
 
 import itertools
@@ -18,11 +29,11 @@ from data_pipeline.shards.token_files import JoinedFiles, TokenFile, read_parts
 IGNORED_LABEL = -100  # the default ignore_index of torch.nn.functional.cross_entropy
 
 
-class Pieces(NamedTuple):
+class Spans(NamedTuple):
     """What N samples hold, one after the other, int64.
 
-    starts_P: place of a piece's first input in the sequence of all tokens, or -1: padding. lengths_P: its inputs.
-    counts_N: pieces of each sample.
+    starts_P: place of a span's first input in the sequence of all tokens, or -1: padding. lengths_P: its inputs.
+    counts_N: spans of each sample.
     """
 
     starts_P: np.ndarray
@@ -30,13 +41,13 @@ class Pieces(NamedTuple):
     counts_N: np.ndarray
 
 
-class Layout(NamedTuple):
+class ReadPlan(NamedTuple):
     """A micro-batch of so many `inputs`, from end to end, that was not read yet.
 
-    reads_R4: of each piece, which of `_readers`, byte position in its file, first and one after the last place here: a
+    reads_R4: of each span, which of `_readers`, byte position in its file, first and one after the last place here: a
     token more than its inputs, as each has the token after it as its label. last_R: place of the last input of each.
     paddings: first and one after the last place of each. numbers_P, widths_P: what the inputs' document is called, and
-    how many that follow each other are called so; padding is a piece too.
+    how many that follow each other are called so; padding is a span too.
     """
 
     inputs: int
@@ -50,7 +61,7 @@ class Layout(NamedTuple):
 class Samples(ABC):
     """A number of samples, of which micro-batches are made by index: a `TokenSplit`, or a mixture of them.
 
-    A subclass sets the attributes below, of these `files` by `_set_files`, and has `order` and `pieces`.
+    A subclass sets the attributes below, of these `files` by `_set_files`, and has `order` and `spans`.
 
     path: for messages. inputs_total: tokens that an epoch trains on. positions_total: where the data end; None: never.
     files: those of all tokens, one after the other.
@@ -68,16 +79,16 @@ class Samples(ABC):
 
     @abstractmethod
     def order(self, positions: np.ndarray) -> np.ndarray:
-        """Index of the sample at each global position, int64 of any shape."""
+        """Return index of the sample at each global position, int64 of any shape."""
 
     @abstractmethod
-    def pieces(self, indices: np.ndarray) -> Pieces:
+    def spans(self, indices: np.ndarray) -> Spans:
         """Of samples by index, int64 [N], each in [0, samples_per_epoch)."""
 
     def micro_batch(self, indices: np.ndarray, document_mask: bool = False) -> dict[str, np.ndarray]:
-        """Samples by index, int64 [B], each in [0, samples_per_epoch), as contiguous int64 arrays of one shape:
+        """Return samples by index, int64 [B], as contiguous int64 arrays of one shape.
 
-        `input_ids`; `labels`, the token after each input, or -100 where none is to be predicted; and with
+        They are `input_ids`; `labels`, the token after each input, or -100 where none is to be predicted; and with
         `document_mask`, or where the packing needs it, `document_ids`, non-decreasing along each row.
 
         Shapes and document ids, by packing:
@@ -91,22 +102,24 @@ class Samples(ABC):
         Raises IndexError for an index out of range.
         """
         indices = np.asarray(indices).astype(np.int64, casting="same_kind")
-        (layout,) = self.layouts(indices, [len(indices)])
-        return self.fill(layout, document_mask)
+        (read_plan,) = self.read_plans(indices, [len(indices)])
+        return self.fill(read_plan, document_mask)
 
-    def layouts(self, indices: np.ndarray, sizes: Sequence[int]) -> list[Layout]:
-        """Of micro-batches of `sizes` samples, M of them, by indices int64 [N] one after the other; raises as
-        `micro_batch` does. Thousands of samples take little more time than one. Takes some 200 bytes for each piece.
+    def read_plans(self, indices: np.ndarray, sizes: Sequence[int]) -> list[ReadPlan]:
+        """Return the read plans of M micro-batches of `sizes` samples, by indices int64 [N] one after the other.
+
+        Raises as `micro_batch` does. Thousands of samples take little more time than one. Takes some 200 bytes for each
+        span.
         """
         assert sum(sizes) == len(indices), (sizes, len(indices))
         out_of_range = indices[(indices < 0) | (indices >= self.samples_per_epoch)]
         if out_of_range.size:
             raise IndexError(f"{self.path}: sample {out_of_range[0]} is none of 0 to {self.samples_per_epoch - 1}")
-        starts, lengths, counts = self.pieces(indices)
-        batches = bounds(counts)[bounds(sizes)]  # the pieces of each micro-batch
+        starts, lengths, counts = self.spans(indices)
+        batches = bounds(counts)[bounds(sizes)]  # the spans of each micro-batch
         inputs = bounds(lengths)[batches]
         places = bounds(lengths)[:-1] - np.repeat(inputs[:-1], np.diff(batches))
-        alike = np.diff(batches) if self.packing == "varlen" else counts  # pieces that are numbered together
+        alike = np.diff(batches) if self.packing == "varlen" else counts  # spans that are numbered together
         numbers = ranges(np.zeros_like(alike), alike)
 
         (padding,), (held,) = (starts < 0).nonzero(), (starts >= 0).nonzero()
@@ -118,32 +131,34 @@ class Samples(ABC):
         paddings = list(zip(places[padding].tolist(), (places + lengths)[padding].tolist()))
         parts = (slices(bound) for bound in (batches, held.searchsorted(batches), padding.searchsorted(batches)))
         return [
-            Layout(size, reads[r], last[r], paddings[d], numbers[p], lengths[p])
+            ReadPlan(size, reads[r], last[r], paddings[d], numbers[p], lengths[p])
             for size, p, r, d in zip(np.diff(inputs).tolist(), *parts)
         ]
 
-    def fill(self, layout: Layout, document_mask: bool = False) -> dict[str, np.ndarray]:
-        """The arrays of a micro-batch. Safe in several threads at once.
+    def fill(self, read_plan: ReadPlan, document_mask: bool = False) -> dict[str, np.ndarray]:
+        """Return the arrays of a micro-batch.
+
+        Safe in several threads at once.
 
         Raises ValueError, naming the file, when one cannot be read.
         """
-        tokens = np.empty(layout.inputs + 1, self._dtype)
-        after = read_parts(self._readers, layout.reads_R4.tolist(), memoryview(tokens))
-        for first, end in layout.paddings:
+        tokens = np.empty(read_plan.inputs + 1, self._dtype)
+        after = read_parts(self._readers, read_plan.reads_R4.tolist(), tokens.data)
+        for first, end in read_plan.paddings:
             tokens[first:end] = self.eot_id
         inputs, labels = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
-        labels[layout.last_R] = after
-        for first, end in layout.paddings:
+        labels[read_plan.last_R] = after
+        for first, end in read_plan.paddings:
             labels[first:end] = IGNORED_LABEL
         arrays = {"input_ids": inputs, "labels": labels}
         if self.packing != "contiguous":
-            arrays["document_ids"] = layout.numbers_P.repeat(layout.widths_P)
+            arrays["document_ids"] = read_plan.numbers_P.repeat(read_plan.widths_P)
         elif document_mask:
             (ends,) = (tokens[:-1] == self.eot_id).nonzero()
             labels[ends] = IGNORED_LABEL
             arrays["document_ids"] = _document_ids(ends, len(inputs), self.seq_len)
-        T = layout.inputs if self.packing == "varlen" else self.seq_len
-        rows = 1 if self.packing == "varlen" else layout.inputs // T
+        T = read_plan.inputs if self.packing == "varlen" else self.seq_len
+        rows = 1 if self.packing == "varlen" else read_plan.inputs // T
         return {name: array.reshape(rows, T) for name, array in arrays.items()}
 
     def _set_files(self, files: Sequence[TokenFile]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
-from typing import Any
+from typing import Any, cast
 
 from data_pipeline.command_line.ranges import Range, ranged
 
@@ -102,13 +102,14 @@ def options_of(kind: type) -> list[Option]:
     for field in dataclasses.fields(kind):
         given, factory = field.default is not MISSING, field.default_factory
         required = not given and factory is MISSING
+        default = None if required else field.default if given else cast(Callable[[], Any], factory)()
         options.append(
             Option(
                 name=field.name,
                 spelling=field.metadata.get("spelling") or "--" + field.name.replace("_", "-"),
                 kind=hints[field.name],
                 required=required,
-                default=None if required else field.default if given else factory(),
+                default=default,
                 text=with_range(texts.get(field.name), field.metadata.get("range")),
                 positional=field.metadata.get("positional", False),
                 several=field.metadata.get("several", False),

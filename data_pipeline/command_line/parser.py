@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,7 +39,7 @@ def parse(kind: type[T], argv: list[str], *, prog: str, epilog: str | None = Non
         values = parse_with(_parser_of(kind, options, prog, epilog), spell_out(argv, options))
     except ValueError as error:
         raise ValueError(f"{error}; see {prog} --help") from None
-    settings = kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+    settings = kind(**{option.name: values[option.name] for option in options})
     check_ranges(settings)
     return settings
 

@@ -74,7 +74,7 @@ def local_file(path: Path) -> File:
     return File(str(path.absolute()), status.st_size, str(status.st_mtime_ns))
 
 
-def _find_remote(spec: str, suffixes: tuple[str, ...]) -> list[File]:
+def _find_remote(spec: str, suffixes: tuple[str, ...] | None) -> list[File]:
     import fsspec
 
     try:
@@ -82,8 +82,8 @@ def _find_remote(spec: str, suffixes: tuple[str, ...]) -> list[File]:
         has_query = spec.startswith(("http://", "https://")) and "?" in spec
         if glob.has_magic(path) and not has_query:
             paths = system.glob(path)
-        elif not path.endswith(suffixes + COMPRESSIONS) and system.isdir(path):
-            paths = [name for name in system.find(path) if content_suffix(name) in suffixes]
+        elif not path.endswith((suffixes or ()) + COMPRESSIONS) and system.isdir(path):
+            paths = [name for name in system.find(path) if suffixes is None or content_suffix(name) in suffixes]
         else:
             paths = [path]
         found = []

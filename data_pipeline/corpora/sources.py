@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.corpora.builtin import installed, pystdlib, synthetic
 from data_pipeline.corpora.files import File, content_suffix, find_files, first_line, is_url
@@ -87,7 +88,8 @@ def _files(spec: str, text_column: str) -> Source:
                 f"source {spec!r}: {file.path} is of no known kind; known are {kinds}, all but .parquet also "
                 f"with .gz or .zst"
             )
-    parts, texts = [], []
+    parts: list[Part] = []
+    texts: list[File] = []
     for file in files:
         if file.suffix in TEXT_SUFFIXES:
             texts.append(file)
@@ -125,7 +127,7 @@ def _jsonl_parts(file: File, most: int, column: str) -> Iterator[Part]:
 
 
 def _parquet_parts(file: File, most: int, column: str) -> Iterator[Part]:
-    groups = [None]
+    groups: list[list[int] | None] = [None]
     if file.size > 2 * most:  # only then is it worth a look at the file
         with parquet_file(file.path) as parquet:
             each = -(-most * parquet.num_row_groups // file.size)
@@ -145,10 +147,10 @@ def _huggingface(
     split = split or "train"
     label = f"Hugging Face dataset {path!r}" + (f" ({config_name})" if config_name else "") + f", split {split!r}"
     label += f", revision {revision}" if revision else ""
-    which = {"path": path, "name": config_name, "split": split, "revision": revision}
+    which: dict[str, Any] = {"path": path, "name": config_name, "split": split, "revision": revision}
     not_local = ""
     if Path(path).is_dir():
-        content = [[file.path, file.size, file.version] for file in find_files(path, None)]
+        content: Any = [[file.path, file.size, file.version] for file in find_files(path, None)]
     else:
         which["revision"] = content = _resolved(path, revision)
         not_local = "is no built-in corpus (pystdlib, installed, synthetic), no local file, and "

@@ -33,10 +33,10 @@ def assemble_splits(
     Returns:
         The shards of each split, and the numbers of documents that were dropped, by reason.
     """
-    dropped = sum((Counter(part.dropped) for part in parts), Counter())
+    counted = sum((Counter(part.dropped) for part in parts), Counter[str]())
     drops = find_duplicates(folder, parts) if rules.deduplicate else {}
-    dropped["duplicate"] += sum(map(len, drops.values()))
-    dropped = {"empty": 0, "duplicate": 0} | dict(sorted(dropped.items()))
+    counted["duplicate"] += sum(map(len, drops.values()))
+    dropped = {"empty": 0, "duplicate": 0} | dict(sorted(counted.items()))
     if rules.max_documents is not None:
         drops = _drop_beyond(parts, drops, rules.max_documents)
     train: list[Shard] = []
@@ -107,9 +107,9 @@ def find_duplicates(
     for low, high in itertools.pairwise(bounds):
         slices, owners = [], []
         for index, part in filled:
-            table = np.memmap(hashes_path(directory, part.key), HASHES, mode="r")
-            start, stop = (_first_from(table, int(bound)) for bound in (low, high))
-            slices.append(np.array(table[start:stop]))
+            mapped = np.memmap(hashes_path(directory, part.key), HASHES, mode="r")
+            start, stop = (_first_from(mapped, int(bound)) for bound in (low, high))
+            slices.append(np.array(mapped[start:stop]))
             owners.append(np.full(stop - start, index, np.int32))
         if not slices:
             break

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from data_pipeline.tokenizer.tokenizer import Tokenizer
 
 def prepare_parts(
     parts: dict[str, Part], preparation: Preparation, workers: int, watch: Callable[[int, int], None]
-) -> Iterator[PreparedPart]:
+) -> Generator[PreparedPart, None, None]:
     """Yield prepared parts as they are done; prepare no more of them when the consumer stops.
 
     Args:
@@ -149,8 +149,8 @@ class _WorkerSetup:
 
 
 # A pool hands its tasks to a function by name, so what a worker process was started with has to be found from there.
-_preparation: Preparation | None = None
-_counters: SynchronizedArray | None = None
+_preparation: Preparation
+_counters: SynchronizedArray
 
 
 def _start_worker(setup: _WorkerSetup) -> None:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 _LINE_EVERY_SECONDS = 10.0
 
@@ -19,7 +20,7 @@ class Progress:
         self.total, self.report = total, report
         self.bytes = self.documents = self.tokens = 0
         self.start = self.reported = time.monotonic()
-        self._bar = None
+        self._bar: Any = None  # rich's, where there is a terminal
 
     def __enter__(self) -> "Progress":
         if sys.stderr.isatty():

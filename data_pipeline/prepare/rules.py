@@ -1,5 +1,6 @@
 """The rules that say what becomes of a text: normalization, filters, limits of length, and the split it goes to."""
 
+import functools
 import hashlib
 import importlib
 import sys
@@ -7,6 +8,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -32,7 +34,7 @@ class Rules:
         ValueError: A value is impossible, or a filter cannot be imported.
     """
 
-    normalization: str | None = None
+    normalization: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
     min_characters: int = 0
     max_characters: int | None = None
     filters: tuple[str, ...] = ()
@@ -54,8 +56,12 @@ class Rules:
             )
         if self.normalization not in (None, "NFC", "NFD", "NFKC", "NFKD"):
             raise ValueError(f"normalization {self.normalization!r}: must be NFC, NFD, NFKC or NFKD")
-        # Once, together with loading them: a file that is edited meanwhile is another filter.
-        object.__setattr__(self, "filter_versions", {name: _filter_version(name) for name in self.filters})
+        _ = self.filter_versions  # filters that cannot be loaded are refused now
+
+    @functools.cached_property
+    def filter_versions(self) -> dict[str, list]:
+        """What each filter is, as of when the rules were made: a file that is edited meanwhile is another filter."""
+        return {name: _filter_version(name) for name in self.filters}
 
     def fingerprint(self) -> dict:
         """Return everything about the rules that decides on the bytes, as JSON values.

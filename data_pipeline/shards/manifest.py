@@ -170,12 +170,12 @@ def open_shard(directory: str | Path, manifest: Manifest, shard: Shard) -> Index
     n_vocab, eot_id = manifest.tokenizer["n_vocab"], manifest.tokenizer["eot_id"]
     try:
         if manifest.storage == "raw":
-            reader = RawReader(path, manifest.dtype, eot_id=eot_id, n_vocab=n_vocab)
-            found = (reader.dtype.name, reader.n_tokens, shard.documents)  # counting documents would read everything
+            reader: IndexedReader | RawReader = RawReader(path, manifest.dtype, eot_id=eot_id, n_vocab=n_vocab)
+            documents = shard.documents  # counting them would read everything
         else:
-            reader = IndexedReader(path)
-            path = reader.index_file
-            found = (reader.dtype.name, reader.n_tokens, len(reader))
+            reader = indexed = IndexedReader(path)
+            path, documents = indexed.index_file, len(indexed)
+        found = (reader.dtype.name, reader.n_tokens, documents)
     except ValueError as error:
         raise ValueError(f"{error}; {REMEDY}") from error
     listed = (manifest.dtype, shard.tokens, shard.documents)

@@ -30,7 +30,7 @@ from data_pipeline.shards.token_files import TokenFile, file_status
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
-DTYPE_CODES = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
+DTYPE_CODES: dict[int, np.dtype] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 _HEADER = struct.Struct("<9sQBQQ")
 _CHECK_SEQUENCES = 1 << 20
 _WRITE_AHEAD_BYTES = 1 << 20
@@ -55,7 +55,8 @@ def index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:
     np.cumsum(lengths[:-1].astype(np.int64) * dtype.itemsize, out=pointers[1:])
     code = next(code for code, known in DTYPE_CODES.items() if known == dtype)
     header = _HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1)
-    return b"".join((header, lengths.astype("<i4"), pointers, np.arange(len(lengths) + 1, dtype="<i8")))
+    numbers = (lengths.astype("<i4"), pointers, np.arange(len(lengths) + 1, dtype="<i8"))
+    return header + b"".join(array.tobytes() for array in numbers)
 
 
 class TokenWriter:
@@ -81,7 +82,7 @@ class TokenWriter:
 
     def add_documents(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
         """Appends documents, each with its end-of-text, that follow each other in `tokens`; lengths: of each."""
-        data = memoryview(np.ascontiguousarray(tokens, dtype=self.dtype)).cast("B")
+        data = np.ascontiguousarray(tokens, dtype=self.dtype).data.cast("B")
         self._file.write(data)
         self._hash.update(data)
         self.documents += len(lengths)

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipeline.shards.token_files import TokenFile
 
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "int32": np.dtype("<i4")}
+DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "int32": np.dtype("<i4")}
 _NPY_MAGIC = b"\x93NUMPY"
 _PROBE_BYTES = 1 << 20
 _CHUNK_TOKENS = 1 << 20
@@ -34,7 +34,7 @@ class RawReader:
         path = Path(path)
         if dtype not in DTYPES:
             raise ValueError(f"{path}: dtype {dtype!r} does not hold token ids; use one of {', '.join(DTYPES)}")
-        self.dtype = DTYPES[dtype]
+        self.dtype: np.dtype = DTYPES[dtype]
         self.eot_id, self.n_vocab = eot_id, n_vocab
         if eot_id > np.iinfo(self.dtype).max:
             raise ValueError(f"{path}: {dtype} cannot hold the end-of-text id {eot_id}; use uint32 if the file does")

@@ -5,8 +5,9 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class TokenFile:
     def read(self, start: int, count: int) -> np.ndarray:
         """Ids [count] from position `start` on, in the file's dtype."""
         out = np.empty(count, self.dtype)
-        self.read_into(self.offset + start * self.dtype.itemsize, memoryview(out))
+        self.read_into(self.offset + start * self.dtype.itemsize, out.data)
         return out
 
     def _opened(self) -> io.FileIO:
@@ -68,12 +69,13 @@ class TokenFile:
         return self.__dict__ | {"_file": None}
 
 
-class JoinedFiles(NamedTuple):
+@dataclass(frozen=True)
+class JoinedFiles:
     """Reads from `files[number]` on into the next ones, and converts to the dtype asked for."""
 
     files: Sequence[TokenFile]
     number: int
-    _file = None  # none of its own is open: `read_parts` calls `read_into`
+    _file: ClassVar[None] = None  # none of its own is open: `read_parts` calls `read_into`
 
     def read_into(self, position: int, ids: memoryview) -> None:
         """Fill `ids`, of any dtype, with those from byte `position` of `files[number]` on."""

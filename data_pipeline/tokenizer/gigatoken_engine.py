@@ -69,7 +69,8 @@ class FastEncoder:
         try:
             flat, lengths = self._encode([text if i not in irregular else "" for i, text in enumerate(texts)])
         except (TypeError, UnicodeEncodeError):  # lone surrogates in one of them
-            irregular, flat, lengths = range(len(texts)), np.empty(0, np.uint32), np.zeros(len(texts), np.int64)
+            irregular = list(range(len(texts)))
+            flat, lengths = np.empty(0, np.uint32), np.zeros(len(texts), np.int64)
         tokens = {i: self._tokenizer.encode(texts[i]) for i in irregular}
         out_lengths = lengths + 1
         for i, ids in tokens.items():

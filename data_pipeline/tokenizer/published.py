@@ -77,8 +77,10 @@ def _from_rank_file(path: Path, pattern: str | None) -> Tokenizer:
     if pattern is None and published:
         return load_tokenizer("gpt2" if published == "r50k_base" else published, vocab_file=path)
     if len(ranks) == _LLAMA3_RANKS:
-        pattern = PATTERNS.get(pattern or "llama3", pattern)
-        return Tokenizer(path.name, ranks, pattern, _after(ranks, _llama3_specials()), "<|end_of_text|>")
+        name = pattern or "llama3"
+        return Tokenizer(
+            path.name, ranks, PATTERNS.get(name, name), _after(ranks, _llama3_specials()), "<|end_of_text|>"
+        )
     if pattern is None:
         raise ValueError(
             f"{path}: the pattern of this vocabulary of {len(ranks)} ranks is not known; pass pattern, one of "

@@ -155,10 +155,10 @@ def _contents(path: Path, name: str) -> Iterator[bytes]:
                 if Path(member).name in names:
                     yield _unzipped(archive.read(member))
     elif tarfile.is_tarfile(path):
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.isfile() and Path(member.name).name in names:
-                    yield _unzipped(archive.extractfile(member).read())
+        with tarfile.open(path) as tar:
+            for entry in tar:
+                if Path(entry.name).name in names and (file := tar.extractfile(entry)) is not None:
+                    yield _unzipped(file.read())
     else:
         yield _unzipped(path.read_bytes())
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -47,7 +48,7 @@ class Tokenizer:
         self.n_vocab = max(max(ranks.values()), max(self.special_tokens.values())) + 1
         self.irregular: Counter[str] = Counter()
         self.engine = "auto"
-        self._fast = None
+        self._fast: Any = None  # False: tiktoken does the work
         self.ranks = ranks
         try:
             self._encoding = tiktoken.Encoding(
@@ -92,7 +93,8 @@ class Tokenizer:
         if self._fast:
             return self._fast.encode_documents(texts, dtype)
         end = np.array([self.eot_id], np.uint32)
-        parts, lengths = [], []
+        parts: list[np.ndarray] = []
+        lengths: list[int] = []
         for text in texts:
             try:
                 tokens = self._encoding.encode_to_numpy(text, disallowed_special=())

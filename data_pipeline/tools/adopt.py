@@ -124,11 +124,11 @@ def _matching_names(directory: Path, patterns: list[str]) -> list[str]:
 
 def _open(path: Path, dtype: str | None, tokenizer: Tokenizer) -> IndexedReader | RawReader:
     if index_path(path).exists():
-        reader = IndexedReader(path)
-        if dtype not in (None, reader.dtype.name):
-            raise ValueError(f"{index_path(path)}: says {reader.dtype.name}, not {dtype}; leave out --dtype")
-        reader.check()
-        return reader
+        indexed = IndexedReader(path)
+        if dtype not in (None, indexed.dtype.name):
+            raise ValueError(f"{index_path(path)}: says {indexed.dtype.name}, not {dtype}; leave out --dtype")
+        indexed.check()
+        return indexed
     header = npy_header(path)
     if (dtype := dtype or (header and header[1])) is None:
         raise ValueError(f"{path}: does not say its dtype; give --dtype, one of {', '.join(DTYPES)} (nanoGPT: uint16)")

@@ -6,6 +6,7 @@ python -m data_pipeline.inspect data/pystdlib --sample 1000 --seq-len 512 --seed
 python -m data_pipeline.inspect data/a data/b --weights 0.7,0.3 --at 100000
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ def sample(
         f"sample {number} of {split}, seed {seed}, {packing}: epoch {number // dataset.samples_per_epoch}, sample "
         f"{int(index[0]):,} of {dataset.samples_per_epoch:,}, {len(batch['labels']):,} inputs"
     )
-    starts, lengths, _ = (array.tolist() for array in dataset.pieces(index))
+    starts, lengths, _ = (array.tolist() for array in dataset.spans(index))
     spans = [(start, start + length + 1) for start, length in zip(starts, lengths)]
     end = 0
     for (start, _), length, found in zip(spans, lengths, _documents_at(directory, dataset.manifest, split, spans)):
@@ -117,7 +118,7 @@ def mixture(
 ) -> Iterator[str]:
     """Yield what training has read of each source after `at` samples of a mixture."""
     from data_pipeline.batches.documents import open_dataset
-    from data_pipeline.batches.mixture import MixtureDataset, Source
+    from data_pipeline.batches.mixture import MixtureDataset, WeightedDataset
 
     if weights is not None and len(weights) != len(directories):
         raise ValueError(
@@ -125,8 +126,8 @@ def mixture(
         )
     mixed = MixtureDataset(
         [
-            Source(name, open_dataset(name, packing=packing, seq_len=seq_len, split=split), weight)
-            for name, weight in zip(directories, weights or [None] * len(directories))
+            WeightedDataset(name, open_dataset(name, packing=packing, seq_len=seq_len, split=split), weight)
+            for name, weight in zip(directories, weights or itertools.repeat(None))
         ]
     )
     yield f"after {at:,} samples of up to {seq_len} tokens, {packing}:"
@@ -157,7 +158,7 @@ def _documents_at(
     for shard, reader in zip(manifest.splits[split], open_shards(directory, manifest, split)):
         after = base + shard.tokens
         here = [(span, titles) for span, titles in zip(spans, found) if base < span[1] and 0 <= span[0] < after]
-        ends = base + np.cumsum(reader.lengths, dtype=np.int64) if here else []
+        ends = base + np.cumsum(reader.lengths if here else [], dtype=np.int64)
         for (start, end), titles in here:
             last = min(int(np.searchsorted(ends, end, side="left")), len(ends) - 1)
             for i in range(int(np.searchsorted(ends, start, side="right")), last + 1):
@@ -226,13 +227,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _inspect(options: InspectOptions) -> None:
     directory, split = options.directories[0], options.split
-    sampled = {"seq_len": options.seq_len, "packing": options.packing}
+    seq_len, packing = options.seq_len, options.packing
     if len(options.directories) > 1:
-        lines = mixture(options.directories, options.numbers(), split, at=options.at, **sampled)
+        lines = mixture(options.directories, options.numbers(), split, at=options.at, seq_len=seq_len, packing=packing)
     elif options.document is not None:
         lines = document(directory, split, options.document)
     elif options.sample is not None:
-        lines = sample(directory, split, options.sample, seed=options.seed, **sampled)
+        lines = sample(directory, split, options.sample, seed=options.seed, seq_len=seq_len, packing=packing)
     else:
         lines = summary(directory)
     print("\n".join(lines))  # all or nothing, where a shard turns out to be damaged

@@ -131,7 +131,7 @@ def _digests(directory: Path, manifest: Manifest, shard: Shard) -> Iterator[np.n
     """
     end = manifest.tokenizer["eot_id"]
     for tokens, lengths in document_batches(open_shard(directory, manifest, shard)):
-        data, size = memoryview(tokens).cast("B"), tokens.itemsize
+        data, size = tokens.data.cast("B"), tokens.itemsize
         stops = np.cumsum(lengths, dtype=np.int64)
         starts, bodies = stops - lengths, stops - (tokens[stops - 1] == end)
         digests = b"".join(
@@ -255,4 +255,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _merge(options: MergeOptions) -> None:
-    merge(options.directories, options.output, link=options.link, drop_leaked=options.drop_leaked)
+    merge(list(options.directories), options.output, link=options.link, drop_leaked=options.drop_leaked)

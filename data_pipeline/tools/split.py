@@ -214,6 +214,7 @@ def _split(options: SplitOptions) -> None:
         split_into_parts(options.directory, options.output, parts=options.parts, shard_tokens=options.shard_tokens)
     else:
         fraction = options.validation_fraction
+        assert fraction is not None, "the options have one of the two"
         split_by_hash(
             options.directory, options.output, validation_fraction=fraction, shard_tokens=options.shard_tokens
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from data_pipeline import Manifest, MixtureDataset, Source, Stage, open_dataset
+from data_pipeline import Manifest, MixtureDataset, Stage, WeightedDataset, open_dataset
 from data_pipeline.batches.contiguous import TokenSplit
 from data_pipeline.batches.mixture_changes import differences
 from data_pipeline.shards.checksums import check_content, copy_id, record_content, unread_shards
@@ -82,7 +82,7 @@ def open_training_data(config: Config, samples_per_step: int, start: Start | Non
         ValueError: data that do not fit the model, the checkpoint or each other, or that end before the run.
     """
     start = start or Start()
-    opened = [Source(s.label, _open(config, s, "train"), s.weight, s.max_epochs) for s in sources(config.data)]
+    opened = [WeightedDataset(s.label, _open(config, s, "train"), s.weight, s.max_epochs) for s in sources(config.data)]
     mixing = _Mixing(opened, config.data.stages, samples_per_step)
     if start.info is None:
         data = TrainingData(mixing.begin(0, 0, None), 0, [])
@@ -96,7 +96,7 @@ def open_training_data(config: Config, samples_per_step: int, start: Start | Non
 class _Mixing:
     """The mixture that the settings name, wherever it begins."""
 
-    sources: list[Source]
+    sources: list[WeightedDataset]
     stages: Sequence[StageConfig]
     samples_per_step: int
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import BatchLoader, MixtureDataset, Source, Stage, open_dataset
+from data_pipeline import BatchLoader, MixtureDataset, Stage, WeightedDataset, open_dataset
 from tests.support.token_data import write_dataset
 
 T, ROWS = 16, 12  # samples a step
@@ -30,7 +30,11 @@ def open_all(directories, kind):
     datasets = [open_dataset(path, packing=packing, seq_len=T, seed=7) for path in directories]
     if not mixed:
         return datasets[0]
-    sources = [Source("a", datasets[0], 0.6), Source("b", datasets[1], 0.3, 0.5), Source("c", datasets[2], 0.1)]
+    sources = [
+        WeightedDataset("a", datasets[0], 0.6),
+        WeightedDataset("b", datasets[1], 0.3, 0.5),
+        WeightedDataset("c", datasets[2], 0.1),
+    ]
     return MixtureDataset(sources, stages=[Stage(100, {"a": 1, "c": 2})])
 
 
@@ -54,9 +58,9 @@ def samples(batches, varlen):
 
 def consume(dataset, steps, start, world_size, accumulation, workers, varlen):
     """Samples of the global batches in order of consumption, put together from all ranks."""
-    layout = {"micro_batch_size": ROWS // (world_size * accumulation), "accumulation": accumulation,
+    read_plan = {"micro_batch_size": ROWS // (world_size * accumulation), "accumulation": accumulation,
               "world_size": world_size, "samples_consumed": start, "workers": workers}  # fmt: skip
-    loaders = [BatchLoader(dataset, rank=rank, document_mask=True, **layout) for rank in range(world_size)]
+    loaders = [BatchLoader(dataset, rank=rank, document_mask=True, **read_plan) for rank in range(world_size)]
     found = []
     for _ in range(steps):
         ranks = [next(loader) for loader in loaders]
@@ -73,7 +77,7 @@ KINDS = [(packing, mixed) for packing in ("contiguous", "best_fit", "varlen") fo
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0]}{' mixture' if kind[1] else ''}")
 def test_consumed_order_is_the_same_everywhere(directories, kind, monkeypatch):
-    monkeypatch.setattr("data_pipeline.batches.loader._LAID_OUT_AT_ONCE", (50 * T, 100))  # several blocks of steps
+    monkeypatch.setattr("data_pipeline.batches.loader._PLANNED_AT_ONCE", (50 * T, 100))  # several blocks of steps
     dataset, varlen = open_all(directories, kind), kind[0] == "varlen"
     n = dataset.samples_per_epoch
     edge = n // ROWS * ROWS  # a step from here on crosses the end of the epoch, or begins at it
@@ -99,7 +103,7 @@ def test_consumed_order_is_the_same_everywhere(directories, kind, monkeypatch):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_mixture_that_ends_gives_all_whole_steps(directories, workers):
     dataset = open_dataset(directories[0], seq_len=T)
-    mixture = MixtureDataset([Source("only", dataset, None, 1.5)])
+    mixture = MixtureDataset([WeightedDataset("only", dataset, None, 1.5)])
     end = mixture.positions_total
     with BatchLoader(mixture, micro_batch_size=5, workers=workers, prefetch=3) as loader:
         steps = list(loader)
@@ -140,11 +144,11 @@ def test_a_look_up_is_bounded_however_short_the_documents(tmp_path):
         most = 0
         for _ in range(200):
             next(loader)
-            most = max(most, sum(len(layout.reads_R4) for step in loader._laid_out for layout in step))
+            most = max(most, sum(len(read_plan.reads_R4) for step in loader._planned for read_plan in step))
     assert 15_000 < most <= 16_384
     with BatchLoader(open_dataset(path, seq_len=100_000), micro_batch_size=1, prefetch=0) as loader:
         next(loader), next(loader)
-        assert len(loader._laid_out) == (1 << 23) // 100_000 - 1
+        assert len(loader._planned) == (1 << 23) // 100_000 - 1
 
 
 def test_a_million_documents_open_at_once_and_are_read_in_flat_memory(tmp_path):

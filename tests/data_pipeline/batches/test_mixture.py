@@ -6,7 +6,16 @@ import json
 import numpy as np
 import pytest
 
-from data_pipeline import MixtureDataset, Source, Stage, TokenDataset, load_tokenizer, open_dataset, open_source
+from data_pipeline import (
+    MixtureDataset,
+    Stage,
+    TokenDataset,
+    WeightedDataset,
+    load_tokenizer,
+    open_dataset,
+    open_source,
+)
+from data_pipeline.batches import mixture_plan
 from data_pipeline.batches.mixture_changes import differences
 from data_pipeline.batches.mixture_plan import BLOCK
 from data_pipeline.prepare.pipeline import prepare
@@ -32,7 +41,7 @@ def directories(tmp_path_factory):
 def source(directories):
     def source(name, weight=None, max_epochs=None, as_name=None):
         dataset = TokenDataset(directories[name], seq_len=SEQ_LEN, seed=3)
-        return Source(as_name or name, dataset, weight, max_epochs)
+        return WeightedDataset(as_name or name, dataset, weight, max_epochs)
 
     return source
 
@@ -115,11 +124,11 @@ def test_a_micro_batch_holds_the_samples_of_its_sources(tmp_path, packing):
         file.unlink()
     adopt(paths[2], load_tokenizer("bytes"), train=["*.u4"], dtype="uint32", report=lambda _: None)
     datasets = [open_dataset(path, packing=packing, seq_len=SEQ_LEN) for path in paths]
-    mixture = MixtureDataset([Source(path.name, dataset) for path, dataset in zip(paths, datasets)])
+    mixture = MixtureDataset([WeightedDataset(path.name, dataset) for path, dataset in zip(paths, datasets)])
     alone = [dataset.micro_batch(np.array([i]), True) for dataset in datasets for i in range(dataset.samples_per_epoch)]
     assert len(alone) == mixture.samples_per_epoch
     chosen = np.random.default_rng(9).permutation(len(alone))
-    _, part = mixture.layouts(chosen, [3, len(chosen) - 3])
+    _, part = mixture.read_plans(chosen, [3, len(chosen) - 3])
     for indices, batch in ((chosen, mixture.micro_batch(chosen, True)), (chosen[3:], mixture.fill(part, True))):
         rows = [alone[i] for i in indices]
         if packing == "varlen":
@@ -164,7 +173,7 @@ def test_an_order_is_forever(tmp_path):
         write_dataset(tmp_path / name, {"train": [7 * i * i % 83 + 1 for i in range(documents)]})
         dataset = TokenDataset(tmp_path / name, seq_len=SEQ_LEN, seed=3)
         dataset.content_sha256 = name  # numpy's random letters decide nothing
-        sources.append(Source(name, dataset, weight, epochs))
+        sources.append(WeightedDataset(name, dataset, weight, epochs))
     mixture = MixtureDataset(sources, stages=[Stage(500, {"a": 5, "c": 2, "b": 1})], start=10, consumed={"c": 5})
     assert mixture.changes[0][0] < 500, "a source is used up before the stage"
     order = json.dumps(mixture.order(np.arange(10, 1000)).tolist())
@@ -239,3 +248,15 @@ def test_impossible_mixtures_name_the_source(source):
     }.items():
         with pytest.raises(ValueError, match=message):
             MixtureDataset([source("web"), source("code")], stages=stages)
+
+
+def test_the_example_of_mixture_plan(monkeypatch):
+    """The drawing at the top of mixture_plan.py."""
+    monkeypatch.setattr(mixture_plan, "BLOCK", 5)
+    sources = [mixture_plan.PlannedSource(name, name, 1.0, 100, None) for name in "ab"]
+    plan = mixture_plan.MixturePlan(
+        sources, {"a": 3, "b": 2}, [Stage(7, {"b": 1})], start=0, consumed_S=np.zeros(2, np.int64)
+    )
+    source, drawn = plan.locate(np.arange(9))
+    assert "".join("ab"[s] for s in source) == "ababaabbb"
+    assert drawn.tolist() == [0, 0, 1, 1, 2, 3, 2, 3, 4]

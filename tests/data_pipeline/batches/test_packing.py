@@ -121,7 +121,7 @@ def test_a_plan_is_forever(tmp_path, packing, version, digest):
     write_dataset(tmp_path, {"train": [7 * i * i % 83 + 1 for i in range(200)]})
     dataset, plan = open_dataset(tmp_path, packing=packing, seq_len=T, seed=3), []
     for index in dataset.order(np.arange(2 * dataset.samples_per_epoch)):
-        starts, lengths, _ = dataset.pieces(np.array([index]))
+        starts, lengths, _ = dataset.spans(np.array([index]))
         places = np.cumsum(lengths) - lengths
         plan.append([piece for piece in zip(*(x.tolist() for x in (starts, lengths, places))) if piece[0] >= 0])
     found = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
@@ -231,7 +231,7 @@ def test_a_document_of_more_than_31_bits_is_cut_like_any_other():
     assert samples == 2 and dataset._lengths.tolist() == [T, 49]
     dataset, samples = opened(BestFitDataset)
     assert samples == 513
-    starts, lengths, counts = dataset.pieces(np.arange(samples))
+    starts, lengths, counts = dataset.spans(np.arange(samples))
     assert starts.tolist() == [*(i * T for i in range(512)), long, 512 * T, -1]
     assert lengths.tolist() == [T] * 512 + [49, 9, T - 58] and counts.tolist() == [1] * 512 + [3]
 
@@ -239,3 +239,22 @@ def test_a_document_of_more_than_31_bits_is_cut_like_any_other():
 def test_unknown_packing(directory):
     with pytest.raises(ValueError, match="packing 'tight' is unknown; choose one of contiguous, best_fit, varlen"):
         open_dataset(directory, packing="tight", seq_len=T)
+
+
+def test_the_example_of_best_fit():
+    """The table at the top of best_fit.py."""
+    plan = BestFit(np.array([3, 6, 4, 2, 5]), 10)
+    pieces, lengths, counts = plan.rows(np.arange(len(plan)))
+    assert lengths.tolist() == [6, 4, 5, 3, 2] and counts.tolist() == [2, 3] and pieces.tolist() == [1, 2, 4, 0, 3]
+
+
+def test_the_example_of_reading(tmp_path):
+    """The table at the top of reading.py, with two documents of 4 and 2 tokens."""
+    folder = write_dataset(tmp_path, {"train": [4, 2], "validation": [2, 2]})
+    dataset = open_dataset(folder, packing="best_fit", seq_len=6)
+    batch = dataset.micro_batch(np.array([0]))
+    tokens = np.concatenate([file.read(0, file.n_tokens) for file in dataset.files]).tolist()
+    end = dataset.eot_id
+    assert batch["input_ids"].tolist() == [[*tokens[:3], tokens[4], end, end]]
+    assert batch["labels"].tolist() == [[*tokens[1:4], tokens[5], -100, -100]]
+    assert batch["document_ids"].tolist() == [[0, 0, 0, 1, 2, 2]]
