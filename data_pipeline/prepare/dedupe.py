@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.prepare.part import HASHES, PreparedPart, hashes_path
-from data_pipeline.prepare.rules import Rules, in_validation
+from data_pipeline.prepare.rules import Rules
+from data_pipeline.shards.held_out import are_held_out
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.megatron import IndexedReader, data_path, index_path
 from data_pipeline.shards.writer import SplitWriter
@@ -143,7 +144,7 @@ def _kept_documents(directory: Path, part: PreparedPart, drop: np.ndarray, fract
     table = np.fromfile(hashes_path(directory, part.key), HASHES)
     high = np.empty(len(table), np.uint64)
     high[table["place"]] = table["high"]
-    mine = in_validation(high, fraction) == (split == "validation")
+    mine = are_held_out(high, fraction) == (split == "validation")
     keep = np.ones(len(table), bool)
     keep[drop] = False
     return np.flatnonzero(keep[mine])

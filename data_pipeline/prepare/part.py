@@ -20,6 +20,7 @@ from data_pipeline.corpora.part import Part
 from data_pipeline.corpora.records import Malformed
 from data_pipeline.disk import write_file_atomically
 from data_pipeline.prepare.rules import Rules, apply_rules, load_filter
+from data_pipeline.shards.held_out import is_held_out
 from data_pipeline.shards.manifest import SPLITS, Shard
 from data_pipeline.shards.megatron import data_path, index_path, token_dtype
 from data_pipeline.shards.writer import SplitWriter
@@ -172,7 +173,7 @@ class _PartWriter:
                 return
             self.seen.add(digest[:16])
         self.hashes.append(digest[:16])
-        held_out = int.from_bytes(digest[:8], "big") / 2**64 < self.rules.validation_fraction
+        held_out = is_held_out(digest, self.rules.validation_fraction)
         self.batch["validation" if held_out else "train"].append(text)
         self.batch_characters, self.batch_documents = self.batch_characters + len(text), self.batch_documents + 1
         if self.batch_characters >= BATCH_CHARACTERS or self.batch_documents >= BATCH_DOCUMENTS:

@@ -170,12 +170,7 @@ def _prepare_in_folder(request: _Request, settings: dict, folder: Path) -> Manif
         raise ValueError(_nothing_to_train_on(parts, splits["validation"], dropped))
     irregular = sum((Counter(part.irregular) for part in parts), Counter())
     manifest = Manifest(
-        tokenizer={
-            "name": tokenizer.name,
-            "sha256": tokenizer.sha256,
-            "n_vocab": tokenizer.n_vocab,
-            "eot_id": tokenizer.eot_id,
-        },
+        tokenizer=tokenizer.description(),
         dtype=token_dtype(tokenizer.n_vocab).name,
         splits=splits,
         sources=[{"source": source.spec, "kind": source.kind} for source in request.sources],

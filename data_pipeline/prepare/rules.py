@@ -100,11 +100,6 @@ def _filter_version(name: str) -> list:
     return [digest, repr(getattr(module, "VERSION", None))]
 
 
-def in_validation(high: np.ndarray, fraction: float) -> np.ndarray:
-    """Whether documents are held out, by the first 8 bytes of their SHA-256, as numbers in [0, 2^64)."""
-    return high.astype(np.float64) / 2.0**64 < fraction
-
-
 def apply_rules(text: str, rules: Rules, filters: list[tuple[str, Callable]]) -> tuple[str, str | None]:
     """Return the text as it will be tokenized, and the reason why it is dropped, or None.
 

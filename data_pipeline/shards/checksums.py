@@ -216,8 +216,8 @@ def _tokenizer_problems(directory: str | Path, manifest: Manifest) -> Iterator[s
     except ValueError as error:
         yield f"{error}; {REMEDY}"
         return
-    for key in ("name", "sha256", "n_vocab", "eot_id"):
-        if (found := getattr(tokenizer, key)) != (listed := manifest.tokenizer[key]):
+    for key, found in tokenizer.description().items():
+        if found != (listed := manifest.tokenizer[key]):
             yield (
                 f"{directory}/tokenizer.gptoss.json: not the tokenizer of {FILE_NAME}, its {key} is {found!r}, "
                 f"not {listed!r}; {REMEDY}"

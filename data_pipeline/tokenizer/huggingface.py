@@ -16,6 +16,26 @@ def huggingface_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]:
 
     max_length: positions of the model, for `model_max_length`.
     """
+    end = tokenizer.eot_token
+    return {
+        "tokenizer.json": _tokenizer_json(tokenizer),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": end,
+            "pad_token": end,
+            "model_max_length": max_length,
+            "clean_up_tokenization_spaces": False,
+        },
+        "generation_config.json": {
+            "do_sample": True,
+            "eos_token_id": tokenizer.eot_id,
+            "pad_token_id": tokenizer.eot_id,
+        },
+    }
+
+
+def _tokenizer_json(tokenizer: Tokenizer) -> dict:
+    """Return what the `tokenizers` library reads: special tokens, how text is cut, and the merges."""
     ranks = tokenizer.ranks
     letters = _letters()
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
@@ -45,31 +65,16 @@ def huggingface_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]:
         "vocab": {spelled[token]: rank for token, rank in ranks.items()},
         "merges": [pair for pair in merges if len(pair) == 2],
     }
-    end = tokenizer.eot_token
     return {
-        "tokenizer.json": {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-            "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level]},
-            "post_processor": None,
-            "decoder": byte_level,
-            "model": model,
-        },
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": end,
-            "pad_token": end,
-            "model_max_length": max_length,
-            "clean_up_tokenization_spaces": False,
-        },
-        "generation_config.json": {
-            "do_sample": True,
-            "eos_token_id": tokenizer.eot_id,
-            "pad_token_id": tokenizer.eot_id,
-        },
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": model,
     }
 
 

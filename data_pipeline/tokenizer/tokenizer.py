@@ -120,6 +120,10 @@ class Tokenizer:
         except (KeyError, OverflowError) as error:
             raise ValueError(f"tokenizer {self.name} (n_vocab {self.n_vocab}) cannot decode: {error}") from error
 
+    def description(self) -> dict[str, Any]:
+        """Return what a dataset's manifest says of its tokenizer; another tokenizer has another description."""
+        return {"name": self.name, "sha256": self.sha256, "n_vocab": self.n_vocab, "eot_id": self.eot_id}
+
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.gptoss.json, and tokenizer.tiktoken with the ranks, into `directory`."""
         description = {

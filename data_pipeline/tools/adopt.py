@@ -61,7 +61,7 @@ def adopt(
     names = {"train": _matching_names(directory, train), "validation": _matching_names(directory, validation)}
     if twice := sorted(set(names["train"]) & set(names["validation"])):
         raise ValueError(f"{directory / twice[0]}: in both splits; training and validation need different files")
-    described = {key: getattr(tokenizer, key) for key in ("name", "sha256", "n_vocab", "eot_id")}
+    described = tokenizer.description()
     readers = {name: _open(directory / name, dtype, tokenizer) for name in names["train"] + names["validation"]}
     storage, dtype = _common_format(directory, readers)
     shards = _read_shards(readers, described, workers)

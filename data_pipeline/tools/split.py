@@ -15,6 +15,7 @@ import numpy as np
 from data_pipeline.command_line import Program, option, positional, ranged, run
 from data_pipeline.disk import new_output, publish, staging_directory, write_file_atomically
 from data_pipeline.shards.checksums import check_content, record_content
+from data_pipeline.shards.held_out import place_of
 from data_pipeline.shards.manifest import FILE_NAME, SPLITS, Manifest, open_shards
 from data_pipeline.shards.megatron import token_dtype
 from data_pipeline.shards.writer import SplitWriter, document_batches
@@ -158,7 +159,7 @@ def _fractions(tokenizer: Tokenizer, tokens: np.ndarray, lengths: np.ndarray) ->
         hashlib.sha256(tokenizer.decode_bytes(tokens[start : stop - 1])).digest()
         for start, stop in zip((stops - lengths).tolist(), stops.tolist())
     )
-    return np.array([int.from_bytes(digest[:8], "big") / 2**64 for digest in digests])
+    return np.array([place_of(digest) for digest in digests])
 
 
 def _complete(directory: Path, manifest: Manifest, tokenizer: Tokenizer, writers: dict[str, SplitWriter]) -> Manifest:

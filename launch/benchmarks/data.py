@@ -304,7 +304,7 @@ def write_dataset(folder: Path, tokenizer, lengths: np.ndarray, shards: int, hol
         with IndexedWriter(prefix, dtype) as writer:
             writer.add_documents(ids, part)
         written.append(shard_of(writer))
-    description = {key: getattr(tokenizer, key) for key in ("name", "sha256", "n_vocab", "eot_id")}
+    description = tokenizer.description()
     manifest = Manifest(description, dtype.name, {"train": written, "validation": []}, [], {}, {}, "")
     (folder / "manifest.json").write_bytes(manifest.to_json())
 

@@ -21,6 +21,6 @@ def write_dataset(path: Path, splits: dict, *, seed: int = 0) -> Path:
                 writer.add_documents(tokens, part)
             shards[split].append(Shard(name, writer.tokens, writer.documents, writer.sha256))
     tokenizer.save(path)
-    described = {key: getattr(tokenizer, key) for key in ("name", "sha256", "n_vocab", "eot_id")}
+    described = tokenizer.description()
     (path / "manifest.json").write_bytes(Manifest(described, "uint16", shards, [], {}, {}, "3").to_json())
     return path
