@@ -1,4 +1,9 @@
-"""Files and folders that appear whole or not at all, survive a loss of power, and have one writer at a time."""
+"""Files and folders that appear whole or not at all, survive a loss of power, and have one writer at a time.
+
+Everything durable in the project goes through here. Two steps make something durable: its content is flushed to the
+disk (`sync_file`, `sync_path`), and then a rename gives it its name, which the disk has when the folder around it is
+flushed as well (`sync_path` of that folder). A reader meets the old state or the new one, never half of it.
+"""
 
 import contextlib
 import fcntl
@@ -6,21 +11,45 @@ import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 _held: set[int] = set()
+"""File descriptors of the locks that this process holds."""
+
+
+def sync_file(file: IO) -> None:
+    """Wait until the disk has what was written to an open file."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_path(path: Path) -> None:
+    """Wait until the disk has a file's content, or what was created and renamed in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a file and wait until the disk has it; for folders that are published as a whole."""
+    with open(path, "w") as file:
+        file.write(text)
+        sync_file(file)
 
 
 def write_file_atomically(path: Path, data: bytes) -> None:
-    """After a crash at any moment `path` is either as before or complete."""
+    """Write a file durably: after a crash at any moment it is either as before or complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -28,10 +57,52 @@ def write_file_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def unfinished(path: Path) -> Path:
+    """Return the hidden name, this process's own, under which a file is written until `finish` renames it."""
+    return path.with_name(f".{path.name}-{os.getpid()}")
+
+
+def finish(path: Path) -> None:
+    """Give a file that was written and flushed as `unfinished(path)` its name."""
+    os.rename(unfinished(path), path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to, which then replaces `path` at once. It is not flushed to the disk."""
+    temporary = path.with_suffix(".tmp")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name.
+
+    Raises:
+        OSError: the file system has no hard links, or the two are on different ones.
+    """
+    os.link(source, target)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it durably where the file system has no hard links."""
+    try:
+        link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync_path(target)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or folder within a file system; a file at the target is replaced."""
+    os.rename(source, target)
+
+
 @contextlib.contextmanager
 def staging_directory(output: Path) -> Iterator[Path]:
-    """.OUTPUT.tmp-*, removed at the end unless `publish` renamed it. It is locked while in use, so that what killed
-    runs left behind can be told and swept.
+    """Make the folder `.OUTPUT.tmp-*`, which is removed at the end unless `publish` has renamed it.
+
+    It is locked while in use, so that what killed runs left behind can be told and is removed.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     for leftover in output.parent.glob(f".{glob.escape(output.name)}.tmp-*"):
@@ -47,7 +118,11 @@ def staging_directory(output: Path) -> Iterator[Path]:
 
 
 def new_output(output: str | Path) -> Path:
-    """`output` as an absolute path. Raises ValueError when something is there already."""
+    """Return `output` as an absolute path.
+
+    Raises:
+        ValueError: something is there already.
+    """
     output = Path(output).absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output}: exists; choose another output directory")
@@ -55,30 +130,43 @@ def new_output(output: str | Path) -> Path:
 
 
 def publish(staging: Path, output: Path) -> None:
-    """Renames a finished directory, whose files are on disk, to its place, which is empty or does not exist."""
+    """Rename a finished folder, whose files are on disk, to its place, which is empty or does not exist."""
     for directory in [path for path in staging.rglob("*") if path.is_dir()]:
-        sync_directory(directory)
-    sync_directory(staging)
-    os.rename(staging, output)
-    sync_directory(output.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """What was created or renamed in `directory` is still there after a loss of power."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_path(directory)
+    sync_path(staging)
+    move(staging, output)
+    sync_path(output.parent)
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Raises BlockingIOError when another process holds it."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def locked(path: Path, wait_s: float = 0.0, *, optional: bool = False) -> Iterator[None]:
+    """Hold a folder or file against other processes that lock it too.
+
+    Args:
+        path: a folder or file that exists.
+        wait_s: seconds to wait for another process.
+        optional: go on without a lock on a file system that has none.
+
+    Raises:
+        BlockingIOError: another process still holds it.
+        OSError: there is no such folder or file, or the file system has no locks.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     _held.add(descriptor)
+    deadline = time.monotonic() + wait_s
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise BlockingIOError(f"another process holds {path}") from None
+                time.sleep(0.1)
+            except OSError:
+                if not optional:
+                    raise
+                break
         yield
     finally:
         _held.discard(descriptor)
@@ -86,6 +174,6 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def forget_locks() -> None:
-    """For a forked process: the locks are its parent's, and end with that one."""
+    """Close the locks in a forked process: they are its parent's, and end with that one."""
     while _held:
         os.close(_held.pop())

@@ -143,6 +143,15 @@ def test_functions_are_readable_at_a_glance():
     assert set(LONG_FUNCTIONS) <= set(long), "an exception that is no longer needed"
 
 
+def test_what_is_durable_goes_through_disk():
+    calls = ("os.replace(", "os.rename(", "os.link(", "os.fsync(", "flock(", "mkstemp(", "mkdtemp(")
+    wrong = {
+        str(path.relative_to(ROOT)): [call for call in calls if call in path.read_text()]
+        for path in [p for p in files("*.py") if p.name != "disk.py" and "benchmarks" not in p.parts]
+    }
+    assert not {path: found for path, found in wrong.items() if found}
+
+
 def test_folders_are_neither_crowded_nor_empty():
     counts = {}
     for path in files("*.py"):

@@ -2,13 +2,12 @@
 
 import bisect
 import itertools
-import os
-import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.disk import link_or_copy, move
 from data_pipeline.prepare.part import HASHES, PreparedPart, hashes_path
 from data_pipeline.prepare.rules import Rules
 from data_pipeline.shards.held_out import are_held_out
@@ -58,7 +57,7 @@ def assemble_splits(
         for shard in shards:
             name = f"train-{len(train):05d}"
             for path in (data_path, index_path):
-                (_link_or_copy if place == folder else os.rename)(path(place / shard.name), path(final / name))
+                (link_or_copy if place == folder else move)(path(place / shard.name), path(final / name))
             train.append(Shard(**vars(shard) | {"name": name}))
     return {"train": train, "validation": held_out.close()}, dropped
 
@@ -75,15 +74,6 @@ def _drop_beyond(parts: list[PreparedPart], drops: dict[int, np.ndarray], most: 
         if not keep.all():
             cut[index] = np.flatnonzero(~keep).astype(np.uint32)
     return cut
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
 
 
 def find_duplicates(

@@ -5,12 +5,11 @@ place.
 """
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipeline.disk import locked, publish
+from data_pipeline.disk import locked, move, publish
 from data_pipeline.prepare.part import finished_keys, remove_temporary_files
 
 _MARK = "unfinished.txt"
@@ -56,7 +55,7 @@ def working_directory(output: Path) -> Iterator[Path]:
                 raise ValueError(f"{folder}: is needed for unfinished work, but holds something else; move it away")
             (folder / _MARK).write_text(_TEXT)
         if (folder / "replaced").exists() and not output.exists():  # killed between two renames
-            os.rename(folder / "replaced", output)
+            move(folder / "replaced", output)
         remove_temporary_files(folder)
         try:
             yield folder
@@ -76,12 +75,12 @@ def publish_dataset(folder: Path, final: Path, output: Path) -> None:
     replaced = folder / "replaced"
     shutil.rmtree(replaced, ignore_errors=True)
     if output.exists():
-        os.rename(output, replaced)
+        move(output, replaced)
     try:
         publish(final, output)
     except OSError:
         if replaced.exists():
-            os.rename(replaced, output)
+            move(replaced, output)
         raise
     _remove(folder)
 

@@ -1,8 +1,8 @@
 """Which documents are held out for validation: the one rule, for all who divide documents.
 
-The first 8 bytes of the SHA-256 of a document's text, as a share of 2^64, are its place in [0, 1). Documents whose place
-is below the validation fraction are held out. So no text is in both splits, whoever divides it and when, and a larger
-fraction holds out the same documents and more.
+The first 8 bytes of the SHA-256 of a document's text, as a share of 2^64, are its place in [0, 1). Documents whose
+place is below the validation fraction are held out. So no text is in both splits, whoever divides it and when, and a
+larger fraction holds out the same documents and more.
 """
 
 import numpy as np

@@ -18,7 +18,6 @@ We write one sequence per document.
 import bisect
 import ctypes
 import hashlib
-import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Self
 
 import numpy as np
 
+from data_pipeline.disk import finish, sync_file, unfinished
 from data_pipeline.shards.token_files import TokenFile, file_status
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -74,7 +74,7 @@ class TokenWriter:
         self.tokens = self.documents = self.max_token = 0
         self._on_its_way = 0
         self._hash = hashlib.sha256()
-        self._file = open(_unfinished(self._path), "wb")  # noqa: SIM115 (closed by close or __exit__)
+        self._file = open(unfinished(self._path), "wb")  # noqa: SIM115 (closed by close or __exit__)
 
     @property
     def sha256(self) -> str:
@@ -95,8 +95,9 @@ class TokenWriter:
             self._on_its_way = size
 
     def close(self) -> None:
-        _close_durably(self._file)
-        os.rename(_unfinished(self._path), self._path)
+        sync_file(self._file)
+        self._file.close()
+        finish(self._path)
 
     def __enter__(self) -> Self:
         return self
@@ -106,7 +107,7 @@ class TokenWriter:
             self.close()
         else:
             self._file.close()
-            _unfinished(self._path).unlink()
+            unfinished(self._path).unlink()
 
 
 class IndexedWriter(TokenWriter):
@@ -130,11 +131,11 @@ class IndexedWriter(TokenWriter):
         index = index_bytes(np.concatenate([np.empty(0, "<i4"), *self._lengths]), self.dtype)
         self.index_sha256 = hashlib.sha256(index).hexdigest()
         path = index_path(self.prefix)
-        with open(_unfinished(path), "wb") as file:
+        with open(unfinished(path), "wb") as file:
             file.write(index)
-            _close_durably(file)
+            sync_file(file)
         super().close()
-        os.rename(_unfinished(path), path)
+        finish(path)
 
 
 class IndexedReader:
@@ -226,16 +227,6 @@ class IndexedReader:
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.file.read(int(self._pointers[i]) // self.dtype.itemsize, int(self.lengths[i]))
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name}-{os.getpid()}")
-
-
-def _close_durably(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
 
 
 def _begin_writing_out(descriptor: int, start: int, count: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.command_line import Program, option, positional, ranged, run
-from data_pipeline.disk import sync_directory, write_file_atomically
+from data_pipeline.disk import sync_path, write_file_atomically
 from data_pipeline.shards.checksums import record_content, scan, token_problems
 from data_pipeline.shards.manifest import FILE_NAME, Manifest, Shard
 from data_pipeline.shards.megatron import IndexedReader, index_path
@@ -78,7 +78,7 @@ def adopt(
     if not has_tokenizer:
         tokenizer.save(directory)
     write_file_atomically(directory / FILE_NAME, manifest.to_json())
-    sync_directory(directory)
+    sync_path(directory)
     record_content(directory, manifest)
     _report(directory, manifest, report)
     return manifest

@@ -7,7 +7,6 @@ there: such documents are looked for. (Mixing at training time, with weights, ne
 """
 
 import hashlib
-import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.command_line import Program, option, positional, run
-from data_pipeline.disk import new_output, publish, staging_directory, write_file_atomically
+from data_pipeline.disk import link as link_file
+from data_pipeline.disk import new_output, publish, staging_directory, sync_file, write_file_atomically
 from data_pipeline.shards.checksums import check_content, record_content
 from data_pipeline.shards.manifest import FILE_NAME, SPLITS, Manifest, Shard, open_shard
 from data_pipeline.shards.megatron import IndexedReader, IndexedWriter, TokenWriter
@@ -198,7 +198,7 @@ def _link_or_copy_shard(directory: Path, manifest: Manifest, shard: Shard, targe
             _copy(source, destination, sha256)
             continue
         try:
-            os.link(source, destination)
+            link_file(source, destination)
         except OSError as error:
             raise ValueError(f"{source}: cannot be linked: {error.strerror}; copy, without --link") from error
     return placed
@@ -210,8 +210,7 @@ def _copy(source: Path, destination: Path, sha256: str | None) -> None:
         while data := reading.read(4 << 20):
             digest.update(data)
             writing.write(data)
-        writing.flush()
-        os.fsync(writing.fileno())
+        sync_file(writing)
     if sha256 not in (None, digest.hexdigest()):
         raise ValueError(f"{source}: content differs from {FILE_NAME}; restore it from a good copy")
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from data_pipeline.disk import sync_path, write_synced
 from gptoss_dist.checkpoint.boxes import Box
 from gptoss_dist.checkpoint.formats.tensor_files import write_boxes
 from gptoss_dist.checkpoint.info import FORMAT, INFO, read_info, sealed
@@ -116,7 +117,7 @@ def _write_share(partial: Path, rank: int, parts: Parts, rng: dict) -> dict[str,
     """Write this rank's boxes and random generators; return the fingerprints of the files by name."""
     files = write_boxes(partial, f"rank_{rank:05d}", parts)
     path = partial / f"rng_{rank:05d}.json"
-    _write(path, json.dumps(rng))
+    write_synced(path, json.dumps(rng))
     return {path.name: fingerprint(path) for path in [*files, path]}
 
 
@@ -134,12 +135,12 @@ def _commit(
     if extra_files is not None:
         shares[0] = {**shares[0], **_write_extra_files(partial, extra_files)}
     files = {name: entry for share in shares for name, entry in sorted(share.items())}
-    _write(partial / INFO, sealed({**values, "files": files}))
-    _sync(partial)
+    write_synced(partial / INFO, sealed({**values, "files": files}))
+    sync_path(partial)
     if final.exists():
         _set_aside(final)
     partial.rename(final)
-    _sync(final.parent)
+    sync_path(final.parent)
 
 
 def _write_extra_files(partial: Path, extra_files: Callable[[Path], None]) -> dict[str, dict]:
@@ -148,7 +149,7 @@ def _write_extra_files(partial: Path, extra_files: Callable[[Path], None]) -> di
     extra_files(partial)
     added = set(partial.iterdir()) - before
     for path in added:
-        _sync(path)
+        sync_path(path)
     return {path.name: fingerprint(path) for path in added}
 
 
@@ -339,18 +340,3 @@ def fingerprint(path: Path) -> dict:
     """Return the size of a file and the SHA-256 of its content."""
     with open(path, "rb") as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

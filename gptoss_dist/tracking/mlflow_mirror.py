@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import math
 import os
 import re
 import threading
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.disk import locked, replacing
 from gptoss_dist.tracking.jsonl import read_lines
 
 if TYPE_CHECKING:
@@ -70,10 +68,8 @@ class Cursor:
 
     def save(self, run_dir: Path) -> None:
         """Write the cursor, whole or not at all."""
-        path = run_dir / CURSOR_FILE
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(self)))
-        os.replace(temporary, path)
+        with replacing(run_dir / CURSOR_FILE) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(self)))
 
 
 class MlflowMissing(Exception):
@@ -330,27 +326,11 @@ def scrub(text: str) -> str:
     return re.sub(r"//[^/@\s]+@", "//", text)
 
 
-@contextlib.contextmanager
-def _exclusive(path: Path, wait_s: float) -> Iterator[None]:
-    """Hold a lock between processes.
-
-    Raises:
-        BlockingIOError: another process still holds it after `wait_s`.
-    """
+def _exclusive(path: Path, wait_s: float) -> contextlib.AbstractContextManager:
+    """Hold a lock between processes; where files cannot be locked, going on is better than never sending."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + wait_s
-    with open(path, "ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise BlockingIOError(f"another process holds {path}") from None
-                time.sleep(0.1)
-            except OSError:  # a file system without locks: going on is better than never sending
-                break
-        yield
+    path.touch()
+    return locked(path, wait_s, optional=True)
 
 
 def _first_touch(uri: str) -> contextlib.AbstractContextManager:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_pipeline.disk import replacing
 from gptoss_dist.tracking.expert_tokens import EXPERT_TOKENS_FILE, read_expert_tokens
 from gptoss_dist.tracking.tracker import read_metrics, read_resume_steps
 
@@ -242,9 +242,8 @@ def _save_expert_tokens(path: Path, run: _Run, row: dict) -> Path:
 
 def _write(path: Path, figure: Figure) -> Path:
     # The tracker may be uploading the previous drawing: never show it half a file.
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from itertools import chain
@@ -13,6 +12,7 @@ from typing import Literal
 import torch
 
 from data_pipeline import Tokenizer
+from data_pipeline.disk import sync_path
 from data_pipeline.tokenizer.huggingface import huggingface_files
 from gptoss_dist.checkpoint.formats import huggingface, openai
 from gptoss_dist.checkpoint.formats.pretrained import Pretrained
@@ -110,9 +110,7 @@ def export(
     for path in write_tensors(partial, outputs, file_bytes=file_bytes):
         message(f"wrote {path.name}")
     for path in partial.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync_path(path)
     partial.rename(folder)
     return losses
 

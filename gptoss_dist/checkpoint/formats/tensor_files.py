@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from data_pipeline.disk import sync_file
 from gptoss_dist.checkpoint.boxes import Box
 
 INDEX = "model.safetensors.index.json"
@@ -253,5 +253,4 @@ def _write_file(path: Path, group: list[Output], metadata: Mapping[str, str] | N
             for name, count in written.items():
                 first, end = header[name]["data_offsets"]
                 assert count == end - first, f"{name}: {count} bytes instead of {end - first}"
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)

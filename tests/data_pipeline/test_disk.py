@@ -1,0 +1,90 @@
+"""Files that appear whole, folders that are published, locks between processes."""
+
+import multiprocessing
+import os
+
+import pytest
+
+from data_pipeline import disk
+
+
+def test_a_file_is_as_before_or_complete(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "file"
+    disk.write_file_atomically(path, b"first")
+    assert path.read_bytes() == b"first" and path.stat().st_mode & 0o777 == 0o644
+
+    def full(file):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(disk, "sync_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        disk.write_file_atomically(path, b"second")
+    assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
+
+
+def test_an_unfinished_file_is_hidden_until_it_is_finished(tmp_path):
+    path = tmp_path / "train-00000.bin"
+    disk.unfinished(path).write_bytes(b"x")
+    assert not path.exists() and disk.unfinished(path).name.startswith(".")
+    disk.finish(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["train-00000.bin"]
+
+
+def test_a_folder_is_published_or_leaves_nothing(tmp_path):
+    output = tmp_path / "data"
+    with disk.staging_directory(disk.new_output(output)) as staging:
+        (staging / "inner").mkdir()
+        (staging / "inner" / "file").write_text("x")
+        disk.publish(staging, output)
+    assert (output / "inner" / "file").read_text() == "x" and list(tmp_path.iterdir()) == [output]
+    with pytest.raises(ValueError, match="exists; choose another"):
+        disk.new_output(output)
+    with pytest.raises(RuntimeError), disk.staging_directory(tmp_path / "other") as staging:
+        (staging / "file").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_in_use_is_not(tmp_path):
+    left = tmp_path / ".data.tmp-killed"
+    left.mkdir()
+    with disk.staging_directory(tmp_path / "data") as used, disk.staging_directory(tmp_path / "data") as own:
+        assert used != own and used.is_dir() and not left.exists()
+
+
+def hold(path, ready, end):
+    with disk.locked(path):
+        ready.set()
+        end.wait(30)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_lock_holds_other_processes_back(tmp_path, kind):
+    path = tmp_path / "lock"
+    path.mkdir() if kind == "folder" else path.touch()
+    context = multiprocessing.get_context("spawn")
+    ready, end = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(path, ready, end))
+    process.start()
+    assert ready.wait(30)
+    with pytest.raises(BlockingIOError, match="another process holds"), disk.locked(path, wait_s=0.2):
+        pass
+    end.set()
+    with disk.locked(path, wait_s=30):  # as soon as the other is done
+        pass
+    process.join()
+
+
+def test_a_link_or_where_there_are_none_a_copy(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.write_text("x")
+    disk.link_or_copy(source, tmp_path / "linked")
+    assert os.path.samefile(source, tmp_path / "linked")
+
+    def refused(source, target):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(disk, "link", refused)
+    disk.link_or_copy(source, tmp_path / "copied")
+    assert (tmp_path / "copied").read_text() == "x" and not os.path.samefile(source, tmp_path / "copied")
