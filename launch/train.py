@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main(argv: list[str]) -> int:
+    """Do what the command line asks for; return the exit code."""
     from gptoss_dist.config import build_parser, parse_arguments
     from gptoss_dist.distributed import launchers
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from data_pipeline.corpora.files import local_file
-from data_pipeline.corpora.part import Part, Source, fingerprint_of, grouped
+from data_pipeline.corpora.part import Part, TextSource, fingerprint_of, grouped
 
 _TEST_FOLDERS = {"test", "tests", "idle_test", "lib2to3"}
 _PACKAGE_FOLDERS = {"site-packages", "dist-packages"}
@@ -16,24 +16,26 @@ _PYSTDLIB_MIN_FILES = 100
 _MIN_SOURCE_BYTES = 200  # an `__init__.py` with a licence line is not a document
 
 
-def pystdlib(spec: str) -> Source:
+def pystdlib(spec: str) -> TextSource:
+    """Open the sources of Python's standard library, or `synthetic` where it has none."""
     files = _stdlib_files()
     if len(files) < _PYSTDLIB_MIN_FILES:
         fallback = synthetic("synthetic", "")
         description = f"{fallback.description}, because this Python ships its standard library without sources"
-        return Source(spec, fallback.kind, description, fallback.parts)
+        return TextSource(spec, fallback.kind, description, fallback.parts)
     topics = Part("pydoc topics", f"pydoc topics of Python {platform.python_version()}", 0, _read_topics)
     description = (
         f"standard library of Python {platform.python_version()}, {len(files)} files and the language reference"
     )
-    return Source(spec, "pystdlib", description, [*_python_parts(files), topics])
+    return TextSource(spec, "pystdlib", description, [*_python_parts(files), topics])
 
 
-def installed(spec: str) -> Source:
+def installed(spec: str) -> TextSource:
+    """Open the Python sources of this environment: the standard library's and all packages'."""
     roots = sorted({Path(sysconfig.get_paths()[key]) for key in ("purelib", "platlib")})
     files = _stdlib_files() + [file for root in roots for file in sorted(root.rglob("*.py")) if file.is_file()]
     description = f"Python sources of this environment, {len(files)} files"
-    return Source(spec, "installed", description, _python_parts(files))
+    return TextSource(spec, "installed", description, _python_parts(files))
 
 
 def _stdlib_files() -> list[Path]:
@@ -102,7 +104,7 @@ _OBJECTS = (
 _PLACES = ("in the morning", "behind the mill", "without a sound", "near the harbour", "once a year", "after the rain")
 
 
-def synthetic(spec: str, parameters: str) -> Source:
+def synthetic(spec: str, parameters: str) -> TextSource:
     """Small documents of sentences and sums: learnable, and the same on every machine and Python version."""
     values = {"documents": 1000, "seed": 0}
     for item in filter(None, parameters.split(",")):
@@ -112,7 +114,7 @@ def synthetic(spec: str, parameters: str) -> Source:
         values[key] = int(value)
     description = f"synthetic text, {values['documents']} documents from seed {values['seed']}"
     name = "synthetic:documents={documents},seed={seed}".format(**values)
-    return Source(spec, "synthetic", description, [Part(name, name, 0, partial(_read_synthetic, **values))])
+    return TextSource(spec, "synthetic", description, [Part(name, name, 0, partial(_read_synthetic, **values))])
 
 
 def _read_synthetic(documents: int, seed: int) -> Iterator[str]:

@@ -1,5 +1,6 @@
-"""Input files on this machine or behind a URL (s3://, gs://, hf://, https://, through fsspec), and what is in them when
-they are compressed.
+"""Input files on this machine or behind a URL (s3://, gs://, hf://, https://, through fsspec).
+
+They are decompressed as they are read.
 """
 
 import glob
@@ -18,8 +19,12 @@ COMPRESSIONS = (".gz", ".zst")
 
 @dataclass(frozen=True)
 class File:
-    """path: local path or URL. size: bytes, 0 when not known. version: changes when the content does (a time, or what
-    the store says).
+    """One input file.
+
+    Attributes:
+        path: A local path or a URL.
+        size: Bytes, 0 when not known.
+        version: Changes when the content does: a time, or what the store says.
     """
 
     path: str
@@ -28,6 +33,7 @@ class File:
 
     @property
     def name(self) -> str:
+        """The file's name without its folder."""
         path = urlsplit(self.path).path if is_url(self.path) else self.path  # without a signature, say
         return path.rstrip("/").rpartition("/")[2]
 
@@ -38,21 +44,25 @@ class File:
 
     @property
     def is_compressed(self) -> bool:
+        """Whether the file is decompressed as it is read."""
         return self.name.endswith(COMPRESSIONS)
 
 
 def content_suffix(name: str) -> str:
+    """Return the ending of a file's name, without that of its compression."""
     path = Path(name)
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
 def is_url(spec: str) -> bool:
+    """Return whether a source is named by a URL."""
     return "://" in spec
 
 
 def find_files(spec: str, suffixes: tuple[str, ...] | None) -> list[File]:
-    """Files of a path, a directory (those that end in one of `suffixes`, compressed or not; None: all) or a glob,
-    sorted by name.
+    """Files of a path, a directory (those that end in one of `suffixes`, compressed or not.
+
+    None: all) or a glob, sorted by name.
 
     Raises ValueError when a URL cannot be looked at; an empty list when nothing is there.
     """
@@ -70,6 +80,7 @@ def find_files(spec: str, suffixes: tuple[str, ...] | None) -> list[File]:
 
 
 def local_file(path: Path) -> File:
+    """Describe a file on this machine."""
     status = os.stat(path)
     return File(str(path.absolute()), status.st_size, str(status.st_mtime_ns))
 
@@ -97,7 +108,10 @@ def _find_remote(spec: str, suffixes: tuple[str, ...] | None) -> list[File]:
 
 
 def open_bytes(path: str) -> BinaryIO:
-    """The file as it is. Raises OSError, also for what a store raises."""
+    """Return the file as it is.
+
+    Raises OSError, also for what a store raises.
+    """
     if not is_url(path):
         return open(path, "rb", buffering=1 << 20)
     import fsspec
@@ -111,7 +125,7 @@ def open_bytes(path: str) -> BinaryIO:
 
 
 def open_decompressed(path: str) -> BinaryIO:
-    """What is in a .gz or .zst file, or the file itself."""
+    """Return what is in a .gz or .zst file, or the file itself."""
     if path.endswith(".gz"):
         return io.BufferedReader(gzip.open(open_bytes(path)), 1 << 17)
     if path.endswith(".zst"):
@@ -120,8 +134,9 @@ def open_decompressed(path: str) -> BinaryIO:
 
 
 class _ZstdStream(io.RawIOBase):
-    """Reads every frame of a .zst file. Unlike zstandard's own reader, a file cut short inside a frame is an error, not
-    an early end.
+    """Reads every frame of a .zst file.
+
+    Unlike zstandard's own reader, a file cut short inside a frame is an error, not an early end.
     """
 
     def __init__(self, file: BinaryIO):

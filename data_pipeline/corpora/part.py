@@ -30,7 +30,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """A corpus that can be read any number of times.
 
     spec: what the user asked for. kind: pystdlib, installed, synthetic, files or huggingface. description: where the
@@ -48,7 +48,10 @@ class Source:
         return hashlib.sha256(json.dumps([part.fingerprint for part in self.parts]).encode()).hexdigest()
 
     def documents(self) -> Iterator[str]:
-        """All texts in order. Raises ValueError at the first malformed record."""
+        """Return all texts in order.
+
+        Raises ValueError at the first malformed record.
+        """
         for part in self.parts:
             for record in part.read():
                 if isinstance(record, Malformed):
@@ -70,6 +73,7 @@ def grouped(files: list[File]) -> Iterator[list[File]]:
 
 
 def part_bytes(file: File) -> int:
+    """Return how many bytes each part of a large file has."""
     count = -(-file.size // min(max(-(-file.size // _PARTS), MIN_PART_BYTES), _MAX_PART_BYTES))
     if count > 4:
         count = -(-count // 4) * 4
@@ -77,4 +81,5 @@ def part_bytes(file: File) -> int:
 
 
 def fingerprint_of(files: Iterable[File], *rest: object) -> str:
+    """Return a text that changes when one of the files does, or what is read of them."""
     return json.dumps([[[file.path, file.size, file.version] for file in files], *rest])

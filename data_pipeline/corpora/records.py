@@ -24,6 +24,7 @@ class Malformed:
 
 
 def read_texts(paths: list[str]) -> Iterator[str | Malformed]:
+    """Yield each file as one document."""
     for path in paths:
         with _reading(path), open_decompressed(path) as stream:
             data = stream.read()
@@ -31,7 +32,7 @@ def read_texts(paths: list[str]) -> Iterator[str | Malformed]:
 
 
 def read_jsonl(path: str, start: int, stop: int | None, column: str) -> Iterator[str | Malformed]:
-    """Lines whose first byte lies in [start, stop), to the end of the file when `stop` is None."""
+    """Return lines whose first byte lies in [start, stop), to the end of the file when `stop` is None."""
     with _reading(path), open_decompressed(path) as stream:
         if start:
             stream.seek(start - 1)
@@ -64,7 +65,7 @@ def _lines_before(path: str, position: int) -> int:
 
 
 def _parsed(line: bytes, column: str) -> str | Malformed | None:
-    """The text of one line of JSON; None for a blank line."""
+    """Return the text of one line of JSON; None for a blank line."""
     try:
         record = orjson.loads(line)
         if type(record) is dict and type(text := record.get(column)) is str:
@@ -89,6 +90,7 @@ def _parsed(line: bytes, column: str) -> str | Malformed | None:
 
 
 def read_parquet(path: str, row_groups: list[int] | None, column: str) -> Iterator[str | Malformed]:
+    """Yield a column of some row groups of a file, or of all."""
     import pyarrow
 
     try:
@@ -109,6 +111,7 @@ def read_parquet(path: str, row_groups: list[int] | None, column: str) -> Iterat
 
 @contextlib.contextmanager
 def parquet_file(path: str):
+    """Open a parquet file, wherever it is; a context manager."""
     import pyarrow
     import pyarrow.parquet
 
@@ -132,12 +135,14 @@ def _reading(path: str) -> Iterator[None]:
 
 
 def stream_huggingface(which: dict):
+    """Open a dataset of the hub, or a local folder of its form, to be streamed."""
     import datasets
 
     return datasets.load_dataset(**which, streaming=True)
 
 
 def read_huggingface(which: dict, label: str, column: str, index: int, count: int) -> Iterator[str | Malformed]:
+    """Yield a column of shard `index` of `count` of a streamed dataset."""
     row = 0
     where = f"{label}, shard {index + 1} of {count}"
     try:
@@ -166,4 +171,5 @@ def _checked(value: object, column: str, where: str) -> str | Malformed:
 
 
 def no_such_column(column: str, names: list[str]) -> str:
+    """Say that there is no such column, and which there are."""
     return f"no column {column!r}, only {', '.join(map(repr, names))}; choose one with --text-column"

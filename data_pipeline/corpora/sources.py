@@ -10,7 +10,7 @@ from typing import Any
 
 from data_pipeline.corpora.builtin import installed, pystdlib, synthetic
 from data_pipeline.corpora.files import File, content_suffix, find_files, first_line, is_url
-from data_pipeline.corpora.part import Part, Source, fingerprint_of, grouped, part_bytes
+from data_pipeline.corpora.part import Part, TextSource, fingerprint_of, grouped, part_bytes
 from data_pipeline.corpora.records import (
     no_such_column,
     parquet_file,
@@ -32,8 +32,8 @@ def open_source(
     split: str | None = None,
     config_name: str | None = None,
     revision: str | None = None,
-) -> Source:
-    """A corpus by name.
+) -> TextSource:
+    """Return a corpus by name.
 
     spec: `pystdlib` (the running Python's own library without its tests; `synthetic` where it has no sources),
         `installed` (that and every installed package), `synthetic[:documents=N,seed=S]`, a file, glob or directory of
@@ -77,7 +77,7 @@ def open_source(
 # --- files ----------------------------------------------------------------------------------------
 
 
-def _files(spec: str, text_column: str) -> Source:
+def _files(spec: str, text_column: str) -> TextSource:
     files = find_files(spec, SUFFIXES)
     kinds = ", ".join(SUFFIXES)
     if not files:
@@ -101,7 +101,7 @@ def _files(spec: str, text_column: str) -> Source:
     parts += _text_parts(texts)
     count = f"{len(files)} files" if len(files) > 1 else "1 file"
     where = f"at {spec}" if is_url(spec) else f"at {Path(spec).expanduser().absolute()}"
-    return Source(spec, "files", f"{count} {where}", parts)
+    return TextSource(spec, "files", f"{count} {where}", parts)
 
 
 def _text_parts(files: list[File]) -> Iterator[Part]:
@@ -143,7 +143,7 @@ def _parquet_parts(file: File, most: int, column: str) -> Iterator[Part]:
 
 def _huggingface(
     spec: str, path: str, column: str, split: str | None, config_name: str | None, revision: str | None
-) -> Source:
+) -> TextSource:
     split = split or "train"
     label = f"Hugging Face dataset {path!r}" + (f" ({config_name})" if config_name else "") + f", split {split!r}"
     label += f", revision {revision}" if revision else ""
@@ -171,11 +171,11 @@ def _huggingface(
         )
         for index in range(count)
     ]
-    return Source(spec, "huggingface", label, parts)
+    return TextSource(spec, "huggingface", label, parts)
 
 
 def _resolved(path: str, revision: str | None) -> str | None:
-    """The commit that a revision is now, so that a dataset that changes is not mixed with its older self."""
+    """Return the commit that a revision is now, so that a dataset that changes is not mixed with its older self."""
     import huggingface_hub
 
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.corpora.part import Part, Source
+from data_pipeline.corpora.part import Part, TextSource
 from data_pipeline.disk import write_file_atomically
 from data_pipeline.prepare.dedupe import assemble_splits
 from data_pipeline.prepare.part import HASHES, Preparation, PreparedPart, finished_keys, hashes_path, part_key
@@ -45,7 +45,7 @@ class _Request:
         report: Takes lines for people.
     """
 
-    sources: list[Source]
+    sources: list[TextSource]
     tokenizer: Tokenizer
     rules: Rules
     workers: int
@@ -75,7 +75,7 @@ class _Request:
 
 
 def prepare(
-    sources: list[Source],
+    sources: list[TextSource],
     output: str | Path,
     tokenizer: Tokenizer,
     *,

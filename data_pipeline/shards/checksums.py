@@ -32,13 +32,19 @@ _TOKEN_SUFFIXES = (".bin", ".idx", ".npy")
 def check_content(
     directory: str | Path, manifest: Manifest, *, part: int = 0, parts: int = 1, always: bool = False
 ) -> None:
-    """Raises ValueError, one line naming the file and the remedy, for the first file that is not what the manifest
-    lists: content, index, range of the tokens, end of each document; for part 0 also the tokenizer.
+    """Compare the files of a dataset with its manifest.
 
-    part, parts: each of `parts` callers, the ranks of a run, reads its share of the shards, balanced by tokens;
-        together they read all.
-    always: read files also when size and status change time (ctime) are those that `record_content` noted. No tool
-        that copies files carries the latter over; a copy of a whole disk does: after that, ask for this.
+    Content, index, range of the tokens and the end of each document are compared; for part 0 also the tokenizer.
+
+    Args:
+        part: Which of the callers this is, such as a rank of a run. Each reads its share of the shards, balanced by
+            tokens; together they read all.
+        parts: How many callers there are.
+        always: Read files also when size and status change time (ctime) are those that `record_content` noted. No tool
+            that copies files carries the latter over; a copy of a whole disk does: after that, ask for this.
+
+    Raises:
+        ValueError: One line that names the first file that differs, and the remedy.
     """
     if parts < 1 or not 0 <= part < parts:
         raise ValueError(f"part {part} of {parts}: must be one of 0 to parts - 1")
@@ -52,15 +58,16 @@ def check_content(
 
 
 def unread_shards(directory: str | Path, manifest: Manifest, *, always: bool = False) -> list[Shard]:
-    """Those that `check_content` would read: all but those for which `record_content` vouches."""
+    """Return those that `check_content` would read: all but those for which `record_content` vouches."""
     known = {} if always else _read_stamp(directory, manifest)
     shards = [shard for shards in manifest.splits.values() for shard in shards]
     return [shard for shard in shards if not _is_known(known, directory, manifest, shard)]
 
 
 def record_content(directory: str | Path, manifest: Manifest) -> None:
-    """Notes that the files, as they are now, were found sound or have just been written. Where the directory cannot be
-    written nothing is noted and the next check reads everything.
+    """Note that the files, as they are now, were found sound or have just been written.
+
+    Where the directory cannot be written nothing is noted and the next check reads everything.
     """
     directory = Path(directory)
     names = [name for shards in manifest.splits.values() for shard in shards for name in manifest.files(shard)]
@@ -71,9 +78,13 @@ def record_content(directory: str | Path, manifest: Manifest) -> None:
 
 
 def copy_id(directory: str | Path, manifest: Manifest) -> str:
-    """The same for all who see the same files, another for a copy of them, such as on each machine's own disk: a hash
-    of inode numbers and times of the last change of status, which no tool that copies files carries over (a copy of a
-    whole disk does). Raises OSError for a file that is missing.
+    """Return a text that is the same for all who see the same files, and another one for a copy of them.
+
+    It is a hash of inode numbers and times of the last change of status, which no tool that copies files carries over
+    (a copy of a whole disk does), so each machine's own copy has its own.
+
+    Raises:
+        OSError: A file is missing.
     """
     names = [name for shards in manifest.splits.values() for shard in shards for name in manifest.files(shard)]
     found = [(Path(directory) / name).stat() for name in names]
@@ -84,8 +95,10 @@ def copy_id(directory: str | Path, manifest: Manifest) -> str:
 def problems(
     directory: str | Path, manifest: Manifest, *, workers: int = 1, report: Callable[[str], None] = print
 ) -> Iterator[str]:
-    """Everything that is wrong, one line each; files are read by `workers` threads (hashing does not hold the GIL).
-    report: gets a line about how far it is, every ten seconds.
+    """Return everything that is wrong, one line each.
+
+    Files are read by `workers` threads (hashing does not hold the GIL). report: gets a line about how far it is, every
+    ten seconds.
     """
     yield from _tokenizer_problems(directory, manifest)
     shards = [shard for shards in manifest.splits.values() for shard in shards]
@@ -127,7 +140,10 @@ class Scan:
 
 
 def scan(reader: IndexedReader | RawReader, eot_id: int) -> Scan:
-    """Reads the whole file of tokens once, in constant memory. The index must have been checked."""
+    """Read the whole file of tokens once, in constant memory.
+
+    The index must have been checked.
+    """
     digest, buffer = hashlib.sha256(), bytearray(_CHUNK_BYTES)
     smallest, largest, documents, unended, position = 0, 0, 0, None, 0
     last = eot_id
@@ -159,7 +175,7 @@ def scan(reader: IndexedReader | RawReader, eot_id: int) -> Scan:
 
 
 def token_problems(reader: IndexedReader | RawReader, found: Scan, tokenizer: dict) -> Iterator[str]:
-    """What is wrong with the tokens of a shard, whatever their hash. tokenizer: the manifest's."""
+    """Return what is wrong with the tokens of a shard, whatever their hash. tokenizer: the manifest's."""
     path, n_vocab = reader.file.path, tokenizer["n_vocab"]
     if found.min_token < 0 or found.max_token >= n_vocab:
         worst = found.min_token if found.min_token < 0 else found.max_token
@@ -231,8 +247,9 @@ def _first(found: Iterator[str]) -> None:
 
 
 def _share(manifest: Manifest, part: int, parts: int) -> list[Shard]:
-    """Largest first to whoever has least. Of all shards, not of those without a stamp: ranks that see different stamps
-    must still read every shard together.
+    """Largest first to whoever has least.
+
+    Of all shards, not of those without a stamp: ranks that see different stamps must still read every shard together.
     """
     loads = [(0, i) for i in range(parts)]
     mine = []

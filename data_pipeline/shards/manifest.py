@@ -1,5 +1,6 @@
-"""manifest.json: what a prepared dataset holds. A directory with a valid manifest is complete, because it is renamed
-into place whole.
+"""manifest.json: what a prepared dataset holds.
+
+A directory with a valid manifest is complete, because it is renamed into place whole.
 """
 
 import contextlib
@@ -63,16 +64,19 @@ class Manifest:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def tokens(self, split: str) -> int:
+        """Return the number of tokens of a split."""
         return sum(shard.tokens for shard in self.splits[split])
 
     def documents(self, split: str) -> int:
+        """Return the number of documents of a split."""
         return sum(shard.documents for shard in self.splits[split])
 
     def files(self, shard: Shard) -> list[str]:
-        """Names of a shard's files: of the one with the tokens, then of the index if there is one."""
+        """Name of a shard's files: of the one with the tokens, then of the index if there is one."""
         return [shard.name] if self.storage == "raw" else [f"{shard.name}.bin", f"{shard.name}.idx"]
 
     def to_json(self) -> bytes:
+        """Return the content of manifest.json."""
         splits = {
             split: {
                 "tokens": self.tokens(split),
@@ -87,7 +91,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: str | Path) -> "Manifest":
-        """Raises ValueError, naming the file, when it is missing, truncated, altered or of another version."""
+        """Raise ValueError, naming the file, when it is missing, truncated, altered or of another version."""
         path = Path(directory) / FILE_NAME
         try:
             fields = json.loads(path.read_bytes())
@@ -156,12 +160,17 @@ def _datasets_in(directory: Path) -> list[Path]:
 
 
 def open_shards(directory: str | Path, manifest: Manifest, split: str) -> list[IndexedReader | RawReader]:
-    """Readers of every shard of a split. Raises ValueError as `open_shard`."""
+    """Readers of every shard of a split.
+
+    Raises ValueError as `open_shard`.
+    """
     return [open_shard(directory, manifest, shard) for shard in manifest.splits[split]]
 
 
 def open_shard(directory: str | Path, manifest: Manifest, shard: Shard) -> IndexedReader | RawReader:
-    """A shard's reader, by the manifest's storage. Looks at sizes and headers only.
+    """Return a shard's reader, by the manifest's storage.
+
+    Looks at sizes and headers only.
 
     Raises ValueError, naming the file, when one is missing, truncated or not the one listed, or when the manifest
     itself lists an id beyond the vocabulary.

@@ -1,9 +1,9 @@
-"""Megatron-LM's indexed dataset: a `.bin` file of token ids and an `.idx` file that says where each document starts.
+r"""Megatron-LM's indexed dataset: a `.bin` file of token ids and an `.idx` file that says where each document starts.
 
 Layout of `.idx`, little endian, as written by Megatron-LM's `IndexedDatasetBuilder`
 (megatron/core/datasets/indexed_dataset.py):
 
-    bytes   9        b"MMIDIDX\\0\\0"
+    bytes   9        b"MMIDIDX\0\0"
     uint64  1        version, 1
     uint8   1        dtype code of the tokens: 8 = uint16, 4 = int32 (there is no code for uint32)
     uint64  1        number of sequences, S
@@ -42,15 +42,17 @@ def token_dtype(n_vocab: int) -> np.dtype:
 
 
 def data_path(prefix: Path | str) -> Path:
+    """Return the file of token ids."""
     return Path(f"{prefix}.bin")
 
 
 def index_path(prefix: Path | str) -> Path:
+    """Return the file that says where documents are."""
     return Path(f"{prefix}.idx")
 
 
 def index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:
-    """The `.idx` file of documents of `lengths` tokens, int32, one after the other."""
+    """Return the `.idx` file of documents of `lengths` tokens, int32, one after the other."""
     pointers = np.zeros(len(lengths), dtype="<i8")
     np.cumsum(lengths[:-1].astype(np.int64) * dtype.itemsize, out=pointers[1:])
     code = next(code for code, known in DTYPE_CODES.items() if known == dtype)
@@ -60,8 +62,9 @@ def index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:
 
 
 class TokenWriter:
-    """Writes the file `path` of ids alone, which appears on `close`, whole and on disk (written under another name,
-    fsync, renamed).
+    """Writes the file `path` of ids alone, which appears on `close`, whole and on disk.
+
+    Until then it has another name.
 
     After `close`: `tokens`, `documents`, `max_token`, and `sha256` of the file.
     """
@@ -78,10 +81,11 @@ class TokenWriter:
 
     @property
     def sha256(self) -> str:
+        """Hash of what was written so far."""
         return self._hash.hexdigest()
 
     def add_documents(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
-        """Appends documents, each with its end-of-text, that follow each other in `tokens`; lengths: of each."""
+        """Append documents, each with its end-of-text, that follow each other in `tokens`; lengths: of each."""
         data = np.ascontiguousarray(tokens, dtype=self.dtype).data.cast("B")
         self._file.write(data)
         self._hash.update(data)
@@ -95,6 +99,7 @@ class TokenWriter:
             self._on_its_way = size
 
     def close(self) -> None:
+        """Wait until the disk has the file, and give it its name."""
         sync_file(self._file)
         self._file.close()
         finish(self._path)
@@ -120,14 +125,16 @@ class IndexedWriter(TokenWriter):
         self._lengths: list[np.ndarray] = []
 
     def add_document(self, tokens: np.ndarray) -> None:
-        """Appends one document. tokens: integer ids [n], n >= 1, within the range of the dtype."""
+        """Append one document. tokens: integer ids [n], n >= 1, within the range of the dtype."""
         self.add_documents(tokens, [len(tokens)])
 
     def add_documents(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
+        """Append documents, and note their lengths for the index."""
         super().add_documents(tokens, lengths)
         self._lengths.append(np.asarray(lengths, "<i4"))
 
     def close(self) -> None:
+        """Write the index beside the ids, and give both files their names."""
         index = index_bytes(np.concatenate([np.empty(0, "<i4"), *self._lengths]), self.dtype)
         self.index_sha256 = hashlib.sha256(index).hexdigest()
         path = index_path(self.prefix)
@@ -188,7 +195,10 @@ class IndexedReader:
             )
 
     def check(self) -> None:
-        """Read the whole index, in constant memory. Raises ValueError when its parts do not agree with each other."""
+        """Read the whole index, in constant memory.
+
+        Raises ValueError when its parts do not agree with each other.
+        """
         end = 0
         for start in range(0, len(self), _CHECK_SEQUENCES):
             part = slice(start, start + _CHECK_SEQUENCES)
@@ -205,7 +215,10 @@ class IndexedReader:
             raise ValueError(f"{self.index_file}: damaged index, its documents are not its sequences in order")
 
     def ends_within(self, start: int, stop: int) -> np.ndarray:
-        """Positions of the last tokens of documents, those in [start, stop), int64; for an index that was checked."""
+        """Return positions of the last tokens of documents, those in [start, stop), int64.
+
+        For an index that was checked.
+        """
         # Not np.searchsorted: these integers are not aligned, so it would copy all of them.
         first = bisect.bisect_right(self._pointers, start * self.dtype.itemsize)
         last = bisect.bisect_right(self._pointers, stop * self.dtype.itemsize)
@@ -230,7 +243,10 @@ class IndexedReader:
 
 
 def _begin_writing_out(descriptor: int, start: int, count: int) -> None:
-    """Makes Linux start on bytes that fsync will wait for. Elsewhere, or if it fails, fsync just takes longer."""
+    """Make Linux start on bytes that fsync will wait for.
+
+    Elsewhere, or if it fails, fsync just takes longer.
+    """
     if begin := getattr(ctypes.CDLL(None), "sync_file_range", None):
         begin(descriptor, ctypes.c_int64(start), ctypes.c_int64(count), ctypes.c_uint(2))  # SYNC_FILE_RANGE_WRITE
 

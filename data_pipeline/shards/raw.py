@@ -1,5 +1,7 @@
-"""Files of token ids and nothing else, as other projects keep them: nanoGPT's `train.bin` (uint16), OLMo's `.npy`
-(which are the same under another name: numpy cannot load them), and arrays written by `numpy.save`.
+"""Files of token ids and nothing else, as other projects keep them.
+
+They are nanoGPT's `train.bin` (uint16), OLMo's `.npy` (which are the same under another name: numpy cannot load them),
+and arrays written by `numpy.save`.
 
 Such a file says neither its dtype nor its vocabulary. A wrong dtype gives numbers that look like tokens, so whatever
 can tell is looked at: sizes, ids beyond the vocabulary, halves that are always zero.
@@ -19,15 +21,21 @@ _CHUNK_TOKENS = 1 << 20
 
 
 class RawReader:
-    """One raw file, with the interface of `IndexedReader`: documents are what ends with the end-of-text token, and
-    tokens after the last of these are a document too.
+    """One raw file, with the interface of `IndexedReader`.
 
-    dtype: uint16, uint32 or int32, little endian. eot_id, n_vocab: of the tokenizer that made the file. A file that
-    starts with numpy's magic is an array of numpy.save: its header must agree (one dimension or C order; object arrays,
-    which are pickles, are refused).
+    Documents are what ends with the end-of-text token, and tokens after the last of these are a document too. A file
+    that starts with numpy's magic is an array of numpy.save: its header must agree (one dimension or C order; object
+    arrays, which are pickles, are refused). `lengths` reads the whole file once, in constant memory but for 8 bytes per
+    document.
 
-    `lengths` (int64, tokens of each document) reads the whole file once, in constant memory but for 8 bytes per
-    document. Raises ValueError, naming the file, when it is missing, cut, or of another dtype.
+    Args:
+        path: The file.
+        dtype: uint16, uint32 or int32, little endian.
+        eot_id: End-of-text token of the tokenizer that made the file.
+        n_vocab: Its number of ids.
+
+    Raises:
+        ValueError: The file is missing, cut, or of another dtype; the message names it.
     """
 
     def __init__(self, path: Path | str, dtype: str, *, eot_id: int, n_vocab: int):
@@ -61,7 +69,10 @@ class RawReader:
         self.file = TokenFile(path, self.dtype, self.n_tokens, offset)
 
     def check(self) -> None:
-        """Look at the first MiB. Raises ValueError when its ids are beyond the vocabulary or another dtype's."""
+        """Look at the first MiB.
+
+        Raises ValueError when its ids are beyond the vocabulary or another dtype's.
+        """
         tokens = self.file.read(0, min(self.n_tokens, _PROBE_BYTES // self.dtype.itemsize))
         hint = dtype_hint(self.file.path, self.file.offset, self.dtype.name, self.n_vocab)
         beyond = int(tokens.max()) if tokens.max() >= self.n_vocab else int(tokens.min())
@@ -72,6 +83,7 @@ class RawReader:
 
     @cached_property
     def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64."""
         return np.diff(self._ends, prepend=0)
 
     @cached_property
@@ -122,7 +134,7 @@ def npy_header(path: Path) -> tuple[int, str, int] | None:
 
 
 def dtype_hint(path: Path, offset: int, dtype: str, n_vocab: int) -> str:
-    """What to do about a file that makes no sense as `dtype`: "; ..." with the dtype its first MiB fits."""
+    """Return what to do about a file that makes no sense as `dtype`: "; ..." with the dtype its first MiB fits."""
     with open(path, "rb") as file:
         file.seek(offset)
         data = file.read(_PROBE_BYTES)

@@ -16,11 +16,18 @@ _recently_opened: deque = deque()
 
 
 class TokenFile:
-    """Token ids of one file, read at any place by system calls: unlike a map, what was read does not count as memory of
-    the process. Safe to share between threads.
+    """Token ids of one file, read at any place by system calls. Safe to share between threads.
 
-    n_tokens ids of `dtype` follow each other from byte `offset` on. Raises ValueError, naming the file, when it is
-    missing; reading beyond its end does too.
+    Unlike with a map, what was read does not count as memory of the process.
+
+    Args:
+        path: The file.
+        dtype: Type of the ids.
+        n_tokens: How many there are.
+        offset: Where in the file they begin, in bytes.
+
+    Raises:
+        ValueError: The file is missing; the message names it. Reading beyond its end raises it too.
     """
 
     def __init__(self, path: Path | str, dtype: np.dtype, n_tokens: int, offset: int = 0):
@@ -45,13 +52,16 @@ class TokenFile:
             raise ValueError(f"{self.path}: cannot be read: {error.strerror or error}") from error
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Ids [count] from position `start` on, in the file's dtype."""
+        """Return ids [count] from position `start` on, in the file's dtype."""
         out = np.empty(count, self.dtype)
         self.read_into(self.offset + start * self.dtype.itemsize, out.data)
         return out
 
     def _opened(self) -> io.FileIO:
-        """The open file. Of all those that were opened, the latest 256 stay so; a file that nobody holds closes."""
+        """Return the open file.
+
+        Of all those that were opened, the latest 256 stay so; a file that nobody holds closes.
+        """
         file = self._file
         if file is None:
             file = io.FileIO(self.path)
@@ -88,11 +98,17 @@ class JoinedFiles:
 
 
 def read_parts(files: Sequence[TokenFile | JoinedFiles], parts: Iterable[Sequence[int]], ids: memoryview) -> list[int]:
-    """Fill parts of `ids`, each (which of `files`, byte position in it, first and one after the last place in `ids`),
-    and return the last id of each, over which the next part may be put.
+    """Fill parts of `ids`, and return the last id of each, over which the next part may be put.
 
-    As `read_into` of each file, whose dtype `ids` must have, but without a call for each part. Safe in several threads.
-    Raises ValueError, naming the file, when one cannot be read.
+    This does what `read_into` of each file does, without a call for each part. Safe in several threads.
+
+    Args:
+        files: What is read, of the dtype of `ids`.
+        parts: Which of `files`, byte position in it, first and one after the last place in `ids`, of each part.
+        ids: Where the ids go.
+
+    Raises:
+        ValueError: A file cannot be read; the message names it.
     """
     last, preadv = [], os.preadv
     for number, position, first, end in parts:
@@ -109,6 +125,7 @@ def read_parts(files: Sequence[TokenFile | JoinedFiles], parts: Iterable[Sequenc
 
 
 def file_status(path: Path) -> os.stat_result:
+    """Return the status of a file that has to be there; raise ValueError that names it if it is not."""
     try:
         return path.stat()
     except OSError as error:

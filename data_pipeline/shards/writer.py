@@ -14,10 +14,14 @@ _BATCH_DOCUMENTS = 1 << 16
 
 
 class SplitWriter:
-    """Cuts one split into Megatron shards SPLIT-00000, SPLIT-00001, ... in `directory`, of whole documents and at most
-    `shard_tokens` tokens (more only for a single longer document).
+    """Cuts one split into Megatron shards SPLIT-00000, SPLIT-00001, ... of whole documents.
 
-    source: what they are made of, for the manifest.
+    Args:
+        directory: Where they go.
+        split: Begins their names.
+        dtype: Type of the ids on disk.
+        shard_tokens: The most tokens of a shard; only a single longer document makes a longer one.
+        source: What they are made of, for the manifest.
     """
 
     def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int, source: str | None = None):
@@ -28,11 +32,11 @@ class SplitWriter:
         self._writer: IndexedWriter | None = None
 
     def add(self, tokens: np.ndarray) -> None:
-        """Appends one document. tokens: integer ids [n], n >= 1."""
+        """Append one document. tokens: integer ids [n], n >= 1."""
         self.add_documents(tokens, [len(tokens)])
 
     def add_documents(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
-        """Appends documents that follow each other in `tokens`; lengths: of each."""
+        """Append documents that follow each other in `tokens`; lengths: of each."""
         ends = np.cumsum(lengths, dtype=np.int64)
         first = position = 0
         while first < len(ends):
@@ -48,7 +52,10 @@ class SplitWriter:
             first, position = stop, int(ends[stop - 1])
 
     def close(self) -> list[Shard]:
-        """The shards, all of them on disk. Nothing can be added any more."""
+        """Return the shards, all of them on disk.
+
+        Nothing can be added any more.
+        """
         self._end_shard()
         return self._shards
 
@@ -60,7 +67,7 @@ class SplitWriter:
 
 
 def shard_of(writer: TokenWriter, source: str | None = None) -> Shard:
-    """The manifest's entry for what a closed writer wrote."""
+    """Return the manifest's entry for what a closed writer wrote."""
     name, index_sha256, max_token = writer.prefix.name, writer.index_sha256, writer.max_token
     return Shard(name, writer.tokens, writer.documents, writer.sha256, index_sha256, max_token, source)
 

@@ -27,7 +27,10 @@ _TRIALS = (
 
 
 def fast_encoder(tokenizer):
-    """A FastEncoder, or False where `tokenizer.engine` is "auto" and it cannot be used. Raises ValueError otherwise."""
+    """Return a FastEncoder, or False where `tokenizer.engine` is "auto" and it cannot be used.
+
+    Raises ValueError otherwise.
+    """
     try:
         return FastEncoder(tokenizer)
     except (ImportError, LookupError, ValueError) as error:
@@ -41,8 +44,12 @@ def fast_encoder(tokenizer):
 
 
 class FastEncoder:
-    """Raises ImportError without gigatoken, LookupError for a pattern it does not know, ValueError when it does not
-    encode like the tokenizer.
+    """Build gigatoken's encoder of a tokenizer, and compare the two on a set of trial texts.
+
+    Raises:
+        ImportError: gigatoken is not installed.
+        LookupError: It does not know the pattern.
+        ValueError: It does not encode like the tokenizer.
     """
 
     def __init__(self, tokenizer):

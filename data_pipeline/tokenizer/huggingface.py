@@ -79,14 +79,14 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict:
 
 
 def _letters() -> list[str]:
-    """The printable character that stands for each byte, as in GPT-2."""
+    """Return the printable character that stands for each byte, as in GPT-2."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _parts(ranks: dict[bytes, int], token: bytes) -> list[bytes]:
-    """What byte pairs of lower rank make of `token`: the two parts whose merge it is."""
+    """Return what byte pairs of lower rank make of `token`: the two parts whose merge it is."""
     parts, limit = [bytes([byte]) for byte in token], ranks[token]
     while True:
         pairs = [(ranks.get(a + b, limit), i) for i, (a, b) in enumerate(pairwise(parts))]

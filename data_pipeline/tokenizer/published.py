@@ -30,7 +30,7 @@ def load_tokenizer(
     vocab_size: int | None = None,
     download: bool = True,
 ) -> Tokenizer:
-    """A tokenizer by name, from a directory it was saved in, or from a tiktoken rank file.
+    """Return a tokenizer by name, from a directory it was saved in, or from a tiktoken rank file.
 
     name_or_path: `builtin` (4,096 byte pairs trained on Python's standard library, and the Harmony specials), `bytes`,
         `o200k_harmony` (gpt-oss), `o200k_base`, `cl100k_base`, `gpt2`; a directory written by `Tokenizer.save`; or a
@@ -107,8 +107,9 @@ def _after(ranks: dict[bytes, int], specials: tuple[str, ...]) -> dict[str, int]
 
 
 def _llama3_specials() -> tuple[str, ...]:
-    """Meta's 256 (LLaMA-3.1 renames some of the reserved ones). The document end is `<|end_of_text|>`; `<|eot_id|>`
-    ends a chat turn.
+    """Meta's 256 (LLaMA-3.1 renames some of the reserved ones).
+
+    The document end is `<|end_of_text|>`; `<|eot_id|>` ends a chat turn.
     """
     reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
     header = ("<|start_header_id|>", "<|end_header_id|>")

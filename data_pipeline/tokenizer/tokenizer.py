@@ -11,7 +11,7 @@ import tiktoken
 
 from data_pipeline.disk import write_file_atomically
 from data_pipeline.tokenizer.gigatoken_engine import fast_encoder
-from data_pipeline.tokenizer.patterns import faster
+from data_pipeline.tokenizer.patterns import for_fancy_regex
 from data_pipeline.tokenizer.rank_files import format_ranks, parse_ranks
 
 END_OF_TEXT = "<|endoftext|>"
@@ -52,7 +52,7 @@ class Tokenizer:
         self.ranks = ranks
         try:
             self._encoding = tiktoken.Encoding(
-                name, pat_str=faster(pattern), mergeable_ranks=ranks, special_tokens=self.special_tokens
+                name, pat_str=for_fancy_regex(pattern), mergeable_ranks=ranks, special_tokens=self.special_tokens
             )
         except ValueError as error:
             raise ValueError(f"tokenizer {name}: pattern {pattern!r} is not accepted: {error}") from error
@@ -64,7 +64,10 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of `text`, int32 [n]. Text that looks like a special token is encoded as ordinary text."""
+        """Token ids of `text`, int32 [n].
+
+        Text that looks like a special token is encoded as ordinary text.
+        """
         try:
             return self._encode_once(text)
         except UnicodeEncodeError:
@@ -75,15 +78,17 @@ class Tokenizer:
             return np.concatenate(self._encode_halves(text))
 
     def load_engine(self) -> None:
-        """Builds what `engine` names, which `encode_documents` would do at its first call; forked processes share it.
+        """Build what `engine` names, which `encode_documents` would do at its first call; forked processes share it.
+
         Raises ValueError as that does.
         """
         if self._fast is None:
             self._fast = fast_encoder(self) if self.engine != "tiktoken" else False
 
     def encode_documents(self, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts, one after the other, each with its end-of-text token, in `dtype` [n]; and the number of ids
-        of each, int32 [len(texts)].
+        """Return ids of all texts, one after the other, each with its end-of-text token, in `dtype` [n].
+
+        And the number of ids of each, int32 [len(texts)].
 
         `engine` does the work: "tiktoken", "gigatoken" (the extra `fast`), or "auto", which is gigatoken where it is
         installed and encodes a set of trial texts alike. The ids are the same. Raises ValueError when gigatoken is
@@ -108,8 +113,9 @@ class Tokenizer:
         return tokens, np.array(lengths, np.int32)
 
     def decode(self, ids) -> str:
-        """Text of token ids (array, tensor or list); bytes that are not UTF-8 become U+FFFD. Raises ValueError for an
-        id without a token.
+        """Return text of token ids (array, tensor or list); bytes that are not UTF-8 become U+FFFD.
+
+        Raises ValueError for an id without a token.
         """
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
@@ -125,7 +131,7 @@ class Tokenizer:
         return {"name": self.name, "sha256": self.sha256, "n_vocab": self.n_vocab, "eot_id": self.eot_id}
 
     def save(self, directory: str | Path) -> None:
-        """Writes tokenizer.gptoss.json, and tokenizer.tiktoken with the ranks, into `directory`."""
+        """Write tokenizer.gptoss.json, and tokenizer.tiktoken with the ranks, into `directory`."""
         description = {
             "format": _FORMAT,
             "version": 1,
@@ -143,8 +149,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """The tokenizer saved in `directory`. Raises ValueError, naming the file, when it is missing, damaged or
-        altered.
+        """Return the tokenizer saved in `directory`.
+
+        Raises ValueError, naming the file, when it is missing, damaged or altered.
         """
         path = Path(directory) / _FILE_NAME
         try:
@@ -179,7 +186,8 @@ class Tokenizer:
 
 
 def repaired(text: str) -> str:
-    """Unicode text instead of one with surrogates: lone ones become U+FFFD, and halves of a pair that belong together
-    the character they mean.
+    """Return Unicode text instead of one with surrogates.
+
+    Lone ones become U+FFFD, and halves of a pair that belong together the character they mean.
     """
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -1,4 +1,4 @@
-"""Write a manifest for token files that are there already.
+r"""Write a manifest for token files that are there already.
 
     python -m data_pipeline.adopt data/openwebtext --tokenizer gpt2 --dtype uint16 \\
         --train train.bin --validation val.bin

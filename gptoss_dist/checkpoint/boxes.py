@@ -32,6 +32,7 @@ class BoxedTensor(Tensor):
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], boxes: list[Box], dtype: torch.dtype, device: torch.device) -> BoxedTensor:
+        """Make a tensor of the whole shape that has no memory but the boxes."""
         tensor = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
         tensor.boxes = boxes
         return tensor

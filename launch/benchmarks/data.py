@@ -6,7 +6,7 @@
 
 `prepare` times the way from a .jsonl file to tokens on disk, each competitor in a process of its own, in turns, with
 the same tokenizer: tiktoken alone on texts in memory (nothing is written), with the pattern as published and as
-`data_pipeline.tokenizer.patterns.faster` writes it, the latter also in two processes that share nothing, which shows
+`tokenizer.patterns.for_fancy_regex` writes it, the latter also in two processes that share nothing, which shows
 what the cores can do; this project with one and with two processes, and with gigatoken if it is installed; the scheme
 of Megatron-LM's tools/preprocess_data.py (a pool of processes that hand lists of ids to one writer); `datasets.map`.
 Not counted: imports, loading the tokenizer and its engine (of gigatoken: half a second).

@@ -80,6 +80,7 @@ class Held(LazyTensor):
         self.tensor, self.shape, self.dtype = tensor.detach(), tuple(tensor.shape), tensor.dtype
 
     def read(self, slices: Slices) -> Tensor:
+        """Return a part of the tensor, on the CPU."""
         return self.tensor[slices].cpu()
 
 
@@ -92,6 +93,7 @@ class Stored(LazyTensor):
         """The file of each part, its name there, its offset in the whole tensor and its sizes."""
 
     def read(self, slices: Slices) -> Tensor:
+        """Read a part from the files that hold it."""
         values = torch.empty([s.stop - s.start for s in slices], dtype=self.dtype)
         missing = values.numel()
         for path, name, offset, sizes in self.places:
@@ -165,6 +167,7 @@ class Output(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes that the tensors take in a file."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors.values())
 
 

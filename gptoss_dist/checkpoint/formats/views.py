@@ -23,6 +23,7 @@ class Rows(LazyTensor):
         self.shape = (max(0, min(stop, tensor.shape[0]) - start), *tensor.shape[1:])
 
     def read(self, slices: Slices) -> Tensor:
+        """Read those of the rows."""
         rows = slice(slices[0].start + self.start, slices[0].stop + self.start)
         return self.tensor.read((rows, *slices[1:]))
 
@@ -35,6 +36,7 @@ class Concatenated(LazyTensor):
         self.shape = (sum(s.shape[0] for s in tensors), *tensors[0].shape[1:])
 
     def read(self, slices: Slices) -> Tensor:
+        """Read from the parts that the slices touch."""
         found, first = [], 0
         for tensor in self.tensors:
             start, stop = max(slices[0].start - first, 0), min(slices[0].stop - first, tensor.shape[0])
@@ -52,6 +54,7 @@ class Transposed(LazyTensor):
         self.shape = (tensor.shape[0], tensor.shape[2], tensor.shape[1])
 
     def read(self, slices: Slices) -> Tensor:
+        """Read the transpose of each expert."""
         return self.tensor.read((slices[0], slices[2], slices[1])).transpose(1, 2)
 
 
@@ -68,6 +71,7 @@ class Packed(LazyTensor):
         self.shape = (blocks.shape[0], blocks.shape[2] * GROUP, blocks.shape[1])
 
     def read(self, slices: Slices) -> Tensor:
+        """Decode the values at the slices."""
         experts, inputs, outputs = slices
         groups = slice(inputs.start // GROUP, math.ceil(inputs.stop / GROUP))
         packed = (experts, outputs, groups)

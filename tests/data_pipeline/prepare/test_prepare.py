@@ -23,7 +23,7 @@ import pytest
 
 from data_pipeline import IndexedReader, Manifest, TokenDataset, load_tokenizer, open_source
 from data_pipeline.command_line import parse
-from data_pipeline.corpora.part import Part, Source
+from data_pipeline.corpora.part import Part, TextSource
 from data_pipeline.prepare.__main__ import main
 from data_pipeline.prepare.dedupe import assemble_splits, find_duplicates
 from data_pipeline.prepare.part import Preparation, PreparedPart, hashes_path, prepare_part, write_hashes
@@ -502,7 +502,7 @@ def read_and_die(parent):
 def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
     parts = [Part(str(i), str(i), 0, functools.partial(read_and_die, os.getpid())) for i in range(3)]
     with pytest.raises(ValueError, match="a worker process died"):
-        prepare([Source("x", "x", "x", parts)], tmp_path / "data", load_tokenizer("bytes"), workers=2)
+        prepare([TextSource("x", "x", "x", parts)], tmp_path / "data", load_tokenizer("bytes"), workers=2)
     assert not (tmp_path / "data").exists()
 
 

@@ -14,7 +14,7 @@ import tiktoken
 from data_pipeline import Tokenizer, load_tokenizer
 from data_pipeline.corpora.sources import open_source
 from data_pipeline.tokenizer import rank_files as vocabulary
-from data_pipeline.tokenizer.patterns import PATTERNS, faster
+from data_pipeline.tokenizer.patterns import PATTERNS, for_fancy_regex
 from data_pipeline.tools import train_bpe as bpe
 
 NASTY = [
@@ -67,7 +67,7 @@ def test_the_faster_pattern_cuts_every_text_as_the_published_one_does(name):
     ranks = {token: rank for rank, token in enumerate([bytes([a]) for a in range(256)] + pairs)}
     published, ours = (
         tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|end|>": len(ranks)})
-        for pattern in (PATTERNS[name], faster(PATTERNS[name]))
+        for pattern in (PATTERNS[name], for_fancy_regex(PATTERNS[name]))
     )
     assert (ours._pat_str == published._pat_str) == (name == "bytes")
     kinds = "aBé中ǅʰ\u0301\u09031\u0663Ⅷſ\u212a'’$_./\0\x7f\u200d\ufeff😀 \t\n\r\x0b\x1c\x85\xa0\u2028\u3000"
