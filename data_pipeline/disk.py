@@ -151,7 +151,8 @@ def locked(path: Path, wait_s: float = 0.0, *, optional: bool = False) -> Iterat
         BlockingIOError: another process still holds it.
         OSError: there is no such folder or file, or the file system has no locks.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    # NFS locks only a file that is open for writing; a folder cannot be.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     _held.add(descriptor)
     deadline = time.monotonic() + wait_s
     try:

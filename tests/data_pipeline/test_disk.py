@@ -1,5 +1,7 @@
 """Files that appear whole, folders that are published, locks between processes."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 
@@ -88,3 +90,18 @@ def test_a_link_or_where_there_are_none_a_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "link", refused)
     disk.link_or_copy(source, tmp_path / "copied")
     assert (tmp_path / "copied").read_text() == "x" and not os.path.samefile(source, tmp_path / "copied")
+
+
+def test_a_file_is_locked_where_only_writers_may_lock(tmp_path, monkeypatch):
+    """As on NFS, where flock of a descriptor that only reads is refused."""
+    path, flock = tmp_path / "lock", fcntl.flock
+    path.touch()
+
+    def of_nfs(descriptor, operation):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    with disk.locked(path, optional=True), pytest.raises(BlockingIOError), disk.locked(path, optional=True):
+        pass

@@ -151,7 +151,7 @@ def test_compiled_blocks_agree_in_bf16(ranks, bf16_products):
     tokens = torch.randint(0, 101, (2, 65), generator=torch.Generator().manual_seed(0))
     batch, losses = [{"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}], []
     for compiled in (False, True):
-        config = settings(num_hidden_layers=2)
+        config = settings(num_hidden_layers=1)
         config.train.precision, config.train.compile = "bf16", compiled
         engine = build(config, ranks)
         for _ in range(3):

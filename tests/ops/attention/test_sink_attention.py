@@ -255,7 +255,7 @@ class LargestTensor(TorchDispatchMode):
 )
 def test_largest_tensor_grows_linearly(kernel, window, documents):
     """Called beneath the custom op, inside which a dispatch mode sees nothing."""
-    heads = {"flash_cpu": 5, "chunked": 7}[kernel]  # of no other test, which would leave masks of these sizes behind
+    heads = {"flash": 5, "chunked": 7}[kernel]  # of no other test, which would leave masks of these sizes behind
     largest = []
     for T in (1024, 4096):
         (q, k, v, sinks), do = make_inputs(1, T, heads, 1, 8)
