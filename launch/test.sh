@@ -29,7 +29,7 @@ fi
 report=$(mktemp)
 "$venv/bin/python" -m pytest -m "distributed$group" >"$report" 2>&1 &
 beside=$!
-trap 'kill "$beside" 2>/dev/null; rm -f "$report"' EXIT
+trap 'kill "$beside" 2>/dev/null || true; rm -f "$report"' EXIT
 trap 'exit 130' INT TERM
 status=0
 "$venv/bin/python" -m pytest -m "not distributed$group" || status=$?

@@ -1,0 +1,46 @@
+"""launch/test.sh: what it exits with and prints, with stand-ins for the installation and for pytest."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with test.sh whose pytest prints its arguments and fails if they hold the text in `FAILING`."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch/test.sh", tmp_path / "launch")
+    (tmp_path / "launch/install.sh").write_text("exit 0\n")
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *"$FAILING"*) exit 3 ;; esac\n')
+    python.chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "failing, code", [("neither", 0), ("-m not distributed", 3), ("-m distributed", 3), ("-m pytest", 3)]
+)
+def test_both_halves_decide(project, failing, code):
+    environment = {"VIRTUAL_ENV": str(project / "venv"), "FAILING": failing, "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        ["sh", "launch/test.sh"], cwd=project, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    # The report of the tests that start processes comes last, whatever the others did.
+    assert done.stdout.splitlines() == [
+        "ran -m pytest -m not distributed and not slow",
+        "ran -m pytest -m distributed and not slow",
+    ]
+
+
+def test_arguments_run_one_pytest(project):
+    environment = {"VIRTUAL_ENV": str(project / "venv"), "FAILING": "-k rope", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        ["sh", "launch/test.sh", "tests/model", "-k", "rope"], cwd=project, env=environment, capture_output=True
+    )
+    assert (done.returncode, done.stdout) == (3, b"ran -m pytest tests/model -k rope\n")
