@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.batches.best_fit import BestFit
-from data_pipeline.batches.contiguous import TokenDataset, TokenSplit
+from data_pipeline.batches.contiguous import TokenDataset
 from data_pipeline.batches.reading import Spans, bounds, ranges
+from data_pipeline.batches.token_split import TokenSplit
 
 
 class BestFitDataset(TokenSplit):

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.batches.contiguous import TokenSplit
 from data_pipeline.batches.mixture_plan import MixturePlan, PlannedSource, Stage
 from data_pipeline.batches.reading import Samples, Spans, bounds, ranges
+from data_pipeline.batches.token_split import TokenSplit
 
 
 @dataclass(frozen=True)

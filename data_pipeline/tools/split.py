@@ -15,7 +15,7 @@ import numpy as np
 from data_pipeline.command_line import Program, option, positional, ranged, run
 from data_pipeline.disk import new_output, publish, staging_directory, write_file_atomically
 from data_pipeline.shards.checksums import check_content, record_content
-from data_pipeline.shards.held_out import place_of
+from data_pipeline.shards.held_out import are_held_out
 from data_pipeline.shards.manifest import FILE_NAME, SPLITS, Manifest, open_shards
 from data_pipeline.shards.megatron import token_dtype
 from data_pipeline.shards.writer import SplitWriter, document_batches
@@ -55,7 +55,7 @@ def split_by_hash(
         writers = _writers(staging, tokenizer, shard_tokens)
         for split in manifest.splits:
             for tokens, lengths in _documents(directory, manifest, split):
-                held_out = _fractions(tokenizer, tokens, lengths) < validation_fraction
+                held_out = are_held_out(_digest_numbers(tokenizer, tokens, lengths), validation_fraction)
                 for name, chosen in (("train", ~held_out), ("validation", held_out)):
                     writers[name].add_documents(tokens[np.repeat(chosen, lengths)], lengths[chosen])
         written = _complete(staging, manifest, tokenizer, writers)
@@ -152,14 +152,14 @@ def _documents(directory: str | Path, manifest: Manifest, split: str) -> Iterato
             yield tokens, lengths
 
 
-def _fractions(tokenizer: Tokenizer, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """In [0, 1), float64 [n], by document: first 8 bytes of its text's SHA-256."""
+def _digest_numbers(tokenizer: Tokenizer, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the first 8 bytes of the SHA-256 of each document's text as numbers, uint64 [n]."""
     stops = np.cumsum(lengths, dtype=np.int64)
     digests = (
         hashlib.sha256(tokenizer.decode_bytes(tokens[start : stop - 1])).digest()
         for start, stop in zip((stops - lengths).tolist(), stops.tolist())
     )
-    return np.array([place_of(digest) for digest in digests])
+    return np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64)
 
 
 def _complete(directory: Path, manifest: Manifest, tokenizer: Tokenizer, writers: dict[str, SplitWriter]) -> Manifest:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from data_pipeline.disk import sync_path, write_synced
+from data_pipeline.disk import move, sync_path, write_synced
 from gptoss_dist.checkpoint.boxes import Box
 from gptoss_dist.checkpoint.formats.tensor_files import write_boxes
 from gptoss_dist.checkpoint.info import FORMAT, INFO, read_info, sealed
@@ -139,7 +139,7 @@ def _commit(
     sync_path(partial)
     if final.exists():
         _set_aside(final)
-    partial.rename(final)
+    move(partial, final)
     sync_path(final.parent)
 
 
@@ -190,7 +190,7 @@ def prune(folder: str | Path, keep: Retention) -> None:
     for path in found[: -keep.newest]:
         if path != best and not (keep.every and _step(path) % keep.every == 0):
             doomed = path.with_name(path.name + ".tmp.old")  # it never looks complete on the way
-            path.rename(doomed)
+            move(path, doomed)
             shutil.rmtree(doomed)
 
 
@@ -219,7 +219,8 @@ def set_aside(folder: str | Path, after: int) -> list[Path]:
 def _set_aside(path: Path) -> Path:
     target = path.with_name(path.name + ".superseded")
     shutil.rmtree(target, ignore_errors=True)
-    return path.rename(target)
+    move(path, target)
+    return target
 
 
 def _directories(folder: str | Path) -> list[Path]:

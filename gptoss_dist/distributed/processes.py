@@ -46,7 +46,7 @@ class Ranks:
         dist.barrier()
 
 
-def start(timeout_s: float = 1800.0) -> Ranks:
+def init_distributed(timeout_s: float = 1800.0) -> Ranks:
     """Join the run that a launcher started (see `launchers.py`), or be a run of one process if there is none.
 
     On CPU it also sets, for the rest of the process, that the C library keeps freed memory.

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_pipeline.disk import move
 from gptoss_dist.tracking.jsonl import JsonLinesWriter, read_lines
 
 EXPERT_TOKENS_FILE = "expert_tokens.jsonl"
@@ -139,4 +140,4 @@ def _set_aside(path: Path) -> None:
     # metrics.N.jsonl and expert_tokens.N.jsonl are to be of one run, also where an older one left only the former.
     while (old := path.with_name(f"expert_tokens.{n}.jsonl")).exists() or path.with_name(f"metrics.{n}.jsonl").exists():
         n += 1
-    path.rename(old)
+    move(path, old)

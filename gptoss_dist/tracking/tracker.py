@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.command_line import Program, positional, run_verb
+from data_pipeline.disk import move
 from gptoss_dist.tracking.jsonl import JsonLinesWriter, read_lines
 from gptoss_dist.tracking.mlflow_mirror import (
     JOURNAL_FILE,
@@ -296,9 +297,9 @@ def _set_aside(run_dir: Path) -> None:
     while (old_metrics := run_dir / f"metrics.{n}.jsonl").exists() or (run_dir / f"tracking.{n}").exists():
         n += 1
     if metrics.exists():
-        metrics.rename(old_metrics)
+        move(metrics, old_metrics)
     if tracking.exists():
-        tracking.rename(run_dir / f"tracking.{n}")
+        move(tracking, run_dir / f"tracking.{n}")
 
 
 @dataclass

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from data_pipeline import Manifest, MixtureDataset, Stage, WeightedDataset, open_dataset
-from data_pipeline.batches.contiguous import TokenSplit
 from data_pipeline.batches.mixture_changes import differences
+from data_pipeline.batches.token_split import TokenSplit
 from data_pipeline.shards.checksums import check_content, copy_id, record_content, unread_shards
 from gptoss_dist.checkpoint import DataPlace
 from gptoss_dist.config import Config, DataConfig, SourceConfig, StageConfig

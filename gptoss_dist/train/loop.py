@@ -14,7 +14,7 @@ import torch
 from gptoss_dist.config import Config
 from gptoss_dist.distributed import launchers
 from gptoss_dist.distributed.collectives import LocalError, long_timeout_group, on_rank_zero
-from gptoss_dist.distributed.processes import Ranks, exit_after_error, seed_everything, start
+from gptoss_dist.distributed.processes import Ranks, exit_after_error, init_distributed, seed_everything
 from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.train.data import open_data, verify
 from gptoss_dist.train.faults import TrainingError
@@ -44,7 +44,7 @@ def run(config: Config) -> int:
     # Without a handler of its own the library would print warnings past the progress bar, on every rank.
     logging.getLogger("gptoss_dist").addHandler(logging.NullHandler())
     try:
-        ranks = start()
+        ranks = init_distributed()
         config.engine.kind = engine_kind(config.engine)  # what is saved with the run says which it was
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -61,28 +61,33 @@ def run(config: Config) -> int:
 def train(config: Config, ranks: Ranks) -> None:
     """Train to the last step, or until asked to stop; then save.
 
+    A resume takes its place in the run, and what that place says of the data, in `find_start` and `open_data`; weights,
+    optimizer state and random generators in `restore`; the loader's position, the counts of tokens and skipped steps
+    and the MLflow run in `Run`.
+
     Raises:
-        ValueError: settings, data and model do not fit each other.
-        TrainingError: too many steps in a row had to be skipped, or the last checkpoint could not be written.
+        ValueError: Settings, data and model do not fit each other.
+        TrainingError: Too many steps in a row had to be skipped, or the last checkpoint could not be written.
     """
-    begin = find_start(config)
-    data = open_data(config, ranks.world_size, begin)
-    weights = open_initial_weights(config, begin)
+    start = find_start(config)
+    data = open_data(config, ranks.world_size, start)
+    weights = open_initial_weights(config, start)
     on_rank_zero(lambda: check_folder(config))
     group = long_timeout_group()
     verify(config.data, print_message, group)
     seed_everything(config.run.seed, ranks.rank)
     engine = build_engine(engine_settings(config), ranks, next_token_prediction)
-    restore(engine, begin, weights, seed=config.run.seed, rank=ranks.rank)
-    with Run(config, ranks, engine, data, begin, group) as opened:
-        opened.announce(begin, weights)
-        train_steps(opened, begin.step)
+    restore(engine, start, weights, seed=config.run.seed, rank=ranks.rank)
+    with Run(config, ranks, engine, data, start, group) as open_run:
+        open_run.announce(start, weights)
+        train_steps(open_run, start.step)
 
 
 def train_steps(run: Run, step: int) -> None:
     """Train from after step `step` to the last step, or until asked to stop; then save.
 
-    Results are read one step late: reading them waits for the device, which has the next step to work at by then.
+    Results are read one step late: reading them waits for the device, which has the next step to work at by then. The
+    last one is read before the last checkpoint, a task that is always due after the last step.
     """
     config, engine, timer = run.config, run.engine, run.timer
     tasks, last, unread = periodic_tasks(config), config.train.steps, None
@@ -100,7 +105,7 @@ def train_steps(run: Run, step: int) -> None:
                 result = engine.update(lr, run.stop.requested)
         step += 1
         run.report_failed_saves()
-        stopping = run.read_back(unread)  # counts into this step's time
+        stopping = run.read_back(unread)  # it waits for the device, as part of the step that is timed
         unread = LaunchedStep(step, result, lr, timer.stop(), run.loader.samples_consumed)
         due = [task for task in tasks if task.is_due(step, last)]
         if stopping or due:

@@ -127,11 +127,11 @@ def engine_settings(config: Config) -> EngineSettings:
 def restore(engine: Engine, start: Start, weights: Pretrained | None, *, seed: int, rank: int) -> None:
     """Put the engine and the random generators into the state that the run starts from; collective.
 
-    A checkpoint gives weights, optimizer state and, for the same number of ranks, random states; `weights` gives
-    weights alone.
+    A checkpoint gives weights, optimizer state and the random states of the ranks that wrote it; a rank that was not
+    among them is seeded anew. `weights` gives weights alone.
 
     Args:
-        seed: of the run, for the generators of a checkpoint of another number of ranks.
+        seed: Of the run, for the generators of such a rank.
     """
     if start.checkpoint is not None:
         state = engine.state()

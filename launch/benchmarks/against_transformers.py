@@ -218,7 +218,7 @@ def architecture(arguments: argparse.Namespace) -> dict:
 def ours(arguments: argparse.Namespace):
     """Build the training engine as `launch/train.py` drives it, router losses and metrics sums included."""
     from gptoss_dist.config import ModelConfig
-    from gptoss_dist.distributed.processes import start
+    from gptoss_dist.distributed.processes import init_distributed
     from gptoss_dist.engine import EngineSettings, build_engine
     from gptoss_dist.train.objectives import next_token_prediction
 
@@ -226,7 +226,7 @@ def ours(arguments: argparse.Namespace):
     settings.train.micro_batch_size = arguments.batch_size
     settings.train.precision, settings.parallel.experts = arguments.precision, arguments.experts
     settings.train.compile = arguments.worker.endswith(COMPILED)
-    engine = build_engine(settings, start(), next_token_prediction)
+    engine = build_engine(settings, init_distributed(), next_token_prediction)
     input_ids, labels = batch(arguments)
 
     def step() -> None:
@@ -307,9 +307,9 @@ def moe_step(arguments: argparse.Namespace):
 
     kind, *variant = arguments.worker.split()
     if kind == OURS:
-        from gptoss_dist.distributed.processes import start
+        from gptoss_dist.distributed.processes import init_distributed
 
-        start()  # before anything large is allocated
+        init_distributed()  # before anything large is allocated
     reference, inputs = moe_reference(arguments)
     d_y = torch.randn_like(inputs[0])
 

@@ -67,12 +67,12 @@ def work(arguments: argparse.Namespace) -> int:
 
     from gptoss_dist.checkpoint import Retention, Saver
     from gptoss_dist.config import load_config
-    from gptoss_dist.distributed.processes import shut_down, start
+    from gptoss_dist.distributed.processes import init_distributed, shut_down
     from gptoss_dist.engine import build_engine
     from gptoss_dist.train.objectives import next_token_prediction
     from gptoss_dist.train.start import engine_settings
 
-    ranks = start()
+    ranks = init_distributed()
     config = load_config(
         QUICKSTART,
         overrides={"train.micro_batch_size": arguments.micro_batch_size},

@@ -88,12 +88,12 @@ def work(arguments: argparse.Namespace) -> int:
     """Measure one engine, in one process of a launch."""
     import torch
 
-    from gptoss_dist.distributed.processes import shut_down, start
+    from gptoss_dist.distributed.processes import init_distributed, shut_down
     from gptoss_dist.engine import build_engine
     from gptoss_dist.train.objectives import next_token_prediction
     from gptoss_dist.train.start import engine_settings
 
-    ranks = start()
+    ranks = init_distributed()
     config = worker_config(arguments, ranks)
     if config.engine.kind == "deepspeed":
         from gptoss_dist.engine.deepspeed import load_deepspeed

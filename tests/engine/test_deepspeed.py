@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from gptoss_dist.checkpoint import load_state, save
-from gptoss_dist.distributed.processes import start
+from gptoss_dist.distributed.processes import init_distributed
 from gptoss_dist.engine.deepspeed import DeepSpeedEngine
 from gptoss_dist.engine.fsdp import FsdpEngine
 from gptoss_dist.parallel.mesh import local
@@ -14,7 +14,7 @@ from tests.support.reference import LR, build, micro_batches, settings
 
 @pytest.fixture(scope="module")
 def ranks():
-    yield start()
+    yield init_distributed()
     dist.destroy_process_group()
 
 

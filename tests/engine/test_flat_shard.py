@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptoss_dist.checkpoint import load_state, save
-from gptoss_dist.distributed.processes import start
+from gptoss_dist.distributed.processes import init_distributed
 from gptoss_dist.engine.flat_shard import boxes, flat_shard
 
 
@@ -37,7 +37,7 @@ def test_a_shard_of_rows_of_a_larger_tensor():
 
 
 def test_written_as_runs_and_read_as_others(tmp_path):
-    start()
+    init_distributed()
     try:
         shapes = {"a": (5, 3, 2), "b": (7,), "c": (4, 4)}
         whole = {name: torch.randn(shape) for name, shape in shapes.items()}

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from gptoss_dist.config import Config
-from gptoss_dist.distributed.processes import start
+from gptoss_dist.distributed.processes import init_distributed
 from gptoss_dist.engine.optimizer import is_decayed
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
@@ -19,7 +19,7 @@ from tests.support.reference import LR, SIZES, build, micro_batches, plain, sett
 
 @pytest.fixture(scope="module")
 def ranks():
-    yield start()
+    yield init_distributed()
     dist.destroy_process_group()
 
 

@@ -33,7 +33,7 @@ def test_deepspeed_launch_is_stopped_and_goes_on_bit_identical(settings, tmp_pat
     No compiler is in reach: DeepSpeed would like to compile at start-up. The signal goes to all processes of the
     command, as a terminal or a batch system sends it: the launcher alone would die and leave its processes behind.
     """
-    options = ["--config", str(settings), "--train.steps", "60", "--checkpoint.every", "0", "--validation.every", "30"]
+    options = ["--config", str(settings), "--train.steps", "40", "--checkpoint.every", "0", "--validation.every", "20"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     bare = {"PATH": str(Path(sys.executable).parent)}
     assert shutil.which("g++", path=bare["PATH"]) is None
@@ -55,7 +55,7 @@ def test_deepspeed_launch_is_stopped_and_goes_on_bit_identical(settings, tmp_pat
         raise
     (saved,) = checkpoints(parts / "checkpoints")
     stopped = json.loads((saved / "checkpoint.json").read_text())["step"]
-    assert stopped == max(losses(parts)) and stopped < 60
+    assert stopped == max(losses(parts)) and stopped < 40
     assert "kind: deepspeed" in (parts / "config.yaml").read_text()
     assert "2 processes, deepspeed ZeRO-2" in (parts / "log.txt").read_text()
 
@@ -63,7 +63,7 @@ def test_deepspeed_launch_is_stopped_and_goes_on_bit_identical(settings, tmp_pat
         processes=2, **bare)  # fmt: skip
     for name in (*NAMES, "loss/val"):
         assert losses(parts, name) == losses(whole, name)
-    assert sorted(losses(parts)) == list(range(1, 61))
+    assert sorted(losses(parts)) == list(range(1, 41))
 
 
 def test_a_checkpoint_moves_between_engines_and_layouts(settings, tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from gptoss_dist.distributed import launchers
 from gptoss_dist.distributed.collectives import LocalError
-from gptoss_dist.distributed.processes import start
+from gptoss_dist.distributed.processes import init_distributed
 from tests.support.ranks import run
 
 SCRIPT = """
@@ -108,4 +108,4 @@ def test_a_process_without_a_gpu_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(LocalError, match="LOCAL_RANK=1 but this machine has 1 GPUs"):
-        start()
+        init_distributed()

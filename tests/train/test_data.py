@@ -15,7 +15,7 @@ from data_pipeline import Manifest
 from gptoss_dist.checkpoint import CheckpointInfo, DataPlace
 from gptoss_dist.checkpoint.info import FORMAT, sealed
 from gptoss_dist.config import Config, SourceConfig, StageConfig, load_config
-from gptoss_dist.distributed.processes import start
+from gptoss_dist.distributed.processes import init_distributed
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.train.data import open_training_data, open_validation, verify
 from gptoss_dist.train.dry_run import describe
@@ -233,7 +233,7 @@ def test_content_is_verified_as_asked(config, monkeypatch):
     monkeypatch.setattr("gptoss_dist.train.data.check_content", check)
     monkeypatch.setattr("gptoss_dist.train.data.record_content", lambda folder, _: calls.append(("recorded", folder)))
     settings = config(("web", 1.0), ("code", 1.0))
-    start()
+    init_distributed()
     try:
         folders = [source.path for source in settings.data.sources]
         for kind, always in (("once", False), ("always", True)):
@@ -268,10 +268,10 @@ from data_pipeline.shards import checksums as content
 from gptoss_dist.config import Config
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.distributed.collectives import long_timeout_group
-from gptoss_dist.distributed.processes import shut_down, start
+from gptoss_dist.distributed.processes import shut_down, init_distributed
 from gptoss_dist.train.data import verify
 
-rank, config = start().rank, Config(model=ModelConfig(vocab_size=272))
+rank, config = init_distributed().rank, Config(model=ModelConfig(vocab_size=272))
 patient = long_timeout_group()
 scan, read = content.scan, []
 

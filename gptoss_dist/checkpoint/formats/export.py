@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from data_pipeline import Tokenizer
-from data_pipeline.disk import sync_path
+from data_pipeline.disk import publish, sync_path
 from data_pipeline.tokenizer.huggingface import huggingface_files
 from gptoss_dist.checkpoint.formats import huggingface, openai
 from gptoss_dist.checkpoint.formats.pretrained import Pretrained
@@ -111,7 +111,7 @@ def export(
         message(f"wrote {path.name}")
     for path in partial.iterdir():
         sync_path(path)
-    partial.rename(folder)
+    publish(partial, folder)
     return losses
 
 

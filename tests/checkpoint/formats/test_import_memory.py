@@ -30,7 +30,7 @@ import torch
 from gptoss_dist import GptOss
 from gptoss_dist.checkpoint import load_into, open_pretrained
 from gptoss_dist.config import Config
-from gptoss_dist.distributed.processes import shut_down, start
+from gptoss_dist.distributed.processes import shut_down, init_distributed
 from gptoss_dist.parallel.mesh import build_meshes, local, plan_layout
 from gptoss_dist.parallel.parallelize import parallelize
 
@@ -41,7 +41,7 @@ def mebibytes(key):
             return int(line.split()[1]) / 1024
 
 
-ranks = start()
+ranks = init_distributed()
 pretrained = open_pretrained(f"hf:{sys.argv[1]}")
 config = Config(model=pretrained.config)
 config.parallel.expert_parallel = 2

@@ -1,6 +1,7 @@
 """Models come in from other tools and go out to them with the same logits."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gptoss_dist
-from data_pipeline import Tokenizer, load_tokenizer
+from data_pipeline import Tokenizer, disk, load_tokenizer
 from data_pipeline.tokenizer.huggingface import huggingface_files
 from data_pipeline.tokenizer.patterns import PATTERNS
 from gptoss_dist.checkpoint.formats import huggingface
@@ -273,6 +274,18 @@ def test_ids_that_end_a_text_stay(published, tmp_path):
     said = []
     export(open_pretrained(f"hf:{folder}"), tmp_path / "original", "openai", message=said.append)
     assert "no tokenizer and no generation settings" in said[0]
+
+
+def test_an_export_is_on_disk_before_it_has_its_name_and_its_name_is_too(published, tmp_path, monkeypatch):
+    """Files, then the folder, then the name, then the folder around it: a loss of power leaves a model or none."""
+    done = []
+    monkeypatch.setattr(disk, "sync_path", lambda path: done.append(path.name))
+    monkeypatch.setattr("gptoss_dist.checkpoint.formats.export.sync_path", lambda path: done.append(path.name))
+    monkeypatch.setattr(disk, "move", lambda source, target: (done.append("move"), os.rename(source, target)))
+    export(open_pretrained(published[0]), tmp_path / "out", "hf")
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert set(done[:-3]) == written and len(written) > 2
+    assert done[-3:] == ["out.tmp", "move", tmp_path.name]
 
 
 def test_inspect(published):

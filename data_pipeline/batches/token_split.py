@@ -1,0 +1,83 @@
+"""One split of a prepared dataset as samples, in an order that is a function of the seed.
+
+`contiguous.py` and `documents.py` say which tokens a sample holds; `mixture.py` draws from several splits.
+"""
+
+import hashlib
+from abc import abstractmethod
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.batches.order import global_order
+from data_pipeline.batches.reading import Samples
+from data_pipeline.shards.manifest import FILE_NAME, Manifest, open_shards
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+
+
+class TokenSplit(Samples):
+    """One split of a prepared directory: its shards as one long sequence of tokens, of which a subclass makes samples.
+
+    A *position* counts samples since the start of training; `order` maps it to the index of a sample, shuffled within
+    each epoch by (seed, epoch); `micro_batch` reads samples by index.
+
+    Attributes: n_vocab, eot_id, tokens_total, documents_total, samples_per_epoch, inputs_total (tokens that an epoch
+    trains on), manifest, content_sha256, manifest_sha256 (of the file), tokenizer (loaded on first use);
+    positions_total: None, as positions never end.
+
+    Raises ValueError, naming the file, when the directory is not a complete prepared dataset or has too few tokens for
+    one sample.
+    """
+
+    plan_version = 1
+    """Raised with every change of the code that makes other samples, or another order, of the same directory: a run
+    that is resumed under another one would read some samples twice and others never."""
+
+    def __init__(self, path: str | Path, *, seq_len: int, split: str = "train", seed: int = 0, shuffle: bool = True):
+        if seq_len < 1:
+            raise ValueError(f"seq_len {seq_len}: must be at least 1")
+        self.path = Path(path)
+        self.seq_len, self.split, self.seed, self.shuffle = seq_len, split, seed, shuffle
+        self.manifest = Manifest.read(path)
+        self.content_sha256 = self.manifest.content_sha256
+        self.manifest_sha256 = hashlib.sha256((self.path / FILE_NAME).read_bytes()).hexdigest()
+        self.n_vocab: int = self.manifest.tokenizer["n_vocab"]
+        self.eot_id: int = self.manifest.tokenizer["eot_id"]
+        if split not in self.manifest.splits:
+            raise ValueError(f"{path}: no split {split!r}, only {', '.join(self.manifest.splits)}")
+        self._shards = open_shards(path, self.manifest, split)
+        self._set_files([shard.file for shard in self._shards])
+        self.tokens_total = self.manifest.tokens(split)
+        self.documents_total = self.manifest.documents(split)
+        self.samples_per_epoch = self._count_samples()
+        if self.samples_per_epoch < 1:
+            remedy = "prepare more text or use a shorter seq_len"
+            if split == "validation":
+                remedy = f"{remedy}, prepare with a larger --validation-fraction, or train with --validation.every 0"
+            raise ValueError(
+                f"{path}: split {split!r} has {self.tokens_total} tokens, too few for one sample of seq_len + 1 = "
+                f"{seq_len + 1}; {remedy}"
+            )
+
+    @abstractmethod
+    def _count_samples(self) -> int:
+        """Return samples in an epoch; called once, with the files open.
+
+        Sets `inputs_total`.
+        """
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the split was made with."""
+        tokenizer = Tokenizer.load(self.path)
+        if tokenizer.sha256 != self.manifest.tokenizer["sha256"]:
+            raise ValueError(f"{self.path}: the tokenizer there is not the one that made its tokens")
+        return tokenizer
+
+    def order(self, positions: np.ndarray) -> np.ndarray:
+        """Return index of the sample at each global position, int64 of any shape.
+
+        Position p lies in epoch p // samples_per_epoch.
+        """
+        return global_order(positions, self.samples_per_epoch, seed=self.seed, shuffle=self.shuffle)
