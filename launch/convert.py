@@ -59,6 +59,12 @@ class ExportOptions(InspectOptions):
     max_file_gb: float = ranged(5.0, above=0)
     """Largest file, in 10^9 bytes."""
 
+    def __post_init__(self) -> None:
+        if self.search and not self.mxfp4:
+            raise ValueError("--search chooses the scales of --mxfp4, which is not given")
+        if self.mxfp4 and self.format == "safetensors":
+            raise ValueError("--mxfp4 needs --format hf or openai; plain safetensors hold plain numbers")
+
 
 def main(argv: list[str]) -> int:
     """Do what the command line asks for; return the exit code."""

@@ -29,7 +29,7 @@ class GenerateOptions:
     """Sample from the k most likely tokens; 0 is all."""
     top_p: float = ranged(0.95, above=0, at_most=1)
     """Sample from this much probability."""
-    max_new_tokens: int = 128
+    max_new_tokens: int = ranged(128, at_least=1)
     """Tokens to write at most."""
     seed: int = 0
     """The same seed writes the same text."""

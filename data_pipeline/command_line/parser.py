@@ -139,4 +139,6 @@ def _load(text: str) -> Any:
         value = json.loads(text)  # as `spell_out` writes it: exact for any text
     except ValueError:
         value = jsonargparse.get_loader("yaml")(text)
+        if value is None and text != "null":  # YAML's other ways to say nothing, `~` or `# x`, are texts
+            return text
     return {str(key).replace("-", "_"): item for key, item in value.items()} if isinstance(value, dict) else value

@@ -30,7 +30,7 @@ def spell_out(argv: list[str], options: list[Option]) -> list[str]:
         argument = rest.pop(0)
         if argument == "--":
             words, rest = words + rest, []
-        elif not argument.startswith("-") or argument == "-":
+        elif not _names_an_option(argument, "-"):
             words.append(argument)
         else:
             name, equals, value = argument.partition("=")
@@ -67,11 +67,16 @@ def _opposite(name: str) -> str:
 
 
 def _take(rest: list[str], most: int) -> list[str]:
-    """Remove up to `most` values from the front of `rest` and return them; a value does not begin with two dashes."""
+    """Remove up to `most` values from the front of `rest` and return them."""
     taken: list[str] = []
-    while rest and len(taken) < most and not rest[0].startswith("--"):
+    while rest and len(taken) < most and not _names_an_option(rest[0], "--"):
         taken.append(rest.pop(0))
     return taken
+
+
+def _names_an_option(word: str, dashes: str) -> bool:
+    """Return whether a word is no value: it begins with `dashes`, and unlike a text has no space in its name."""
+    return word.startswith(dashes) and word != "-" and " " not in word.partition("=")[0]
 
 
 def _spelled(option: Option, values: list[str]) -> list[str]:

@@ -26,7 +26,7 @@ class PrepareConfig:
     """Word pattern of a tokenizer file that is not recognised."""
     vocab_file: str | None = None
     """Rank file of an OpenAI tokenizer, instead of searching for it."""
-    vocab_size: int | None = None
+    vocab_size: int | None = ranged(None, at_least=257)
     """Shorten the tokenizer to exactly this many ids."""
     engine: Literal["auto", "tiktoken", "gigatoken"] = "auto"
     """What tokenizes; the ids are the same."""

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from data_pipeline.batches import Packing
 from data_pipeline.command_line import Program, option, positional, ranged, run
 from data_pipeline.shards.manifest import FILE_NAME, Manifest, open_shards
 from data_pipeline.tokenizer.tokenizer import Tokenizer
@@ -192,7 +193,7 @@ class InspectOptions:
     """Tokens of a sample."""
     seed: int = 0
     """Seed of the order of samples: the run's."""
-    packing: Literal["contiguous", "best_fit", "varlen"] = "contiguous"
+    packing: Packing = "contiguous"
     """How samples are made of documents: the run's."""
     weights: str | None = option(None, metavar="W,W,...")
     """Weights of a mixture; null is in proportion to the tokens."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import regex
 
-from data_pipeline.command_line import Program, option, positional, run
+from data_pipeline.command_line import Program, option, positional, ranged, run
 from data_pipeline.corpora.sources import open_source
 from data_pipeline.disk import write_file_atomically
 from data_pipeline.tokenizer.patterns import PATTERNS
@@ -109,7 +109,7 @@ class TrainBpeOptions:
 
     sources: list[str] = positional("SOURCE", default_factory=lambda: ["pystdlib"])
     """Texts, as for prepare."""
-    vocab_size: int = 4096
+    vocab_size: int = ranged(4096, at_least=256)
     """Ranks, without special tokens."""
     pattern: str = "o200k"
     """One of o200k, cl100k, llama3, gpt2, bytes, or a regular expression."""

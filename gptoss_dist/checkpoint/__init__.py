@@ -15,9 +15,13 @@ from gptoss_dist.checkpoint.store import (
     verify,
 )
 
+Keep = Retention
+"""The former name."""
+
 __all__ = [
     "CheckpointInfo",
     "DataPlace",
+    "Keep",
     "Retention",
     "Saver",
     "candidates",

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ from data_pipeline.disk import move, sync_path, write_synced
 from gptoss_dist.checkpoint.boxes import Box
 from gptoss_dist.checkpoint.formats.tensor_files import write_boxes
 from gptoss_dist.checkpoint.info import FORMAT, INFO, read_info, sealed
-from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object, on_rank_zero
+from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object, on_rank_zero, results_of_all_ranks
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,9 @@ def write(
     partial = final.with_name(final.name + ".tmp")
     try:
         on_rank_zero(lambda: _begin(folder, partial), group)
-        shares, counts = zip(*_on_all_ranks(lambda: (_write_share(partial, rank, parts, rng), _counts(parts)), group))
+        shares, counts = zip(
+            *results_of_all_ranks(lambda: (_write_share(partial, rank, parts, rng), _counts(parts)), group)
+        )
         incomplete = [n for n, (shape, _) in parts.items() if sum(c[n] for c in counts) != math.prod(shape)]
         assert not incomplete, f"the ranks together do not hold each element of {incomplete} once"
         stored = {"format": FORMAT, "step": step, "world_size": dist.get_world_size(group), "torch": torch.__version__}
@@ -155,24 +157,6 @@ def _write_extra_files(partial: Path, extra_files: Callable[[Path], None]) -> di
 
 def _counts(parts: Parts) -> dict[str, int]:
     return {name: sum(box.values.numel() for box in boxes) for name, (_, boxes) in parts.items()}
-
-
-def _on_all_ranks(function: Callable, group: dist.ProcessGroup | None) -> list:
-    """Call `function` on all ranks and return the results of all, on all of them; collective.
-
-    Raises:
-        OSError: It raised anything on any rank.
-    """
-    result, failure = None, None
-    try:
-        result = function()
-    except Exception as error:  # nobody is left waiting for a rank that gave up
-        failure = str(error) if isinstance(error, OSError) else repr(error)
-    results: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(results, (result, failure), group)
-    if failures := sorted({failure for _, failure in results if failure}):
-        raise OSError("; ".join(failures))
-    return [result for result, _ in results]
 
 
 def prune(folder: str | Path, keep: Retention) -> None:

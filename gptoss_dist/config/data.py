@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_pipeline.batches import Packing
 from data_pipeline.command_line import ranged
 
 
@@ -56,7 +57,7 @@ class DataConfig:
     """Curriculum: weights of the sources that replace the first ones at certain steps."""
     change_mixture: bool = False
     """Let a resumed run go on with other sources, weights, limits or stages, each source where it was left."""
-    packing: Literal["contiguous", "best_fit", "varlen"] = "contiguous"
+    packing: Packing = "contiguous"
     """`contiguous` cuts the text into samples wherever that falls. `best_fit` fills samples with whole documents,
     cutting only those longer than seq_len, with next to no padding (arXiv:2404.10830). `varlen`, for fine-tuning: a
     sample is one document, a micro-batch its documents one after the other without padding. These two always mask."""

@@ -14,7 +14,7 @@ class ParallelConfig:
     """Copies of the sharded weights (HSDP): the processes of a copy shard it among themselves, and gradients are summed
     over copies. Divides the number of processes."""
     expert_parallel: int | Literal["auto"] = 1
-    """Processes over which the experts of a layer are spread; tokens travel to them. Divides the experts and the
+    """Processes over which the experts of a layer are distributed; tokens travel to them. Divides the experts and the
     processes of a copy. `auto` takes the largest that also divides the processes of a machine, 1 with plain experts."""
     experts: Literal["megablocks", "plain"] = "megablocks"
     """Token dispatch: megablocks (needs launch/install.sh), or the plain one of model/moe.py, without expert

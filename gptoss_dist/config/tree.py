@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from data_pipeline.command_line import check_ranges
+from data_pipeline.disk import write_file_atomically
 from gptoss_dist.config import checks
 from gptoss_dist.config.data import DataConfig
 from gptoss_dist.config.parallel import EngineConfig, ParallelConfig
@@ -88,7 +89,8 @@ class Config:
 
     def save(self, path: str | Path) -> None:
         """Write the settings as YAML, without `resume`, so that the file starts the same run anew under any name."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict() | {"resume": None}, sort_keys=False))
+        text = yaml.safe_dump(self.to_dict() | {"resume": None}, sort_keys=False)
+        write_file_atomically(Path(path), text.encode())
 
 
 def _read_deepspeed_settings(given: str | dict | None) -> dict | None:

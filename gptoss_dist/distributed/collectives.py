@@ -103,3 +103,24 @@ def raise_on_every_rank(function: Callable[[], T], group: dist.ProcessGroup | No
             system, text = outcome
             raise OSError(text) if system else ValueError(text)
     return result
+
+
+def results_of_all_ranks(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Call `function` on every rank and return the results of all, on all of them; collective.
+
+    Args:
+        group: of all ranks, if not the default one.
+
+    Raises:
+        OSError: on every rank, if it raised anything on any; the message has those of all such ranks.
+    """
+    result: Any = None
+    failure = None
+    try:
+        result = function()
+    except Exception as error:  # nobody is left waiting for a rank that gave up
+        failure = str(error) if isinstance(error, OSError) else repr(error)
+    outcomes = all_gather_objects((result, failure), group)
+    if failures := sorted({failure for _, failure in outcomes if failure}):
+        raise OSError("; ".join(failures))
+    return [result for result, _ in outcomes]

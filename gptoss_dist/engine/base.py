@@ -50,6 +50,16 @@ class Objective(Protocol):
         """
 
 
+class StepSums(NamedTuple):
+    """What the micro-batches of a step add up to: this rank's share, but for the counts, which are of all ranks."""
+
+    loss: Tensor
+    aux: Tensor
+    z: Tensor
+    entropy_L: Tensor
+    counts_LE: Tensor
+
+
 class StepResult(NamedTuple):
     """What one optimizer step gave, over all ranks, on the host.
 
@@ -104,7 +114,6 @@ class Engine(ABC):
 
     def __init__(self, settings: EngineSettings, ranks: Ranks, objective: Objective) -> None:
         self.settings, self.ranks, self.objective = settings, ranks, objective
-        self._sums: tuple[Tensor, ...] = ()  # of the micro-batches of a step, for `update`
 
     def _prepare_routers(self) -> None:
         self.routers = [layer.mlp.router for layer in self.model.blocks]
@@ -152,21 +161,27 @@ class Engine(ABC):
 
     # What all do -----------------------------------------------------------------------------------------------------
 
-    def forward_backward(self, micro_batches: list[dict[str, Tensor]]) -> None:
+    def forward_backward(self, micro_batches: list[dict[str, Tensor]]) -> StepSums:
         """Forward and backward for one global batch.
 
         Args:
             micro_batches: this rank's share, as `data_pipeline.BatchLoader` hands out (CPU tensors).
+
+        Returns:
+            What `update` reports of the global batch.
         """
         self.model.train()
         batches = [self._to_device(batch) for batch in micro_batches]
         valid = torch.stack([(b["labels"] != IGNORE_INDEX).sum() for b in batches]).sum().float()
         valid = self.ranks.sum(valid).clamp(min=1)
+        sums: StepSums | None = None
         for index, batch in enumerate(batches):
             self._begin_micro_batch(index == len(batches) - 1)
             with self._stance():
                 terms = self._micro_batch(batch, valid, len(batches))
-            self._sums = terms if index == 0 else tuple(a + b for a, b in zip(self._sums, terms))
+            sums = terms if sums is None else StepSums(*(a + b for a, b in zip(sums, terms)))
+        assert sums is not None, "a global batch has at least one micro-batch"
+        return sums
 
     def _stance(self) -> AbstractContextManager:
         """Return a context in which nothing is compiled while routers record what `train.routing=replay` repeats.
@@ -180,7 +195,7 @@ class Engine(ABC):
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def _micro_batch(self, batch: dict[str, Tensor], valid: Tensor, micro_batches: int) -> tuple[Tensor, ...]:
+    def _micro_batch(self, batch: dict[str, Tensor], valid: Tensor, micro_batches: int) -> StepSums:
         """Backward of this micro-batch's share of the global loss; returns detached sums for the report."""
         settings, model = self.settings.loss, self.settings.model
         token_loss, stats = self.objective(self.module, batch)
@@ -193,16 +208,17 @@ class Engine(ABC):
         z = z_loss(stats, tokens) / micro_batches
         self._backward(loss + settings.aux_coef * aux + settings.z_coef * z)
         entropy_L = stats.entropy / (tokens * micro_batches)
-        return loss.detach(), aux.detach(), z.detach(), entropy_L.detach(), counts_LE
+        return StepSums(loss.detach(), aux.detach(), z.detach(), entropy_L.detach(), counts_LE)
 
-    def update(self, lr: float, stop: bool = False) -> StepResult:
+    def update(self, sums: StepSums, lr: float, stop: bool = False) -> StepResult:
         """Clip and apply the gradients of `forward_backward`.
 
         Args:
+            sums: What it returned.
             lr: learning rate of this step.
             stop: this rank was asked to stop; the result tells all ranks.
         """
-        loss, aux, z, entropy_L, counts_LE = self._sums
+        loss, aux, z, entropy_L, counts_LE = sums
         # One reduction carries everything that the ranks have to agree on or report.
         flag = torch.full_like(loss, float(stop))
         parts = [torch.stack([loss, aux, z, self._gradient_squares(), flag]), entropy_L]

@@ -4,7 +4,7 @@ DeepSpeed owns flat float32 master weights, the reduction of gradients, clipping
 that the same training as under FSDP2:
 
 - Gradients are averaged over ranks there and summed here, so the loss is multiplied by the number of ranks.
-- Experts that are spread over ranks are made known to it by attributes of their parameters and by `_SpreadExperts`.
+- Experts that are distributed over ranks are made known by attributes of their parameters and `_DistributedExperts`.
 - Initial weights and checkpoints go straight into the runs of elements that this rank holds (`flat_shard.py`).
 
 This reaches into DeepSpeed 0.19: other versions are refused.
@@ -277,7 +277,7 @@ def _hold_experts(model: GptOss, expert_parallel: int) -> None:
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
     from deepspeed.utils import groups
 
-    class _SpreadExperts(AutoEPMoELayer):
+    class _DistributedExperts(AutoEPMoELayer):
         """Without parameters or computation: the engine believes in spread experts only if it finds this class."""
 
         num_experts = expert_parallel  # which the engine only writes down
@@ -299,7 +299,7 @@ def _hold_experts(model: GptOss, expert_parallel: int) -> None:
             held.ds_zero_placement_family, held.ds_zero_partition_group_name = "autoep_expert", name
             held.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(name)
             setattr(experts, key, held)
-    model.spread_experts = _SpreadExperts()
+    model.distributed_experts = _DistributedExperts()
 
 
 def _materialize(model: GptOss, dtype: torch.dtype, device: torch.device, zero3: dict[str, Any] | None) -> None:

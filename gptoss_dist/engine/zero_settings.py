@@ -86,7 +86,7 @@ def zero_stage(engine: EngineConfig) -> int:
     if stage is None:
         key, stage = "engine.deepspeed: zero_optimization.stage", DEFAULT_STAGE if named == "auto" else named
     if type(stage) is not int or stage not in (1, 2, 3):
-        reason = " (0 shards nothing, and DeepSpeed clips spread experts wrongly with it)" if stage == 0 else ""
+        reason = " (0 shards nothing, and DeepSpeed clips distributed experts wrongly with it)" if stage == 0 else ""
         raise ValueError(f"{key}={stage!r} is not possible; choose 1, 2 or 3{reason}")
     return stage
 

@@ -159,16 +159,16 @@ def use_megablocks(model: GptOss, expert_parallel: DeviceMesh | None = None) -> 
         experts = layer.mlp.experts
         if isinstance(experts, Experts):
             if exchange is not None and expert_parallel is not None:
-                _spread(experts, expert_parallel)
+                _distribute(experts, expert_parallel)
             layer.mlp.experts = DroplessExperts(experts, model.config.num_experts_per_tok, exchange)
     return exchange
 
 
-def _spread(experts: Experts, mesh: DeviceMesh) -> None:
+def _distribute(experts: Experts, mesh: DeviceMesh) -> None:
     """Keep this process's block of experts only, as DTensors."""
     for name, parameter in experts.named_parameters(recurse=False):
         E = parameter.shape[0]
         if E % mesh.size():
-            raise ValueError(f"{E} experts cannot be spread evenly over {mesh.size()} processes")
+            raise ValueError(f"{E} experts cannot be distributed evenly over {mesh.size()} processes")
         block = parameter.detach().tensor_split(mesh.size())[mesh.get_local_rank()].clone()
         setattr(experts, name, nn.Parameter(DTensor.from_local(block, mesh, [Shard(0)], run_check=False)))

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gptoss_dist.planner.hardware import Peak
-
-if TYPE_CHECKING:
-    pass
 
 MFU_CONVENTION = "model FLOPs: 3 x forward matmuls, exact visible attention pairs, no recomputation"
 BACKWARD_OVER_FORWARD = 2

@@ -100,9 +100,9 @@ def train_steps(run: Run, step: int) -> None:
         lr = learning_rate(step, last, config.optim)
         with run.profiler(step + 1):
             with timer.phase("compute"):
-                engine.forward_backward(batches)
+                sums = engine.forward_backward(batches)
             with timer.phase("optimizer"):
-                result = engine.update(lr, run.stop.requested)
+                result = engine.update(sums, lr, run.stop.requested)
         step += 1
         run.report_failed_saves()
         stopping = run.read_back(unread)  # it waits for the device, as part of the step that is timed

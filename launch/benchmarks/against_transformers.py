@@ -230,8 +230,8 @@ def ours(arguments: argparse.Namespace):
     input_ids, labels = batch(arguments)
 
     def step() -> None:
-        engine.forward_backward([{"input_ids": input_ids, "labels": labels}])
-        result = engine.update(1e-4)
+        sums = engine.forward_backward([{"input_ids": input_ids, "labels": labels}])
+        result = engine.update(sums, 1e-4)
         assert not bool(result.skipped)
 
     return step, {}

@@ -95,8 +95,8 @@ def work(arguments: argparse.Namespace) -> int:
             if kind != "never":
                 savers[kind].save(step, engine.state(), {})
             for _ in range(arguments.every):
-                engine.forward_backward(batches)
-                engine.update(1e-3).wait()
+                sums = engine.forward_backward(batches)
+                engine.update(sums, 1e-3).wait()
                 step += 1
             if kind != "never":
                 savers[kind].close()

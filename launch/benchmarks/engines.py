@@ -154,8 +154,8 @@ def time_steps(engine, batches: list[dict], steps: int) -> dict:
         begin = time.perf_counter()
         # Counting takes time: it is done in the step that is not timed.
         with counter.counting(step == 0):
-            engine.forward_backward(batches)
-            result = engine.update(1e-3)
+            sums = engine.forward_backward(batches)
+            result = engine.update(sums, 1e-3)
         loss = float(result.wait().loss)
         torch.distributed.barrier()
         if step == 0:

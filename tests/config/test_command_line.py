@@ -55,7 +55,8 @@ def read(*argv: str) -> dict:
     return {name: value for name, value in values if value != getattr(default, name)}
 
 
-AWKWARD = ["null", "1", "true", "[x]", "{a: 1}", "a: b", ' x \n"é', "{a", "~", "", "😀", "\udcff", "\x7f", "a=b", "-"]
+AWKWARD = ["null", "1", "true", "[x]", "{a: 1}", "a: b", ' x \n"é', "{a", "~", "", "😀", "\udcff", "\x7f", "a=b", "-",
+           "# x", "&x", "*x", "!x", "-- all rows", "--all rows=1"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -84,11 +85,13 @@ def test_what_people_type(argv, expected):
 @pytest.mark.parametrize("text", AWKWARD)
 def test_texts_are_taken_as_they_are(text):
     words = [text] if text != "-" else ["-", "-"]
-    assert read(*words, "--output", text, "--filter", text, "--train", text, text) == {
+    optional = {} if text == "null" else {"from_file": text}  # the word for None, as in files
+    assert read(*words, "--output", text, "--filter", text, "--train", text, text, "--from", text) == {
         "sources": words,
         "output": text,
         "filter": [text],
         "train": [text, text],
+        **optional,
     }
 
 

@@ -49,8 +49,8 @@ def test_a_non_finite_step_leaves_no_trace(ranks, stage, variant):
         config.engine.deepspeed = {"zero_optimization": to_host if variant == "offloaded" else {}}
     engine = build(config, ranks)
     assert isinstance(engine, DeepSpeedEngine)
-    engine.forward_backward(micro_batches(0, 2))
-    assert float(engine.update(LR).skipped) == 0
+    sums = engine.forward_backward(micro_batches(0, 2))
+    assert float(engine.update(sums, LR).skipped) == 0
     good = values(engine)
 
     def unchanged() -> bool:
@@ -62,18 +62,18 @@ def test_a_non_finite_step_leaves_no_trace(ranks, stage, variant):
     kept = weight[3].item()
     weight[3] = torch.inf
     engine.load(state)
-    engine.forward_backward(micro_batches(1, 2))
-    assert float(engine.update(LR).skipped) == 1
+    sums = engine.forward_backward(micro_batches(1, 2))
+    assert float(engine.update(sums, LR).skipped) == 1
     weight[3] = kept
     engine.load(state)
     assert unchanged()
     # A loss that is not finite although the gradients are.
-    engine.forward_backward(micro_batches(1, 2))
-    engine._sums = (engine._sums[0] + torch.inf, *engine._sums[1:])
-    assert float(engine.update(LR).skipped) == 1
+    sums = engine.forward_backward(micro_batches(1, 2))
+    sums = sums._replace(loss=sums.loss + torch.inf)
+    assert float(engine.update(sums, LR).skipped) == 1
     assert unchanged()
-    engine.forward_backward(micro_batches(1, 2))
-    result = engine.update(LR)
+    sums = engine.forward_backward(micro_batches(1, 2))
+    result = engine.update(sums, LR)
     assert float(result.skipped) == 0 and torch.isfinite(result.grad_norm)
     assert not unchanged()
 
@@ -85,8 +85,8 @@ def test_state_has_the_names_and_shapes_of_the_other_engine(ranks, stage, tmp_pa
     config.train.precision, config.loss.selection_bias_rate = "bf16", 0.01
     engine = build(config, ranks)
     for step in range(2):
-        engine.forward_backward(micro_batches(step, 2))
-        engine.update(LR)
+        sums = engine.forward_backward(micro_batches(step, 2))
+        engine.update(sums, LR)
     expected = values(engine)
     save(tmp_path, 2, engine.state(), {})
     config.engine.kind = "fsdp"
@@ -102,8 +102,8 @@ def test_state_has_the_names_and_shapes_of_the_other_engine(ranks, stage, tmp_pa
     assert found["optim.step"] == 2 and found["model.model.layers.0.mlp.router.selection_bias"].any()
     losses = []
     for each in (engine, other):
-        each.forward_backward(micro_batches(2, 2))
-        losses.append(float(each.update(LR).loss))
+        sums = each.forward_backward(micro_batches(2, 2))
+        losses.append(float(each.update(sums, LR).loss))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # bf16 is rounded at other places
 
 

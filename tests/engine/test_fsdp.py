@@ -26,8 +26,8 @@ def ranks():
 def train(config: Config, ranks, steps: int = 3) -> tuple[list, dict[str, torch.Tensor]]:
     engine, rows = build(config, ranks), []
     for step in range(steps):
-        engine.forward_backward(micro_batches(step, 2))
-        result = engine.update(LR)
+        sums = engine.forward_backward(micro_batches(step, 2))
+        result = engine.update(sums, LR)
         rows.append([float(x) for x in (result.loss, result.aux, result.z, result.grad_norm)])
     return rows, {name: local(p.detach()).clone() for name, p in engine.model.named_parameters()}
 
@@ -131,8 +131,8 @@ def test_samples_compile_nothing_and_validation_little(ranks):
     torch._dynamo.utils.counters.clear()
     graphs = []
     for step in range(3):
-        engine.forward_backward(micro_batches(step, 2))
-        engine.update(LR)
+        sums = engine.forward_backward(micro_batches(step, 2))
+        engine.update(sums, LR)
         engine.evaluate(micro_batches(step, 2))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         write_samples(run, step, {})
@@ -155,26 +155,26 @@ def test_compiled_blocks_agree_in_bf16(ranks, bf16_products):
         config.train.precision, config.train.compile = "bf16", compiled
         engine = build(config, ranks)
         for _ in range(3):
-            engine.forward_backward(batch)
-            losses.append(float(engine.update(LR).loss))
+            sums = engine.forward_backward(batch)
+            losses.append(float(engine.update(sums, LR).loss))
     assert losses[3:] == pytest.approx(losses[:3], rel=5e-3)
 
 
 def test_a_non_finite_step_leaves_no_trace(ranks):
     engine = build(settings(), ranks)
-    engine.forward_backward(micro_batches(0, 2))
-    engine.update(LR)
+    sums = engine.forward_backward(micro_batches(0, 2))
+    engine.update(sums, LR)
     good = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
             for name, tensor in engine.state().items()}  # fmt: skip
     weight = local(engine.model.model.norm.weight.data)
     kept, weight[3] = weight[3].item(), torch.inf
-    engine.forward_backward(micro_batches(1, 2))
-    assert float(engine.update(LR).skipped) == 1
+    sums = engine.forward_backward(micro_batches(1, 2))
+    assert float(engine.update(sums, LR).skipped) == 1
     weight[3] = kept
     after = engine.state()
     assert all(torch.equal(local(after[name]), local(tensor)) for name, tensor in good.items())
-    engine.forward_backward(micro_batches(1, 2))
-    assert float(engine.update(LR).skipped) == 0
+    sums = engine.forward_backward(micro_batches(1, 2))
+    assert float(engine.update(sums, LR).skipped) == 0
 
 
 def test_selection_bias_follows_the_load(ranks):
@@ -183,8 +183,8 @@ def test_selection_bias_follows_the_load(ranks):
     engine = build(config, ranks)
     expected = torch.zeros(3, 4)
     for step in range(3):
-        engine.forward_backward(micro_batches(step, 2))
-        counts_LE = engine.update(LR).counts_LE
+        sums = engine.forward_backward(micro_batches(step, 2))
+        counts_LE = engine.update(sums, LR).counts_LE
         expected += 0.25 * torch.sign(counts_LE.mean(1, keepdim=True) - counts_LE)
         state = engine.state()
         for layer, bias_E in enumerate(expected):
@@ -196,8 +196,8 @@ def test_forced_routing_is_even_and_moves_no_bias(ranks):
     config = settings(router_selection_bias=True)
     config.loss.selection_bias_rate, config.train.routing = 0.25, "balanced"
     engine = build(config, ranks)
-    engine.forward_backward(micro_batches(0, 2))
-    counts_LE = engine.update(LR).counts_LE
+    sums = engine.forward_backward(micro_batches(0, 2))
+    counts_LE = engine.update(sums, LR).counts_LE
     assert (counts_LE == 4 * 40 * 2 / 4).all()
     assert not engine.state()["model.model.layers.0.mlp.router.selection_bias"].any()
 

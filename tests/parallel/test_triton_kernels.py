@@ -92,8 +92,8 @@ def test_a_whole_layer_equals_transformers():
         for name in ("gather", "scatter", "scatter_wgrad"):
             setattr(kernels, name, getattr(kernels, name).__wrapped__)  # Triton's, which CPU tensors would not get
 
-        T, D, E, K = 24, 80, 4, 2
-        sizes = dict(hidden_size=D, intermediate_size=32, num_local_experts=E, num_experts_per_tok=K)
+        T, D, K = 24, 80, 2
+        sizes = dict(hidden_size=D, intermediate_size=32, num_local_experts=4, num_experts_per_tok=K)
         config = GptOssConfig(**sizes)
         config._experts_implementation = "eager"
         for seed in range(3):

@@ -137,10 +137,10 @@ def train(case: Case, ranks: Ranks, folder: Path) -> None:
         engine.evaluate(batches[:1])  # leaves no trace in what follows
         sent = SentBytes()
         with sent.counting(not case.config().train.compile):
-            engine.forward_backward(batches)
+            sums = engine.forward_backward(batches)
         if step == 0 and sharded_by_torch:
             gradients = gathered({n: p.grad for n, p in engine.model.named_parameters() if p.requires_grad})
-        result = engine.update(LR)
+        result = engine.update(sums, LR)
         report["rows"].append([float(x) for x in (result.loss, result.aux, result.z, result.grad_norm)])
         report["traffic"].append(None if result.traffic_R3 is None else result.traffic_R3.tolist())
     report["sent"] = sent.by_name

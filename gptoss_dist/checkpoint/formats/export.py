@@ -41,20 +41,20 @@ def check_export(
             the options do not go together.
     """
     if search and not pack:
-        raise ValueError("--search chooses the scales of --mxfp4, which is not given")
+        raise ValueError("search chooses the scales that pack writes, and pack is not asked for")
     if format == "safetensors":
         if pack:
-            raise ValueError("--mxfp4 needs --format hf or openai; plain safetensors hold plain numbers")
+            raise ValueError("pack needs format hf or openai; plain safetensors hold plain numbers")
         return
     wrong = {"hf": huggingface, "openai": openai}[format].inexpressible(config)
     if wrong:
         raise ValueError(
-            f"--format {format} cannot express this model: {', '.join(wrong)}; --format safetensors writes the weights"
+            f"format {format} cannot express this model: {', '.join(wrong)}; format safetensors writes the weights"
         )
     sizes = {key: getattr(config, key) for key in ("hidden_size", "intermediate_size")}
     odd = [f"{key}={value}" for key, value in sizes.items() if value % GROUP]
     if pack and odd:
-        raise ValueError(f"--mxfp4 needs sizes in multiples of {GROUP}: {', '.join(odd)}")
+        raise ValueError(f"pack (MXFP4) needs sizes in multiples of {GROUP}: {', '.join(odd)}")
 
 
 def export(

@@ -228,9 +228,9 @@ def test_variants_are_refused_by_name(published, tmp_path):
 
 
 def test_flags_are_not_ignored(published, tmp_path):
-    with pytest.raises(ValueError, match="--search chooses the scales of --mxfp4"):
+    with pytest.raises(ValueError, match="search chooses the scales that pack writes"):
         export(open_pretrained(f"hf:{published[0]}"), tmp_path / "no", "hf", search=True)
-    with pytest.raises(ValueError, match="--mxfp4 needs --format hf or openai"):
+    with pytest.raises(ValueError, match="pack needs format hf or openai"):
         export(open_pretrained(f"hf:{published[0]}"), tmp_path / "no", "safetensors", pack=True)
 
 

@@ -1,6 +1,5 @@
 """Preparing: complete or absent, the same bytes for any number of workers, nothing in both splits."""
 
-import fcntl
 import functools
 import gzip
 import hashlib
@@ -21,46 +20,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_pipeline import IndexedReader, Manifest, TokenDataset, load_tokenizer, open_source
+from data_pipeline import Manifest, TokenDataset, load_tokenizer, open_source
 from data_pipeline.command_line import parse
 from data_pipeline.corpora.part import Part, TextSource
-from data_pipeline.prepare.__main__ import main
-from data_pipeline.prepare.dedupe import assemble_splits, find_duplicates
+from data_pipeline.prepare.dedupe import find_duplicates
 from data_pipeline.prepare.part import Preparation, PreparedPart, hashes_path, prepare_part, write_hashes
 from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.prepare.rules import Rules
 from data_pipeline.prepare.settings import PrepareConfig
 from data_pipeline.tools.verify import main as verify
-
-
-def run(*arguments, capsys=None):
-    code = main([str(argument) for argument in arguments])
-    return code if capsys is None else (code, *capsys.readouterr())
-
-
-def contents(directory):
-    """By name of file; not the times of change in verified.json."""
-    return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir()) if path.name != "verified.json"}
-
-
-def documents_of(directory, split):
-    tokenizer, texts = load_tokenizer(directory), []
-    for shard in Manifest.read(directory).splits[split]:
-        reader = IndexedReader(Path(directory) / shard.name)
-        for i in range(len(reader)):
-            assert reader[i][-1] == tokenizer.eot_id and (reader[i][:-1] != tokenizer.eot_id).all()
-            texts.append(tokenizer.decode(reader[i][:-1].astype("int64")))
-    return texts
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    """400 documents of which some are equal, empty, broken or long."""
-    texts = list(open_source("synthetic:documents=400").documents())
-    texts += [texts[3], texts[7], "", "lone \ud800 surrogate", "lone \ufffd surrogate", "<|endoftext|>", "long " * 5000]
-    path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+from tests.support.prepared import contents, documents_of, run
 
 
 def test_every_text_is_in_exactly_one_split_and_survives(tmp_path, corpus, capsys):
@@ -190,44 +159,6 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(tmp_path):
     assert run(folder, "--shard-tokens", 200_000, "--output", output) == 0
     assert not (tmp_path / "out.preparing").exists()  # what a kill after the end may have left is swept
     print(f"{kills} kills, continued {continued} times, {completed + 1} times complete")
-
-
-def test_a_second_request_is_recognised_or_refused(tmp_path, corpus, capsys):
-    output = tmp_path / "data"
-    base = (corpus, "--output", output, "--tokenizer", "bytes")
-    assert run(*base) == 0
-    before = contents(output)
-    capsys.readouterr()
-    code, out, _ = run(*base, capsys=capsys)
-    assert code == 0 and "already prepared" in out
-
-    for different, key in (
-        (("--tokenizer", "builtin"), "(another tokenizer)"),
-        (("--validation-fraction", "0.5"), "(validation_fraction 0.01, not 0.5)"),
-        (("--max-documents", "5"), "(max_documents None, not 5)"),
-    ):
-        code, _, err = run(*base, *different, capsys=capsys)
-        assert code == 1 and key in err and "--overwrite" in err and err.count("\n") == 1
-    code, _, err = run("synthetic", *base[1:], capsys=capsys)
-    assert code == 1 and "(other sources)" in err
-    assert contents(output) == before
-
-    assert run(*base, "--max-documents", 5, "--overwrite") == 0
-    assert Manifest.read(output).documents("train") + Manifest.read(output).documents("validation") == 5
-    shutil.copy(output / "train-00000.idx", tmp_path / "kept")
-    (output / "train-00000.bin").write_bytes(b"")
-    code, _, err = run(*base, "--max-documents", 5, capsys=capsys)
-    assert code == 1 and "damaged" in err and "train-00000.bin" in err
-    assert run(*base, "--max-documents", 5, "--overwrite") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "data", "kept"], "nothing left behind"
-
-
-def test_a_directory_of_something_else_is_never_replaced(tmp_path, capsys):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("x")
-    code, _, err = run("synthetic", "--output", tmp_path / "mine", "--overwrite", capsys=capsys)
-    assert code == 1 and "not a prepared dataset" in err
-    assert contents(tmp_path / "mine") == {"thesis.txt": b"x"}
 
 
 @pytest.mark.parametrize(
@@ -407,69 +338,6 @@ def test_the_fast_engine_writes_the_same_bytes(tmp_path, corpus):
         options = ("--output", tmp_path / engine, "--engine", engine, "--max-documents", 500)
         assert run(path, corpus, "pystdlib", *options) == 0
     assert contents(tmp_path / "tiktoken") == contents(tmp_path / "gigatoken")
-
-
-def test_unwritable_output_is_one_line(tmp_path, capsys):
-    (tmp_path / "file").write_text("x")
-    code, _, err = run("synthetic", "--output", tmp_path / "file/data", capsys=capsys)
-    assert code == 1 and str(tmp_path / "file") in err and err.count("\n") == 1
-    if os.geteuid() != 0:  # root may write anywhere
-        (tmp_path / "closed").mkdir(mode=0o500)
-        code, _, err = run("synthetic", "--output", tmp_path / "closed/data", capsys=capsys)
-        assert code == 1 and "Permission denied" in err
-
-
-def test_only_one_process_prepares_a_dataset(tmp_path, capsys):
-    (tmp_path / "data.preparing").mkdir()
-    descriptor = os.open(tmp_path / "data.preparing", os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    (tmp_path / "data.preparing/begun").touch()
-    code, _, err = run("synthetic:documents=20", "--output", tmp_path / "data", capsys=capsys)
-    assert (tmp_path / "data.preparing/begun").exists(), "the other's work is left alone"
-    assert code == 1 and "another process is preparing this dataset" in err and err.count("\n") == 1
-    os.close(descriptor)
-    code, _, err = run("synthetic:documents=20", "--output", tmp_path / "data", capsys=capsys)
-    assert code == 1 and "data.preparing: is needed for unfinished work, but holds something else" in err
-    (tmp_path / "data.preparing/begun").unlink()
-    assert run("synthetic:documents=20", "--output", tmp_path / "data") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
-
-
-def test_replacing_loses_nothing_at_any_moment(tmp_path, capsys, monkeypatch):
-    """A kill between the two renames, and what other people put in the way."""
-    old, new, output = "synthetic:documents=20", "synthetic:documents=30", tmp_path / "data"
-    assert run(old, "--output", output) == 0
-    before = contents(output)
-    (tmp_path / "data.replaced-2023").mkdir()
-    (tmp_path / "data.tmp-mine").mkdir()
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("data_pipeline.prepare.workdir.publish", killed)
-    assert run(new, "--output", output, "--overwrite") == 130 and not output.exists()
-    monkeypatch.undo()
-    # Whatever is asked for next, the old dataset is back, and the new one's parts are kept.
-    code, _, err = run("synthetic:documents=0", "--output", output, "--overwrite", capsys=capsys)
-    assert code == 1 and "no training text" in err and contents(output) == before
-    code, out, _ = run(new, "--output", output, "--overwrite", capsys=capsys)
-    assert code == 0 and "continuing: 1 of 1 parts" in out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data.replaced-2023", "data.tmp-mine"]
-
-    # Damage that sizes do not show is repaired when it is asked for.
-    whole = contents(output)
-    (output / "train-00000.bin").write_bytes(bytes(len(whole["train-00000.bin"])))
-    assert run(new, "--output", output, "--overwrite") == 0 and contents(output) == whole
-
-    # Something that appears meanwhile is not replaced.
-    def appear(*arguments):
-        (tmp_path / "late").mkdir()
-        (tmp_path / "late/notes.txt").write_text("x")
-        return assemble_splits(*arguments)
-
-    monkeypatch.setattr("data_pipeline.prepare.pipeline.assemble_splits", appear)
-    code, _, err = run(old, "--output", tmp_path / "late", "--overwrite", capsys=capsys)
-    assert code == 1 and "not a prepared dataset" in err and contents(tmp_path / "late") == {"notes.txt": b"x"}
 
 
 def test_inputs_and_filters_that_change_are_noticed(tmp_path, capsys, monkeypatch):
