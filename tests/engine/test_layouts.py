@@ -65,7 +65,7 @@ ROUNDED = [
     Case("2x2 bf16", 2, ep=2, options={"train.precision": "bf16"}),
     Case("2x2 bf16 recomputed", 2, ep=2, options={"train.precision": "bf16"} | RECOMPUTE),
 ]
-# Blocks are compiled one by one, and alike: one has all that compilation could get wrong.
+# One block is enough: each is compiled by itself. Two in one model: `test_compiled_blocks...` of `test_fsdp.py`.
 COMPILED = [
     Case("2x2 compiled", 2, ep=2, options={"train.compile": True}, model={"num_hidden_layers": 1}),
     Case("2x2 compiled, recomputed, keeping all-to-alls", 2, ep=2, options={"train.compile": True} | KEEP,
