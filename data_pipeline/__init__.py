@@ -1,4 +1,4 @@
-"""Text to tokens to memory-mapped shards to batches. Knows nothing about models.
+"""Text to tokens to memory-mapped shards to batches. This package knows nothing about models.
 
 Names load on first use: preparing data then needs neither torch nor its import time, and `python -m
 data_pipeline.prepare` runs one copy of its module.

@@ -43,7 +43,7 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def write_file_atomically(path: Path, data: bytes) -> None:
-    """Write a file durably: after a crash at any moment it is either as before or complete."""
+    """Write a file durably; after a crash at any moment it is either as before or complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -69,7 +69,7 @@ def finish(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, which then replaces `path` at once. It is not flushed to the disk."""
+    """Give a temporary path to write to, which then replaces `path` at once; it is not flushed to the disk."""
     temporary = path.with_suffix(".tmp")
     yield temporary
     os.replace(temporary, path)
@@ -79,7 +79,7 @@ def link(source: Path, target: Path) -> None:
     """Give a file a second name.
 
     Raises:
-        OSError: the file system has no hard links, or the two are on different ones.
+        OSError: The file system has no hard links, or the two are on different ones.
     """
     os.link(source, target)
 
@@ -102,7 +102,7 @@ def move(source: Path, target: Path) -> None:
 def staging_directory(output: Path) -> Iterator[Path]:
     """Make the folder `.OUTPUT.tmp-*`, which is removed at the end unless `publish` has renamed it.
 
-    It is locked while in use, so that what killed runs left behind can be told and is removed.
+    It is locked while in use, so that what killed runs left behind can be recognised and is removed.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     for leftover in output.parent.glob(f".{glob.escape(output.name)}.tmp-*"):
@@ -121,7 +121,7 @@ def new_output(output: str | Path) -> Path:
     """Return `output` as an absolute path.
 
     Raises:
-        ValueError: something is there already.
+        ValueError: Something is there already.
     """
     output = Path(output).absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -143,13 +143,13 @@ def locked(path: Path, wait_s: float = 0.0, *, optional: bool = False) -> Iterat
     """Hold a folder or file against other processes that lock it too.
 
     Args:
-        path: a folder or file that exists.
-        wait_s: seconds to wait for another process.
-        optional: go on without a lock on a file system that has none.
+        path: A folder or file that exists.
+        wait_s: Seconds to wait for another process.
+        optional: On a file system without locks, go on without one.
 
     Raises:
-        BlockingIOError: another process still holds it.
-        OSError: there is no such folder or file, or the file system has no locks.
+        BlockingIOError: Another process still holds it.
+        OSError: There is no such folder or file, or the file system has no locks.
     """
     # NFS locks only a file that is open for writing; a folder cannot be.
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -175,6 +175,6 @@ def locked(path: Path, wait_s: float = 0.0, *, optional: bool = False) -> Iterat
 
 
 def forget_locks() -> None:
-    """Close the locks in a forked process: they are its parent's, and end with that one."""
+    """Close the locks in a forked process; they belong to its parent, and end with that process."""
     while _held:
         os.close(_held.pop())

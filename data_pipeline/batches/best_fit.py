@@ -1,16 +1,16 @@
-"""Best-fit-decreasing bin packing of pieces of documents into rows of one length.
+"""Best-fit-decreasing bin packing of spans into rows of one length; a span is a run of tokens of one document.
 
-Each piece, from the longest to the shortest, goes into the fullest row that has room for it. For example, five pieces
-of lengths 3, 6, 4, 2 and 5 into rows of 10:
+Each span, from the longest to the shortest, goes into the fullest row that has room for it. For example, five spans of
+lengths 3, 6, 4, 2 and 5 go into rows of 10:
 
-    piece   length   goes into                                  rows, as filled
+    span    length   goes into                                  rows, as filled
     1       6        a new row                                  [6]
     4       5        a new row: 4 are left in the first         [6] [5]
     2       4        the first, which it fills                  [6 4] [5]
     0       3        the second                                 [6 4] [5 3]
     3       2        the second, which it fills                 [6 4] [5 3 2]
 
-"Fewer Truncations Improve Language Modeling", arXiv:2404.10830.
+The method is that of "Fewer Truncations Improve Language Modeling", arXiv:2404.10830.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from data_pipeline.batches.reading import bounds, ranges, slices
 
 _SORTED_AT_ONCE = 1 << 20
-"""Pieces of a part that is sorted by itself."""
+"""Spans of a part that is sorted by itself."""
 
 
 _COPIED_AT_ONCE = 10_000
@@ -32,40 +32,45 @@ _COPIED_AT_ONCE = 10_000
 
 
 class _Content(NamedTuple):
-    """What each row of a group holds: `each` pieces of `length`, and what was put in before them.
+    """What each row of a group holds: some spans of one length, and what was put in before them.
 
-    That is the content at the place `before`, or nothing: -1. Row i has the pieces at the places
-    placed + (i - first) * each and on, in the order of all pieces.
+    Row i has the `each` spans from the place placed + (i - first) * each on, in the order of all spans.
     """
 
     length: int
+    """Length of these spans."""
     each: int
+    """Number of these spans in a row."""
     first: int
+    """The first row of the group."""
     placed: int
+    """Number of spans that were placed before the first of these."""
     before: int
+    """Place of the content that was put in before, or -1 where there was nothing."""
 
 
 class _Group(NamedTuple):
-    """Rows [first, stop), which hold pieces of the same lengths: the content at the place `content`, or nothing: -1."""
+    """Rows [first, stop), which hold spans of the same lengths."""
 
     first: int
     stop: int
     content: int
+    """Place of the content of these rows, or -1 where they hold nothing."""
 
 
 class BestFit:
-    """The plan of a packing: which pieces each row holds.
+    """The plan of a packing: which spans each row holds.
 
-    Pieces of one length are placed together: the fullest row with room r for length n takes r // n of them before
+    Spans of one length are placed together: the fullest row with room r for length n takes r // n of them before
     another one is the fullest. Rows that hold the same lengths are kept as one group, so that work and memory, but for
-    sorting, grow with the groups (thousands to some hundred thousand, by capacity) and not with the pieces. Memory: 4
-    bytes per piece and about a hundred per group, a few hundred while the plan is made.
+    sorting, grow with the groups (thousands to some hundred thousand, by capacity) and not with the spans. The plan
+    takes 4 bytes of memory per span and about a hundred per group, a few hundred while it is made.
 
     `len` is the number of rows.
 
     Args:
-        lengths: of the pieces, int [P], each in [1, capacity].
-        capacity: room of a row.
+        lengths: Lengths of the spans, int [P], each in [1, capacity].
+        capacity: Room of a row.
     """
 
     def __init__(self, lengths: np.ndarray, capacity: int):
@@ -91,11 +96,11 @@ class BestFit:
         """Return what rows hold.
 
         Args:
-            rows: int64 [N], each in [0, len).
+            rows: Numbers of rows, int64 [N], each in [0, len).
 
         Returns:
-            Indices [P] of the pieces, row by row, those of a row from the longest to the shortest; lengths [P] of the
-            pieces; and how many each row has, [N].
+            Indices [P] of the spans, row by row, those of a row from the longest to the shortest; lengths [P] of the
+            spans; and how many each row has, [N].
         """
         assert rows.size == 0 or (rows.min() >= 0 and rows.max() < self._rows)
         found: list[tuple[np.ndarray, ...]] = []
@@ -125,7 +130,7 @@ class BestFit:
             self._fill(_Group(first, self._rows, -1), capacity, length, count)
 
     def _fill(self, group: _Group, room: int, length: int, count: int) -> int:
-        """Put up to `count` pieces into the rows of a group, each as full as it gets; returns how many."""
+        """Put up to `count` spans into the rows of a group, each as full as it gets, and return how many."""
         first, stop, content = group
         each = room // length
         count = min(count, each * (stop - first))
@@ -145,11 +150,13 @@ class BestFit:
 
 
 def _longest_first(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return indices [P] of all pieces from the longest to the shortest, those of one length in their order.
+    """Sort all spans from the longest to the shortest, those of one length in their order.
 
-    And how many there are of length capacity - n, for each n in [0, capacity).
+    Spans are sorted by counting, a part at a time: memory that was never used costs more time than the arithmetic.
 
-    By counting, a part at a time: memory that was never used costs more time than the arithmetic in it.
+    Returns:
+        The indices [P] of all spans in that order, and how many there are of length capacity - n, for each n in
+        [0, capacity).
     """
     # The room that is left and the place within a part in one number: numpy sorts numbers faster than it orders them.
     key_type: Any = np.uint32 if capacity <= 2**32 // _SORTED_AT_ONCE else np.uint64

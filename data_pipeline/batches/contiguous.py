@@ -1,4 +1,4 @@
-"""Contiguous packing: tokens as samples, whatever documents they cross.
+"""Contiguous packing: samples are runs of tokens, whatever documents they cross.
 
 Shapes: N samples, T = seq_len.
 """
@@ -13,9 +13,7 @@ class TokenDataset(TokenSplit):
     """Contiguous packing: sample i is tokens [i*T, i*T + T] of the split.
 
     Each token is predicted once per epoch, bar an incomplete sample at the end, and documents begin and end anywhere in
-    a sample.
-
-    Attributes and errors as in `TokenSplit`.
+    a sample. Attributes and errors are those of `TokenSplit`.
     """
 
     packing = "contiguous"

@@ -4,7 +4,7 @@ A document of L tokens, its end-of-text token last, has L - 1 inputs, each with 
 is predicted across documents, and attention stays within `document_ids`. Positions need no reset: rotary embeddings
 make attention depend on distances only, so a document's outputs are those that it has alone, up to rounding.
 
-Shapes: N samples, T = seq_len, P pieces (documents, or parts of those longer than T).
+Shapes: N samples, T = seq_len, P spans (documents, parts of those longer than T, and padding).
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from data_pipeline.batches.token_split import TokenSplit
 
 
 class BestFitDataset(TokenSplit):
-    """Sample i is a row of T inputs that holds whole documents, chosen so that few are cut and little is padding.
+    """Best-fit packing: sample i is a row of T inputs that holds whole documents, few of them cut, and little padding.
 
-    Only documents with more than T inputs are cut: into pieces of T, which are the first rows, and a rest. Each token
-    but a document's first is predicted exactly once per epoch. The plan is the same wherever it is made. Memory: 12
-    bytes per document, 8 per row that is a piece of T, and about a hundred per group of alike rows; while it is made
-    about 30, 16 and a few hundred. Attributes and errors as in `TokenSplit`, and:
+    Only documents with more than T inputs are cut: into spans of T, which are the first rows, and a rest. Each token
+    but a document's first is predicted exactly once per epoch. The plan is the same wherever it is made. It takes 12
+    bytes of memory per document, 8 per row that is one span of T, and about a hundred per group of alike rows; while it
+    is made, these are about 30, 16 and a few hundred. Other attributes and errors are those of `TokenSplit`.
 
-        padding_share: of the inputs of an epoch. cut_share: of the documents, how many are cut.
+    Attributes:
+        padding_share: The share of an epoch's inputs that is padding.
+        cut_share: The share of the documents that is cut.
     """
 
     packing = "best_fit"
@@ -51,7 +53,7 @@ class BestFitDataset(TokenSplit):
         return samples
 
     def spans(self, indices: np.ndarray) -> Spans:
-        """Return the pieces of each row, from the longest to the shortest, and its padding."""
+        """Return the spans of each row, from the longest to the shortest, and last its padding."""
         T, full = self.seq_len, len(self._full_rows)
         (cut,), (packed,) = (indices < full).nonzero(), (indices >= full).nonzero()
         documents, lengths, counts = self._plan.rows(indices[packed] - full)
@@ -70,9 +72,12 @@ class BestFitDataset(TokenSplit):
 class DocumentDataset(TokenSplit):
     """Padding-free variable length, for fine-tuning: sample i is document i, cut after T inputs.
 
-    A micro-batch is one row [1, N] of its documents one after the other, numbered by `document_ids`: no padding,
-    however different their lengths. Documents of one token have nothing to predict and are left out. Takes 12 bytes of
-    memory per document. Attributes and errors as in `TokenSplit`, and `cut_share`: of the documents, how many are cut.
+    A micro-batch is one row [1, N] of its documents one after the other, numbered by `document_ids`; there is no
+    padding, however different their lengths. Documents of one token have nothing to predict and are left out. The
+    dataset takes 12 bytes of memory per document. Other attributes and errors are those of `TokenSplit`.
+
+    Attributes:
+        cut_share: The share of the documents that is cut.
     """
 
     packing = "varlen"
@@ -93,14 +98,23 @@ PACKINGS: dict[str, type[TokenSplit]] = {kind.packing: kind for kind in (TokenDa
 
 
 def open_dataset(path: str | Path, *, packing: str = "contiguous", **options) -> TokenSplit:
-    """Return a split as samples of the kind that `packing` names; options and errors as of `TokenSplit`."""
+    """Open a split as samples of the kind that `packing` names.
+
+    Args:
+        path: The directory of the dataset.
+        packing: A name in `PACKINGS`.
+        **options: Further arguments of `TokenSplit`.
+
+    Raises:
+        ValueError: There is no such packing, or what `TokenSplit` raises.
+    """
     if packing not in PACKINGS:
         raise ValueError(f"packing {packing!r} is unknown; choose one of {', '.join(PACKINGS)}")
     return PACKINGS[packing](path, **options)
 
 
 def _documents(shards: list) -> tuple[np.ndarray, np.ndarray]:
-    """Return start in the split's sequence of tokens, int64, and number of inputs, of every document that has any."""
+    """Return where every document that has inputs starts in the split's tokens, int64, and how many inputs it has."""
     lengths = np.concatenate([np.empty(0, np.int32), *(shard.lengths for shard in shards)])
     starts = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=starts[1:])

@@ -18,15 +18,15 @@ from data_pipeline.batches.reading import IGNORED_LABEL, ReadPlan, Samples
 
 MicroBatch = dict[str, torch.Tensor]
 _PLANNED_AT_ONCE = 1 << 23, 1 << 14
-"""At most so many places for tokens, and pieces of documents in them, or what a step has, are looked up in one go, of
-this rank. numpy's cost per call is then small beside the reading, and the caller of `next` waits 50 ms at the most.
-"""
+"""The most places for tokens, and the most spans in them, that a rank looks up in one go, unless one step has more.
+
+numpy's cost per call is then small beside the reading, and the caller of `next` waits 50 ms at the most."""
 
 
 class BatchLoader:
     """Iterator over optimizer steps: each `next` gives this rank's `accumulation` micro-batches.
 
-    Endless, unless the dataset is a mixture whose sources are all used up.
+    It is endless, unless the dataset is a mixture whose sources are all used up.
 
     A micro-batch is a dict of int64 CPU tensors `input_ids`, `labels` and, with `document_mask` or where the packing
     needs it, `document_ids`; see `micro_batch` of the dataset. Memory is pinned when CUDA is available.
@@ -35,8 +35,20 @@ class BatchLoader:
     (see `order.step_positions`). `samples_consumed` is the only state: the position after the last step that was
     handed out, whatever was read ahead.
 
-    workers: threads that read ahead, up to `prefetch` steps (either 0: read when asked). The order does not depend on
-        them. Their errors are raised by `next`. `close` ends them.
+    Args:
+        dataset: What is read.
+        micro_batch_size: Samples of a micro-batch, B.
+        accumulation: Micro-batches of a step on each rank, A.
+        rank: This rank.
+        world_size: Number of ranks, W.
+        samples_consumed: The position to begin at.
+        document_mask: Give `document_ids` also where the packing does not need them.
+        prefetch: Steps to read ahead; 0 reads when asked.
+        workers: Threads that read ahead; 0 reads when asked. The order does not depend on them. Their errors are raised
+            by `next`, and `close` ends them.
+
+    Raises:
+        ValueError: An argument is out of its range.
     """
 
     def __init__(
@@ -79,7 +91,7 @@ class BatchLoader:
 
     @property
     def samples_consumed(self) -> int:
-        """Positions of the data order that all steps so far have read: the only state."""
+        """The number of positions of the data order that all steps so far have read; the only state."""
         return self._samples_consumed
 
     def __iter__(self) -> BatchLoader:
@@ -101,10 +113,7 @@ class BatchLoader:
         return step
 
     def close(self) -> None:
-        """End the threads; the loader gives no more steps.
-
-        May be called twice.
-        """
+        """End the threads; the loader gives no more steps. It may be called twice."""
         self._closed = True
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
@@ -137,7 +146,7 @@ class BatchLoader:
         return end is None or start + self.samples_per_step <= end
 
     def _next_read_plans(self) -> Sequence[ReadPlan]:
-        """Return what the next step's micro-batches hold, A of them."""
+        """Return the read plans of the next step's A micro-batches."""
         if not self._planned:
             steps, end = self._steps_at_once, self._dataset.positions_total
             if end is not None:
@@ -168,9 +177,19 @@ def validation_batches(
 ) -> Iterator[MicroBatch]:
     """Yield micro-batches over a split, each sample on exactly one rank, once.
 
-    `max_samples` samples (all when None) are taken, evenly over the split and always the same ones. Every rank gets the
-    same number of micro-batches, all of B samples, so that collectives stay in step; samples beyond the last have
-    labels -100 throughout.
+    Every rank gets the same number of micro-batches, all of B samples, so that collectives stay in step; samples beyond
+    the last have labels -100 throughout.
+
+    Args:
+        dataset: What is read.
+        micro_batch_size: Samples of a micro-batch, B.
+        rank: This rank.
+        world_size: Number of ranks.
+        max_samples: How many samples are taken, evenly over the split and always the same ones; None takes all.
+        document_mask: Give `document_ids` also where the packing does not need them.
+
+    Raises:
+        ValueError: An argument is out of its range.
     """
     _check_layout(micro_batch_size, 1, rank, world_size)
     if max_samples is not None and max_samples < 1:

@@ -20,48 +20,54 @@ from data_pipeline.batches.token_split import TokenSplit
 
 @dataclass(frozen=True)
 class WeightedDataset:
-    """A dataset and how much of it is wanted.
-
-    weight: its share of the tokens, relative to the others'; None: its own number of tokens. max_epochs: passes over it
-    after which it is left out, its weight falling to the others in proportion; None: no limit.
-    """
+    """A dataset and how much of it is wanted."""
 
     name: str
     dataset: TokenSplit
     weight: float | None = None
+    """The dataset's share of the tokens, relative to the others'; None is its own number of tokens."""
     max_epochs: float | None = None
+    """Passes over the dataset after which it is left out, and its weight falls to the others in proportion; None is no
+    limit."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What was read of one source before a position. share: its part of all tokens since the mixture started."""
+    """What was read of one source before a position."""
 
     name: str
     samples: int
     tokens: int
     epochs: float
     share: float
+    """The source's part of all tokens since the mixture started."""
 
 
 class MixtureDataset(Samples):
-    """Reads like a `TokenSplit` and has its attributes, by positions from `start` on.
+    """Several datasets that are read like one `TokenSplit`, by positions from `start` on.
 
-    A sample's index is its index in its source plus the samples of the sources before it.
-
-    Attributes, beside those of a `TokenSplit`, but `plan_version`: sources; order_version, raised with every change of
-    the code that draws otherwise from the same sources; changes, [(position, what happens there)] for people;
-    positions_total, the end of the data if every source has a limit, else None; samples_per_epoch: of all sources.
+    A sample's index is its index in its source plus the samples of the sources before it. The attributes are those of a
+    `TokenSplit` without `plan_version`, and the following.
 
     Args:
-        stages: with growing positions.
-        start: position at which this mixture takes over from another one.
-        consumed: samples read of each source before that, by the content_sha256 of its dataset: an epoch that another
+        sources: The datasets, with their weights.
+        stages: Changes of the weights, with growing positions.
+        start: Position at which this mixture takes over from another one.
+        consumed: Samples read of each source before that, by the content_sha256 of its dataset: an epoch that another
             mixture began is finished without repeating anything.
 
-    Raises ValueError, naming the source, for sources that do not fit each other and for impossible weights.
+    Attributes:
+        sources: The datasets, with their weights.
+        changes: Positions where the weights change, and what happens there in words.
+        positions_total: The position where the data end if every source has a limit, else None.
+        samples_per_epoch: The samples of all sources together.
+
+    Raises:
+        ValueError: Sources do not fit each other, or weights are impossible. The message names the source.
     """
 
     order_version = 1
+    """Raised with every change of the code that draws otherwise from the same sources."""
 
     def __init__(
         self,
@@ -112,7 +118,7 @@ class MixtureDataset(Samples):
         return self._datasets[0].tokenizer
 
     def order(self, positions: np.ndarray) -> np.ndarray:
-        """Return index of the sample at each position, int64, in [0, samples_per_epoch)."""
+        """Return the index of the sample at each position, int64, in [0, samples_per_epoch)."""
         source, count = self.locate(positions)
         indices = np.empty_like(count)
         for s in np.unique(source):
@@ -121,7 +127,7 @@ class MixtureDataset(Samples):
         return indices
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return which source a position draws from, and how many samples were drawn of it before; int64, any shape."""
+        """Return each position's source, and how many samples were drawn of it before; see `MixturePlan.locate`."""
         return self.plan.locate(positions)
 
     def spans(self, indices: np.ndarray) -> Spans:
@@ -153,7 +159,7 @@ class MixtureDataset(Samples):
     def usage(self, position: int) -> list[Usage]:
         """Return what was read of each source before a position.
 
-        Tokens are exact for contiguous packing, else the source's mean per sample times its samples.
+        Tokens are exact for contiguous packing; otherwise they are the source's mean per sample times its samples.
         """
         counts_S, per_S = self.counts(position), self._tokens_per_sample()
         tokens_S = (counts_S - self._consumed_S()) * per_S
@@ -164,12 +170,12 @@ class MixtureDataset(Samples):
         ]
 
     def consumed_at(self, position: int) -> dict[str, int]:
-        """Return what another mixture that takes over at a position needs: `consumed`."""
+        """Return the argument `consumed` of another mixture that takes over at a position."""
         now = zip(self._datasets, self.counts(position).tolist())
         return self.consumed | {dataset.content_sha256: count for dataset, count in now}
 
     def shares(self, position: int) -> str:
-        """Say for people what the weights at a position are."""
+        """Return the shares of tokens at a position, in words."""
         return self.plan.shares(position)
 
     def state(self) -> dict:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """Return what differs between two mixtures by their `state`, in words.
+    """Return what differs between two mixtures, in words; names and places of the data do not count.
 
-    Names and places of the data do not count.
+    Args:
+        before: The `MixtureDataset.state` of the checkpoint.
+        now: That of the mixture to go on with.
     """
     old, new = ({s["content_sha256"]: s for s in state["sources"]} for state in (before, now))
     found = []

@@ -1,17 +1,23 @@
 """Which source each position of a mixture draws from: a function of the position, not a state.
 
-Weights are quantised to a block of 65,536 positions, in which each source's samples are spread evenly, and blocks
+Weights are quantised to a block of 65,536 positions, in which the sources are interleaved evenly, and blocks
 repeat. How often a source was drawn before any position is then arithmetic, and that count is the position in the
 source's own shuffled order. What changes the weights (a stage of a curriculum, a source that is used up) starts a new
 segment of positions, which carries the counts on.
 
 For example, with blocks of 5 positions instead of 65,536, and sources a and b of weights 3 and 2:
 
-    position        0  1  2  3  4 | 5  6  7  8  9 | ...
-    source          a  b  a  b  a | a  b  a  b  a         the r-th of n samples of a source is due at (r + 1/2) / n
-    drawn before    0  0  1  1  2 | 3  2  4  3  5         of that source: its position in the source's own order
+    position        0  1  2  3  4 | 5  6  7  8  9
+    source          a  b  a  b  a | a  b  a  b  a
+    drawn before    0  0  1  1  2 | 3  2  4  3  5
 
-From position 7 on only b has a weight: a second segment begins there, and goes on with b's count, 3.
+Within a block the r-th of a source's n samples is due at (r + 1/2) / n. "Drawn before" counts samples of the same
+source: it is the position in that source's own order. If a stage gives all the weight to b from position 7 on, a second
+segment begins there, and goes on with b's count:
+
+    position        0  1  2  3  4 | 5  6 | 7  8  9
+    source          a  b  a  b  a | a  b | b  b  b
+    drawn before    0  0  1  1  2 | 3  2 | 3  4  5
 
 Shapes: S sources, L = 65,536 positions of a block; any shape of positions.
 """
@@ -29,35 +35,41 @@ BLOCK = 2**16
 
 @dataclass(frozen=True)
 class Stage:
-    """From `position` on, `weights` by source name replace those before; sources left out are not read."""
+    """A change of the weights."""
 
     position: int
+    """The first position that has these weights."""
     weights: Mapping[str, float]
+    """Weights by source name, in any unit, in the place of those before; sources left out are not read."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Positions from `start` on that have the same weights.
-
-    base_S: samples drawn of each source before. source_L, rank_L: for each place in a block its source, and how many of
-    that source come earlier in the block. counts_S: samples of each source in a block.
-    """
+    """Positions from `start` on that have the same weights."""
 
     start: int
     base_S: np.ndarray
+    """Samples drawn of each source before `start`, int64."""
     source_L: np.ndarray
+    """The source of each place in a block, int64."""
     rank_L: np.ndarray
+    """How many samples of that source come earlier in the block, int64."""
     counts_S: np.ndarray
+    """Samples of each source in a block, int64."""
 
     def before(self, position: int) -> np.ndarray:
-        """Return samples drawn of each source before a position of this segment, int64 [S]."""
+        """Return the samples drawn of each source before a position of this segment, int64 [S]."""
         blocks, rest = divmod(position - self.start, BLOCK)
         within_S = np.bincount(self.source_L[:rest], minlength=len(self.base_S))
         return self.base_S + blocks * self.counts_S + within_S
 
 
 def quantise(shares_S: np.ndarray) -> np.ndarray:
-    """Return samples of each source in a block, int64, at least 1 where the share is not 0; by largest remainder."""
+    """Return the samples of each source in a block, int64 [S], by largest remainder.
+
+    Args:
+        shares_S: Shares of samples, which sum to 1. A source whose share is not 0 gets at least one sample.
+    """
     ideal_S = shares_S * BLOCK
     counts_S = np.maximum(np.floor(ideal_S), shares_S > 0).astype(np.int64)
     missing = BLOCK - int(counts_S.sum())
@@ -69,10 +81,13 @@ def quantise(shares_S: np.ndarray) -> np.ndarray:
 
 
 def interleave(counts_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Source of each place of a block, and how many of that source come before it; int64 [L].
+    """Return the source of each place of a block, and how many of that source come before it, int64 [L] each.
 
-    The r-th sample of a source is due at (r + 1/2) / count of the block: any prefix then has each source's share to
-    within 1/2 + S/2 times the share, and in practice one sample.
+    The r-th sample of a source is due at (r + 1/2) / count of the block. Any prefix then has each source's share to
+    within 1/2 + S/2 times the share, and in practice to within one sample.
+
+    Args:
+        counts_S: Samples of each source in the block, int64.
     """
     source = np.repeat(np.arange(len(counts_S)), counts_S)
     rank = np.concatenate([np.arange(n) for n in counts_S])
@@ -87,13 +102,14 @@ class PlannedSource:
     name: str
     content_sha256: str
     tokens_per_sample: float
-    """The mean over an epoch, without padding."""
+    """The mean number of tokens of a sample over an epoch, without padding."""
     samples_per_epoch: int
     max_epochs: float | None
+    """Passes over the source after which it is used up; None is no limit."""
 
     @property
     def limit(self) -> int | None:
-        """Samples that may be drawn of it in all; None is no limit."""
+        """The samples that may be drawn of the source in all; None is no limit."""
         return None if self.max_epochs is None else int(self.max_epochs * self.samples_per_epoch)
 
 
@@ -101,10 +117,12 @@ class MixturePlan:
     """The segments of a mixture's positions, from `start` on.
 
     Attributes:
-        weights: the share of tokens of each source that the plan begins with, by name; they sum to 1.
-        segments: [Segment], with growing starts.
-        changes: [(position, what happens there)], for people.
-        positions_total: where the data end if every source has a limit, else None.
+        sources: The sources, in the order of S.
+        start: The first position.
+        weights: The share of tokens of each source that the plan begins with, by name; they sum to 1.
+        segments: The segments, with growing starts.
+        changes: Positions where the weights change, and what happens there in words.
+        positions_total: The position where the data end if every source has a limit, else None.
     """
 
     def __init__(
@@ -119,13 +137,14 @@ class MixturePlan:
         """Plan a mixture.
 
         Args:
-            weights: of the sources by name, in any unit.
-            stages: changes of the weights, with growing positions.
-            start: the first position.
-            consumed_S: samples drawn of each source before, int64 [S].
+            sources: The sources.
+            weights: Weights of the sources by name, in any unit.
+            stages: Changes of the weights, with growing positions.
+            start: The first position.
+            consumed_S: Samples drawn of each source before `start`, int64 [S].
 
         Raises:
-            ValueError: the weights are impossible, or a stage does not come after the one before it.
+            ValueError: The weights are impossible, or a stage does not come after the one before it.
         """
         self.sources, self.start = list(sources), start
         self.positions_total: int | None = None
@@ -138,13 +157,13 @@ class MixturePlan:
         """Return which source a position draws from, and how many samples were drawn of it before.
 
         Args:
-            positions: int64, of any shape.
+            positions: Positions, int64 of any shape.
 
         Returns:
             Two int64 arrays of that shape.
 
         Raises:
-            ValueError: a position is before the start or behind the end.
+            ValueError: A position is before the start or behind the end.
         """
         positions = np.asarray(positions, dtype=np.int64)
         if positions.size and positions.min() < self.start:
@@ -166,14 +185,18 @@ class MixturePlan:
         return self._segment_at(position).before(position)
 
     def shares(self, position: int) -> str:
-        """Say for people what the weights at a position are."""
+        """Return the shares of tokens at a position, in words."""
         return self._describe(self._segment_at(position))
 
     def _segment_at(self, position: int) -> Segment:
         return self.segments[np.searchsorted(self._starts, position, side="right") - 1]
 
     def _shares_of_tokens(self, weights: Mapping[str, float], what: str) -> dict[str, float]:
-        """Return shares of tokens by name, summing to 1, or raise ValueError that names `what`."""
+        """Return shares of tokens by name, which sum to 1.
+
+        Raises:
+            ValueError: A weight is impossible; the message begins with `what`.
+        """
         names = [source.name for source in self.sources]
         unknown = [name for name in weights if name not in names]
         if unknown:

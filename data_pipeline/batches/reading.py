@@ -1,11 +1,12 @@
 """Samples by index, read as micro-batches.
 
 Where a micro-batch's tokens are, its read plan, is worked out for many micro-batches at a time, so that little but
-system calls is left to do for each. For example, a sample of T = 6 inputs, packed by best fit, of two documents whose
-tokens are at 10 to 13 and 40 to 41 of one file (their last token is end-of-text, E, and only a label), and padding:
+system calls is left to do for each. For example, this is a sample of T = 6 inputs, packed by best fit. It holds two
+documents whose tokens are at 10 to 13 and 40 to 41 of one file (their last token is end-of-text, E, and only a label),
+and padding:
 
     span            start 10, 3 inputs     start 40, 1 input     padding, 2 inputs
-    read            tokens 10 to 13        tokens 40 and 41      nothing
+    read            tokens 10 to 13        tokens 40 to 41       nothing
     input_ids       t10  t11  t12          t40                   E    E
     labels          t11  t12  t13          t41                   -100 -100
     document_ids    0    0    0            1                     2    2
@@ -30,86 +31,105 @@ IGNORED_LABEL = -100  # the default ignore_index of torch.nn.functional.cross_en
 
 
 class Spans(NamedTuple):
-    """What N samples hold, one after the other, int64.
-
-    starts_P: place of a span's first input in the sequence of all tokens, or -1: padding. lengths_P: its inputs.
-    counts_N: spans of each sample.
-    """
+    """What N samples hold, one after the other."""
 
     starts_P: np.ndarray
+    """Place of each span's first input in the sequence of all tokens, or -1 for padding, int64."""
     lengths_P: np.ndarray
+    """Inputs of each span, int64."""
     counts_N: np.ndarray
+    """Spans of each sample, int64."""
 
 
 class ReadPlan(NamedTuple):
-    """A micro-batch of so many `inputs`, from end to end, that was not read yet.
-
-    reads_R4: of each span, which of `_readers`, byte position in its file, first and one after the last place here: a
-    token more than its inputs, as each has the token after it as its label. last_R: place of the last input of each.
-    paddings: first and one after the last place of each. numbers_P, widths_P: what the inputs' document is called, and
-    how many that follow each other are called so; padding is a span too.
-    """
+    """A micro-batch, its samples one after the other, that was not read yet. Places count its inputs from 0."""
 
     inputs: int
+    """Number of inputs of all samples together."""
     reads_R4: np.ndarray
+    """For each span that is read: which of `_readers`, the byte position in its file, and the first and one after the
+    last place. The span is read with one token more than it has inputs, which is its last label."""
     last_R: np.ndarray
+    """Place of the last input of each span that is read."""
     paddings: list[tuple[int, int]]
+    """The first and one after the last place of each padding."""
     numbers_P: np.ndarray
+    """The document id of each span, padding included."""
     widths_P: np.ndarray
+    """The number of inputs of each span, all of which have that id."""
 
 
 class Samples(ABC):
     """A number of samples, of which micro-batches are made by index: a `TokenSplit`, or a mixture of them.
 
-    A subclass sets the attributes below, of these `files` by `_set_files`, and has `order` and `spans`.
-
-    path: for messages. inputs_total: tokens that an epoch trains on. positions_total: where the data end; None: never.
-    files: those of all tokens, one after the other.
+    A subclass sets the attributes below (`files` by `_set_files`), and defines `order` and `spans`.
     """
 
     packing: str
-    """Its name in `documents.PACKINGS`."""
+    """The name of the packing in `documents.PACKINGS`."""
     path: Path | str
+    """What messages call the data."""
     seq_len: int
     eot_id: int
+    """The end-of-text token."""
     samples_per_epoch: int
     inputs_total: int
+    """Tokens that an epoch trains on."""
     positions_total: int | None = None
+    """The position where the data end; None where they never do."""
     files: list[TokenFile]
+    """The files of all tokens, one after the other."""
 
     @abstractmethod
     def order(self, positions: np.ndarray) -> np.ndarray:
-        """Return index of the sample at each global position, int64 of any shape."""
+        """Return the index of the sample at each global position, int64 of any shape."""
 
     @abstractmethod
     def spans(self, indices: np.ndarray) -> Spans:
-        """Of samples by index, int64 [N], each in [0, samples_per_epoch)."""
+        """Return the spans of samples by index.
+
+        Args:
+            indices: Indices of samples, int64 [N], each in [0, samples_per_epoch).
+        """
 
     def micro_batch(self, indices: np.ndarray, document_mask: bool = False) -> dict[str, np.ndarray]:
-        """Return samples by index, int64 [B], as contiguous int64 arrays of one shape.
+        """Read samples by index.
 
-        They are `input_ids`; `labels`, the token after each input, or -100 where none is to be predicted; and with
-        `document_mask`, or where the packing needs it, `document_ids`, non-decreasing along each row.
+        Shapes and document ids depend on the packing:
 
-        Shapes and document ids, by packing:
+        - contiguous: [B, T]. Ids count from 0 in each row. With document ids, the end-of-text token belongs to the
+          document that it ends, and its label, the first token of another one, is -100.
+        - best_fit: [B, T]. Ids count from 0 in each row. Padding, at its end, is end-of-text tokens with labels -100
+          and an id of its own.
+        - varlen: [1, inputs], the documents one after the other. The id of the b-th of `indices` is b.
 
-        contiguous: [B, T]. Ids count from 0 in each row; the end-of-text token belongs to the document that it ends,
-            and its label, the first token of another one, is then -100.
-        best_fit: [B, T]. Ids count from 0 in each row. Padding, at its end, is end-of-text tokens with labels -100 and
-            an id of its own.
-        varlen: [1, N], the documents one after the other. The id of the b-th of `indices` is b.
+        Args:
+            indices: Indices of samples, int64 [B].
+            document_mask: Give `document_ids` also where the packing does not need them.
 
-        Raises IndexError for an index out of range.
+        Returns:
+            Contiguous int64 arrays of one shape: `input_ids`; `labels`, the token after each input, or -100 where none
+            is to be predicted; and perhaps `document_ids`, non-decreasing along each row.
+
+        Raises:
+            IndexError: An index is out of range.
+            ValueError: A file cannot be read; the message names it.
         """
         indices = np.asarray(indices).astype(np.int64, casting="same_kind")
         (read_plan,) = self.read_plans(indices, [len(indices)])
         return self.fill(read_plan, document_mask)
 
     def read_plans(self, indices: np.ndarray, sizes: Sequence[int]) -> list[ReadPlan]:
-        """Return the read plans of M micro-batches of `sizes` samples, by indices int64 [N] one after the other.
+        """Return the read plans of M micro-batches.
 
-        Raises as `micro_batch` does. Thousands of samples take little more time than one. Takes some 200 bytes for each
-        span.
+        Thousands of samples take little more time than one. A plan takes some 200 bytes for each span.
+
+        Args:
+            indices: Indices of all samples, int64 [N], those of one micro-batch after those of the other.
+            sizes: Number of samples of each micro-batch, [M].
+
+        Raises:
+            IndexError: An index is out of range.
         """
         assert sum(sizes) == len(indices), (sizes, len(indices))
         out_of_range = indices[(indices < 0) | (indices >= self.samples_per_epoch)]
@@ -136,11 +156,17 @@ class Samples(ABC):
         ]
 
     def fill(self, read_plan: ReadPlan, document_mask: bool = False) -> dict[str, np.ndarray]:
-        """Return the arrays of a micro-batch.
+        """Read a micro-batch. Several threads may do so at once.
 
-        Safe in several threads at once.
+        Args:
+            read_plan: One that `read_plans` returned.
+            document_mask: Give `document_ids` also where the packing does not need them.
 
-        Raises ValueError, naming the file, when one cannot be read.
+        Returns:
+            The arrays that `micro_batch` describes.
+
+        Raises:
+            ValueError: A file cannot be read; the message names it.
         """
         tokens = np.empty(read_plan.inputs + 1, self._dtype)
         after = read_parts(self._readers, read_plan.reads_R4.tolist(), tokens.data)
@@ -174,23 +200,29 @@ class Samples(ABC):
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """start, start + 1 and so on, `count` numbers for each start; int64."""
+    """Return start, start + 1 and so on, `count` numbers for each start, one after the other, int64."""
     places = bounds(counts)
     return np.arange(places[-1]) + np.repeat(starts - places[:-1], counts)
 
 
 def bounds(counts: Sequence[int] | np.ndarray) -> np.ndarray:
-    """0 and the sum of each count and those before it, int64."""
+    """Return 0, and the sum of each count and those before it, int64."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 def slices(edges: np.ndarray) -> list[slice]:
-    """From each of the edges to the next."""
+    """Return the slices from each of the edges to the next."""
     return [slice(start, stop) for start, stop in itertools.pairwise(edges.tolist())]
 
 
 def _document_ids(ends: np.ndarray, count: int, seq_len: int) -> np.ndarray:
-    """Document ids, int64 [count], of rows of seq_len tokens; ends: where end-of-text is."""
+    """Return the document ids of rows of contiguous packing, int64 [count].
+
+    Args:
+        ends: Places of end-of-text tokens, ascending.
+        count: Number of tokens of all rows.
+        seq_len: Tokens of a row.
+    """
     rows = np.arange(0, count + 1, seq_len)
     edges = np.concatenate([rows, ends[ends % seq_len != seq_len - 1] + 1])
     edges.sort()

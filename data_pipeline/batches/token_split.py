@@ -20,19 +20,34 @@ class TokenSplit(Samples):
     """One split of a prepared directory: its shards as one long sequence of tokens, of which a subclass makes samples.
 
     A *position* counts samples since the start of training; `order` maps it to the index of a sample, shuffled within
-    each epoch by (seed, epoch); `micro_batch` reads samples by index.
+    each epoch by (seed, epoch); `micro_batch` reads samples by index. Positions never end: `positions_total` is None.
 
-    Attributes: n_vocab, eot_id, tokens_total, documents_total, samples_per_epoch, inputs_total (tokens that an epoch
-    trains on), manifest, content_sha256, manifest_sha256 (of the file), tokenizer (loaded on first use);
-    positions_total: None, as positions never end.
+    Args:
+        path: The prepared directory.
+        seq_len: Inputs of a sample, T.
+        split: `train` or `validation`.
+        seed: The seed of the order.
+        shuffle: Whether samples are shuffled within each epoch.
 
-    Raises ValueError, naming the file, when the directory is not a complete prepared dataset or has too few tokens for
-    one sample.
+    Attributes:
+        manifest: What manifest.json says.
+        manifest_sha256: The SHA-256 of that file.
+        content_sha256: A hash of the dataset's tokens and what they mean (see `Manifest`).
+        n_vocab: The number of the tokenizer's ids.
+        eot_id: The end-of-text token.
+        tokens_total: The tokens of the split.
+        documents_total: The documents of the split.
+        samples_per_epoch: The samples of the split.
+        inputs_total: The tokens that an epoch trains on.
+
+    Raises:
+        ValueError: The directory is not a complete prepared dataset, or has too few tokens for one sample. The message
+            names the file.
     """
 
     plan_version = 1
     """Raised with every change of the code that makes other samples, or another order, of the same directory: a run
-    that is resumed under another one would read some samples twice and others never."""
+    that is resumed under another version would read some samples twice and others never."""
 
     def __init__(self, path: str | Path, *, seq_len: int, split: str = "train", seed: int = 0, shuffle: bool = True):
         if seq_len < 1:
@@ -62,21 +77,18 @@ class TokenSplit(Samples):
 
     @abstractmethod
     def _count_samples(self) -> int:
-        """Return samples in an epoch; called once, with the files open.
-
-        Sets `inputs_total`.
-        """
+        """Return the number of samples in an epoch, and set `inputs_total`; called once, with the files open."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the split was made with."""
+        """The tokenizer that the split was made with, loaded on first use."""
         tokenizer = Tokenizer.load(self.path)
         if tokenizer.sha256 != self.manifest.tokenizer["sha256"]:
             raise ValueError(f"{self.path}: the tokenizer there is not the one that made its tokens")
         return tokenizer
 
     def order(self, positions: np.ndarray) -> np.ndarray:
-        """Return index of the sample at each global position, int64 of any shape.
+        """Return the index of the sample at each global position, int64 of any shape.
 
         Position p lies in epoch p // samples_per_epoch.
         """

@@ -23,11 +23,12 @@ def option(
     """Return a dataclass field that is spelled or shown otherwise than its name says.
 
     Args:
-        default: as of `dataclasses.field`, like `default_factory`. Without one the option must be given.
-        spelling: the option, such as `--from`; by default the field's name.
-        metavar: what stands for the value in the help; by default the field's name.
-        several: of a list: it is given as `--train a b`. Other lists are given as `--filter a --filter b`.
-        limits: as of `ranged`.
+        default: That of `dataclasses.field`, like `default_factory`. Without one the option must be given.
+        default_factory: That of `dataclasses.field`.
+        spelling: The option, such as `--from`; by default the field's name.
+        metavar: What stands for the value in the help; by default the field's name.
+        several: The field is a list that is given as `--train a b`. Other lists are given as `--filter a --filter b`.
+        **limits: Those of `ranged`.
     """
     metadata = {"spelling": spelling, "metavar": metavar, "several": several}
     if limits:
@@ -39,8 +40,9 @@ def positional(metavar: str, default: Any = MISSING, *, default_factory: Callabl
     """Return a dataclass field for the words without an option's name: all of them if it is a list, else one.
 
     Args:
-        metavar: what stands for such a word in the help.
-        default: as of `dataclasses.field`, like `default_factory`. Without one there must be such a word.
+        metavar: What stands for such a word in the help.
+        default: That of `dataclasses.field`, like `default_factory`. Without one there must be such a word.
+        default_factory: That of `dataclasses.field`.
     """
     metadata = {"positional": True, "metavar": metavar, "several": True}
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
@@ -51,9 +53,9 @@ class Option:
     """All that is known about the option of a field."""
 
     name: str
-    """Of the field; the key in files."""
+    """Name of the field, and key in files."""
     spelling: str
-    """Such as `--validation-fraction`."""
+    """What is typed, such as `--validation-fraction`."""
     kind: Any
     """Type of the value, without strings in it."""
     required: bool

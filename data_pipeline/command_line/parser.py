@@ -24,15 +24,15 @@ def parse(kind: type[T], argv: list[str], *, prog: str, epilog: str | None = Non
     """Return the options that a command line, and the files which it names with `--config`, give.
 
     Args:
-        kind: a dataclass whose fields are options, without sections.
-        argv: the command line without the program.
-        prog: what the program is called in its help.
-        epilog: the last paragraph of the help.
+        kind: A dataclass whose fields are options, without sections.
+        argv: The command line without the program.
+        prog: What the program is called in its help.
+        epilog: The last paragraph of the help.
 
     Raises:
-        ValueError: an unknown key, a wrong type, a value outside its range, or one that is missing; one line that names
+        ValueError: An unknown key, a wrong type, a value outside its range, or one that is missing; one line that names
             key, value and remedy, and the file if it stands in one.
-        SystemExit: after `--help` and `--print_config`, with code 0.
+        SystemExit: After `--help` and `--print_config`, with code 0.
     """
     options = options_of(kind)
     try:
@@ -48,7 +48,7 @@ def new_parser(**arguments: Any) -> jsonargparse.ArgumentParser:
     """Return a parser that has `--config` and `--print_config`, and raises instead of exiting.
 
     Args:
-        arguments: further ones of `jsonargparse.ArgumentParser`.
+        **arguments: Further ones of `jsonargparse.ArgumentParser`.
     """
     import jsonargparse
 
@@ -71,8 +71,8 @@ def parse_with(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str
     """Return the values that a parser made by `new_parser` reads, by key; those of a section are its dataclass.
 
     Raises:
-        ValueError: an unknown key, a wrong type, or a missing value, in one line; and what the dataclasses raise.
-        SystemExit: after `--help` and `--print_config`, with code 0.
+        ValueError: An unknown key, a wrong type, or a missing value, in one line; and what the dataclasses raise.
+        SystemExit: After `--help` and `--print_config`, with code 0.
     """
     import jsonargparse
 

@@ -41,11 +41,11 @@ def run(program: Program, kind: type[T], action: Callable[[T], int | None], argv
     """Call `action` with what the command line says, and return the exit code.
 
     Args:
-        program: what it calls itself, and how it ends.
-        kind: the dataclass of its options.
-        action: does the work; raises ValueError or OSError with a line for a person. It returns the exit code, or None
+        program: What it calls itself, and how it ends.
+        kind: The dataclass of its options.
+        action: Does the work; raises ValueError or OSError with a line for a person. It returns the exit code, or None
             for 0.
-        argv: the command line without the program; by default that of this process.
+        argv: The command line without the program; by default that of this process.
     """
     try:
         settings = parse(kind, sys.argv[1:] if argv is None else argv, prog=program.name, epilog=program.epilog)
@@ -77,10 +77,10 @@ def run_verb(
     """Do as `run` with the options and the function of the verb that is the first word of the command line.
 
     Args:
-        program: what it calls itself without the verb.
-        verbs: the dataclass of the options, and what does the work, by verb.
-        argv: as of `run`.
-        description: what `--help` prints above the list of verbs.
+        program: What it calls itself without the verb.
+        verbs: The dataclass of the options, and what does the work, by verb.
+        argv: That of `run`.
+        description: What `--help` prints above the list of verbs.
     """
     verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if verb in ("-h", "--help"):

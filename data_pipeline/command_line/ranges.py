@@ -1,12 +1,14 @@
 """Ranges of settings, declared beside their fields: checked in one place, and shown in `--help`.
 
-@dataclass
-class Settings:
-    steps: int = ranged(1000, above=0)
-    share: float = ranged(0.1, at_least=0, below=1)
+    @dataclass
+    class Settings:
+        steps: int = ranged(1000, above=0)
+        share: float = ranged(0.1, at_least=0, below=1)
 
-    def __post_init__(self):
-        check_ranges(self)  # Settings(steps=0): ValueError: steps=0 must be positive
+        def __post_init__(self):
+            check_ranges(self)
+
+`Settings(steps=0)` then raises ValueError with the text `steps=0 must be positive`.
 """
 
 from __future__ import annotations
@@ -56,7 +58,11 @@ class Range:
         )
 
     def check(self, key: str, value: Any) -> None:
-        """Raise ValueError with `key` and the remedy where `value` is outside; None is no value, so never outside."""
+        """Check that `value` is within the limits; None is no value, so it never is outside.
+
+        Raises:
+            ValueError: It is outside; the message has `key` and the remedy.
+        """
         if isinstance(value, dict):
             for name, number in value.items():
                 self.check(f"{key} of {name}", number)
@@ -85,19 +91,28 @@ def ranged(
     """Return a dataclass field whose values have limits.
 
     Args:
-        default: as of `dataclasses.field`, like `default_factory` and `metadata`.
-        above: as of `Range`, like those that follow.
+        default: That of `dataclasses.field`, like `default_factory` and `metadata`.
+        default_factory: That of `dataclasses.field`.
+        metadata: That of `dataclasses.field`.
+        above: That of `Range`, like those that follow.
+        at_least: That of `Range`.
+        at_most: That of `Range`.
+        below: That of `Range`.
+        length: That of `Range`.
     """
     metadata = (metadata or {}) | {"range": Range(above, at_least, at_most, below, length)}
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
 
 
 def check_ranges(section: Any, prefix: str = "") -> None:
-    """Raise ValueError for the first value outside its field's range, in `section` or a dataclass inside it.
+    """Check all values against their fields' ranges, in `section` and the dataclasses inside it.
 
     Args:
-        section: an instance of a dataclass.
-        prefix: what comes before the names of its fields in messages, such as `train.`.
+        section: An instance of a dataclass.
+        prefix: What comes before the names of its fields in messages, such as `train.`.
+
+    Raises:
+        ValueError: A value is outside its range; the message names the first one.
     """
     for field in dataclasses.fields(section):
         key, value = f"{prefix}{field.name}", getattr(section, field.name)

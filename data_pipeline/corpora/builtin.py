@@ -105,7 +105,15 @@ _PLACES = ("in the morning", "behind the mill", "without a sound", "near the har
 
 
 def synthetic(spec: str, parameters: str) -> TextSource:
-    """Small documents of sentences and sums: learnable, and the same on every machine and Python version."""
+    """Make small documents of sentences and sums: learnable, and the same on every machine and Python version.
+
+    Args:
+        spec: What the user asked for.
+        parameters: `documents=N,seed=S`, or only one of them, or nothing.
+
+    Raises:
+        ValueError: `parameters` are something else.
+    """
     values = {"documents": 1000, "seed": 0}
     for item in filter(None, parameters.split(",")):
         key, _, value = item.partition("=")

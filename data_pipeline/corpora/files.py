@@ -19,17 +19,14 @@ COMPRESSIONS = (".gz", ".zst")
 
 @dataclass(frozen=True)
 class File:
-    """One input file.
-
-    Attributes:
-        path: A local path or a URL.
-        size: Bytes, 0 when not known.
-        version: Changes when the content does: a time, or what the store says.
-    """
+    """One input file."""
 
     path: str
+    """A local path or a URL."""
     size: int
+    """Bytes, 0 when not known."""
     version: str
+    """A text that changes when the content does: a time, or what the store says."""
 
     @property
     def name(self) -> str:
@@ -39,7 +36,7 @@ class File:
 
     @property
     def suffix(self) -> str:
-        """Of the content: `.jsonl` for `a.jsonl.zst`."""
+        """The ending that tells the kind of the content: `.jsonl` for `a.jsonl.zst`."""
         return content_suffix(self.name)
 
     @property
@@ -60,11 +57,17 @@ def is_url(spec: str) -> bool:
 
 
 def find_files(spec: str, suffixes: tuple[str, ...] | None) -> list[File]:
-    """Files of a path, a directory (those that end in one of `suffixes`, compressed or not.
+    """Return the files that a path, directory, glob or URL names, sorted by name.
 
-    None: all) or a glob, sorted by name.
+    Args:
+        spec: The path, directory, glob or URL.
+        suffixes: The endings of the files of a directory that are taken, compressed or not; None takes all.
 
-    Raises ValueError when a URL cannot be looked at; an empty list when nothing is there.
+    Returns:
+        The files; none where nothing is there.
+
+    Raises:
+        ValueError: A URL cannot be looked at.
     """
     if is_url(spec):
         return _find_remote(spec, suffixes)
@@ -108,9 +111,10 @@ def _find_remote(spec: str, suffixes: tuple[str, ...] | None) -> list[File]:
 
 
 def open_bytes(path: str) -> BinaryIO:
-    """Return the file as it is.
+    """Open a file, to be read as it is.
 
-    Raises OSError, also for what a store raises.
+    Raises:
+        OSError: It cannot be opened, whatever a store raises for that.
     """
     if not is_url(path):
         return open(path, "rb", buffering=1 << 20)
@@ -125,7 +129,7 @@ def open_bytes(path: str) -> BinaryIO:
 
 
 def open_decompressed(path: str) -> BinaryIO:
-    """Return what is in a .gz or .zst file, or the file itself."""
+    """Open what is in a .gz or .zst file, or the file itself."""
     if path.endswith(".gz"):
         return io.BufferedReader(gzip.open(open_bytes(path)), 1 << 17)
     if path.endswith(".zst"):
@@ -134,9 +138,9 @@ def open_decompressed(path: str) -> BinaryIO:
 
 
 class _ZstdStream(io.RawIOBase):
-    """Reads every frame of a .zst file.
+    """A reader of every frame of a .zst file.
 
-    Unlike zstandard's own reader, a file cut short inside a frame is an error, not an early end.
+    Unlike with zstandard's own reader, a file cut short inside a frame is an error, not an early end.
     """
 
     def __init__(self, file: BinaryIO):
@@ -172,5 +176,5 @@ class _ZstdStream(io.RawIOBase):
 
 
 def first_line(error: BaseException) -> str:
-    """Kind and first line of an error of another library, for a message of one line."""
+    """Return the kind and the first line of an error of another library, for a message of one line."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

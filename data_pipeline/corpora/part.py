@@ -16,41 +16,42 @@ _PARTS, MIN_PART_BYTES, _MAX_PART_BYTES = 64, 8 << 20, 128 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """What one process reads at a time.
-
-    name: for people, without the directory. fingerprint: changes when the content does. size: bytes to be read, 0 when
-    not known. read: starts one pass over the records; it can be pickled. It raises ValueError for what cannot be read
-    at all, naming the file.
-    """
+    """What one process reads at a time."""
 
     name: str
+    """What people read, without the directory."""
     fingerprint: str
+    """A text that changes when the content does."""
     size: int
+    """Bytes to be read, 0 when not known."""
     read: Callable[[], Iterator[str | Malformed]]
+    """The function that starts one pass over the records. It can be pickled. It raises ValueError, naming the file, for
+    what cannot be read at all."""
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """A corpus that can be read any number of times.
-
-    spec: what the user asked for. kind: pystdlib, installed, synthetic, files or huggingface. description: where the
-        text really comes from. parts: to be read in this order, or side by side.
-    """
+    """A corpus that can be read any number of times."""
 
     spec: str
+    """What the user asked for."""
     kind: str
+    """It is pystdlib, installed, synthetic, files or huggingface."""
     description: str
+    """Where the text really comes from."""
     parts: list[Part]
+    """What is read, in this order or side by side."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the inputs do."""
+        """A text that changes when the inputs do."""
         return hashlib.sha256(json.dumps([part.fingerprint for part in self.parts]).encode()).hexdigest()
 
     def documents(self) -> Iterator[str]:
-        """Return all texts in order.
+        """Yield all texts in order.
 
-        Raises ValueError at the first malformed record.
+        Raises:
+            ValueError: A record is malformed.
         """
         for part in self.parts:
             for record in part.read():
@@ -60,7 +61,7 @@ class TextSource:
 
 
 def grouped(files: list[File]) -> Iterator[list[File]]:
-    """Neighbours that together hold about MIN_PART_BYTES."""
+    """Yield groups of neighbours that together hold about MIN_PART_BYTES."""
     group, size = [], 0
     for file in files:
         group.append(file)

@@ -14,9 +14,10 @@ from data_pipeline.corpora.files import first_line, is_url, open_bytes, open_dec
 
 @dataclass(frozen=True)
 class Malformed:
-    """A record that holds no text. where: file and line or row."""
+    """A record that holds no text."""
 
     where: str
+    """The file, and the line or row."""
     reason: str
 
     def __str__(self) -> str:
@@ -32,7 +33,7 @@ def read_texts(paths: list[str]) -> Iterator[str | Malformed]:
 
 
 def read_jsonl(path: str, start: int, stop: int | None, column: str) -> Iterator[str | Malformed]:
-    """Return lines whose first byte lies in [start, stop), to the end of the file when `stop` is None."""
+    """Yield the texts of lines whose first byte is in [start, stop), to the end of the file when `stop` is None."""
     with _reading(path), open_decompressed(path) as stream:
         if start:
             stream.seek(start - 1)
@@ -111,7 +112,7 @@ def read_parquet(path: str, row_groups: list[int] | None, column: str) -> Iterat
 
 @contextlib.contextmanager
 def parquet_file(path: str):
-    """Open a parquet file, wherever it is; a context manager."""
+    """Open a parquet file, wherever it is, and close it at the end."""
     import pyarrow
     import pyarrow.parquet
 
@@ -135,7 +136,7 @@ def _reading(path: str) -> Iterator[None]:
 
 
 def stream_huggingface(which: dict):
-    """Open a dataset of the hub, or a local folder of its form, to be streamed."""
+    """Open a dataset of the hub, or a local folder of that form, to be streamed."""
     import datasets
 
     return datasets.load_dataset(**which, streaming=True)
@@ -171,5 +172,5 @@ def _checked(value: object, column: str, where: str) -> str | Malformed:
 
 
 def no_such_column(column: str, names: list[str]) -> str:
-    """Say that there is no such column, and which there are."""
+    """Return a message that there is no such column, and which there are."""
     return f"no column {column!r}, only {', '.join(map(repr, names))}; choose one with --text-column"

@@ -35,16 +35,20 @@ def open_source(
 ) -> TextSource:
     """Return a corpus by name.
 
-    spec: `pystdlib` (the running Python's own library without its tests; `synthetic` where it has no sources),
-        `installed` (that and every installed package), `synthetic[:documents=N,seed=S]`, a file, glob or directory of
-        .txt, .md, .jsonl and .parquet (all but parquet also .gz or .zst), local or behind a URL that fsspec knows
-        (s3://, gs://, https://), or else the name of a Hugging Face dataset, streamed. Local paths come before dataset
-        names, except that a directory with `split` or `config_name` is opened as a Hugging Face dataset; A/B is not
-        sought on the hub where A is a local directory.
-    text_column: the field of .jsonl, .parquet and Hugging Face records that holds the text.
-    split, config_name, revision: of a Hugging Face dataset; split is "train" when not given.
+    Args:
+        spec: `pystdlib` (the running Python's own library without its tests; `synthetic` where it has no sources),
+            `installed` (that and every installed package), `synthetic[:documents=N,seed=S]`, a file, glob or directory
+            of .txt, .md, .jsonl and .parquet (all but parquet also .gz or .zst), local or behind a URL that fsspec
+            knows (s3://, gs://, https://), or else the name of a Hugging Face dataset, streamed. Local paths come
+            before dataset names, except that a directory with `split` or `config_name` is opened as a Hugging Face
+            dataset; A/B is not sought on the hub where A is a local directory.
+        text_column: The field of .jsonl, .parquet and Hugging Face records that holds the text.
+        split: The split of a Hugging Face dataset, "train" when not given.
+        config_name: The configuration of a Hugging Face dataset.
+        revision: The revision of a Hugging Face dataset.
 
-    Raises ValueError when nothing is found here.
+    Raises:
+        ValueError: Nothing is found, or it cannot be opened.
     """
     name, _, parameters = spec.partition(":")
     if name == "synthetic":
@@ -69,9 +73,6 @@ def open_source(
     if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
         raise ValueError(f"source {spec!r}: no such file or directory")
     return _huggingface(spec, spec, text_column, split, config_name, revision)
-
-
-# --- named corpora --------------------------------------------------------------------------------
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def _huggingface(
 
 
 def _resolved(path: str, revision: str | None) -> str | None:
-    """Return the commit that a revision is now, so that a dataset that changes is not mixed with its older self."""
+    """Return the commit that a revision is now, so that a dataset that changes is not mixed with its older state."""
     import huggingface_hub
 
     try:

@@ -38,15 +38,10 @@ _HOPELESS = 100  # records, all malformed: a wrong column, not bad luck
 
 @dataclass(frozen=True)
 class Preparation:
-    """What all parts of one preparation have in common.
-
-    Attributes:
-        folder: Where the prepared parts go. The tokenizer is saved there too.
-        rules: What becomes of a text.
-        tokenizer: What makes ids of it.
-    """
+    """What all parts of one preparation have in common."""
 
     folder: Path
+    """Where the prepared parts go. The tokenizer is saved there too."""
     rules: Rules
     tokenizer: Tokenizer
 
@@ -59,31 +54,28 @@ def part_key(part: Part, rules: Rules, tokenizer: Tokenizer) -> str:
 
 @dataclass
 class PreparedPart:
-    """The record of a part that is complete on disk; its fields are those of KEY.json.
-
-    Attributes:
-        key: What `part_key` says of it.
-        source: The name of the part.
-        records: How many were read.
-        documents: How many were kept.
-        shards: The shards of each split.
-        dropped: How many texts were dropped, by reason.
-        irregular: How many texts the tokenizer had to treat, by reason.
-        malformed: How many records hold no text.
-        examples: The first 1,000 of these, with file and line.
-        sizes: Bytes of every file of the part, by name.
-    """
+    """The record of a part that is complete on disk; its fields are those of KEY.json."""
 
     key: str
+    """What `part_key` says of the part."""
     source: str
+    """The name of the part."""
     records: int
+    """How many records were read."""
     documents: int
+    """How many documents were kept."""
     shards: dict[str, list[Shard]]
+    """The shards of each split."""
     dropped: dict[str, int]
+    """How many texts were dropped, by reason."""
     irregular: dict[str, int]
+    """How many texts the tokenizer had to treat, by reason."""
     malformed: int
+    """How many records hold no text."""
     examples: list[str]
+    """The first 1,000 of these, with file and line."""
     sizes: dict[str, int]
+    """Bytes of every file of the part, by name."""
 
     @classmethod
     def read(cls, directory: Path, key: str) -> "PreparedPart | None":
@@ -129,7 +121,7 @@ def prepare_part(
 
 
 class _PartWriter:
-    """Takes the records of one part, and writes those that are kept as shards of the two splits."""
+    """A writer of one part: it takes the records, and writes those that are kept as shards of the two splits."""
 
     def __init__(
         self, part: Part, key: str, preparation: Preparation, report_progress: Callable[[int, int], None]

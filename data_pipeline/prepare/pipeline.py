@@ -34,23 +34,18 @@ _FIRST_NAMED = 3  # malformed records
 
 @dataclass(frozen=True)
 class _Request:
-    """What was asked for, wherever the result goes.
-
-    Attributes:
-        sources: The texts, in order.
-        tokenizer: What makes ids of them.
-        rules: What becomes of them.
-        workers: The number of processes.
-        max_malformed: The share of the records that may hold no text.
-        report: Takes lines for people.
-    """
+    """What was asked for, wherever the result goes."""
 
     sources: list[TextSource]
+    """The texts, in order."""
     tokenizer: Tokenizer
     rules: Rules
     workers: int
+    """The number of processes."""
     max_malformed: float
+    """The share of the records that may hold no text."""
     report: Callable[[str], None]
+    """What takes lines for people."""
 
     def __post_init__(self):
         if self.workers < 1:
@@ -192,7 +187,7 @@ def _remove_parts(folder: Path, parts: list[PreparedPart]) -> None:
 
 
 def _nothing_to_train_on(parts: list[PreparedPart], validation: list[Shard], dropped: dict[str, int]) -> str:
-    """Say what became of the records of a corpus that leaves no training text."""
+    """Return a message of what became of the records of a corpus that leaves no training text."""
     counts = {"records read": sum(part.records for part in parts)} | dropped
     if held_out := sum(shard.documents for shard in validation):
         counts["held out for validation"] = held_out
@@ -230,7 +225,7 @@ def _existing_dataset(output: Path, settings: dict, overwrite: bool) -> Manifest
 
 
 def _difference(key: str, theirs: object, ours: object) -> str:
-    """Say that a setting differs, and how, where that is short."""
+    """Return a message that a setting differs, and how, where that is short."""
     if key == "tokenizer_sha256":
         return "another tokenizer"
     if isinstance(theirs, (list, dict)) or isinstance(ours, (list, dict)):
@@ -269,7 +264,7 @@ def _prepare_missing_parts(request: _Request, folder: Path) -> list[PreparedPart
 
 
 class _FirstParts:
-    """Counts distinct documents of the first parts, to stop when these hold `max_documents`."""
+    """A count of the distinct documents of the first parts, to stop when these hold `max_documents`."""
 
     def __init__(self, folder: Path, keys: list[str], rules: Rules):
         self.folder, self.keys, self.rules = folder, keys, rules

@@ -129,23 +129,19 @@ def _start_method() -> str:
 
 @dataclass(frozen=True)
 class _WorkerSetup:
-    """What a worker process starts with.
-
-    Attributes:
-        folder: As of the preparation.
-        rules: As of the preparation.
-        tokenizer: As of the preparation; a process that was not forked loads it from `folder` instead.
-        engine: What tokenizes.
-        counters: Documents and tokens that all workers have done.
-        parent: The process that the worker ends with.
-    """
+    """What a worker process starts with."""
 
     folder: Path
+    """That of the preparation, like the rules."""
     rules: Rules
     tokenizer: Tokenizer | None
+    """That of the preparation; a process that was not forked gets None, and loads it from `folder`."""
     engine: str
+    """What tokenizes."""
     counters: SynchronizedArray
+    """Documents and tokens that all workers have done."""
     parent: int
+    """The process that the worker ends with."""
 
 
 # A pool hands its tasks to a function by name, so what a worker process was started with has to be found from there.
@@ -164,7 +160,7 @@ def _start_worker(setup: _WorkerSetup) -> None:
 
 
 def _exit_with_parent(parent: int) -> None:
-    """End this process after its parent: a worker of a killed process would wait for work for ever."""
+    """End this process after its parent; a worker of a killed process would wait for work for ever."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

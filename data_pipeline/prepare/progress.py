@@ -1,4 +1,4 @@
-"""Show how far a long preparation is: by a bar on a terminal, else by a line now and then."""
+"""How far a long preparation is: a bar on a terminal, elsewhere a line now and then."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ _LINE_EVERY_SECONDS = 10.0
 
 
 class Progress:
-    """Shows documents, tokens and speed.
+    """A display of documents, tokens and speed.
 
     Args:
         total: Bytes of input, 0 when not known.

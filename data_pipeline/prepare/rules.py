@@ -1,4 +1,7 @@
-"""The rules that say what becomes of a text: normalization, filters, limits of length, and the split it goes to."""
+"""The rules that say what becomes of a text: normalization, filters, limits of length, and the settings of shards.
+
+Which documents are held out for validation is decided in `shards/held_out.py`.
+"""
 
 import functools
 import hashlib
@@ -19,29 +22,27 @@ from data_pipeline.corpora.files import first_line
 class Rules:
     """What becomes of a text.
 
-    Attributes:
-        normalization: A Unicode form (NFC, NFD, NFKC, NFKD) or None.
-        min_characters: Shorter documents are dropped.
-        max_characters: Longer documents are dropped.
-        filters: MODULE:FUNCTION each. The function is called with the text; True keeps it, False drops it, and a string
-            replaces it.
-        deduplicate: Drop exact copies of earlier documents.
-        validation_fraction: The share of the documents that is held out; their hash decides.
-        shard_tokens: The most tokens of a shard.
-        max_documents: Stop after so many.
-
     Raises:
         ValueError: A value is impossible, or a filter cannot be imported.
     """
 
     normalization: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
+    """A Unicode form, or None."""
     min_characters: int = 0
+    """Shorter documents are dropped."""
     max_characters: int | None = None
+    """Longer documents are dropped."""
     filters: tuple[str, ...] = ()
+    """MODULE:FUNCTION each. The function is called with the text; True keeps it, False drops it, and a string replaces
+    it."""
     deduplicate: bool = True
+    """Drop exact copies of earlier documents."""
     validation_fraction: float = 0.01
+    """The share of the documents that is held out; their hash decides."""
     shard_tokens: int = 1 << 26
+    """The most tokens of a shard."""
     max_documents: int | None = None
+    """Stop after so many documents."""
 
     def __post_init__(self):
         if not 0 <= self.validation_fraction < 1:
@@ -60,26 +61,34 @@ class Rules:
 
     @functools.cached_property
     def filter_versions(self) -> dict[str, list]:
-        """What each filter is, as of when the rules were made: a file that is edited meanwhile is another filter."""
+        """What each filter was when the rules were made; a file that is edited after that is another filter."""
         return {name: _filter_version(name) for name in self.filters}
 
     def fingerprint(self) -> dict:
         """Return everything about the rules that decides on the bytes, as JSON values.
 
-        Of a filter that is the file of its module, and the module's `VERSION`, which should change with whatever else
-        the filter uses.
+        What decides about a filter is the file of its module, and the module's `VERSION`, which should change with
+        whatever else the filter uses.
         """
         return asdict(self) | {"filters": [[name, *self.filter_versions[name]] for name in self.filters]}
 
     def check_filters(self) -> None:
-        """Raise ValueError when a filter is not the one that the rules were made with."""
+        """Check that the filters are those that the rules were made with.
+
+        Raises:
+            ValueError: A filter is another one.
+        """
         for name, version in self.filter_versions.items():
             if _filter_version(name) != version:
                 raise ValueError(f"filter {name}: was changed while the texts were being prepared; start again")
 
 
 def load_filter(name: str) -> Callable[[str], bool | str]:
-    """Return the function of MODULE:FUNCTION, or raise ValueError when there is none."""
+    """Return the function that MODULE:FUNCTION names.
+
+    Raises:
+        ValueError: There is no such function.
+    """
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)

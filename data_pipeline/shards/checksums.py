@@ -1,8 +1,9 @@
-"""Is a dataset what its manifest says, byte by byte?
+"""Checks that a dataset is what its manifest says, byte by byte.
 
-Training asks the same by `check_content`, each rank for its share of the files; `verified.json` remembers size and
-status change time (ctime) of files that were found sound, so that the next start does not read them again. That file is
-only a cache: without it everything is read, and beside a copy of the files it vouches for nothing.
+`problems` lists everything that is wrong. Training calls `check_content`, each rank for its share of the files;
+`verified.json` remembers size and status change time (ctime) of files that were found sound, so that the next start
+does not read them again. That file is only a cache: without it everything is read, and beside a copy of the files it
+vouches for nothing.
 """
 
 import contextlib
@@ -37,6 +38,8 @@ def check_content(
     Content, index, range of the tokens and the end of each document are compared; for part 0 also the tokenizer.
 
     Args:
+        directory: The dataset.
+        manifest: Its manifest.
         part: Which of the callers this is, such as a rank of a run. Each reads its share of the shards, balanced by
             tokens; together they read all.
         parts: How many callers there are.
@@ -58,7 +61,7 @@ def check_content(
 
 
 def unread_shards(directory: str | Path, manifest: Manifest, *, always: bool = False) -> list[Shard]:
-    """Return those that `check_content` would read: all but those for which `record_content` vouches."""
+    """Return the shards that `check_content` would read: all but those for which `record_content` vouches."""
     known = {} if always else _read_stamp(directory, manifest)
     shards = [shard for shards in manifest.splits.values() for shard in shards]
     return [shard for shard in shards if not _is_known(known, directory, manifest, shard)]
@@ -67,7 +70,7 @@ def unread_shards(directory: str | Path, manifest: Manifest, *, always: bool = F
 def record_content(directory: str | Path, manifest: Manifest) -> None:
     """Note that the files, as they are now, were found sound or have just been written.
 
-    Where the directory cannot be written nothing is noted and the next check reads everything.
+    Where the directory cannot be written, nothing is noted and the next check reads everything.
     """
     directory = Path(directory)
     names = [name for shards in manifest.splits.values() for shard in shards for name in manifest.files(shard)]
@@ -95,10 +98,13 @@ def copy_id(directory: str | Path, manifest: Manifest) -> str:
 def problems(
     directory: str | Path, manifest: Manifest, *, workers: int = 1, report: Callable[[str], None] = print
 ) -> Iterator[str]:
-    """Return everything that is wrong, one line each.
+    """Yield everything that is wrong, one line each.
 
-    Files are read by `workers` threads (hashing does not hold the GIL). report: gets a line about how far it is, every
-    ten seconds.
+    Args:
+        directory: The dataset.
+        manifest: Its manifest.
+        workers: The number of threads that read files (hashing does not hold the GIL).
+        report: Gets a line about how far the check is, every ten seconds.
     """
     yield from _tokenizer_problems(directory, manifest)
     shards = [shard for shards in manifest.splits.values() for shard in shards]
@@ -125,25 +131,21 @@ def problems(
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over a shard's file of tokens found.
-
-    min_token: the smallest id, if that is negative, else 0. documents: as end-of-text tokens divide it (raw) or as its
-    index says. unended: position of the last token of the first document that does not end with end-of-text; None if
-    there is none, and for a raw file.
-    """
+    """What one pass over a shard's file of tokens found."""
 
     sha256: str
     min_token: int
+    """The smallest id if that is negative, else 0."""
     max_token: int
     documents: int
+    """Number of documents, as end-of-text tokens divide a raw file, or as the index says."""
     unended: int | None
+    """Position of the last token of the first document that does not end with end-of-text; None if there is none, and
+    for a raw file."""
 
 
 def scan(reader: IndexedReader | RawReader, eot_id: int) -> Scan:
-    """Read the whole file of tokens once, in constant memory.
-
-    The index must have been checked.
-    """
+    """Read the whole file of tokens once, in constant memory. The index must have been checked."""
     digest, buffer = hashlib.sha256(), bytearray(_CHUNK_BYTES)
     smallest, largest, documents, unended, position = 0, 0, 0, None, 0
     last = eot_id
@@ -175,7 +177,13 @@ def scan(reader: IndexedReader | RawReader, eot_id: int) -> Scan:
 
 
 def token_problems(reader: IndexedReader | RawReader, found: Scan, tokenizer: dict) -> Iterator[str]:
-    """Return what is wrong with the tokens of a shard, whatever their hash. tokenizer: the manifest's."""
+    """Yield what is wrong with the tokens of a shard, whatever their hash.
+
+    Args:
+        reader: The shard.
+        found: What `scan` found in it.
+        tokenizer: What the manifest says of the tokenizer.
+    """
     path, n_vocab = reader.file.path, tokenizer["n_vocab"]
     if found.min_token < 0 or found.max_token >= n_vocab:
         worst = found.min_token if found.min_token < 0 else found.max_token
@@ -247,9 +255,10 @@ def _first(found: Iterator[str]) -> None:
 
 
 def _share(manifest: Manifest, part: int, parts: int) -> list[Shard]:
-    """Largest first to whoever has least.
+    """Return the shards that one of the callers reads; the largest are dealt first, to whoever has the least.
 
-    Of all shards, not of those without a stamp: ranks that see different stamps must still read every shard together.
+    All shards are dealt, not only those without a stamp: ranks that see different stamps must still read every shard
+    together.
     """
     loads = [(0, i) for i in range(parts)]
     mine = []

@@ -14,10 +14,10 @@ def place_of(digest: bytes) -> float:
 
 
 def places_of(high: np.ndarray) -> np.ndarray:
-    """Return the places of many documents, float64; the same numbers as `place_of`.
+    """Return the places of many documents, float64, the same numbers as those of `place_of`.
 
     Args:
-        high: the first 8 bytes of each digest as numbers, uint64.
+        high: The first 8 bytes of each document's SHA-256, as big-endian numbers, uint64.
     """
     return high.astype(np.float64) / 2.0**64
 
@@ -28,5 +28,5 @@ def is_held_out(digest: bytes, fraction: float) -> bool:
 
 
 def are_held_out(high: np.ndarray, fraction: float) -> np.ndarray:
-    """Return which of many documents are held out, bool; `high` as of `places_of`."""
+    """Return which of many documents are held out, bool; `high` is that of `places_of`."""
     return places_of(high) < fraction

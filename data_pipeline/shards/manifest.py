@@ -23,42 +23,42 @@ REMEDY = "restore it from a good copy or make the dataset again"
 
 @dataclass(frozen=True)
 class Shard:
-    """NAME.bin and NAME.idx; in a raw dataset the one file NAME.
-
-    sha256: of the file of tokens. index_sha256: of the .idx file, if known. max_token: the largest id, if known.
-    source: what it was made of.
-    """
+    """The files NAME.bin and NAME.idx; in a raw dataset the one file NAME."""
 
     name: str
     tokens: int
     documents: int
     sha256: str
+    """Hash of the file of tokens."""
     index_sha256: str | None = None
+    """Hash of the .idx file, if known."""
     max_token: int | None = None
+    """The largest id, if known."""
     source: str | None = None
+    """What the shard was made of, if known."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `prepare` wrote, or what `adopt` found.
-
-    tokenizer: name, sha256, n_vocab and eot_id. splits: shards by split name, in order. dropped: documents left out, by
-    reason. irregular: documents that the tokenizer had to treat, by reason (see `Tokenizer`). storage: "megatron" for
-    .bin and .idx, "raw" for files of token ids alone.
-    """
+    """What `prepare` wrote, or what `adopt` found."""
 
     tokenizer: dict
+    """The tokenizer's name, sha256, n_vocab and eot_id."""
     dtype: str
     splits: dict[str, list[Shard]]
+    """Shards by the split's name, in order."""
     sources: list[dict]
     dropped: dict[str, int]
+    """Numbers of documents that were left out, by reason."""
     irregular: dict[str, int]
+    """Numbers of documents that the tokenizer had to treat, by reason (see `Tokenizer`)."""
     python_version: str
     storage: str = "megatron"
+    """`megatron` for .bin and .idx, `raw` for files of token ids alone."""
 
     @property
     def content_sha256(self) -> str:
-        """Of the tokens and what they mean: equal for equal text, tokenizer and shard size, on any machine."""
+        """Hash of the tokens and what they mean: equal for equal text, tokenizer and shard size, on any machine."""
         shards = {split: [shard.sha256 for shard in shards] for split, shards in self.splits.items()}
         content = [self.tokenizer["sha256"], self.tokenizer["eot_id"], self.dtype, shards]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -72,7 +72,7 @@ class Manifest:
         return sum(shard.documents for shard in self.splits[split])
 
     def files(self, shard: Shard) -> list[str]:
-        """Name of a shard's files: of the one with the tokens, then of the index if there is one."""
+        """Return the names of a shard's files: of the one with the tokens, then of the index if there is one."""
         return [shard.name] if self.storage == "raw" else [f"{shard.name}.bin", f"{shard.name}.idx"]
 
     def to_json(self) -> bytes:
@@ -91,7 +91,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: str | Path) -> "Manifest":
-        """Raise ValueError, naming the file, when it is missing, truncated, altered or of another version."""
+        """Read a manifest, or raise ValueError that names the file if it is missing, damaged or of another version."""
         path = Path(directory) / FILE_NAME
         try:
             fields = json.loads(path.read_bytes())
@@ -160,20 +160,20 @@ def _datasets_in(directory: Path) -> list[Path]:
 
 
 def open_shards(directory: str | Path, manifest: Manifest, split: str) -> list[IndexedReader | RawReader]:
-    """Readers of every shard of a split.
+    """Return the readers of every shard of a split.
 
-    Raises ValueError as `open_shard`.
+    Raises:
+        ValueError: As `open_shard`.
     """
     return [open_shard(directory, manifest, shard) for shard in manifest.splits[split]]
 
 
 def open_shard(directory: str | Path, manifest: Manifest, shard: Shard) -> IndexedReader | RawReader:
-    """Return a shard's reader, by the manifest's storage.
+    """Return a shard's reader, by the manifest's storage; only sizes and headers are looked at.
 
-    Looks at sizes and headers only.
-
-    Raises ValueError, naming the file, when one is missing, truncated or not the one listed, or when the manifest
-    itself lists an id beyond the vocabulary.
+    Raises:
+        ValueError: A file is missing, truncated or not the one listed, or the manifest itself lists an id beyond the
+            vocabulary. The message names the file.
     """
     path = Path(directory) / shard.name
     n_vocab, eot_id = manifest.tokenizer["n_vocab"], manifest.tokenizer["eot_id"]

@@ -37,22 +37,22 @@ _WRITE_AHEAD_BYTES = 1 << 20
 
 
 def token_dtype(n_vocab: int) -> np.dtype:
-    """uint16 for vocabularies of up to 65,535 ids, int32 beyond."""
+    """Return the dtype of token ids: uint16 for vocabularies of up to 65,535 ids, int32 beyond."""
     return DTYPE_CODES[8] if n_vocab <= 65_535 else DTYPE_CODES[4]
 
 
 def data_path(prefix: Path | str) -> Path:
-    """Return the file of token ids."""
+    """Return the path of the file of token ids."""
     return Path(f"{prefix}.bin")
 
 
 def index_path(prefix: Path | str) -> Path:
-    """Return the file that says where documents are."""
+    """Return the path of the file that says where documents are."""
     return Path(f"{prefix}.idx")
 
 
 def index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:
-    """Return the `.idx` file of documents of `lengths` tokens, int32, one after the other."""
+    """Return the content of the `.idx` file for documents of `lengths` tokens, int32, one after the other."""
     pointers = np.zeros(len(lengths), dtype="<i8")
     np.cumsum(lengths[:-1].astype(np.int64) * dtype.itemsize, out=pointers[1:])
     code = next(code for code, known in DTYPE_CODES.items() if known == dtype)
@@ -62,14 +62,18 @@ def index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:
 
 
 class TokenWriter:
-    """Writes the file `path` of ids alone, which appears on `close`, whole and on disk.
+    """A writer of the file `path` of ids alone, which appears on `close`, whole and on disk.
 
-    Until then it has another name.
+    Until then the file has another name.
 
-    After `close`: `tokens`, `documents`, `max_token`, and `sha256` of the file.
+    Attributes:
+        tokens: Tokens written so far.
+        documents: Documents written so far.
+        max_token: The largest id written so far.
     """
 
     index_sha256: str | None = None
+    """Hash of the index, if the writer makes one."""
 
     def __init__(self, path: Path | str, dtype: np.dtype):
         self.prefix = self._path = Path(path)
@@ -85,7 +89,12 @@ class TokenWriter:
         return self._hash.hexdigest()
 
     def add_documents(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
-        """Append documents, each with its end-of-text, that follow each other in `tokens`; lengths: of each."""
+        """Append documents that follow each other, each with its end-of-text token.
+
+        Args:
+            tokens: Integer ids of all of them, within the range of the dtype.
+            lengths: Tokens of each document.
+        """
         data = np.ascontiguousarray(tokens, dtype=self.dtype).data.cast("B")
         self._file.write(data)
         self._hash.update(data)
@@ -116,7 +125,7 @@ class TokenWriter:
 
 
 class IndexedWriter(TokenWriter):
-    """Writes PREFIX.bin as a TokenWriter does, and PREFIX.idx after it; `index_sha256` is of that one."""
+    """A writer of PREFIX.bin, as `TokenWriter` writes a file, and of PREFIX.idx, whose hash is `index_sha256`."""
 
     def __init__(self, prefix: Path | str, dtype: np.dtype):
         assert dtype in DTYPE_CODES.values(), dtype
@@ -125,7 +134,11 @@ class IndexedWriter(TokenWriter):
         self._lengths: list[np.ndarray] = []
 
     def add_document(self, tokens: np.ndarray) -> None:
-        """Append one document. tokens: integer ids [n], n >= 1, within the range of the dtype."""
+        """Append one document.
+
+        Args:
+            tokens: Integer ids [n], n >= 1, within the range of the dtype, the end-of-text token last.
+        """
         self.add_documents(tokens, [len(tokens)])
 
     def add_documents(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
@@ -146,11 +159,19 @@ class IndexedWriter(TokenWriter):
 
 
 class IndexedReader:
-    """PREFIX.bin and PREFIX.idx, with one sequence per document.
+    """A reader of PREFIX.bin and PREFIX.idx, with one sequence per document.
 
-    `file` is the .bin file's TokenFile, `lengths` the tokens of each sequence (a memory map), `reader[i]` the ids of
-    sequence i. Raises ValueError, naming the file, when either file is missing, truncated or not what its header says.
-    Opening looks at sizes and ends only, however long the index; `check` reads all of it.
+    `reader[i]` is the ids of sequence i. Opening looks at sizes and ends only, however long the index; `check` reads
+    all of it.
+
+    Attributes:
+        file: The .bin file.
+        dtype: The type of the ids.
+        n_tokens: The number of ids.
+        lengths: The tokens of each sequence, int32, a memory map.
+
+    Raises:
+        ValueError: Either file is missing, truncated or not what its header says; the message names it.
     """
 
     def __init__(self, prefix: Path | str):
@@ -197,7 +218,8 @@ class IndexedReader:
     def check(self) -> None:
         """Read the whole index, in constant memory.
 
-        Raises ValueError when its parts do not agree with each other.
+        Raises:
+            ValueError: Its parts do not agree with each other.
         """
         end = 0
         for start in range(0, len(self), _CHECK_SEQUENCES):
@@ -215,9 +237,9 @@ class IndexedReader:
             raise ValueError(f"{self.index_file}: damaged index, its documents are not its sequences in order")
 
     def ends_within(self, start: int, stop: int) -> np.ndarray:
-        """Return positions of the last tokens of documents, those in [start, stop), int64.
+        """Return the positions in [start, stop) of the last tokens of documents, int64.
 
-        For an index that was checked.
+        The index must have been checked.
         """
         # Not np.searchsorted: these integers are not aligned, so it would copy all of them.
         first = bisect.bisect_right(self._pointers, start * self.dtype.itemsize)
@@ -226,7 +248,7 @@ class IndexedReader:
         return np.append(ends, stop - 1) if stop == self.n_tokens else ends
 
     def index_sha256(self) -> str:
-        """Of the .idx file, which is read."""
+        """Return the hash of the .idx file, which is read for it."""
         with open(self.index_file, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -243,9 +265,9 @@ class IndexedReader:
 
 
 def _begin_writing_out(descriptor: int, start: int, count: int) -> None:
-    """Make Linux start on bytes that fsync will wait for.
+    """Make Linux start to write bytes that fsync will wait for.
 
-    Elsewhere, or if it fails, fsync just takes longer.
+    Elsewhere, or if this fails, fsync just takes longer.
     """
     if begin := getattr(ctypes.CDLL(None), "sync_file_range", None):
         begin(descriptor, ctypes.c_int64(start), ctypes.c_int64(count), ctypes.c_uint(2))  # SYNC_FILE_RANGE_WRITE

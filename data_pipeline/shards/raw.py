@@ -21,9 +21,9 @@ _CHUNK_TOKENS = 1 << 20
 
 
 class RawReader:
-    """One raw file, with the interface of `IndexedReader`.
+    """A reader of one raw file, with the interface of `IndexedReader`.
 
-    Documents are what ends with the end-of-text token, and tokens after the last of these are a document too. A file
+    A document is what ends with the end-of-text token, and tokens after the last of these are a document too. A file
     that starts with numpy's magic is an array of numpy.save: its header must agree (one dimension or C order; object
     arrays, which are pickles, are refused). `lengths` reads the whole file once, in constant memory but for 8 bytes per
     document.
@@ -32,7 +32,7 @@ class RawReader:
         path: The file.
         dtype: uint16, uint32 or int32, little endian.
         eot_id: End-of-text token of the tokenizer that made the file.
-        n_vocab: Its number of ids.
+        n_vocab: The number of ids of that tokenizer.
 
     Raises:
         ValueError: The file is missing, cut, or of another dtype; the message names it.
@@ -71,7 +71,8 @@ class RawReader:
     def check(self) -> None:
         """Look at the first MiB.
 
-        Raises ValueError when its ids are beyond the vocabulary or another dtype's.
+        Raises:
+            ValueError: Its ids are beyond the vocabulary, or look like those of another dtype.
         """
         tokens = self.file.read(0, min(self.n_tokens, _PROBE_BYTES // self.dtype.itemsize))
         hint = dtype_hint(self.file.path, self.file.offset, self.dtype.name, self.n_vocab)
@@ -105,9 +106,13 @@ class RawReader:
 
 
 def npy_header(path: Path) -> tuple[int, str, int] | None:
-    """(bytes of the header, dtype name, number of ids) of a file written by numpy.save; None for any other file.
+    """Read the header of a file written by numpy.save.
 
-    Raises ValueError when the array does not hold token ids as they are read here.
+    Returns:
+        The bytes of the header, the name of the dtype and the number of ids; None for any other file.
+
+    Raises:
+        ValueError: The array does not hold token ids as they are read here.
     """
     try:
         with open(path, "rb") as file:
@@ -134,7 +139,7 @@ def npy_header(path: Path) -> tuple[int, str, int] | None:
 
 
 def dtype_hint(path: Path, offset: int, dtype: str, n_vocab: int) -> str:
-    """Return what to do about a file that makes no sense as `dtype`: "; ..." with the dtype its first MiB fits."""
+    """Return what to do about a file that makes no sense as `dtype`: "; ..." with the dtype that its first MiB fits."""
     with open(path, "rb") as file:
         file.seek(offset)
         data = file.read(_PROBE_BYTES)
@@ -150,5 +155,5 @@ def dtype_hint(path: Path, offset: int, dtype: str, n_vocab: int) -> str:
 
 
 def _has_empty_halves(tokens: np.ndarray, n_vocab: int) -> bool:
-    """Whether 16-bit words look like halves of 32-bit ids: every second one is as small as only upper halves are."""
+    """Return whether 16-bit words look like halves of 32-bit ids: every second one is as small as an upper half."""
     return len(tokens) >= 16 and int(tokens[1::2].max()) <= (n_vocab - 1) >> 16

@@ -16,7 +16,7 @@ _recently_opened: deque = deque()
 
 
 class TokenFile:
-    """Token ids of one file, read at any place by system calls. Safe to share between threads.
+    """Token ids of one file, read at any place by system calls. Threads may share it.
 
     Unlike with a map, what was read does not count as memory of the process.
 
@@ -60,7 +60,7 @@ class TokenFile:
     def _opened(self) -> io.FileIO:
         """Return the open file.
 
-        Of all those that were opened, the latest 256 stay so; a file that nobody holds closes.
+        Of all files that were opened, the latest 256 stay open; a file that nobody holds closes.
         """
         file = self._file
         if file is None:
@@ -81,7 +81,7 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class JoinedFiles:
-    """Reads from `files[number]` on into the next ones, and converts to the dtype asked for."""
+    """A run of files, read from `files[number]` on into the next ones, and converted to the dtype asked for."""
 
     files: Sequence[TokenFile]
     number: int
@@ -100,7 +100,7 @@ class JoinedFiles:
 def read_parts(files: Sequence[TokenFile | JoinedFiles], parts: Iterable[Sequence[int]], ids: memoryview) -> list[int]:
     """Fill parts of `ids`, and return the last id of each, over which the next part may be put.
 
-    This does what `read_into` of each file does, without a call for each part. Safe in several threads.
+    This does what `read_into` of each file does, without a call for each part. Several threads may do so at once.
 
     Args:
         files: What is read, of the dtype of `ids`.
@@ -125,7 +125,11 @@ def read_parts(files: Sequence[TokenFile | JoinedFiles], parts: Iterable[Sequenc
 
 
 def file_status(path: Path) -> os.stat_result:
-    """Return the status of a file that has to be there; raise ValueError that names it if it is not."""
+    """Return the status of a file that has to be there.
+
+    Raises:
+        ValueError: It is not there; the message names it.
+    """
     try:
         return path.stat()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Whole documents in and out of shards, and directories that appear whole or not at all."""
+"""Whole documents in and out of shards."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ _BATCH_DOCUMENTS = 1 << 16
 
 
 class SplitWriter:
-    """Cuts one split into Megatron shards SPLIT-00000, SPLIT-00001, ... of whole documents.
+    """A writer of one split as Megatron shards SPLIT-00000, SPLIT-00001, ... of whole documents.
 
     Args:
         directory: Where they go.
@@ -32,11 +32,20 @@ class SplitWriter:
         self._writer: IndexedWriter | None = None
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append one document. tokens: integer ids [n], n >= 1."""
+        """Append one document.
+
+        Args:
+            tokens: Integer ids [n], n >= 1.
+        """
         self.add_documents(tokens, [len(tokens)])
 
     def add_documents(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
-        """Append documents that follow each other in `tokens`; lengths: of each."""
+        """Append documents that follow each other.
+
+        Args:
+            tokens: Integer ids of all of them.
+            lengths: Tokens of each document.
+        """
         ends = np.cumsum(lengths, dtype=np.int64)
         first = position = 0
         while first < len(ends):
@@ -52,10 +61,7 @@ class SplitWriter:
             first, position = stop, int(ends[stop - 1])
 
     def close(self) -> list[Shard]:
-        """Return the shards, all of them on disk.
-
-        Nothing can be added any more.
-        """
+        """Complete the last shard, and return all shards, which are on disk; nothing can be added any more."""
         self._end_shard()
         return self._shards
 
@@ -73,9 +79,10 @@ def shard_of(writer: TokenWriter, source: str | None = None) -> Shard:
 
 
 def document_batches(reader: IndexedReader | RawReader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, lengths) of the documents of a shard in order: about a million tokens at a time, or one longer document.
+    """Yield the documents of a shard in order, about a million tokens at a time, or one longer document.
 
-    tokens: ids in the shard's dtype, documents one after the other. lengths: tokens of each document.
+    Yields:
+        Ids of documents that follow each other, in the shard's dtype, and the tokens of each document.
     """
     first = position = 0
     while first < len(reader):

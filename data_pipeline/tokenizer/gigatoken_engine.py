@@ -1,6 +1,6 @@
 """gigatoken, an optional second engine for many documents: the same ids as tiktoken, several times as fast.
 
-https://pypi.org/project/gigatoken/ (MIT). It knows OpenAI's patterns only.
+The package is https://pypi.org/project/gigatoken/ (MIT). It knows OpenAI's patterns only.
 """
 
 import logging
@@ -27,9 +27,10 @@ _TRIALS = (
 
 
 def fast_encoder(tokenizer):
-    """Return a FastEncoder, or False where `tokenizer.engine` is "auto" and it cannot be used.
+    """Return a FastEncoder, or False where `tokenizer.engine` is "auto" and gigatoken cannot be used.
 
-    Raises ValueError otherwise.
+    Raises:
+        ValueError: `tokenizer.engine` is "gigatoken", which cannot be used.
     """
     try:
         return FastEncoder(tokenizer)
@@ -44,7 +45,7 @@ def fast_encoder(tokenizer):
 
 
 class FastEncoder:
-    """Build gigatoken's encoder of a tokenizer, and compare the two on a set of trial texts.
+    """gigatoken's encoder of a tokenizer, which was compared with the tokenizer on a set of trial texts.
 
     Raises:
         ImportError: gigatoken is not installed.
@@ -70,7 +71,7 @@ class FastEncoder:
                 raise ValueError(f"it encodes {text!r} otherwise than tiktoken")
 
     def encode_documents(self, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        """As `Tokenizer.encode_documents`."""
+        """Do as `Tokenizer.encode_documents`."""
         # What tiktoken would refuse is treated in one place, and alike.
         irregular = [i for i, text in enumerate(texts) if len(text) >= 100_000 and _LONG_RUN.search(text)]
         try:

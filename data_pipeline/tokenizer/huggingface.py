@@ -8,13 +8,15 @@ from data_pipeline.tokenizer.tokenizer import Tokenizer
 
 
 def huggingface_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]:
-    """{file name: contents} of tokenizer.json, tokenizer_config.json and generation_config.json.
+    """Return the contents of tokenizer.json, tokenizer_config.json and generation_config.json by file name.
 
     tokenizer.json is for the `tokenizers` library: byte-level BPE with the same pattern, ranks as ids, and merges found
     by splitting each token as the ranks below its own would. Like tiktoken it takes a word that is a token as it is.
     Unlike `Tokenizer.encode`, it turns text that looks like a special token into that token, as is usual there.
 
-    max_length: positions of the model, for `model_max_length`.
+    Args:
+        tokenizer: The tokenizer.
+        max_length: Positions of the model, for `model_max_length`.
     """
     end = tokenizer.eot_token
     return {

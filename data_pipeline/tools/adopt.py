@@ -42,7 +42,7 @@ def adopt(
         tokenizer: What made them.
         train: Patterns of names in `directory`. The files of a split are in the order of the patterns, and of the names
             within one. Files with an .idx beside them are Megatron's (they need no suffix), all others are raw.
-        validation: Likewise.
+        validation: Patterns like those of `train`.
         dtype: The type of raw files, "uint16", "uint32" or "int32"; Megatron's indices and the headers of numpy.save
             know theirs.
         workers: How many files are read at a time.
@@ -138,7 +138,11 @@ def _open(path: Path, dtype: str | None, tokenizer: Tokenizer) -> IndexedReader 
 
 
 def _common_format(directory: Path, readers: dict[str, IndexedReader | RawReader]) -> tuple[str, str]:
-    """Return the storage, "raw" or "megatron", and the dtype of all files; raise ValueError when they differ."""
+    """Return the storage, "raw" or "megatron", and the dtype of all files.
+
+    Raises:
+        ValueError: They differ.
+    """
     formats = {
         ("raw" if isinstance(reader, RawReader) else "megatron", reader.dtype.name): name
         for name, reader in readers.items()

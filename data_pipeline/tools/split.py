@@ -142,7 +142,7 @@ def _writers(directory: Path, tokenizer: Tokenizer, shard_tokens: int) -> dict[s
 
 
 def _documents(directory: str | Path, manifest: Manifest, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield as `document_batches` does, over a split; end-of-text is added to the last document of a raw file."""
+    """Yield the documents of a split as `document_batches` does; a raw file's last one gets an end-of-text token."""
     eot_id = manifest.tokenizer["eot_id"]
     for reader in open_shards(directory, manifest, split):
         for tokens, lengths in document_batches(reader):
@@ -153,7 +153,7 @@ def _documents(directory: str | Path, manifest: Manifest, split: str) -> Iterato
 
 
 def _digest_numbers(tokenizer: Tokenizer, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the first 8 bytes of the SHA-256 of each document's text as numbers, uint64 [n]."""
+    """Return the first 8 bytes of the SHA-256 of each document's text, as big-endian numbers, uint64 [n]."""
     stops = np.cumsum(lengths, dtype=np.int64)
     digests = (
         hashlib.sha256(tokenizer.decode_bytes(tokens[start : stop - 1])).digest()

@@ -21,7 +21,7 @@ RETRY_AFTER_S = (1.0, 5.0)
 
 
 class Saver:
-    """Writes a run's checkpoints, one at a time. All ranks call the same methods in the same order.
+    """A writer of a run's checkpoints, one at a time. All ranks call the same methods in the same order.
 
     A save that fails is tried again, then given up until the next one; `messages` reports it. Training goes on
     meanwhile and earlier checkpoints stay as they are.

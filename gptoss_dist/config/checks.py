@@ -1,4 +1,4 @@
-"""What settings must have in common: one function for each subject, each raises ValueError with key, value and remedy.
+"""What settings must have in common: a function for each subject, which raises ValueError with key, value and remedy.
 
 The range of a single setting is declared beside it, with `ranged`.
 """

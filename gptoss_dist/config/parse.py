@@ -17,7 +17,7 @@ def build_parser(**arguments: Any) -> jsonargparse.ArgumentParser:
     """Return a parser with `--config` and one option for each field; later values win.
 
     Args:
-        arguments: further ones of `jsonargparse.ArgumentParser`.
+        **arguments: Further ones of `jsonargparse.ArgumentParser`.
     """
     # The generated usage would list each of a hundred options before the first help text.
     usage = "%(prog)s [--config FILE]... [--section.field VALUE]... [further options below]"
@@ -31,11 +31,11 @@ def parse_arguments(argv: list[str], parser: jsonargparse.ArgumentParser | None 
     """Return the settings that `--config` files and `--section.field value` options give, and what `parser` adds.
 
     Args:
-        argv: the command line without the program.
-        parser: one of `build_parser`, perhaps with further options.
+        argv: The command line without the program.
+        parser: One of `build_parser`, perhaps with further options.
 
     Raises:
-        ValueError: an unknown key, a wrong type or an impossible value; one line that names it.
+        ValueError: An unknown key, a wrong type or an impossible value; one line that names it.
     """
     values = parse_with(parser or build_parser(), argv)
     names = {field.name for field in dataclasses.fields(Config)}
@@ -47,7 +47,7 @@ def load_config(*paths: str | Path, overrides: dict[str, object] | None = None) 
     """Read YAML files, later ones winning, then apply `{"section.field": value}`.
 
     Raises:
-        ValueError: as `parse_arguments`.
+        ValueError: As `parse_arguments`.
     """
     argv = [part for path in paths for part in ("--config", str(path))]
     argv += [f"--{key}={'null' if value is None else value}" for key, value in (overrides or {}).items()]

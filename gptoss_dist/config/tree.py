@@ -63,7 +63,11 @@ class Config:
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError where a value is outside its range, or contradicts another one."""
+        """Check all settings.
+
+        Raises:
+            ValueError: A value is outside its range, or contradicts another one.
+        """
         check_ranges(self)
         checks.check_loss(self.loss, self.model)
         checks.check_recompute(self.train)
@@ -82,7 +86,7 @@ class Config:
         return Path(self.checkpoint.dir or self.folder / "checkpoints")
 
     def to_dict(self) -> dict:
-        """Nested plain values, ready for YAML or JSON."""
+        """Return nested plain values, ready for YAML or JSON."""
         values = dataclasses.asdict(self)
         values["data"] |= {name: list(values["data"][name]) for name in ("sources", "stages")}
         return values

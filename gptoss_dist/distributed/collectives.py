@@ -13,20 +13,21 @@ T = TypeVar("T")
 
 
 class LocalError(ValueError):
-    """A user's mistake that one process alone can meet: it has to say so itself, whichever it is."""
+    """A user's mistake that one process alone can meet, so that this one has to report it, whichever it is."""
 
 
 def on_rank_zero(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T | None:
     """Call `function` on rank 0 while the others wait; collective.
 
     Args:
-        group: of all ranks, if not the default one.
+        function: What rank 0 does.
+        group: A group of all ranks, if not the default one.
 
     Returns:
         Its result on rank 0, None elsewhere.
 
     Raises:
-        ValueError, OSError: on every rank, if it raised one: nobody is left waiting for a rank that gave up.
+        ValueError, OSError: It raised one. Every rank raises it, so that none waits for a rank that gave up.
     """
     result, failure = None, None
     if dist.get_rank() == 0:
@@ -48,7 +49,7 @@ def broadcast_object(function: Callable[[], T]) -> T:
     """Return what `function` returns on rank 0, on every rank; collective where there are ranks.
 
     Raises:
-        ValueError, OSError: on every rank, if it raised one.
+        ValueError, OSError: It raised one. Every rank raises it.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return function()
@@ -61,7 +62,8 @@ def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list
     """Return the values of all ranks, on all ranks; collective where there are ranks.
 
     Args:
-        group: of all ranks, if not the default one.
+        value: This rank's value.
+        group: A group of all ranks, if not the default one.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
@@ -73,8 +75,8 @@ def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list
 def long_timeout_group() -> dist.ProcessGroup:
     """Return a group of all ranks, on their CPUs, that waits a day for whoever has most to read or write; collective.
 
-    A process that ends is still noticed at once, as its connections close; a machine that vanishes by the launcher
-    only. Makes a connection to every other rank: one such group is enough.
+    A process that ends is still noticed at once, as its connections close; a machine that vanishes is noticed by the
+    launcher only. The group connects every rank with every other, so one such group is enough.
     """
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
@@ -83,13 +85,14 @@ def raise_on_every_rank(function: Callable[[], T], group: dist.ProcessGroup | No
     """Call `function` on every rank, each for a part of the work; collective.
 
     Args:
-        group: of all ranks, if not the default one.
+        function: What this rank does.
+        group: A group of all ranks, if not the default one.
 
     Returns:
         Its result on this rank.
 
     Raises:
-        ValueError, OSError: on every rank, if it raised one on any; that of the lowest such rank.
+        ValueError, OSError: It raised one on any rank. Every rank raises that of the lowest such rank.
     """
     result: Any = None
     failure = None

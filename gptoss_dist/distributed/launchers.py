@@ -48,10 +48,10 @@ def complete(environment: MutableMapping[str, str] | None = None) -> None:
     inside of a Slurm allocation, a batch script for example, is no launcher; only what `srun` started counts.
 
     Args:
-        environment: the process's own by default.
+        environment: The variables to complete, which are the process's own by default.
 
     Raises:
-        ValueError: the launcher does not say where the processes meet.
+        ValueError: The launcher does not say where the processes meet.
     """
     env = os.environ if environment is None else environment
     if "RANK" not in env:
@@ -84,12 +84,14 @@ def is_deepspeed(environment: MutableMapping[str, str] | None = None) -> bool:
 def report_error_once(mistake: str, *, alone: bool = False, patience_s: float = 30.0) -> None:
     """Write a user's mistake to stderr: once on each machine, though all its processes meet it.
 
-    The first process of a machine says it and leaves, whereupon its launcher ends the others. They wait for that: if
-    one of them left earlier, the launcher might end the first before it has spoken. One that still lives after
-    `patience_s` seconds has met what the first did not, and says so.
+    The first process of a machine writes it and exits, whereupon its launcher ends the others. They wait for that: if
+    one of them exited earlier, the launcher might end the first before it has written. One that still lives after
+    `patience_s` seconds has met what the first did not, and writes it itself.
 
     Args:
-        alone: this process knows that no other says it.
+        mistake: What is wrong, in one line.
+        alone: Whether this process knows that no other says it.
+        patience_s: How long the other processes wait.
     """
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not alone:
         print(f"{_program}: {mistake}", file=sys.stderr)
@@ -100,7 +102,7 @@ def report_error_once(mistake: str, *, alone: bool = False, patience_s: float = 
 
 
 def without_local_rank(argv: list[str]) -> list[str]:
-    """`argv` without the `--local_rank=N` that `deepspeed` (and an old `torch.distributed.launch`) puts first.
+    """Return `argv` without the `--local_rank=N` that `deepspeed` (and an old `torch.distributed.launch`) puts first.
 
     The environment says the same.
     """
@@ -116,7 +118,7 @@ def _is_started_by(env: MutableMapping[str, str], variables: tuple[str | None, .
 
 
 def _tasks_on_this_node(env: MutableMapping[str, str]) -> int:
-    """Slurm lists them as "4(x2),3": four on each of two nodes, then three."""
+    """Return the number of this node's tasks, of which Slurm says "4(x2),3": four on each of two nodes, then three."""
     counts = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]).split(","):
         count, _, times = part.partition("(x")

@@ -32,7 +32,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0: the only process that prints, tracks and writes common files."""
+        """Whether this is rank 0, the only process that prints, tracks and writes common files."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ def init_distributed(timeout_s: float = 1800.0) -> Ranks:
     On CPU it also sets, for the rest of the process, that the C library keeps freed memory.
 
     Raises:
-        LocalError: fewer GPUs than processes on this machine.
-        ValueError: the launcher does not say where the processes meet.
+        LocalError: There are fewer GPUs than processes on this machine.
+        ValueError: The launcher does not say where the processes meet.
     """
     launchers.complete()
     launched = "RANK" in os.environ
@@ -82,7 +82,7 @@ def init_distributed(timeout_s: float = 1800.0) -> Ranks:
 
 
 def _tune_cpu_memory() -> None:
-    """Keep freed memory in the process: a sixth of a training step on CPU (docs/log.md).
+    """Keep freed memory in the process, which saves a sixth of a training step on CPU (docs/log.md).
 
     A step frees and allocates the same gigabytes again and again. By default the C library hands large blocks back to
     the system every time, and getting them again costs a page fault per 4 KiB. The price: fragments count as used.
@@ -98,12 +98,15 @@ def _tune_cpu_memory() -> None:
 
 
 def exit_after_error(message: Callable[[], None], patience_s: float = 5.0) -> None:
-    """Call `message`, and be ready to leave because of a mistake.
+    """Call `message`, and return when this process may exit because of a mistake.
 
-    Rank 0 waits for the others to be so too, but not for long, as they may not have met it.
-
-    The processes find each other in a store that is rank 0's where it is not torchrun's: if rank 0 left at once, a rank
+    Rank 0 waits for the others to be ready to exit too, but not for long, as they may not have met the mistake. The
+    processes find each other in a store that is rank 0's where it is not torchrun's: if rank 0 exited at once, a rank
     that is a moment behind would fail for that, with a traceback.
+
+    Args:
+        message: Reports the mistake.
+        patience_s: The most seconds that rank 0 waits.
     """
     if not dist.is_initialized():
         return message()
@@ -116,14 +119,14 @@ def exit_after_error(message: Callable[[], None], patience_s: float = 5.0) -> No
 
 
 def seed_everything(seed: int, rank: int) -> None:
-    """Seed python, numpy and torch; each rank differently, because they draw noise for different samples."""
+    """Seed python, numpy and torch; each rank gets another seed, because ranks draw noise for different samples."""
     random.seed(seed + rank)
     np.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
 
 
 def shut_down(exit_code: int = 0) -> None:
-    """Leave together and end the process without running destructors.
+    """Leave the process group together, and end the process without running destructors.
 
     gloo's background threads sometimes abort the interpreter's tear-down after all work is done, which would turn a
     finished run into a failed one.

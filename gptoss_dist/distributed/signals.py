@@ -6,7 +6,7 @@ import signal
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a flag, so that the step is finished and saved.
+    """A flag that SIGTERM and Ctrl-C set, so that the step is finished and saved.
 
     A second Ctrl-C stops at once.
     """

@@ -45,8 +45,8 @@ class Objective(Protocol):
         """Return the sums that the loss of a batch is made of.
 
         Args:
-            model: a `GptOss`, or an engine's wrapper around one.
-            batch: tensors by name, as `data_pipeline.BatchLoader` hands out, on the engine's device.
+            model: A `GptOss`, or an engine's wrapper around one.
+            batch: Tensors by name, as `data_pipeline.BatchLoader` hands out, on the engine's device.
         """
 
 
@@ -63,7 +63,7 @@ class StepSums(NamedTuple):
 class StepResult(NamedTuple):
     """What one optimizer step gave, over all ranks, on the host.
 
-    On CUDA it is still on its way: `wait` for it.
+    On CUDA it is still on its way there until `wait` returns.
     """
 
     loss: Tensor
@@ -83,8 +83,8 @@ class StepResult(NamedTuple):
     stop: Tensor
     """Number of ranks that were asked to stop."""
     traffic_R3: Tensor | None = None
-    """With expert parallelism, of each rank: token copies that its experts computed, bytes that its all-to-alls sent to
-    other ranks, and seconds in all-to-alls (on CUDA those that have finished, mostly of the step before)."""
+    """With expert parallelism, for each rank: token copies that its experts computed, bytes that its all-to-alls sent
+    to other ranks, and seconds in all-to-alls (on CUDA those that have finished, mostly of the step before)."""
     arrived: torch.cuda.Event | None = None
     """Marks the end of the copies to the host."""
 
@@ -104,13 +104,13 @@ class Engine(ABC):
     """
 
     name: str
-    """For people: engine and what it shards."""
+    """The engine and what it shards, in words."""
     model: GptOss
     module: nn.Module
     """What the objective calls for training: the model, or what the engine wraps around it."""
     layout: DeviceLayout
     exchange: Exchange | None
-    """The all-to-alls between experts, if they are spread over ranks."""
+    """The all-to-alls between experts, if they are distributed over ranks."""
 
     def __init__(self, settings: EngineSettings, ranks: Ranks, objective: Objective) -> None:
         self.settings, self.ranks, self.objective = settings, ranks, objective
@@ -130,7 +130,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _backward(self, loss: Tensor) -> None:
-        """Backward of this rank's share of the global loss: gradients are summed over ranks, not averaged."""
+        """Run the backward pass of this rank's share of the global loss; gradients are summed over ranks."""
 
     @abstractmethod
     def _gradient_squares(self) -> Tensor:
@@ -141,7 +141,9 @@ class Engine(ABC):
         """Clip and apply the gradients, unless they or the loss are not finite.
 
         Args:
-            loss, squares: summed over ranks.
+            lr: Learning rate of this step.
+            loss: The global loss, summed over ranks.
+            squares: The squared gradient norm, summed over ranks.
 
         Returns:
             The gradient norm before clipping, and 1 if the update was skipped, else 0.
@@ -162,10 +164,10 @@ class Engine(ABC):
     # What all do -----------------------------------------------------------------------------------------------------
 
     def forward_backward(self, micro_batches: list[dict[str, Tensor]]) -> StepSums:
-        """Forward and backward for one global batch.
+        """Run the forward and backward passes of one global batch.
 
         Args:
-            micro_batches: this rank's share, as `data_pipeline.BatchLoader` hands out (CPU tensors).
+            micro_batches: This rank's share, as `data_pipeline.BatchLoader` hands out (CPU tensors).
 
         Returns:
             What `update` reports of the global batch.
@@ -196,7 +198,7 @@ class Engine(ABC):
         return {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _micro_batch(self, batch: dict[str, Tensor], valid: Tensor, micro_batches: int) -> StepSums:
-        """Backward of this micro-batch's share of the global loss; returns detached sums for the report."""
+        """Run the backward pass of a micro-batch's share of the global loss; return detached sums for the report."""
         settings, model = self.settings.loss, self.settings.model
         token_loss, stats = self.objective(self.module, batch)
         # Balance is judged over the micro-batch of *all* ranks, so that the loss does not depend on the layout. Ranks
@@ -215,8 +217,8 @@ class Engine(ABC):
 
         Args:
             sums: What it returned.
-            lr: learning rate of this step.
-            stop: this rank was asked to stop; the result tells all ranks.
+            lr: Learning rate of this step.
+            stop: Whether this rank was asked to stop; the result tells all ranks.
         """
         loss, aux, z, entropy_L, counts_LE = sums
         # One reduction carries everything that the ranks have to agree on or report.
@@ -260,7 +262,7 @@ class Engine(ABC):
 
     @torch.no_grad()
     def evaluate(self, batches) -> float:
-        """Mean token loss in nats over all ranks' batches; every rank must bring the same number of batches."""
+        """Return the mean token loss in nats over all ranks' batches; every rank must bring the same number of them."""
         self.model.eval()
         total = torch.zeros(2, device=self.ranks.device)
         for batch in batches:

@@ -11,7 +11,10 @@ from gptoss_dist.engine.base import Engine, EngineSettings, Objective
 
 
 def engine_kind(engine: EngineConfig) -> Literal["fsdp", "deepspeed"]:
-    """`fsdp` or `deepspeed`: with `engine.kind=auto` what the settings speak of, else what the launcher is made for."""
+    """Return the kind of a run's engine.
+
+    With `engine.kind=auto` it is the one that the settings speak of, else the one that the launcher is made for.
+    """
     if engine.kind == "auto":
         meant = engine.zero_stage is not None or engine.deepspeed is not None
         return "deepspeed" if meant or is_deepspeed() else "fsdp"
@@ -22,10 +25,12 @@ def build_engine(settings: EngineSettings, ranks: Ranks, objective: Objective) -
     """Build the engine that the settings name, with the initial weights of their seed; collective.
 
     Args:
-        objective: what the model is trained and evaluated for.
+        settings: What the engine reads of the configuration.
+        ranks: The processes of the run.
+        objective: What the model is trained and evaluated for.
 
     Raises:
-        ValueError: settings do not fit each other or the number of processes.
+        ValueError: Settings do not fit each other or the number of processes.
     """
     if engine_kind(settings.engine) == "deepspeed":
         from gptoss_dist.engine.deepspeed import DeepSpeedEngine  # imports DeepSpeed, which takes seconds

@@ -1,10 +1,11 @@
-"""Training engine on DeepSpeed ZeRO (Rajbhandari et al., arXiv:1910.02054), stages 1 to 3, with spread experts.
+"""Training engine on DeepSpeed ZeRO (Rajbhandari et al., arXiv:1910.02054), stages 1 to 3, with distributed experts.
 
 DeepSpeed owns flat float32 master weights, the reduction of gradients, clipping and the step. What it takes to make
 that the same training as under FSDP2:
 
 - Gradients are averaged over ranks there and summed here, so the loss is multiplied by the number of ranks.
-- Experts that are distributed over ranks are made known by attributes of their parameters and `_DistributedExperts`.
+- Experts that are distributed over ranks are made known to it by attributes of their parameters, and by the class
+  `_DistributedExperts`.
 - Initial weights and checkpoints go straight into the runs of elements that this rank holds (`flat_shard.py`).
 
 This reaches into DeepSpeed 0.19: other versions are refused.
@@ -39,7 +40,7 @@ def load_deepspeed(ranks: Ranks):
     """Import DeepSpeed and join it to the process group that is there; nothing is compiled.
 
     Raises:
-        ValueError: it cannot be imported, or is of another version.
+        ValueError: It cannot be imported, or is of another version.
     """
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # which it asks for even without a launcher
@@ -62,7 +63,7 @@ def load_deepspeed(ranks: Ranks):
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """Return what DeepSpeed refuses, in any of its ways, as a ValueError of one line."""
+    """Turn what DeepSpeed refuses, in any of its ways, into a ValueError of one line."""
     from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
     from deepspeed.runtime.config import DeepSpeedConfigError
 
@@ -93,7 +94,7 @@ class _Run:
 
 
 class DeepSpeedEngine(Engine):
-    """Parameters are DeepSpeed's; experts that are spread over ranks are plain parameters of this rank's experts.
+    """An engine whose parameters are DeepSpeed's; distributed experts are plain parameters of this rank's experts.
 
     DeepSpeed looks at the gradient norm on the host in every step: this engine cannot run ahead of the device.
     """
@@ -140,7 +141,7 @@ class DeepSpeedEngine(Engine):
         self._fill()
 
     def _flats(self) -> list[Tensor]:
-        """DeepSpeed's float32 master weights: this rank's share of each group of parameters, in one piece."""
+        """Return DeepSpeed's float32 master weights: this rank's share of each group of parameters, in one piece."""
         zero = self.zero
         if self.stage == 3:
             return zero.fp32_partitioned_groups_flat
@@ -238,7 +239,7 @@ class DeepSpeedEngine(Engine):
         return _Run(parameter.data.view(-1), 0, 0, parameter.numel())
 
     def _first_expert(self, parameter: nn.Parameter) -> int:
-        """Return index in the whole parameter of the first row that this rank's parameter has."""
+        """Return the index in the whole parameter of the first row that this rank's parameter has."""
         if not hasattr(parameter, "group_name"):
             return 0
         return _shape(parameter)[0] * (self.ranks.rank % self.layout.expert_parallel)
@@ -264,7 +265,7 @@ class DeepSpeedEngine(Engine):
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Of the parameter before ZeRO 3 took it apart."""
+    """Return the shape that the parameter had before ZeRO 3 took it apart."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -278,7 +279,7 @@ def _hold_experts(model: GptOss, expert_parallel: int) -> None:
     from deepspeed.utils import groups
 
     class _DistributedExperts(AutoEPMoELayer):
-        """Without parameters or computation: the engine believes in spread experts only if it finds this class."""
+        """A layer without parameters or computation: DeepSpeed sees distributed experts only if it finds this class."""
 
         num_experts = expert_parallel  # which the engine only writes down
 
@@ -286,7 +287,7 @@ def _hold_experts(model: GptOss, expert_parallel: int) -> None:
             nn.Module.__init__(self)
 
         def set_deepspeed_parallelism(self, *args, **kwargs) -> None:
-            """Return the groups are there already."""
+            """Do nothing, because the groups are there already."""
 
     name = f"ep_size_{expert_parallel}"
     if name not in groups._get_expert_parallel_group_dict():
@@ -306,7 +307,11 @@ def _materialize(model: GptOss, dtype: torch.dtype, device: torch.device, zero3:
     """Give the meta model memory, in place; the values come later.
 
     Args:
-        zero3: settings of ZeRO 3, to shard each parameter as soon as it exists: no rank ever holds the whole model.
+        model: A model on the meta device.
+        dtype: The type of what is computed with.
+        device: Where the memory is.
+        zero3: Settings of ZeRO 3, to shard each parameter as soon as it exists, so that no rank ever holds the whole
+            model.
     """
     if zero3 is not None:
         from deepspeed import zero

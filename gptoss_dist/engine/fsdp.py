@@ -20,9 +20,9 @@ from gptoss_dist.parallel.parallelize import parallelize
 
 
 class FsdpEngine(Engine):
-    """Parameters are DTensors of their whole shape.
+    """An engine whose parameters are DTensors of their whole shape.
 
-    No host synchronisation inside a step on CUDA.
+    On CUDA there is no host synchronisation inside a step.
     """
 
     name = "fsdp"
@@ -79,7 +79,7 @@ class FsdpEngine(Engine):
         return grad_norm, skipped
 
     def state(self) -> dict[str, Tensor]:
-        """Return DTensors by name."""
+        """Return all that training changes, as DTensors by name."""
         # A forward pass without a backward (validation, samples) can leave gathered copies in the parameters' place.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):

@@ -12,7 +12,10 @@ from gptoss_dist.config import OptimConfig
 
 
 def is_decayed(name: str) -> bool:
-    """Weight decay acts on matrices that multiply activations: not on norms, biases, sinks or embeddings."""
+    """Return whether weight decay acts on a parameter.
+
+    It acts on matrices that multiply activations, and not on norms, biases, sinks or embeddings.
+    """
     module, leaf = name.split(".")[-2:]
     return not ("norm" in module or "bias" in leaf or leaf == "sinks" or module == "embed_tokens")
 
@@ -21,7 +24,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
     """Take the gradient from the parameters whose names match.
 
     Raises:
-        ValueError: a pattern matches none, or nothing is left to train.
+        ValueError: A pattern matches none, or nothing is left to train.
     """
     parameters = dict(model.named_parameters())
     for pattern in patterns:
@@ -48,10 +51,12 @@ def parameter_groups(
     No group mixes parameters of two homes, nor decayed parameters with others.
 
     Args:
-        home: what the parameters of a group must have in common, such as their device mesh.
+        model: The model.
+        config: The factors of the learning rate, and the weight decay.
+        home: What the parameters of a group must have in common, such as their device mesh.
 
     Raises:
-        ValueError: a pattern of `optim.lr_scale` matches no parameter.
+        ValueError: A pattern of `optim.lr_scale` matches no parameter.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     scales = dict.fromkeys(parameters, 1.0)
@@ -67,13 +72,13 @@ def parameter_groups(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Before a step: `lr` times each group's own factor."""
+    """Set each group's learning rate to `lr` times the group's own factor, before a step."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def adamw(groups: list[dict], config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW (arXiv:1711.05101)."""
+    """Return the fused AdamW (arXiv:1711.05101)."""
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
@@ -88,7 +93,7 @@ def allocate_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW for sharded parameters; experts may live on another device mesh than the rest."""
+    """Return AdamW for sharded parameters; experts may live on another device mesh than the rest."""
     groups = parameter_groups(model, config, lambda p: getattr(p, "device_mesh", None))
     optimizer = adamw([group for _, group in groups], config)
     allocate_state(optimizer, (p for p in model.parameters() if p.requires_grad))

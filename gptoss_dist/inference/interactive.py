@@ -17,10 +17,11 @@ REPL_SETTINGS = {
 
 
 def repl(session: Session, settings: dict) -> int:
-    """Read lines from standard input until its end or `:q`; returns the exit code 0.
+    """Read lines from standard input until its end or `:q`, and return the exit code 0.
 
     Args:
-        settings: of `Session.write`, which commands such as `:t 0.5` change.
+        session: What writes the text.
+        settings: Those of `Session.write`, which commands such as `:t 0.5` change.
     """
     print(REPL_HELP)
     while True:

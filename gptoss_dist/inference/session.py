@@ -15,7 +15,7 @@ from gptoss_dist.model.transformer import GptOss
 
 
 class Session:
-    """Holds model, tokenizer and random state between prompts."""
+    """A model, its tokenizer and a random state, which are kept between prompts."""
 
     def __init__(self, model: GptOss, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -26,7 +26,7 @@ class Session:
         """Load the newest checkpoint under `path`, or an exported model, in float32 on CPU and bfloat16 on CUDA.
 
         Raises:
-            ValueError: there is no intact checkpoint, it does not fit, or there is no tokenizer of ours beside it.
+            ValueError: There is no intact checkpoint, it does not fit, or there is no tokenizer of ours beside it.
         """
         pretrained = open_pretrained(path)
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -40,10 +40,10 @@ class Session:
     def write(self, prompt: str, *, on_text: Callable[[str], None] | None = None, **settings) -> str:
         """Continue `prompt`; an empty one starts a document.
 
-        `settings` as in `generate`.
-
         Args:
-            on_text: called with pieces of text as they are written, cut at whole characters.
+            prompt: The text to continue.
+            on_text: Called with pieces of text as they are written, cut at whole characters.
+            **settings: Those of `generate`.
         """
         ids = self.tokenizer.encode(prompt).tolist() or [self.tokenizer.eot_id]
         decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -24,8 +24,8 @@ class LayerCache(Protocol):
         """Store new keys and values, and return what to attend to.
 
         Args:
-            k_BKTC: keys of the new tokens.
-            v_BKTC: values of the new tokens.
+            k_BKTC: Keys of the new tokens.
+            v_BKTC: Values of the new tokens.
 
         Returns:
             Keys and values [B, K, S, C], and which of them each new token sees, bool [T, S], or None if nothing was
@@ -43,7 +43,7 @@ class Attention(nn.Module):
         self.window = config.sliding_window if config.attention_types[layer_index] == SLIDING else None
         self.sink_clamp = config.sink_clamp
         self.backend = "auto"
-        """Of `ops.attention.sink_attention`."""
+        """The back end of `ops.attention.sink_attention`."""
         self.q_proj = Linear(D, config.num_attention_heads * C, bias=bias)
         self.k_proj = Linear(D, config.num_key_value_heads * C, bias=bias)
         self.v_proj = Linear(D, config.num_key_value_heads * C, bias=bias)
@@ -60,10 +60,10 @@ class Attention(nn.Module):
         """Return what each token gathered from those that it sees, [B, T, D].
 
         Args:
-            x_BTD: normalised tokens.
+            x_BTD: Normalised tokens.
             rotary: cos and sin of the tokens' positions, [T, C / 2] each (see `RotaryTables`).
-            documents: where documents lie, if attention is to stay within them; not looked at behind a filled cache.
-            cache: this layer's part of the cache, which is extended in place.
+            documents: Where documents lie, if attention is to stay within them; not looked at behind a filled cache.
+            cache: This layer's part of the cache, which is extended in place.
         """
         B, T, _ = x_BTD.shape
         q_BHTC = apply_rotary(self.q_proj(x_BTD).view(B, T, -1, self.head_dim), *rotary).transpose(1, 2)

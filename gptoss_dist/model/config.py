@@ -157,7 +157,7 @@ class ModelConfig:
         """Read an architecture file such as `configs/model/gptoss_20b.yaml`.
 
         Raises:
-            ValueError: the file is missing, not YAML, or has a key or type that is not a field's.
+            ValueError: The file is missing, not YAML, or has a key or type that is not a field's.
         """
         import jsonargparse
 
@@ -172,15 +172,15 @@ class ModelConfig:
         return cls(**parser.instantiate_classes(namespace).as_dict())
 
     def to_dict(self) -> dict:
-        """Plain values only: safe to write as YAML or JSON, and `from_dict` restores it."""
+        """Return plain values only, safe to write as YAML or JSON; `from_dict` restores the configuration."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> ModelConfig:
-        """Inverse of `to_dict`.
+        """Return the configuration that `to_dict` gave as values.
 
         Raises:
-            ValueError: a key is not a field.
+            ValueError: A key is not a field.
         """
 
         def made(kind: type, given: dict):

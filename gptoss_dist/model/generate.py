@@ -48,17 +48,17 @@ def generate(
     """Continue each sequence of a batch of equally long prompts.
 
     Args:
-        model: a model, which may be sharded: then all ranks must call this alike, with generators in the same state and
+        model: A model, which may be sharded: then all ranks must call this alike, with generators in the same state and
             `eos_id` None.
-        input_ids_BT: prompts, [B, T >= 1] int64, on the model's device.
-        max_new_tokens: how many tokens to add at most.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: sample from the k most likely tokens only; 0 switches it off.
-        top_p: sample from the smallest set of tokens with this much probability (nucleus, arXiv:1904.09751).
-        eos_id: a sequence that produced this token is continued with it; generation ends when all have.
-        vocab_size: ids from here on are never produced (rows of the head that pad the tokenizer's vocabulary).
-        generator: the source of randomness, on the CPU.
-        on_token: is called with each new column of ids [B].
+        input_ids_BT: Prompts, [B, T >= 1] int64, on the model's device.
+        max_new_tokens: How many tokens to add at most.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Sample from the k most likely tokens only; 0 switches it off.
+        top_p: Sample from the smallest set of tokens with this much probability (nucleus, arXiv:1904.09751).
+        eos_id: A sequence that produced this token is continued with it; generation ends when all have.
+        vocab_size: Ids from here on are never produced (rows of the head that pad the tokenizer's vocabulary).
+        generator: The source of randomness, on the CPU.
+        on_token: Called with each new column of ids [B].
 
     Returns:
         Prompts and continuations, [B, T + new] int64.
@@ -99,10 +99,10 @@ def sample(
 
     Args:
         logits_BV: float32.
-        temperature: see `generate`, as all others.
-        top_k: how many of the likeliest tokens to draw from, or 0.
-        top_p: how much probability to draw from.
-        generator: the source of randomness, on the CPU.
+        temperature: See `generate`, as all others.
+        top_k: How many of the likeliest tokens to draw from, or 0.
+        top_p: How much probability to draw from.
+        generator: The source of randomness, on the CPU.
     """
     if temperature == 0:
         return logits_BV.argmax(dim=-1)

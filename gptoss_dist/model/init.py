@@ -36,12 +36,12 @@ def fill(
     Values are drawn in float32 on the CPU, so that they do not depend on the device.
 
     Args:
-        out: the part to fill, on any device, float32 or bfloat16.
-        name: the parameter's name in the whole model, such as `model.layers.0.self_attn.q_proj.weight`.
-        shape: the whole parameter's shape.
-        config: gives the standard deviation and the variants.
-        seed: the run's seed.
-        offset: index of out[0, ..., 0] in the whole parameter; None if `out` is the whole.
+        out: The part to fill, on any device, float32 or bfloat16.
+        name: The parameter's name in the whole model, such as `model.layers.0.self_attn.q_proj.weight`.
+        shape: The whole parameter's shape.
+        config: Gives the standard deviation and the variants.
+        seed: The run's seed.
+        offset: Index of out[0, ..., 0] in the whole parameter; None if `out` is the whole.
     """
     constant = _constant(name, config)
     if constant is not None:

@@ -19,10 +19,10 @@ def balance_loss(stats: RouterStats, counts_LE: Tensor, tokens: int | Tensor, ex
     the sum of the ranks' values is the value of the whole batch.
 
     Args:
-        stats: sums over the local tokens, with a leading layer dimension.
-        counts_LE: tokens routed to each expert, over whatever batch is to be balanced.
-        tokens: number of tokens in that batch.
-        experts_per_token: experts that each token is sent to.
+        stats: Sums over the local tokens, with a leading layer dimension.
+        counts_LE: Tokens routed to each expert, over whatever batch is to be balanced.
+        tokens: Number of tokens in that batch.
+        experts_per_token: Experts that each token is sent to.
 
     Returns:
         A float32 scalar, with a gradient to the router.
@@ -36,8 +36,8 @@ def z_loss(stats: RouterStats, tokens: int | Tensor) -> Tensor:
     """Return the mean squared log-partition of the router logits (ST-MoE, arXiv:2202.08906, eq. 5).
 
     Args:
-        stats: sums over the local tokens, with a leading layer dimension.
-        tokens: number of tokens to take the mean over.
+        stats: Sums over the local tokens, with a leading layer dimension.
+        tokens: Number of tokens to take the mean over.
     """
     return (stats.z / tokens).mean()
 
@@ -51,9 +51,9 @@ def updated_selection_bias(bias_E: Tensor, counts_E: Tensor, rate: float | Tenso
     use a rate of 0.001; here it is added to the router's logits, so the rate is in units of a logit.
 
     Args:
-        bias_E: the present bias, [E] or [L, E].
-        counts_E: tokens routed to each expert over the whole batch (all ranks and micro-batches), of the same shape.
-        rate: how far the bias moves; a tensor may hold 0 to skip the update without waiting for the device.
+        bias_E: The present bias, [E] or [L, E].
+        counts_E: Tokens routed to each expert over the whole batch (all ranks and micro-batches), of the same shape.
+        rate: How far the bias moves; a tensor may hold 0 to skip the update without waiting for the device.
 
     Returns:
         A new float32 tensor of the same shape.

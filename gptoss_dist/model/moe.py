@@ -112,9 +112,9 @@ class Experts(nn.Module):
         """Return the sum over k of weight * expert(x), [T, D] in x's dtype.
 
         Args:
-            x_TD: tokens.
-            weights_TK: router weights.
-            indices_TK: expert of each pair, int64.
+            x_TD: Tokens.
+            weights_TK: Router weights.
+            indices_TK: Expert of each pair, int64.
         """
         T, K = indices_TK.shape
         expert_N = indices_TK.flatten()
@@ -131,8 +131,8 @@ class Experts(nn.Module):
         """Return the expert MLPs of rows that are already sorted by expert, [N, D].
 
         Args:
-            x_ND: rows.
-            counts_E: rows of each expert.
+            x_ND: Rows.
+            counts_E: Rows of each expert.
         """
         return grouped_experts(
             x_ND,

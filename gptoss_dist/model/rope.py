@@ -73,9 +73,9 @@ def apply_rotary(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Rotate the pairs (i, i + R) of the last dimension.
 
     Args:
-        x_BTHC: queries or keys.
-        cos_TR: cosine of each position's angles.
-        sin_TR: sine of each position's angles.
+        x_BTHC: Queries or keys.
+        cos_TR: Cosine of each position's angles.
+        sin_TR: Sine of each position's angles.
 
     Returns:
         A tensor like x.

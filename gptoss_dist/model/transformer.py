@@ -126,11 +126,11 @@ class GptOss(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """The blocks in order, as what they are: a `ModuleList` does not know."""
+        """The blocks in order, with their type, which a `ModuleList` does not know."""
         return cast(list[Block], list(self.model.layers))
 
     def tie(self) -> None:
-        """Share the embedding with the head if the config says so; `to_empty` undoes it, so call this again then."""
+        """Share the embedding with the head if the config says so. `to_empty` undoes that: call this again then."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -146,11 +146,11 @@ class GptOss(nn.Module):
         """Return logits, or with labels the sums that a loss is made of, without ever holding all logits at once.
 
         Args:
-            input_ids_BT: token ids [B, T], int64.
-            labels_BT: the token to predict *at* each position (already shifted), [B, T] int64; -100 carries no loss.
-            document_ids_BT: integers [B, T], non-decreasing along T; attention stays within equal ids.
-            cache: keys and values of earlier tokens; it is extended in place.
-            last_only: return the logits of the last position only.
+            input_ids_BT: Token ids [B, T], int64.
+            labels_BT: The token to predict *at* each position (already shifted), [B, T] int64; -100 carries no loss.
+            document_ids_BT: Integers [B, T], non-decreasing along T; attention stays within equal ids.
+            cache: Keys and values of earlier tokens; it is extended in place.
+            last_only: Return the logits of the last position only.
 
         Returns:
             Logits [B, T or 1, V] in the compute dtype, or `LossSums`.

@@ -46,15 +46,15 @@ def choose(
     """Return the back end of this name, or for `auto` the first of `order` that can serve.
 
     Args:
-        backends: the table.
+        backends: The table.
         name: `auto`, or a name in the table.
-        order: names in the table; the last one must serve everything.
-        dtype: of the operands.
-        sizes: of the operands, as the table means them.
-        device: of the operands.
+        order: Names in the table; the last one must serve everything.
+        dtype: The type of the operands.
+        sizes: The sizes of the operands, as the table means them.
+        device: The device of the operands.
 
     Raises:
-        ValueError: there is no back end of this name, or it cannot serve.
+        ValueError: There is no back end of this name, or it cannot serve.
     """
     if name == AUTO:
         for candidate in order:

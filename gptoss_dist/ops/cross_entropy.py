@@ -42,16 +42,16 @@ def linear_cross_entropy(
     fp32. Softmax, loss and the label's subtraction are in fp32.
 
     Args:
-        hidden_ND: final hidden states, of any floating dtype.
-        weight_VD: the head's weight, of the same dtype.
-        labels_N: the token to predict, int64.
-        ignore_index: tokens with this label carry neither loss nor gradient.
+        hidden_ND: Final hidden states, of any floating dtype.
+        weight_VD: The head's weight, of the same dtype.
+        labels_N: The token to predict, int64.
+        ignore_index: Tokens with this label carry neither loss nor gradient.
         backend: `reference` is `F.cross_entropy` on all N x V logits (in fp32), under plain autograd. `chunked` is
             described above; `auto` takes it.
         chunk_tokens: C. The default is D, within 512 and 4096: a chunk's C x V logits take no more room than the V x D
             weight (if D is not below 512), and reading and writing the weight's gradient once per chunk stays cheap
             beside the chunk's matrix products.
-        bias: the head's bias, [V] of the same dtype, or None.
+        bias: The head's bias, [V] of the same dtype, or None.
 
     Returns:
         An fp32 scalar.

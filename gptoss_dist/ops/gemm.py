@@ -36,8 +36,8 @@ def gemm_dtype(x: Tensor, rows: int) -> torch.dtype:
     """Return the dtype to which to cast both operands of a product: x's own, save for bf16 where the CPU lacks it.
 
     Args:
-        x: an operand.
-        rows: how many rows of it meet each matrix; their number decides whether it pays to cast the matrix.
+        x: An operand.
+        rows: How many rows of it meet each matrix; their number decides whether it pays to cast the matrix.
     """
     emulated = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not CPU_MULTIPLIES_BF16
     return torch.float32 if emulated and rows >= MIN_ROWS else x.dtype
@@ -64,7 +64,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _LinearInFloat32(torch.autograd.Function):
-    """Keeps the bf16 operands until backward; plain autograd would keep their float32 copies."""
+    """A product in float32 that keeps bf16 operands until backward; plain autograd would keep float32 copies."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -36,8 +36,8 @@ def encode(x: Tensor, *, search: bool = False) -> Mxfp4:
     become 6. What was packed once is packed again without a change of value.
 
     Args:
-        x: values [..., 32 G], bfloat16 or float32 (other floats are cast to float32). They are packed on the CPU.
-        search: try the next larger and smaller scale too, and take the one with the least squared error.
+        x: Values [..., 32 G], bfloat16 or float32 (other floats are cast to float32). They are packed on the CPU.
+        search: Try the next larger and smaller scale too, and take the one with the least squared error.
 
     Raises:
         ValueError: The last dimension is not made of whole groups, or a value is not finite.

@@ -16,9 +16,9 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, *, backend: str = "auto
     """Return x / sqrt(mean(x^2) + eps) * weight, computed in float32 and rounded once to x's dtype.
 
     Args:
-        x_ND: rows, of any floating dtype; float64 is computed in float64.
-        weight_D: factors, of any floating dtype.
-        eps: is added to the mean square.
+        x_ND: Rows, of any floating dtype; float64 is computed in float64.
+        weight_D: Factors, of any floating dtype.
+        eps: What is added to the mean square.
         backend: `reference` is plain autograd; `fused` (which `auto` takes) makes a third of its passes over memory,
             with the gradient written out, and keeps only x and one number per row for it.
 

@@ -46,10 +46,10 @@ class Exchange:
     def counts(self, sent_RE: Tensor) -> tuple[list[list[int]], Tensor]:
         """Tell every process how many rows it will get for each of its experts.
 
-        The only place where the host waits for the device; not repeated when activations are recomputed.
+        This is the only place where the host waits for the device. It is not repeated when activations are recomputed.
 
         Args:
-            sent_RE: rows for expert e of process r, integers [R, E local].
+            sent_RE: Rows for expert e of process r, integers [R, E local].
 
         Returns:
             `sent, received` as totals per process on the host, and received_RE on the device: rows from process r for
@@ -71,7 +71,7 @@ class Exchange:
         return _AllToAll.apply(x_MD, sent, received, self)
 
     def move(self, x_MD: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """`rows` without a gradient."""
+        """Do as `rows`, without a gradient."""
         y_MD = x_MD.new_empty(sum(received), *x_MD.shape[1:])
         with self._timed():
             dist.all_to_all_single(y_MD, x_MD.contiguous(), received, sent, group=self.group)

@@ -34,9 +34,9 @@ class _Arguments(megablocks.arguments.Arguments):  # type: ignore[name-defined]
 
 
 class DroplessExperts(megablocks.dmoe.ParallelDroplessMLP):  # type: ignore[name-defined]
-    """Drop-in for `Experts`: the same parameters, the same results, no token dropped.
+    """A drop-in for `Experts`, with the same parameters and the same results; no token is dropped.
 
-    Holds no state between calls and never touches megablocks' global lists of losses, so recomputation under
+    It holds no state between calls and never touches megablocks' global lists of losses, so recomputation under
     activation checkpointing is safe.
     """
 
@@ -44,8 +44,10 @@ class DroplessExperts(megablocks.dmoe.ParallelDroplessMLP):  # type: ignore[name
         """Take over the parameters of `experts`: the very same objects, on whatever device they are.
 
         Args:
-            exchange: reaches the processes over which the experts are spread, if they are. The parameters are then
-                DTensors of the whole shape, sharded on dimension 0 over those processes.
+            experts: The experts whose parameters are taken over.
+            num_experts_per_tok: Experts per token, K.
+            exchange: What reaches the processes over which the experts are distributed, if they are. The parameters are
+                then DTensors of the whole shape, sharded on dimension 0 over those processes.
         """
         E, D, F = experts.gate_up_proj.shape
         # Upstream builds MLPs of its own: on the meta device they cost nothing, and they are dropped below.
@@ -77,12 +79,12 @@ class DroplessExperts(megablocks.dmoe.ParallelDroplessMLP):  # type: ignore[name
         """Return the sum over k of weight * expert(x), [T, D] in x's dtype.
 
         Args:
-            x_TD: tokens.
-            weights_TK: router weights, in x's dtype or float32.
-            indices_TK: expert of each pair, any integer dtype.
+            x_TD: Tokens.
+            weights_TK: Router weights, in x's dtype or float32.
+            indices_TK: Expert of each pair, any integer dtype.
 
         Raises:
-            LocalError: on CUDA, the rows of this process times D are 2^31 or more, beyond what the kernels can address.
+            LocalError: On CUDA, the rows of this process times D are 2^31 or more, beyond what the kernels can address.
         """
         if self.exchange is None:
             return self.forward_fn(x_TD, weights_TK, indices_TK)[0]
@@ -139,17 +141,18 @@ def use_megablocks(model: GptOss, expert_parallel: DeviceMesh | None = None) -> 
     """Swap the experts of every layer of a `GptOss` for `DroplessExperts`, in place.
 
     On one process parameters stay the same objects under the same names, so optimizers and state dicts made before
-    remain valid. Works on any device, meta included, and does nothing to layers already swapped, whatever the mesh.
+    remain valid. It works on any device, meta included, and does nothing to layers already swapped, whatever the mesh.
 
     Args:
-        expert_parallel: one-dimensional mesh to spread each layer's experts over. Expert parameters are then replaced
-            by DTensors of the same (whole) shape, of which this process holds a contiguous block of experts.
+        model: The model.
+        expert_parallel: One-dimensional mesh to distribute each layer's experts over. Expert parameters are then
+            replaced by DTensors of the same (whole) shape, of which this process holds a contiguous block of experts.
 
     Returns:
-        What the layers reach each other through, if the experts are spread.
+        What the layers reach each other through, if the experts are distributed.
 
     Raises:
-        ValueError: the mesh does not divide the experts.
+        ValueError: The mesh does not divide the experts.
     """
     swapped = [e for e in (layer.mlp.experts for layer in model.blocks) if isinstance(e, DroplessExperts)]
     exchange = swapped[0].exchange if swapped else None

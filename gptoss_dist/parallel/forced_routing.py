@@ -23,7 +23,7 @@ def force_routing(model: GptOss, how: Literal["balanced", "replay"]) -> list[For
 
 
 class ForcedRouting:
-    """Stands in for `Router.choose` of one router.
+    """A stand-in for `Router.choose` of one router.
 
     `balanced` gives token t the experts (t K + k) mod E. `replay` repeats the choices of the first batch, until a batch
     has another number of tokens.

@@ -33,13 +33,13 @@ class MegaBlocks(NamedTuple):
     """The megablocks modules this project builds on."""
 
     arguments: types.ModuleType
-    """`megablocks.layers.arguments`"""
+    """The module `megablocks.layers.arguments`."""
     dmoe: types.ModuleType
-    """`megablocks.layers.dmoe`"""
+    """The module `megablocks.layers.dmoe`."""
     ops: types.ModuleType
-    """`megablocks.ops`: differentiable gather and scatter, sort, histogram, cumsum, replicate"""
+    """The module `megablocks.ops`: differentiable gather and scatter, sort, histogram, cumsum, replicate."""
     kernels: types.ModuleType
-    """`megablocks.backend.kernels`: what gather and scatter call; `kernels.gather.__wrapped__` is the Triton one"""
+    """The module `megablocks.backend.kernels`, which gather and scatter call; `gather.__wrapped__` is Triton's."""
 
 
 @functools.cache
@@ -135,7 +135,7 @@ def gather(x_TD: Tensor, indices_N: Tensor, bin_ids_N, weights_N: Tensor | None,
 
 
 def scatter(x_ND: Tensor, indices_N: Tensor, bin_ids_N, weights_N: Tensor | None, bins_E, top_k: int) -> Tensor:
-    """Back in token order: y[t] = sum over k of x[position of pair t * top_k + k] (* weight), [T, D] in x's dtype.
+    """Return rows in token order: y[t] = sum over k of x[place of pair t * top_k + k] (* weight), [T, D] in x's dtype.
 
     An embedding bag does the permutation, the weighting and the sum in one pass, accumulating in float32.
     """
@@ -148,7 +148,7 @@ def scatter(x_ND: Tensor, indices_N: Tensor, bin_ids_N, weights_N: Tensor | None
 
 
 def scatter_wgrad(x_ND: Tensor, grad_TD: Tensor, indices_N: Tensor, bin_ids_N, bins_E, top_k: int) -> Tensor:
-    """Gradient of `scatter`'s weights: dw[indices[r]] = x[r] . grad[indices[r] // top_k], [N] in x's dtype."""
+    """Return the gradient of `scatter`'s weights: dw[indices[r]] = x[r] . grad[indices[r] // top_k], [N], x's dtype."""
     dot_N = torch.linalg.vecdot(x_ND, grad_TD.index_select(0, indices_N // top_k))
     return torch.empty_like(dot_N).index_copy_(0, indices_N.long(), dot_N)
 
@@ -162,7 +162,7 @@ def _inverse(permutation_N: Tensor) -> Tensor:
 
 
 def exclusive_cumsum(x: Tensor, dim: int, out: Tensor) -> None:
-    """Sum of what comes before each element, along the last dimension of a matrix."""
+    """Write the sum of what comes before each element, along the last dimension of a matrix."""
     out.copy_(torch.cumsum(x, dim, dtype=x.dtype) - x)
 
 
@@ -183,7 +183,7 @@ def histogram(x: Tensor, num_bins: int) -> Tensor:
 
 
 def sort(x: Tensor, end_bit: int, x_out: Tensor, iota_out: Tensor) -> None:
-    """Stable sort of a vector by its low `end_bit` bits, and the positions that its elements had."""
+    """Write a vector, stably sorted by its low `end_bit` bits, and the positions that its elements had."""
     key = x if end_bit >= torch.iinfo(x.dtype).bits else x & ((1 << end_bit) - 1)
     order = torch.argsort(key, stable=True)
     x_out.copy_(x.index_select(0, order))
@@ -191,7 +191,7 @@ def sort(x: Tensor, end_bit: int, x_out: Tensor, iota_out: Tensor) -> None:
 
 
 def indices(padded_bins_E: Tensor, block_size: int, block_rows: int, block_columns: int, out: Tensor) -> None:
-    """Column of each block of the block-sparse topology: a row of expert e holds e * block_columns and what follows."""
+    """Write the column of each block of the block-sparse topology: e * block_columns and on in a row of expert e."""
     first_row = torch.arange(block_rows, device=out.device) * block_size
     expert = torch.searchsorted(padded_bins_E.long(), first_row, right=True)
     column = torch.arange(block_columns, device=out.device)
@@ -199,12 +199,12 @@ def indices(padded_bins_E: Tensor, block_size: int, block_rows: int, block_colum
 
 
 def replicate_forward(x: Tensor, bins: Tensor, out: Tensor) -> None:
-    """out[:, i] = x[:, the bin that position i falls into]; `bins` holds the ends of the bins."""
+    """Write out[:, i] = x[:, the bin that position i falls into]; `bins` holds the ends of the bins."""
     out.copy_(x.index_select(1, _bin_of_position(bins, out.shape[1])))
 
 
 def replicate_backward(grad: Tensor, bins: Tensor, out: Tensor) -> None:
-    """Sum of each bin's gradients, accumulated in float32."""
+    """Write the sum of each bin's gradients, accumulated in float32."""
     total = torch.zeros(out.shape, dtype=torch.float32, device=grad.device)
     out.copy_(total.index_add_(1, _bin_of_position(bins, grad.shape[1]), grad.float()))
 

@@ -61,7 +61,7 @@ class Meshes:
 
 
 def ranks_per_node(world_size: int) -> int:
-    """Return processes on each machine, as the launcher says; else all of them."""
+    """Return the number of processes on each machine, as the launcher says; without one, that of all processes."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
 
 
@@ -71,12 +71,13 @@ def plan_layout(
     """Check `config` against the number of processes and experts, and resolve `auto`.
 
     Args:
-        num_experts: experts per layer.
-        world_size: processes in all.
-        node_size: processes per machine, for `expert_parallel=auto`; None asks the launcher.
+        config: The degrees of parallelism that were asked for.
+        num_experts: Experts per layer.
+        world_size: Processes in all.
+        node_size: Processes per machine, for `expert_parallel=auto`; None asks the launcher.
 
     Raises:
-        ValueError: the degrees do not fit; the message lists those that would.
+        ValueError: The degrees do not fit; the message lists those that would.
     """
     replicate = config.replicate
     if replicate < 1 or world_size % replicate:
@@ -110,7 +111,8 @@ def spanned_machines(layout: DeviceLayout, node_size: int | None = None) -> str 
     """Return a line about groups of expert parallelism that do not fit into one machine, if there are any.
 
     Args:
-        node_size: processes per machine; None asks the launcher.
+        layout: The degrees of parallelism.
+        node_size: Processes per machine; None asks the launcher.
     """
     node_size = node_size or ranks_per_node(layout.world_size)
     if node_size % layout.expert_parallel == 0:

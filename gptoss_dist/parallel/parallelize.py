@@ -29,7 +29,7 @@ def parallelize(model: GptOss, train: TrainConfig, parallel: ParallelConfig, mes
     factor for the experts, whose gradients hold the tokens of their whole expert-parallel group already.
 
     Returns:
-        The all-to-alls between the experts, if they are spread over processes.
+        The all-to-alls between the experts, if they are distributed over processes.
     """
     exchange = place_experts(model, train.precision, parallel, meshes)
     wrap_blocks(model, train)
@@ -66,10 +66,10 @@ def wrap_blocks(model: GptOss, train: TrainConfig) -> None:
 
 
 def place_experts(model: GptOss, precision: str, parallel: ParallelConfig, meshes: Meshes) -> Exchange | None:
-    """Swap in the experts that the settings name and spread them over `meshes.expert_parallel`; in place.
+    """Swap in the experts that the settings name and distribute them over `meshes.expert_parallel`; in place.
 
     Returns:
-        The all-to-alls between the experts, if they are spread over processes.
+        The all-to-alls between the experts, if they are distributed over processes.
 
     Raises:
         ValueError: megablocks cannot be imported, or the experts cannot be multiplied as the settings say.
@@ -113,8 +113,8 @@ def _shard(
     """Shard what is not yet sharded of `module` over the last dimension of `mesh`, and sum gradients over all of it.
 
     Args:
-        reshard: free gathered parameters after the forward pass.
-        stacks: the part of it whose parameters are stacks of experts.
+        reshard: Free gathered parameters after the forward pass.
+        stacks: The part of `module` whose parameters are stacks of experts.
     """
     stacked = set(stacks.parameters()) if stacks is not None else set()
     sharded = fully_shard(

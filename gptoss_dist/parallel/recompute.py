@@ -33,8 +33,8 @@ def once(compute: Callable[[], T], *, large: bool = False) -> T:
     """Return the value of `compute()`; while a checkpointed block is recomputed, the value that its forward pass had.
 
     Args:
-        compute: called without gradients in mind: what it returns is kept as it is.
-        large: keep it only where the block was told to (`checkpoint_activations(keep_large=True)`).
+        compute: What is computed. It is called without gradients in mind: what it returns is kept as it is.
+        large: Keep it only where the block was told to (`checkpoint_activations(keep_large=True)`).
     """
     recording = _current
     if recording is None or (large and not recording.keep_large):
@@ -50,7 +50,8 @@ def checkpoint_activations(block: nn.Module, *, keep_large: bool = False) -> Non
     """Make `block` recompute its activations in the backward pass, in place (non-reentrant `torch.utils.checkpoint`).
 
     Args:
-        keep_large: keep also what is marked `large` in `once`.
+        block: The block.
+        keep_large: Keep also what is marked `large` in `once`.
     """
     contexts = functools.partial(_contexts, keep_large)
     # partial binds this block's own forward; a closure over a caller's loop variable would recompute the last one.

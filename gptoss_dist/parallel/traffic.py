@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class SentBytes:
-    """Counts the bytes that collectives send, by the usual model of ring algorithms over n processes.
+    """A count of the bytes that collectives send, by the usual model of ring algorithms over n processes.
 
     An all-gather or a reduce-scatter sends (n-1)/n of the whole, an all-reduce twice that, a broadcast the tensor, and
     an all-to-all what goes to others.

@@ -42,11 +42,11 @@ class FlopCount:
         return self.forward * (1 + BACKWARD_OVER_FORWARD)
 
     def step(self, tokens: int) -> float:
-        """FLOPs of a training step over `tokens` tokens, all ranks and micro-batches together."""
+        """Return the FLOPs of a training step over `tokens` tokens, all ranks and micro-batches together."""
         return self.training * tokens
 
     def shares(self) -> dict[str, float]:
-        """Fraction of the total for each part; the fractions add up to 1."""
+        """Return the fraction of the total for each part; the fractions add up to 1."""
         return {name: value / self.forward for name, value in dataclasses.asdict(self).items()}
 
     def __str__(self) -> str:
@@ -55,11 +55,11 @@ class FlopCount:
 
 
 def visible_pairs(seq_len: int, window: int | None = None) -> int:
-    """Query-key pairs that a causal mask leaves visible in one sequence.
+    """Return the number of query-key pairs that a causal mask leaves visible in one sequence.
 
     Args:
-        seq_len: tokens in the sequence.
-        window: keys visible to a query on a sliding layer, counting its own; None for full causal attention.
+        seq_len: Tokens in the sequence.
+        window: Keys visible to a query on a sliding layer, counting its own; None for full causal attention.
     """
     window = seq_len if window is None else min(window, seq_len)
     # The first `window` queries see 1, 2, ..., window keys; every later one sees `window`.
@@ -70,8 +70,8 @@ def flops_per_token(config: Any, seq_len: int) -> FlopCount:
     """Count the matrix products of the model at sequence length `seq_len`.
 
     Args:
-        config: a `ModelConfig` or `transformers.GptOssConfig` (shared experts are read where the config has them).
-        seq_len: tokens per sequence, each attending over its own sequence without document boundaries.
+        config: A `ModelConfig` or `transformers.GptOssConfig` (shared experts are read where the config has them).
+        seq_len: Tokens per sequence, each attending over its own sequence without document boundaries.
 
     Raises:
         ValueError: `seq_len` is not positive.
@@ -98,5 +98,5 @@ def flops_per_token(config: Any, seq_len: int) -> FlopCount:
 
 
 def mfu(flops: FlopCount, tokens_per_s_per_device: float, peak: Peak) -> float:
-    """Model FLOPs utilisation as a fraction of `peak`, by `MFU_CONVENTION`."""
+    """Return the model FLOPs utilisation as a fraction of `peak`, by `MFU_CONVENTION`."""
     return flops.training * tokens_per_s_per_device / peak.value

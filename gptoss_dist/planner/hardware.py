@@ -96,7 +96,7 @@ def _datasheet_peak(name: str, dtype: torch.dtype, tf32: bool) -> Peak | None:
 
 
 def _measured_gemm_peak(dtype: torch.dtype, budget_s: float = 0.3) -> Peak:
-    """Best rate of square matrix products within the time budget.
+    """Return the best rate of square matrix products within the time budget.
 
     The larger size runs only if the rate so far says that it fits: a dtype that the CPU emulates must not stall the
     start for longer than one product of the smaller.

@@ -19,14 +19,14 @@ class ParameterCount:
 
     total: int
     experts: int
-    """Of these, routed experts."""
+    """The weights of routed experts, which are among these."""
     active: int
-    """Used by one token: top-k of the experts; the input embedding only if it is also the head (the convention of
-    OpenAI's GPT-OSS model card)."""
+    """The weights that one token uses: top-k of the experts; the input embedding only if it is also the head (the
+    convention of OpenAI's GPT-OSS model card)."""
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Exact counts, from the model built on the meta device."""
+    """Return the exact counts, from the model built on the meta device."""
     with torch.device("meta"):
         model = GptOss(config)
     total = experts = active = 0

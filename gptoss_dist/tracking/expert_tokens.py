@@ -24,17 +24,15 @@ _NAMED_EXPERTS = 8
 
 
 class ExpertTokens:
-    """Sums each expert's tokens and appends a row whenever the step is a multiple of `every`.
+    """A writer of sums of each expert's tokens: it appends a row whenever the step is a multiple of `every`.
 
-    For rank 0.
-
-    Steps that a killed process had not written yet are in no row.
+    Only rank 0 has one. Steps that a killed process had not written yet are in no row.
 
     Args:
-        run_dir: folder of the run. A fresh start moves an earlier run's file there aside (`expert_tokens.1.jsonl`),
+        run_dir: Folder of the run. A fresh start moves an earlier run's file there aside (`expert_tokens.1.jsonl`),
             under the number that `Tracker` is about to give to that run's `metrics.jsonl`: construct this one first.
-        every: steps between rows; 0 writes none.
-        resumed_step: the step of the checkpoint that the run goes on from; None is a fresh start.
+        every: Steps between rows; 0 writes none.
+        resumed_step: The step of the checkpoint that the run goes on from; None is a fresh start.
     """
 
     def __init__(self, run_dir: str | Path, every: int, resumed_step: int | None = None) -> None:
@@ -51,13 +49,11 @@ class ExpertTokens:
             self._writer.append({"event": "resume", "step": resumed_step})
 
     def add(self, step: int, counts_LE: Tensor) -> str | None:
-        """Count one step.
-
-        Reads the device only where a row is due.
+        """Count one step; the device is read only where a row is due.
 
         Args:
-            step: the optimizer step (1-based).
-            counts_LE: tokens of each expert in each layer in this step, over micro-batches and ranks.
+            step: The optimizer step (1-based).
+            counts_LE: Tokens of each expert in each layer in this step, over micro-batches and ranks.
 
         Returns:
             A warning, if `every` steps have passed without a token for some experts, and these are not the ones that
@@ -119,7 +115,7 @@ def read_expert_tokens(run_dir: str | Path) -> list[dict]:
         split. Torn lines are skipped.
 
     Raises:
-        ValueError: the folder has no such file.
+        ValueError: The folder has no such file.
     """
     path = Path(run_dir) / EXPERT_TOKENS_FILE
     if not path.is_file():

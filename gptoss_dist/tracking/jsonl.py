@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class JsonLinesWriter:
-    """Appends records, each in one write; a failing disk costs lines and one warning, never the training."""
+    """A writer of records, each in one write; a failing disk costs lines and one warning, never the training."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -41,7 +41,7 @@ class JsonLinesWriter:
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict, int]]:
-    """Complete lines behind `offset`, each with the offset behind it.
+    """Yield the complete lines behind `offset`, each with the offset behind it.
 
     A damaged line is an empty record.
     """

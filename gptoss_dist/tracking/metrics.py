@@ -30,17 +30,17 @@ _GIB = 2**30
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss) of a token cross-entropy in nats, capped at exp(20) so that a diverging run still plots."""
+    """Return exp(loss) of a token cross-entropy in nats, capped at exp(20) so that a diverging run still plots."""
     return math.exp(min(loss, PERPLEXITY_LOSS_CAP)) if not math.isnan(loss) else math.nan
 
 
 def loss_metrics(split: str, loss: float) -> dict[str, float]:
-    """`loss/<split>` and `loss/<split>_ppl` of a cross-entropy without auxiliary terms; split is `train` or `val`."""
+    """Return `loss/<split>` and `loss/<split>_ppl`, where split is `train` or `val`, without auxiliary terms."""
     return {f"loss/{split}": loss, f"loss/{split}_ppl": perplexity(loss)}
 
 
 def mixture_metrics(usage: list[Usage]) -> dict[str, float]:
-    """`data/epochs`, or with several sources `data/<name>_epochs` and `data/<name>_share` (of the tokens)."""
+    """Return `data/epochs`, or of several sources `data/<name>_epochs` and `data/<name>_share` (of the tokens)."""
     if len(usage) == 1:
         return {"data/epochs": usage[0].epochs}
     metrics = {f"data/{source.name}_epochs": source.epochs for source in usage}
@@ -48,7 +48,7 @@ def mixture_metrics(usage: list[Usage]) -> dict[str, float]:
 
 
 class StepTimer:
-    """Splits a step's time into phases (`data`, `compute`, `optimizer`), without ever waiting for the device.
+    """A timer of a step's phases (`data`, `compute`, `optimizer`), which never waits for the device.
 
         timer.start()
         with timer.phase("data"): ...
@@ -112,10 +112,10 @@ class Throughput:
     """Tokens per second of each step, and tokens seen so far.
 
     Args:
-        devices: number of devices that share the tokens (the world size).
-        tokens: tokens already seen by the run, from a checkpoint.
-        flops, peak: give both to have `perf/mfu` reported (see `flops.MFU_CONVENTION`); leave out if the peak is
-            unknown.
+        devices: Number of devices that share the tokens (the world size).
+        tokens: Tokens already seen by the run, from a checkpoint.
+        flops: FLOPs of the model. With `peak` too, `perf/mfu` is reported (see `flops.MFU_CONVENTION`).
+        peak: Peak rate of a device; None if it is unknown.
     """
 
     def __init__(
@@ -143,20 +143,20 @@ class Throughput:
 
 
 def expert_load(counts_LE: Tensor, entropy_L: Tensor | None = None) -> dict[str, float]:
-    """Return how evenly the routers spread the tokens, per layer and over layers.
+    """Return how evenly the routers distribute the tokens, per layer and over layers.
 
     Args:
-        counts_LE: tokens sent to each expert in each layer, summed over micro-batches and ranks.
-        entropy_L: mean routing entropy per token in nats (ln E is uniform).
+        counts_LE: Tokens sent to each expert in each layer, summed over micro-batches and ranks.
+        entropy_L: Mean routing entropy per token in nats (ln E is uniform).
 
     Returns:
         Per layer `moe/load_cv/layer_N` (standard deviation over mean; 0 is even), `moe/load_max_over_mean/layer_N`,
         `moe/dead_experts/layer_N` (experts without a token) and `moe/entropy/layer_N`; over layers `moe/load_cv`
         (mean), `moe/load_max_over_mean` (worst layer), `moe/dead_experts` (sum) and `moe/router_entropy` (mean).
-        Reads the device once.
+        The device is read once.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: The shapes do not fit.
     """
     if counts_LE.ndim != 2 or (entropy_L is not None and entropy_L.shape != counts_LE.shape[:1]):
         raise ValueError(
@@ -191,16 +191,16 @@ def exchange_metrics(traffic_R3: Tensor) -> dict[str, float]:
     """Return what expert parallelism costs, and how unevenly it loads the ranks.
 
     Args:
-        traffic_R3: of each rank: token copies that its experts computed (a token counts once per expert), bytes that
-            its all-to-alls sent to other ranks, seconds in all-to-alls.
+        traffic_R3: For each rank, the token copies that its experts computed (a token counts once per expert), the
+            bytes that its all-to-alls sent to other ranks, and the seconds in all-to-alls.
 
     Returns:
         `moe/rank_rows_max_over_mean` (1 is even, R is one rank computing everything; 1 if nothing was to be computed),
         `perf/all_to_all_gib` (sent by all ranks together, gradients and recomputation included) and
-        `perf/all_to_all_ms` (mean over ranks, waiting for slower ranks included). Reads the device once.
+        `perf/all_to_all_ms` (mean over ranks, waiting for slower ranks included). The device is read once.
 
     Raises:
-        ValueError: the shape is not [R, 3].
+        ValueError: The shape is not [R, 3].
     """
     if traffic_R3.ndim != 2 or traffic_R3.shape[1] != 3 or not len(traffic_R3):
         raise ValueError(f"exchange_metrics needs traffic [R, 3], got {tuple(traffic_R3.shape)}")

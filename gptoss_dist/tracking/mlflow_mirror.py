@@ -50,7 +50,7 @@ _ARTIFACT_ATTEMPTS = 3
 class Cursor:
     """What MLflow has acknowledged.
 
-    Written after the acknowledgement: a crash in between repeats, never skips.
+    It is written after the acknowledgement, so that a crash in between repeats something and never skips it.
     """
 
     uri: str | None = None
@@ -73,11 +73,11 @@ class Cursor:
 
 
 class MlflowMissing(Exception):
-    """mlflow is not installed, or broken."""
+    """The package mlflow is not installed, or it is broken."""
 
 
 class Shipper:
-    """Sends the two files of a run to MLflow from where the cursor stands."""
+    """A sender of the two files of a run to MLflow, from where the cursor stands."""
 
     def __init__(
         self, run_dir: Path, uri: str, cursor: Cursor, abandoned: threading.Event, lock_wait_s: float = 0.0
@@ -105,8 +105,8 @@ class Shipper:
         """Send everything that is pending, metrics before artifacts.
 
         Raises:
-            MlflowMissing: there is no mlflow.
-            Exception: whatever MLflow raises; try again later.
+            MlflowMissing: There is no mlflow.
+            Exception: Whatever MLflow raises; try again later.
         """
         if self._client is not None and not self.pending():
             return  # but look at the server once: it may not be the one that the cursor speaks of
@@ -164,7 +164,7 @@ class Shipper:
             self.cursor.save(self._run_dir)
 
     def _next_metrics(self) -> tuple[list[Metric], int]:
-        """About one request's worth of finite values, and the offset behind them."""
+        """Return about one request's worth of finite values, and the offset behind them."""
         from mlflow.entities import Metric
 
         metrics: list[Metric] = []
@@ -182,7 +182,7 @@ class Shipper:
         return metrics, offset
 
     def _ship_operation(self) -> bool:
-        """Apply the next line of the journal; False if there is none."""
+        """Apply the next line of the journal; return False if there is none."""
         following = next(read_lines(self._run_dir / JOURNAL_FILE, self.cursor.journal_offset), None)
         if following is None or self._abandoned.is_set():
             return False
@@ -214,7 +214,7 @@ class Shipper:
             logger.warning("MLflow refuses %s: %s", {k: record[k] for k in record if k != "time"}, error)
 
     def _apply_run(self, record: dict) -> None:
-        """Create the run, or continue it: parameters that it has are never changed."""
+        """Create the run, or continue it; parameters that it has are never changed."""
         from mlflow.entities import Dataset, DatasetInput, Param, RunTag
 
         client = self._client
@@ -294,7 +294,7 @@ def _milliseconds(record: dict) -> int:
 def _key(key: str) -> str:
     """Return a name that MLflow takes for a metric, parameter or tag.
 
-    One bad name would have it refuse the whole request.
+    One bad name would make it refuse the whole request.
     """
     return re.sub(r"[^\w\-. :/]", "_", key)[:_MAX_KEY]
 
@@ -316,13 +316,13 @@ def resolve_uri(uri: str | None, recorded: str | None) -> str:
 
 
 def _sqlite_path(uri: str) -> Path | None:
-    """Absolute path of a sqlite URI's file; None for any other URI and for a database in memory."""
+    """Return the absolute path of a sqlite URI's file; None for any other URI and for a database in memory."""
     path = uri.removeprefix("sqlite:///")
     return Path(path).absolute() if path != uri and path and not path.startswith(":memory:") else None
 
 
 def scrub(text: str) -> str:
-    """Without user names and passwords of URLs, fit to be printed and stored."""
+    """Return `text` without user names and passwords of URLs, fit to be printed and stored."""
     return re.sub(r"//[^/@\s]+@", "//", text)
 
 
@@ -334,7 +334,10 @@ def _exclusive(path: Path, wait_s: float) -> contextlib.AbstractContextManager:
 
 
 def _first_touch(uri: str) -> contextlib.AbstractContextManager:
-    """Several processes creating the tables of one sqlite file at once leave it unusable: one at a time."""
+    """Hold the lock under which a process creates the tables of a sqlite file.
+
+    Several processes that create them at once leave the file unusable.
+    """
     database = _sqlite_path(uri)
     if database is None:
         return contextlib.nullcontext()

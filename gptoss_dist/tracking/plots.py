@@ -33,7 +33,7 @@ def plot_run(run_dir: str | Path) -> list[Path]:
         `expert_tokens` those that have data.
 
     Raises:
-        ValueError: the folder has no metrics.
+        ValueError: The folder has no metrics.
     """
     run_dir = Path(run_dir)
     run = _Run.read(run_dir)
@@ -140,7 +140,7 @@ def _line(axes: Axes, run: _Run, panel: _Panel) -> None:
 
 
 def _layers(axes: Axes, run: _Run, panel: _Panel) -> None:
-    """Return one average per layer, coloured by depth."""
+    """Draw one average per layer, coloured by depth."""
     from matplotlib import colormaps
 
     names = run.matching(panel.metric)
@@ -217,7 +217,7 @@ def _save(path: Path, run: _Run, panels: tuple[_Panel, ...], columns: int) -> Pa
 
 
 def _save_expert_tokens(path: Path, run: _Run, row: dict) -> Path:
-    """Layers x experts of one row of `expert_tokens.jsonl`, relative to an even share of the layer's tokens."""
+    """Draw one row of `expert_tokens.jsonl`: layers x experts, relative to an even share of the layer's tokens."""
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -248,7 +248,7 @@ def _write(path: Path, figure: Figure) -> Path:
 
 
 def _ema(y: np.ndarray) -> np.ndarray:
-    """Exponential moving average over about a hundredth of the curve, starting at the first value."""
+    """Return the exponential moving average over about a hundredth of the curve, starting at the first value."""
     alpha = 2 / (max(1, len(y) / 100) + 1)
     smooth = np.empty_like(y)
     mean = y[0]

@@ -18,7 +18,7 @@ def profiled(folder: Path, step: int, device: torch.device) -> Iterator[None]:
     slower than others, and so is the next.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: The folder cannot be written.
     """
     cuda = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda

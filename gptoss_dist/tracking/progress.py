@@ -15,16 +15,14 @@ _BAR_REFRESHES_PER_SECOND = 4
 
 
 class Progress:
-    """Shows how far training is.
-
-    A context manager.
+    """A display of how far training is, as a context manager.
 
     Args:
-        total: the last step.
-        start: steps already done when this process began.
-        interval_s: seconds between lines where there is no terminal; the first and the last step always get one.
-        stream: where to write; standard error by default.
-        enabled: false makes every method do nothing (ranks other than 0).
+        total: The last step.
+        start: Steps already done when this process began.
+        interval_s: Seconds between lines where there is no terminal; the first and the last step always get one.
+        stream: Where to write; standard error by default.
+        enabled: False makes every method do nothing (ranks other than 0).
     """
 
     def __init__(
@@ -63,7 +61,8 @@ class Progress:
         """Report that `step` steps are done.
 
         Args:
-            values: numbers to show, such as `loss=2.5, tokens_per_s=5100`. A name in `_per_s` is a rate, shown with a
+            step: Optimizer steps done.
+            **values: Numbers to show, such as `loss=2.5, tokens_per_s=5100`. A name in `_per_s` is a rate, shown with a
                 metric prefix.
         """
         if self._bar is not None:

@@ -49,27 +49,26 @@ _DRAIN_ATTEMPTS, _DRAIN_PAUSE_S = 3, 0.5
 
 
 class Tracker:
-    """Records one run.
-
-    Construct it on rank 0 only.
+    """The record of one run, made on rank 0 only.
 
     Nothing here waits for MLflow: every method appends a line to a local file and returns; the import of mlflow, the
     creation of the run and all requests happen in a daemon thread, again and again until the server answers.
 
     Args:
-        run_dir: folder of the run; created if missing. A fresh start moves an earlier run's `metrics.jsonl` and
+        run_dir: Folder of the run; created if missing. A fresh start moves an earlier run's `metrics.jsonl` and
             `tracking/` there aside (`metrics.1.jsonl`, `tracking.1`), a resume continues them.
-        run_name, experiment: names in MLflow.
-        uri: tracking URI. Without it `MLFLOW_TRACKING_URI`, then (on resume) the run's earlier one, then
+        run_name: The run's name in MLflow.
+        experiment: The experiment's name in MLflow.
+        uri: Tracking URI. Without it `MLFLOW_TRACKING_URI`, then (on resume) the run's earlier one, then
             `sqlite:///<working directory>/mlflow.db`.
-        enabled: mirror to MLflow; the local files are written in any case, so `sync` works later either way.
-        params: the run's configuration, flat; values are recorded as text.
-        tags: further properties, such as the commit or the device.
+        enabled: Mirror to MLflow; the local files are written in any case, so `sync` works later either way.
+        params: The run's configuration, flat; values are recorded as text.
+        tags: Further properties, such as the commit or the device.
         dataset: `name`, `digest` (the manifest's hash) and `source` of the training data.
         resume_run_id: MLflow's id of the run to continue, from the checkpoint; without it the one last used in
             `run_dir`. Its parameters stay; new values become tags `resume.<n>.<key>`.
-        resumed_step: the step of the checkpoint; recorded rows of later steps belong to an abandoned branch.
-        interval_s: seconds between deliveries.
+        resumed_step: The step of the checkpoint; recorded rows of later steps belong to an abandoned branch.
+        interval_s: Seconds between deliveries.
     """
 
     def __init__(
@@ -128,10 +127,7 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of this run; None until the server has created it.
-
-        Belongs into checkpoints.
-        """
+        """MLflow's id of this run, which belongs into checkpoints; None until the server has created it."""
         return self._shipper.cursor.run_id
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -184,7 +180,7 @@ class Tracker:
         self._journal.append({"op": op, "time": _now(), **fields})
 
     def _deliver(self) -> None:
-        """Return the thread: ship, wait, and on failure wait longer; once closing, drain in a few attempts."""
+        """Work as the thread: ship, wait, and on failure wait longer; once closing, drain in a few attempts."""
         failures = drain_failures = 0
         while not self._abandoned.is_set():
             draining = self._closing.is_set()  # before shipping: what was recorded by then will have been sent
@@ -223,7 +219,7 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
         skipped.
 
     Raises:
-        ValueError: the folder has no metrics.
+        ValueError: The folder has no metrics.
     """
     rows: dict[int, dict] = {}
     for record in _read_records(run_dir):
@@ -249,14 +245,14 @@ def sync(run_dir: str | Path, uri: str | None = None) -> str:
     """Send to MLflow what it has not acknowledged; safe to repeat, and to interrupt.
 
     Args:
-        uri: another server than the run's own; the whole run is sent to a server that does not know it.
+        uri: Another server than the run's own; the whole run is sent to a server that does not know it.
 
     Returns:
         MLflow's id of the run.
 
     Raises:
-        ValueError: the folder holds no run.
-        Exception: whatever MLflow raises while the server does not answer.
+        ValueError: The folder holds no run.
+        Exception: Whatever MLflow raises while the server does not answer.
     """
     run_dir = Path(run_dir)
     if not (run_dir / JOURNAL_FILE).is_file():

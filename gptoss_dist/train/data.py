@@ -31,11 +31,11 @@ class TrainingData:
     """What a run trains on, in all of its parts between resumes."""
 
     mixture: MixtureDataset
-    """Of one source where there is only one."""
+    """A mixture of one source where there is only one."""
     start_step: int
     """Optimizer steps done when this mixture took over."""
     history: list[dict]
-    """Changes of the mixture on resume: `step`, `samples` consumed by then, and `changed`, in words."""
+    """Changes of the mixture on resume: `step`, `samples` consumed by then, and what has `changed`, in words."""
 
     path: str | None = None
     """`data.path`, if there is only that."""
@@ -64,10 +64,10 @@ def open_data(config: Config, world_size: int, start: Start) -> RunData:
     """Open what a run reads, the training data where `start` left them.
 
     Args:
-        world_size: number of ranks.
+        world_size: Number of ranks.
 
     Raises:
-        ValueError: data that do not fit the model, the checkpoint or each other, or that end before the run.
+        ValueError: Data that do not fit the model, the checkpoint or each other, or that end before the run.
     """
     samples_per_step = config.train.micro_batch_size * config.train.gradient_accumulation * world_size
     training = open_training_data(config, samples_per_step, start)
@@ -79,7 +79,7 @@ def open_training_data(config: Config, samples_per_step: int, start: Start | Non
     """Open the training data, where `start` left them.
 
     Raises:
-        ValueError: data that do not fit the model, the checkpoint or each other, or that end before the run.
+        ValueError: Data that do not fit the model, the checkpoint or each other, or that end before the run.
     """
     start = start or Start()
     opened = [WeightedDataset(s.label, _open(config, s, "train"), s.weight, s.max_epochs) for s in sources(config.data)]
@@ -104,7 +104,7 @@ class _Mixing:
         """Return the mixture that takes over at `position`, after `step` steps.
 
         Args:
-            consumed: samples read of each source before, by the hash of its content.
+            consumed: Samples read of each source before, by the hash of its content.
         """
         stages = [Stage(position + (s.from_step - step) * self.samples_per_step, s.weights) for s in self.stages]
         return MixtureDataset(self.sources, stages=stages, start=position, consumed=consumed)
@@ -169,11 +169,13 @@ def verify(config: DataConfig, message: Callable[[str], None], group: dist.Proce
     Ranks that see the same files read a share of them each; where machines have copies of their own, each copy is read.
 
     Args:
-        message: told once what is read.
-        group: of all ranks, to wait in for the one that has most to read; if not the default one.
+        config: What names the sources, and when they are compared.
+        message: Gets a line, once, about what is read.
+        group: A group of all ranks, to wait in for the one that has most to read, if not the default one.
 
     Raises:
-        ValueError: on every rank, naming the first file that differs, or a source that is not the same everywhere.
+        ValueError: A file differs, or a source is not the same everywhere. It is raised on every rank, and names the
+            first of them.
     """
     if config.verify == "never":
         return
@@ -210,7 +212,11 @@ def verify(config: DataConfig, message: Callable[[str], None], group: dist.Proce
 
 
 def _versions(dataset: TokenSplit) -> dict[str, int]:
-    """Of the code that decides which samples come when. dataset: any source, as all are packed alike."""
+    """Return the versions of the code that decides which samples come when.
+
+    Args:
+        dataset: Any source, as all are packed alike.
+    """
     return {f"data.packing={dataset.packing}": dataset.plan_version, "mixing": MixtureDataset.order_version}
 
 

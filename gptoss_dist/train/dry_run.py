@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 def _describe_data(config: Config, samples_per_step: int) -> list[str]:
-    """Return what is there of it, or why a run would be refused."""
+    """Return lines about the data that are there, or why a run would be refused."""
     lines = []
     try:
         mixture = open_training_data(config, samples_per_step).mixture
@@ -50,7 +50,7 @@ def describe(config: Config, world_size: int | None = None) -> str:
     """Return the text of a dry run: parameters, tokens, FLOPs, memory and layout.
 
     Raises:
-        ValueError: the processes cannot be laid out as `parallel` says, or the engine refuses its settings.
+        ValueError: The processes cannot be laid out as `parallel` says, or the engine refuses its settings.
     """
     world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
     layout = plan_layout(config.parallel, config.model.num_local_experts, world_size)

@@ -12,7 +12,7 @@ class TrainingError(RuntimeError):
 
 
 class SkipGuard:
-    """Counts steps whose update was skipped, and gives up after too many in a row."""
+    """A count of the steps whose update was skipped, which ends the run after too many in a row."""
 
     def __init__(self, limit: int, total: int = 0) -> None:
         self.limit, self.total, self.in_a_row = limit, total, 0
@@ -25,10 +25,14 @@ class SkipGuard:
             log.warning("step %d skipped: loss %s, gradient norm %s", step, loss, grad_norm)
 
     def check(self, step: int, loss: float) -> None:
-        """Give up if it has to be.
+        """Raise TrainingError after `limit` skipped steps in a row.
+
+        Args:
+            step: The last step, for the message.
+            loss: Its loss, for the message.
 
         Raises:
-            TrainingError: `limit` steps in a row were skipped.
+            TrainingError: The last `limit` steps were all skipped.
         """
         if self.in_a_row >= self.limit:
             raise TrainingError(

@@ -11,7 +11,7 @@ def next_token_prediction(model: nn.Module, batch: dict[str, Tensor]) -> LossSum
     """Return the sums of the loss of predicting each label from the tokens up to its place.
 
     Args:
-        model: a `GptOss`, or an engine's wrapper around one.
+        model: A `GptOss`, or an engine's wrapper around one.
         batch: `input_ids` [B, T]; `labels` [B, T], the token after each input, -100 where none is predicted; and,
             where attention is to stay within documents, `document_ids` [B, T].
     """

@@ -48,10 +48,7 @@ class LaunchedStep:
 
 
 class Report:
-    """Rank 0's view of the run.
-
-    Nothing here can stop training.
-    """
+    """Rank 0's view of the run. Nothing here can stop training."""
 
     def __init__(
         self,
@@ -95,12 +92,12 @@ class Report:
             self.message(f"no peak FLOP/s is known for {ranks.device}: MFU is not reported")
 
     def message(self, text: str) -> None:
-        """Return one line to the user and to log.txt."""
+        """Write one line to the user and to log.txt."""
         self.progress.message(text)
         log.info(text)
 
     def plan(self, position: int, samples_per_step: int) -> None:
-        """Say what is read from `position` on, and when that will change."""
+        """Tell the user what is read from `position` on, and when that will change."""
         mixture, history = self.data.mixture, self.data.history
         if history and history[-1]["samples"] == position:
             self.message(f"the data changed: {'; '.join(history[-1]['changed'])}")
@@ -115,7 +112,7 @@ class Report:
         """Record an optimizer step whose result is on the host.
 
         Args:
-            skipped: steps that were skipped so far, in all.
+            skipped: Steps that were skipped so far, in all.
         """
         step, result, position = launched.step, launched.result, launched.samples_consumed
         train = self.config.train

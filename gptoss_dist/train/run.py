@@ -29,10 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Run:
-    """A run between its first and its last step.
-
-    A context manager; only rank 0 has a `report`.
-    """
+    """A run between its first and its last step, as a context manager. Only rank 0 has a `report`."""
 
     def __init__(
         self, config: Config, ranks: Ranks, engine: Engine, data: RunData, start: Start, group: dist.ProcessGroup
@@ -40,10 +37,10 @@ class Run:
         """Open the run's folder and all that writes to it; collective.
 
         Args:
-            group: of all ranks, for the saver alone from now on.
+            group: A group of all ranks, for the saver alone from now on.
 
         Raises:
-            ValueError: the folder cannot be written.
+            ValueError: The folder cannot be written.
         """
         self.config, self.ranks, self.engine, self.data = config, ranks, engine, data
         self.loader = self._open_loader(start.samples_consumed)
@@ -87,10 +84,10 @@ class Run:
             self.report.close(self._status)
 
     def announce(self, start: Start, weights: Pretrained | None) -> None:
-        """Say where the run starts, how it is laid out and what it reads; set later checkpoints aside.
+        """Tell the user where the run starts, how it is laid out and what it reads; set later checkpoints aside.
 
         Args:
-            weights: those that a new run starts from, if not from random ones.
+            weights: Those that a new run starts from, if not from random ones.
         """
         if not self.report:
             return
@@ -126,7 +123,7 @@ class Run:
             Whether any rank was asked to stop.
 
         Raises:
-            TrainingError: too many steps in a row were skipped.
+            TrainingError: Too many steps in a row were skipped.
         """
         if launched is None:
             return False
@@ -139,7 +136,7 @@ class Run:
         return bool(result.stop)
 
     def report_failed_saves(self) -> None:
-        """Tell what went wrong in saving since the last call; training goes on."""
+        """Tell the user what went wrong in saving since the last call; training goes on."""
         for failure in self.saver.messages():
             log.error("%s", failure)
             self.message(f"CHECKPOINT FAILED: {failure}")
@@ -148,7 +145,8 @@ class Run:
         """Save a checkpoint of after step `step`; collective.
 
         Args:
-            validation_loss: if there was a validation right before.
+            step: Optimizer steps done.
+            validation_loss: That of a validation right before, if there was one.
         """
         info = self._checkpoint_info(step, validation_loss, self.report).to_json() if self.report else {}  # rank 0's
         self.saver.save(step, self.engine.state(), info, extra_files=self.data.training.mixture.tokenizer.save)
@@ -175,7 +173,7 @@ class Run:
         """Save what is not saved yet, wait for the disk, and say how the run ended.
 
         Raises:
-            TrainingError: the last checkpoint could not be written.
+            TrainingError: The last checkpoint could not be written.
         """
         if self.last_saved_step != step:
             self.save(step)

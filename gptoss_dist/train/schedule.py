@@ -8,7 +8,7 @@ from gptoss_dist.config import OptimConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Learning rate of optimizer step `step` (0-based) of a run of `steps`.
+    """Return the learning rate of optimizer step `step` (0-based) of a run of `steps`.
 
     Linear warm-up reaches the peak at step `warmup_steps`; cosine and wsd end at `min_lr_ratio` times the peak at the
     last step. wsd decays as 1 - sqrt (arXiv:2405.18392, the form that article found best).
@@ -26,5 +26,5 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def _progress(done: int, length: int) -> float:
-    """Share of a phase of `length` steps at its step `done`; 1 at its last step."""
+    """Return the share of a phase of `length` steps at its step `done`; 1 at its last step."""
     return min(1.0, done / max(1, length - 1))

@@ -44,7 +44,7 @@ def find_start(config: Config) -> Start:
     """Find the checkpoint that `resume` asks for, if there is one, and what it says; collective.
 
     Raises:
-        ValueError: there is no intact checkpoint, or it does not fit the settings.
+        ValueError: There is no intact checkpoint, or it does not fit the settings.
     """
     path = _checkpoint_to_resume(config)
     if path is None:
@@ -78,7 +78,7 @@ def check_resumable(config: Config, path: Path, info: CheckpointInfo) -> None:
     Its place means the same samples only in data that are cut and shuffled alike.
 
     Raises:
-        ValueError: naming the setting that was changed, and how to undo that.
+        ValueError: They would not fit. The message names the setting that was changed, and how to undo that.
     """
     before = info.config
     try:
@@ -109,7 +109,7 @@ def open_initial_weights(config: Config, start: Start) -> Pretrained | None:
     """Open the weights of `init.from` for a new run; a resumed run has its own.
 
     Raises:
-        ValueError: they cannot be read, or are those of another architecture.
+        ValueError: They cannot be read, or are those of another architecture.
     """
     if start.checkpoint is not None or not config.init["from"]:
         return None
@@ -131,7 +131,11 @@ def restore(engine: Engine, start: Start, weights: Pretrained | None, *, seed: i
     among them is seeded anew. `weights` gives weights alone.
 
     Args:
-        seed: Of the run, for the generators of such a rank.
+        engine: The engine.
+        start: Where the run starts.
+        weights: What a new run takes its weights from, if it is not random ones.
+        seed: The seed of the run, for the generators of such a rank.
+        rank: This rank.
     """
     if start.checkpoint is not None:
         state = engine.state()
@@ -146,10 +150,7 @@ def restore(engine: Engine, start: Start, weights: Pretrained | None, *, seed: i
 
 
 def check_folder(config: Config) -> None:
-    """Refuse to mix two runs in one folder.
-
-    For rank 0.
-    """
+    """Refuse to mix two runs in one folder; only rank 0 calls this."""
     if config.resume is None and checkpoint.checkpoints(config.checkpoint_folder):
         raise ValueError(
             f"checkpoint.dir={config.checkpoint_folder} holds checkpoints already; continue with --resume auto, or "
@@ -158,10 +159,7 @@ def check_folder(config: Config) -> None:
 
 
 def open_folder(config: Config) -> None:
-    """Create the run's folder and start log.txt.
-
-    For rank 0.
-    """
+    """Create the run's folder and start log.txt; only rank 0 calls this."""
     folder, checkpoints = config.folder, config.checkpoint_folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,6 +177,6 @@ def open_folder(config: Config) -> None:
 
 
 def print_message(text: str) -> None:
-    """Tell the user something before there is a log; rank 0 does."""
+    """Tell the user something before there is a log; only rank 0 prints it."""
     if torch.distributed.get_rank() == 0:
         print(f"{launchers.program()}: {text}", file=sys.stderr)

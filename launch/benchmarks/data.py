@@ -35,11 +35,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from launch.benchmarks.protocol import Spread, run_worker
 
 PARTS = 10
-"""Of an epoch that is timed: what else the machine does shows as their spread."""
+"""Parts of an epoch that is timed; what else the machine does shows as the difference between them."""
 WHOLE_CORE = 0.75, 0.95
-"""A part of an epoch has a whole core from these shares on: of the fastest loop, which is timed just before and after
-the part (beside a busy hardware thread, which may be another machine's, it is about half), and of the part's time, that
-on the CPU.
+"""The shares from which on a part of an epoch counts as having had a whole core.
+
+The first is the speed of a loop, timed just before and after the part, as a share of the fastest (beside a busy
+hardware thread, which may be another machine's, it is about half). The second is the share of the part's time on the
+CPU.
 """
 COMPETITORS = {
     "tiktoken": "tiktoken alone, texts in memory",
@@ -311,19 +313,16 @@ def write_dataset(folder: Path, tokenizer, lengths: np.ndarray, shards: int, hol
 
 @dataclass
 class EpochPart:
-    """What was measured of a tenth of an epoch.
-
-    Attributes:
-        rate: Million tokens per second.
-        core_before: The loop speed of the core just before it.
-        core_after: The same just after it.
-        share: The share of its time that it was on the CPU.
-    """
+    """What was measured of a tenth of an epoch."""
 
     rate: float
+    """Million tokens per second."""
     core_before: float
+    """The loop speed of the core just before it."""
     core_after: float
+    """The loop speed of the core just after it."""
     share: float
+    """The share of its time that it was on the CPU."""
 
     def has_whole_core(self, least_speed: float, least_share: float) -> bool:
         return min(self.core_before, self.core_after) >= least_speed and self.share >= least_share
@@ -331,12 +330,14 @@ class EpochPart:
 
 @dataclass
 class Epoch:
-    """What was measured of an epoch; the memory of the process at its start and its end is in MiB."""
+    """What was measured of an epoch."""
 
     name: str
     parts: list[EpochPart]
     memory_before: float
+    """MiB of memory of the process at the start of the epoch."""
     memory_after: float
+    """MiB of memory of the process at the end of the epoch."""
 
 
 def load_benchmark(arguments: argparse.Namespace) -> None:

@@ -34,7 +34,10 @@ def check_export(
     """Refuse an export that cannot be.
 
     Args:
-        config, format, pack, search: As for `export`.
+        config: The architecture of the model.
+        format: That of `export`.
+        pack: That of `export`.
+        search: That of `export`.
 
     Raises:
         ValueError: The format cannot express the architecture, of which all fields that stand in the way are named, or
@@ -124,7 +127,7 @@ def save_pretrained(
         model: The model.
         folder: The folder to create.
         layout: The `format` of `export`.
-        options: Further ones of `export`.
+        **options: Further ones of `export`.
 
     Raises:
         ValueError: As `export`.

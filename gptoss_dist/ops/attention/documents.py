@@ -32,10 +32,10 @@ def locate_documents(document_ids_BT: Tensor) -> Documents:
     """Find the documents of a batch. The host waits for the device here, so do it once for all layers.
 
     Args:
-        document_ids_BT: integers, non-decreasing along T; equal ids of a sequence are one document.
+        document_ids_BT: Integers, non-decreasing along T; equal ids of a sequence are one document.
 
     Raises:
-        ValueError: there is another number of dimensions, or ids decrease.
+        ValueError: There is another number of dimensions, or ids decrease.
     """
     if document_ids_BT.dim() != 2:
         raise ValueError(f"document_ids_BT has shape {tuple(document_ids_BT.shape)}; need [B, T]")

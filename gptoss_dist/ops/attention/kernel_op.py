@@ -29,13 +29,13 @@ def attend(
 
     Args:
         kernel: `flash` for the device's own, `fused` or `chunked` (see `tiled.py`).
-        q_BHTD: queries.
-        k_BKTD: keys, of the same dtype.
-        v_BKTD: values, of the same dtype.
-        sinks_H: one logit per query head, of any floating dtype.
-        scale: factor on q . k.
-        window: how many keys a query sees, or None for all earlier ones.
-        documents: where documents lie, or None.
+        q_BHTD: Queries.
+        k_BKTD: Keys, of the same dtype.
+        v_BKTD: Values, of the same dtype.
+        sinks_H: One logit per query head, of any floating dtype.
+        scale: Factor on q . k.
+        window: How many keys a query sees, or None for all earlier ones.
+        documents: Where documents lie, or None.
     """
     borders = (None, None, q_BHTD.shape[2]) if documents is None else documents
     q_BTHD, k_BTKD, v_BTKD = (x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD))

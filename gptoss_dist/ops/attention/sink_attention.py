@@ -49,13 +49,13 @@ def sink_attention(
     """Return causal grouped-query attention with sinks.
 
     Args:
-        q_BHTD: queries, of any floating dtype. A transposed view of [B, T, H, D] is best: no back end then copies it.
-        k_BKTD: keys, of the same dtype and best laid out alike; H is a multiple of K.
-        v_BKTD: values, like the keys.
-        sinks_H: one logit per query head, of any floating dtype; `scale` does not apply to it.
-        scale: factor on q . k, 1 / sqrt(D) by default.
-        window: how many keys a query sees, itself included; None for all earlier ones.
-        documents: where documents lie, from `locate_documents`: attention stays within each. None if every sequence is
+        q_BHTD: Queries, of any floating dtype. A transposed view of [B, T, H, D] is best: no back end then copies it.
+        k_BKTD: Keys, of the same dtype and best laid out alike; H is a multiple of K.
+        v_BKTD: Values, like the keys.
+        sinks_H: One logit per query head, of any floating dtype; `scale` does not apply to it.
+        scale: Factor on q . k, 1 / sqrt(D) by default.
+        window: How many keys a query sees, itself included; None for all earlier ones.
+        documents: Where documents lie, from `locate_documents`: attention stays within each. None if every sequence is
             one document.
         backend: `auto`, or a name in `BACKENDS`; this file's docstring tells them apart.
 
@@ -91,12 +91,12 @@ def masked_sink_attention(
     With B > 1, keep a cache as [B, K, S, D] in memory (not [B, S, K, D]): other layouts are copied by the product.
 
     Args:
-        q_BHTD: queries, of any floating dtype.
-        k_BKSD: keys; S and T are independent.
-        v_BKSD: values.
-        sinks_H: one logit per query head.
+        q_BHTD: Queries, of any floating dtype.
+        k_BKSD: Keys; S and T are independent.
+        v_BKSD: Values.
+        sinks_H: One logit per query head.
         visible: bool [T, S] or [B, T, S], true where the query sees the key. A query that sees nothing gets zeros.
-        scale: factor on q . k, 1 / sqrt(D) by default.
+        scale: Factor on q . k, 1 / sqrt(D) by default.
 
     Returns:
         o_BHTD in q's dtype. Memory is O(H * T * S).

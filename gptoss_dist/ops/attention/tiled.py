@@ -313,9 +313,9 @@ class Kernel(NamedTuple):
     """Attention within tiles, its log-sum-exps including the sinks."""
 
     forward: Callable
-    """(q, k, v, bias, sinks, scale) -> o, lse"""
+    """The forward pass: (q, k, v, bias, sinks, scale) -> (o, lse)."""
     backward: Callable
-    """(do, q, k, v, o, lse, bias, scale) -> dq, dk, dv"""
+    """The backward pass: (do, q, k, v, o, lse, bias, scale) -> (dq, dk, dv)."""
 
 
 def _with_sinks(o_MKRD: Tensor, lse_MKR: Tensor, sinks_KR: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,11 @@ class Gating(NamedTuple):
 
 
 def gating_of(activation: str, alpha: float, limit: float) -> Gating:
-    """Return the settings of a named activation; there is a ValueError if there is none of that name."""
+    """Return the settings of a named activation.
+
+    Raises:
+        ValueError: There is no activation of that name.
+    """
     if activation == "gpt_oss":
         return Gating(alpha, limit, plus_one=True)
     if activation == "silu":
@@ -49,9 +53,9 @@ def swiglu(h: Tensor, activation: str, alpha: float = 1.702, limit: float = 7.0)
 
     Args:
         h: [..., 2 * I], gate and up interleaved.
-        activation: one of `ACTIVATIONS`.
-        alpha: factor within the sigmoid; `silu` ignores it.
-        limit: where gate and up are clamped; `silu` ignores it.
+        activation: One of `ACTIVATIONS`.
+        alpha: Factor within the sigmoid; `silu` ignores it.
+        limit: Where gate and up are clamped; `silu` ignores it.
     """
     return gated(h, gating_of(activation, alpha, limit))
 

@@ -61,17 +61,17 @@ def grouped_experts(
     fp32 and rounded once, save by `loop`, which rounds after every operation.
 
     Args:
-        x_ND: rows sorted by expert, of any floating dtype.
-        tokens_per_expert_E: how many consecutive rows each expert has, integers that sum to N. An expert may have none:
+        x_ND: Rows sorted by expert, of any floating dtype.
+        tokens_per_expert_E: How many consecutive rows each expert has, integers that sum to N. An expert may have none:
             its gradients are exact zeros.
-        gate_up_proj_EDF: weights in Hugging Face's layout, gate in the even and up in the odd columns.
-        gate_up_proj_bias_EF: biases, or None.
-        down_proj_EID: weights.
-        down_proj_bias_ED: biases, or None.
+        gate_up_proj_EDF: Weights in Hugging Face's layout, gate in the even and up in the odd columns.
+        gate_up_proj_bias_EF: Biases, or None.
+        down_proj_EID: Weights.
+        down_proj_bias_ED: Biases, or None.
         activation: `gpt_oss` (clamped SwiGLU of the GPT-OSS reference, with `alpha` and `limit`) or `silu`
             (silu(gate) * up, which ignores both).
-        alpha: factor within the sigmoid.
-        limit: where gate and up are clamped.
+        alpha: Factor within the sigmoid.
+        limit: Where gate and up are clamped.
         backend: `auto`, or a name in `BACKENDS`; this file's docstring tells them apart. `auto` is `blocked` on CPU,
             and elsewhere `grouped_mm` if it can serve, else `loop`.
 

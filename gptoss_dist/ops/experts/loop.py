@@ -10,7 +10,11 @@ from gptoss_dist.ops.experts.activation import Gating, swiglu_reference
 
 
 def check_counts(counts: list[int], x_ND: Tensor) -> None:
-    """Raise ValueError unless every row of x has an expert."""
+    """Check that every row of x has an expert.
+
+    Raises:
+        ValueError: The counts do not sum to the number of rows.
+    """
     if sum(counts) != x_ND.shape[0]:
         raise ValueError(
             f"tokens_per_expert sums to {sum(counts)} but x has {x_ND.shape[0]} rows; every row needs an expert"

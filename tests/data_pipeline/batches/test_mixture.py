@@ -21,6 +21,7 @@ from data_pipeline.batches.mixture_plan import BLOCK
 from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.tools.adopt import adopt
 from tests.support.token_data import write_dataset
+from tests.support.worked_examples import integers, tables_of
 
 SEQ_LEN = 32
 
@@ -251,12 +252,14 @@ def test_impossible_mixtures_name_the_source(source):
 
 
 def test_the_example_of_mixture_plan(monkeypatch):
-    """The drawing at the top of mixture_plan.py."""
+    """The tables at the top of mixture_plan.py: without and with a stage that begins at position 7."""
     monkeypatch.setattr(mixture_plan, "BLOCK", 5)
     sources = [mixture_plan.PlannedSource(name, name, 1.0, 100, None) for name in "ab"]
-    plan = mixture_plan.MixturePlan(
-        sources, {"a": 3, "b": 2}, [Stage(7, {"b": 1})], start=0, consumed_S=np.zeros(2, np.int64)
-    )
-    source, drawn = plan.locate(np.arange(9))
-    assert "".join("ab"[s] for s in source) == "ababaabbb"
-    assert drawn.tolist() == [0, 0, 1, 1, 2, 3, 2, 3, 4]
+    tables = tables_of(mixture_plan.__doc__)
+    assert len(tables) == 2
+    for table, stages in zip(tables, ([], [Stage(7, {"b": 1})])):
+        plan = mixture_plan.MixturePlan(sources, {"a": 3, "b": 2}, stages, start=0, consumed_S=np.zeros(2, np.int64))
+        assert integers(table["position"]) == list(range(10))
+        source, drawn = plan.locate(np.arange(10))
+        assert table["source"] == ["ab"[s] for s in source]
+        assert integers(table["drawn before"]) == drawn.tolist()

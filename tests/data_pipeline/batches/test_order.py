@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from data_pipeline.batches import order as order_module
 from data_pipeline.batches.order import global_order, permute, step_positions
+from tests.support.worked_examples import integers, tables_of
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 16, 17, 64, 65, 1000, 4096, 4097])
@@ -46,3 +48,19 @@ def test_ranks_partition_the_step(world_size):
     assert per_rank[-1][1].tolist() == [100 + (world_size + world_size - 1) * 3 + i for i in range(3)]
     everything = np.concatenate([p.ravel() for p in per_rank])
     assert sorted(everything.tolist()) == list(range(100, 100 + 6 * world_size))
+
+
+def test_the_example_of_order():
+    """The tables at the top of order.py."""
+    samples, ranks = tables_of(order_module.__doc__)
+    positions = integers(samples["position"])
+    assert positions == list(range(10))
+    assert integers(samples["epoch"]) == [position // 5 for position in positions]
+    assert integers(samples["sample"]) == global_order(np.array(positions), 5, seed=0).tolist()
+
+    layout = {"micro_batch_size": 1, "accumulation": 2, "world_size": 2}
+    assert list(ranks) == ["rank 0", "rank 1"]
+    for rank, cells in enumerate(ranks.values()):
+        assert integers(cells) == step_positions(0, rank=rank, **layout).ravel().tolist()
+    read = global_order(step_positions(0, micro_batch_size=1, accumulation=4).ravel(), 5, seed=0).tolist()
+    assert "read samples {}, {}, {} and {}, as one rank with accumulation 4".format(*read) in order_module.__doc__

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 import time
 from types import SimpleNamespace
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 from data_pipeline import BatchLoader, BestFitDataset, DocumentDataset, open_dataset, validation_batches
-from data_pipeline.batches import best_fit
+from data_pipeline.batches import best_fit, reading
 from data_pipeline.batches.best_fit import BestFit
 from data_pipeline.shards.manifest import Manifest, open_shards
 from tests.support.token_data import write_dataset
+from tests.support.worked_examples import integers, tables_of
 
 T = 24
 
@@ -249,12 +251,34 @@ def test_the_example_of_best_fit():
 
 
 def test_the_example_of_reading(tmp_path):
-    """The table at the top of reading.py, with two documents of 4 and 2 tokens."""
-    folder = write_dataset(tmp_path, {"train": [4, 2], "validation": [2, 2]})
+    """The table at the top of reading.py; documents of 7 tokens fill rows of their own, those of 1 have no inputs."""
+    first_file = [7, 1, 1, 1, 4, 7, 7, 7, 1, 1, 1, 1, 1, 2]  # those of 4 and 2 tokens begin at 10 and 40
+    folder = write_dataset(tmp_path, {"train": [*first_file, *[1] * len(first_file)], "validation": [2, 2]})
     dataset = open_dataset(folder, packing="best_fit", seq_len=6)
-    batch = dataset.micro_batch(np.array([0]))
-    tokens = np.concatenate([file.read(0, file.n_tokens) for file in dataset.files]).tolist()
-    end = dataset.eot_id
-    assert batch["input_ids"].tolist() == [[*tokens[:3], tokens[4], end, end]]
-    assert batch["labels"].tolist() == [[*tokens[1:4], tokens[5], -100, -100]]
-    assert batch["document_ids"].tolist() == [[0, 0, 0, 1, 2, 2]]
+    (table,) = tables_of(reading.__doc__)
+
+    documents, padding = table["span"][:2], table["span"][2]
+    starts, lengths = zip(*(map(int, re.findall(r"\d+", cell)) for cell in documents))
+    spans = dataset.spans(np.arange(dataset.samples_per_epoch))
+    row = int(np.flatnonzero(spans.counts_N == 3)[0])
+    of_row = dataset.spans(np.array([row]))
+    assert of_row.starts_P.tolist() == [*starts, -1]
+    assert of_row.lengths_P.tolist() == [*lengths, *integers(re.findall(r"\d+", padding))]
+
+    (plan,) = dataset.read_plans(np.array([row]), [1])
+    bytes_each = dataset.files[0].dtype.itemsize
+    read = [(position // bytes_each, end - first) for _, position, first, end in plan.reads_R4.tolist()]
+    assert [f"tokens {start} to {start + count - 1}" for start, count in read] == table["read"][:2]
+    assert table["read"][2] == "nothing"
+    ranges = re.findall(r"\d+ to \d+", reading.__doc__.partition("    span")[0])
+    assert [f"tokens {found}" for found in ranges] == table["read"][:2]
+
+    batch = dataset.micro_batch(np.array([row]))
+    tokens = dataset.files[0].read(0, 42)
+    assert tokens[[13, 41]].tolist() == [dataset.eot_id] * 2
+
+    def value(word):
+        return dataset.eot_id if word == "E" else int(tokens[int(word[1:])]) if word[0] == "t" else int(word)
+
+    for name, array in batch.items():
+        assert [[value(word) for word in " ".join(table[name]).split()]] == array.tolist(), name
