@@ -11,11 +11,12 @@ Flash kernels know no sinks, yet give them exactly. With the kernel's output o a
 and a flash *backward* kernel rebuilds probabilities as exp(score - lse), so that feeding it (o', lse') yields exact dq,
 dk and dv, while dsink = -sum(exp(sink - lse') * rowsum(do * o')). Only o' and lse' are kept: memory is linear in T.
 
-`reference` is the definition and holds all T x T scores. `chunked` is plain PyTorch in O(T) memory on any device.
-`flash` uses the device's flash kernels (CPU: any floating dtype; CUDA: bf16 or fp16, D a multiple of 8 up to 256).
-`fused`, for bf16 on CPU, multiplies matrices in bf16, rounding scores to it, around one pass of torch.compile (it needs
-a C++ compiler). `auto` takes `fused` inside of torch.compile if the CPU has instructions for bf16 products, else
-`flash`, else `chunked`: the first of these that can serve.
+`reference`, below, is the definition and holds all T x T scores. `chunked` (`tiled.py`) is plain PyTorch in O(T)
+memory on any device. `flash` (`tiled.py` on CPU, `cuda.py`; sinks' gradient: `kernel_op.py`) uses the device's flash
+kernels (CPU: any floating dtype; CUDA: bf16 or fp16, D a multiple of 8 up to 256). `fused` (`tiled.py`), for bf16 on
+CPU, multiplies matrices in bf16, rounding scores to it, around one pass of torch.compile (it needs a C++ compiler).
+`auto` takes `fused` inside of torch.compile if the CPU has instructions for bf16 products, else `flash`, else
+`chunked`: the first of these that can serve.
 
 Shapes: B batch, T tokens, S keys, H query heads, K key/value heads, G = H / K query heads per key/value head,
 D head_dim, N = B * T tokens in all.
