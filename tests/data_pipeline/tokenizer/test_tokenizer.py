@@ -285,4 +285,4 @@ def test_a_trained_file_is_deterministic_and_loads(tmp_path):
     tokenizer = load_tokenizer(tmp_path / "one", pattern="o200k")
     text = "The river follows the bridge.\n"
     assert len(tokenizer.encode(text)) < len(text) / 3 and tokenizer.decode(tokenizer.encode(text)) == text
-    assert bpe.main(["synthetic", "--vocab-size", "9", "--output", str(tmp_path / "three")]) == 1
+    assert bpe.main(["synthetic", "--vocab-size", "9", "--output", str(tmp_path / "three")]) == 2
