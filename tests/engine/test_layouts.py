@@ -121,7 +121,8 @@ def trained(tmp_path_factory):
             cases = [other for other in together if other.world == case.world]
             path = folder / "cases.json"
             path.write_text(json.dumps([dataclasses.asdict(other) for other in cases]))
-            run("tests/support/layouts.py", str(path), str(folder), processes=case.world)
+            deepspeed = together in (ZERO, ROUNDED)
+            run("tests/support/layouts.py", str(path), str(folder), processes=case.world, deepspeed=deepspeed)
             done.update(other.name for other in cases)
         return folder
 

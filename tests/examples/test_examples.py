@@ -20,17 +20,20 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.distributed
 def test_train_tiny(folder):
     assert sorted(losses(folder / "runs/tiny")) == list(range(1, STEPS + 1))
     assert list((folder / "runs/tiny/samples").iterdir())
 
 
+@pytest.mark.distributed
 def test_load_in_transformers(folder):
     done = run("examples/load_in_transformers.py", cwd=folder)
     difference = float(re.search(r"difference of the logits: (\S+)", done.stdout)[1])
     assert difference < 1e-4 and "\nThe " in done.stdout
 
 
+@pytest.mark.distributed
 def test_resume_on_another_layout(folder):
     run("examples/resume_on_another_layout.py", "--steps", str(STEPS + 10), cwd=folder, processes=2)
     found = losses(folder / "runs/tiny")
@@ -39,6 +42,7 @@ def test_resume_on_another_layout(folder):
     assert "expert_parallel: 2" in (folder / "runs/tiny/config.yaml").read_text()
 
 
+@pytest.mark.distributed
 def test_train_by_hand(folder):
     done = run("examples/train_by_hand.py", "--steps", "40", cwd=folder)
     first, last = (float(loss) for loss in re.findall(r"loss (\S+)", done.stdout))

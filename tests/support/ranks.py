@@ -59,6 +59,7 @@ def run(
     launcher: str | None = None,
     cwd: Path | None = None,
     expect: int | None = 0,
+    deepspeed: bool = False,
     **extra: str,
 ) -> subprocess.CompletedProcess:
     """Run a script to its end.
@@ -70,13 +71,14 @@ def run(
         launcher: `torchrun` or `deepspeed` starts the run as a user does. By default the fork server does.
         cwd: The working directory; by default that of the tests.
         expect: The exit code that the run must have; None allows any.
+        deepspeed: Whether ranks have imported deepspeed when they begin, although no argument names it.
         extra: Variables to add to the environment.
 
     Raises:
         AssertionError: The run exited with another code than `expect`; the message holds its output.
     """
     if launcher is None:
-        done = start(script, *arguments, processes=processes, cwd=cwd, **extra).wait()
+        done = start(script, *arguments, processes=processes, cwd=cwd, deepspeed=deepspeed, **extra).wait()
     else:
         done = subprocess.run(
             command(script, *arguments, processes=processes, launcher=launcher),
@@ -138,10 +140,12 @@ class Started:
         return json.loads(self.fork_server.stdout.readline())
 
 
-def start(script: str, *arguments: str, processes: int = 1, cwd: Path | None = None, **extra: str) -> Started:
+def start(
+    script: str, *arguments: str, processes: int = 1, cwd: Path | None = None, deepspeed: bool = False, **extra: str
+) -> Started:
     """Start a run by the fork server and return at once; the arguments are those of `run`."""
     modules = ["gptoss_dist.train.loop", "gptoss_dist.parallel.parallelize", "torch._inductor.compile_fx"]
-    if any("deepspeed" in argument or "zero_stage" in argument for argument in arguments):
+    if deepspeed or any("deepspeed" in argument or "zero_stage" in argument for argument in arguments):
         modules.append("deepspeed")
     job = {"script": str(ROOT / script), "arguments": arguments, "environment": environment(**extra),
            "cwd": str(cwd or Path.cwd()), "processes": processes, "folder": tempfile.mkdtemp()}  # fmt: skip
