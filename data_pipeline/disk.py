@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import glob
 import os
+import platform
 import shutil
 import tempfile
 import time
@@ -172,6 +173,27 @@ def locked(path: Path, wait_s: float = 0.0, *, optional: bool = False) -> Iterat
     finally:
         _held.discard(descriptor)
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Be the one process that works in a folder. Its file `.lock` says which process that is, and stays.
+
+    On a file system without locks several may.
+
+    Raises:
+        BlockingIOError: Another process does; the message is that process, its machine and since when.
+        OSError: The folder is not there, or cannot be written.
+    """
+    path = folder / ".lock"
+    path.touch()
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(path, optional=True))
+        except BlockingIOError:
+            raise BlockingIOError(path.read_text().strip() or "another process") from None
+        path.write_text(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        yield
 
 
 def forget_locks() -> None:

@@ -24,9 +24,11 @@ from gptoss_dist.train.report import LaunchedStep
 from gptoss_dist.train.run import Run
 from gptoss_dist.train.schedule import learning_rate
 from gptoss_dist.train.start import (
+    RunLock,
     check_folder,
     engine_settings,
     find_start,
+    open_folder,
     open_initial_weights,
     print_message,
     restore,
@@ -69,18 +71,21 @@ def train(config: Config, ranks: Ranks) -> None:
         ValueError: Settings, data and model do not fit each other.
         TrainingError: Too many steps in a row had to be skipped, or the last checkpoint could not be written.
     """
-    start = find_start(config)
-    data = open_data(config, ranks.world_size, start)
-    weights = open_initial_weights(config, start)
-    on_rank_zero(lambda: check_folder(config))
-    group = long_timeout_group()
-    verify(config.data, print_message, group)
-    seed_everything(config.run.seed, ranks.rank)
-    engine = build_engine(engine_settings(config), ranks, next_token_prediction)
-    restore(engine, start, weights, seed=config.run.seed, rank=ranks.rank)
-    with Run(config, ranks, engine, data, start, group) as open_run:
-        open_run.announce(start, weights)
-        train_steps(open_run, start.step)
+    with RunLock(config) as lock:
+        on_rank_zero(lock.take)
+        start = find_start(config)
+        data = open_data(config, ranks.world_size, start)
+        weights = open_initial_weights(config, start)
+        on_rank_zero(lambda: check_folder(config))
+        group = long_timeout_group()
+        verify(config.data, print_message, group)
+        seed_everything(config.run.seed, ranks.rank)
+        engine = build_engine(engine_settings(config), ranks, next_token_prediction)
+        restore(engine, start, weights, seed=config.run.seed, rank=ranks.rank)
+        on_rank_zero(lambda: open_folder(config, lock))  # only now: a run that is refused writes nothing
+        with Run(config, ranks, engine, data, start, group) as open_run:
+            open_run.announce(start, weights)
+            train_steps(open_run, start.step)
 
 
 def train_steps(run: Run, step: int) -> None:

@@ -13,7 +13,6 @@ from gptoss_dist import checkpoint
 from gptoss_dist.checkpoint import CheckpointInfo, Retention, Saver
 from gptoss_dist.checkpoint.formats.pretrained import Pretrained
 from gptoss_dist.config import Config
-from gptoss_dist.distributed.collectives import on_rank_zero
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.distributed.signals import StopRequest
 from gptoss_dist.engine import Engine
@@ -23,7 +22,7 @@ from gptoss_dist.tracking.profiling import profiled
 from gptoss_dist.train.data import RunData
 from gptoss_dist.train.faults import SkipGuard, TrainingError
 from gptoss_dist.train.report import LaunchedStep, Report
-from gptoss_dist.train.start import Start, open_folder
+from gptoss_dist.train.start import Start
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +33,13 @@ class Run:
     def __init__(
         self, config: Config, ranks: Ranks, engine: Engine, data: RunData, start: Start, group: dist.ProcessGroup
     ) -> None:
-        """Open the run's folder and all that writes to it; collective.
+        """Open all that writes to the run's folder.
 
         Args:
             group: A group of all ranks, for the saver alone from now on.
-
-        Raises:
-            ValueError: The folder cannot be written.
         """
         self.config, self.ranks, self.engine, self.data = config, ranks, engine, data
         self.loader = self._open_loader(start.samples_consumed)
-        on_rank_zero(lambda: open_folder(config))  # only now: a run that is refused writes nothing
         self.report = Report(config, ranks, engine, data.training, start) if ranks.is_main else None
         keep = config.checkpoint
         self.saver = Saver(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 
+from data_pipeline.disk import owned
 from gptoss_dist import checkpoint
 from gptoss_dist.checkpoint import CheckpointInfo
 from gptoss_dist.checkpoint.formats.pretrained import Pretrained
@@ -149,6 +152,43 @@ def restore(engine: Engine, start: Start, weights: Pretrained | None, *, seed: i
         engine.load(state)
 
 
+class RunLock:
+    """Keeps all other starts out of a run's folders for as long as this one lives. Rank 0 holds it."""
+
+    def __init__(self, config: Config) -> None:
+        self._held: dict[Path, ExitStack] = {}
+        self._folders = [config.folder.resolve()]
+        if not (checkpoints := config.checkpoint_folder.resolve()).is_relative_to(self._folders[0]):
+            self._folders.append(checkpoints)
+
+    def take(self) -> list[Path]:
+        """Take the folders that exist and are not taken yet, and return these.
+
+        Raises:
+            ValueError: Another process has one.
+        """
+        new = [folder for folder in self._folders if folder.is_dir() and folder not in self._held]
+        for folder in new:
+            stack = ExitStack()
+            try:
+                stack.enter_context(owned(folder))
+            except BlockingIOError as owner:
+                raise ValueError(
+                    f"{folder} is in use by {owner}; wait until it has ended, end it, or choose another --run.name"
+                ) from None
+            except OSError as error:
+                raise ValueError(f"{folder} cannot be written ({error.strerror}); choose another --run.dir") from None
+            self._held[folder] = stack
+        return new
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stack in self._held.values():
+            stack.close()
+
+
 def check_folder(config: Config) -> None:
     """Refuse to mix two runs in one folder; only rank 0 calls this."""
     if config.resume is None and checkpoint.checkpoints(config.checkpoint_folder):
@@ -158,12 +198,15 @@ def check_folder(config: Config) -> None:
         )
 
 
-def open_folder(config: Config) -> None:
-    """Create the run's folder and start log.txt; only rank 0 calls this."""
+def open_folder(config: Config, lock: RunLock) -> None:
+    """Create the run's folder, take it and start log.txt; only rank 0 calls this."""
     folder, checkpoints = config.folder, config.checkpoint_folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.mkdir(parents=True, exist_ok=True)
+        new = lock.take()
+        if any(checkpoints.resolve().is_relative_to(taken) for taken in new) and checkpoint.checkpoints(checkpoints):
+            raise ValueError(f"{checkpoints}: another start has written checkpoints there meanwhile; start again")
         config.save(folder / "config.yaml")
         handler = logging.FileHandler(folder / "log.txt")
     except OSError as error:

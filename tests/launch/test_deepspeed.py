@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.disk import locked
 from gptoss_dist.checkpoint import checkpoints
 from tests.support.ranks import command, environment, losses, run
 
@@ -54,6 +55,8 @@ def test_deepspeed_launch_is_stopped_and_goes_on_bit_identical(settings, tmp_pat
         os.killpg(process.pid, signal.SIGKILL)
         raise
     (saved,) = checkpoints(parts / "checkpoints")
+    with locked(parts / ".lock", wait_s=60):
+        pass  # and what it started has ended
     stopped = json.loads((saved / "checkpoint.json").read_text())["step"]
     assert stopped == max(losses(parts)) and stopped < 40
     assert "kind: deepspeed" in (parts / "config.yaml").read_text()

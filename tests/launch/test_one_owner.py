@@ -1,0 +1,67 @@
+"""A run's folder has one owner: a second start is refused in one line, and a dead owner leaves nothing locked."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from gptoss_dist.checkpoint import checkpoints
+from tests.support.ranks import losses, run, start
+
+pytestmark = pytest.mark.distributed
+
+
+def wait_for(condition) -> None:
+    deadline = time.time() + 120
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+def test_a_live_run_keeps_its_folder(settings, tmp_path):
+    """Started anew, resumed, resumed on two processes, and beside its checkpoints: refused while the owner lives."""
+    folder, elsewhere = tmp_path / "run", tmp_path / "checkpoints"
+    options = ["--config", str(settings), "--checkpoint.dir", str(elsewhere), "--checkpoint.keep", "3"]
+    here = ["--run.dir", str(folder)]
+    owner = start("launch/train.py", *options, *here, "--train.steps", "100000", "--validation.every", "0")
+    wait_for(lambda: len(checkpoints(elsewhere)) > 1)
+    for where, arguments, processes in (
+        (folder, here, 1),
+        (folder, [*here, "--resume", "auto"], 2),
+        (elsewhere, ["--run.dir", str(tmp_path / "other"), "--resume", "auto"], 1),
+    ):
+        done = run("launch/train.py", *options, *arguments, processes=processes, expect=2)
+        said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+        assert len(said) == 1 and f"{where} is in use by process {owner.processes[0]} on " in said[0], done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "other").exists()
+    assert owner.is_running() and not list(elsewhere.glob("*.superseded"))
+    owner.send(signal.SIGKILL)
+    owner.wait()
+    last = max(losses(folder))
+    run(
+        "launch/train.py",
+        *options,
+        *here,
+        "--resume",
+        "auto",
+        "--train.steps",
+        str(last + 4),
+        "--validation.every",
+        "0",
+    )
+    assert sorted(losses(folder)) == list(range(1, last + 5))
+
+
+def test_of_two_starts_at_once_one_trains(settings, tmp_path):
+    folder = tmp_path / "run"
+    options = ["--config", str(settings), "--run.dir", str(folder), "--resume", "auto", "--checkpoint.every", "2"]
+    starts = [start("launch/train.py", *options, "--run.seed", str(seed)) for seed in (1, 2)]
+    ended = [started.wait() for started in starts]
+    codes = [done.returncode for done in ended]
+    assert sorted(codes) == [0, 2], [done.stderr for done in ended]
+    refused = ended[codes.index(2)].stderr
+    assert "in use by process" in refused or "another start has written checkpoints" in refused
+    assert sorted(losses(folder)) == list(range(1, 13))
+    seed = codes.index(0) + 1
+    assert f"seed: {seed}\n" in (folder / "config.yaml").read_text() and os.path.exists(folder / ".lock")
