@@ -1,5 +1,8 @@
-# Five verbs. Each is one line that can be typed without make.
-.PHONY: install test fast check docs
+# Five verbs. Each is one line that can be typed without make. `make` alone lists them.
+.PHONY: help install test fast check docs
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
 
 install: ## into .venv, or the active virtual environment
 	sh launch/install.sh --extras test,dev

@@ -1,6 +1,6 @@
 """Train the tiny model in a plain loop of torch, without this project's engines, settings or runs.
 
-    python examples/train_tiny.py
+    python examples/train_tiny.py       # makes the dataset, data/tiny
     python examples/train_by_hand.py
 
 The model is an `nn.Module` and the loader is an iterator: use them in whatever loop you have. `model.loss` gives the
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
             (loss + 0.01 * auxiliary["aux"]).backward()
             optimizer.step()
             optimizer.zero_grad()
-            if step % 20 == 0 or step == arguments.steps:
+            if step == 1 or step % 20 == 0 or step == arguments.steps:
                 print(f"step {step}: loss {loss.item():.3f}")
 
 

@@ -2,8 +2,10 @@
 # From nothing to a trained toy model and text from it: install, prepare data, train, generate. Needs no account and no
 # GPU, and no network beyond the package index. Safe to repeat: finished steps are skipped, training resumes.
 #
-#   sh launch/quickstart.sh
+#   sh launch/quickstart.sh                     about ten minutes on two free cores
+#   sh launch/quickstart.sh --train.steps 60    a first look; any settings of training, except its name and folder
 set -eu
+case ${1-} in -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 venv=${VIRTUAL_ENV:-$root/.venv}
 run=runs/quickstart
@@ -35,7 +37,7 @@ else
     export OMP_NUM_THREADS
     step "3/4 train on the CPU: $processes processes, $OMP_NUM_THREADS thread(s) each"
 fi
-torchrun --standalone --nproc_per_node "$processes" launch/train.py --config configs/quickstart.yaml --resume auto ||
+torchrun --standalone --nproc_per_node "$processes" launch/train.py --config configs/quickstart.yaml --resume auto "$@" ||
     die "training failed; the reason is above and in $run/log.txt. Repeating this script resumes from the last checkpoint"
 
 step "4/4 generate"
