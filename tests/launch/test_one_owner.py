@@ -25,31 +25,24 @@ def test_a_live_run_keeps_its_folder(settings, tmp_path):
     options = ["--config", str(settings), "--checkpoint.dir", str(elsewhere), "--checkpoint.keep", "3"]
     here = ["--run.dir", str(folder)]
     owner = start("launch/train.py", *options, *here, "--train.steps", "100000", "--validation.every", "0")
-    wait_for(lambda: len(checkpoints(elsewhere)) > 1)
-    for where, arguments, processes in (
-        (folder, here, 1),
-        (folder, [*here, "--resume", "auto"], 2),
-        (elsewhere, ["--run.dir", str(tmp_path / "other"), "--resume", "auto"], 1),
-    ):
-        done = run("launch/train.py", *options, *arguments, processes=processes, expect=2)
-        said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
-        assert len(said) == 1 and f"{where} is in use by process {owner.processes[0]} on " in said[0], done.stderr
-        assert "Traceback" not in done.stderr and not (tmp_path / "other").exists()
-    assert owner.is_running() and not list(elsewhere.glob("*.superseded"))
-    owner.send(signal.SIGKILL)
-    owner.wait()
+    try:
+        wait_for(lambda: len(checkpoints(elsewhere)) > 1)
+        for where, arguments, processes in (
+            (folder, here, 1),
+            (folder, [*here, "--resume", "auto"], 2),
+            (elsewhere, ["--run.dir", str(tmp_path / "other"), "--resume", "auto"], 1),
+        ):
+            done = run("launch/train.py", *options, *arguments, processes=processes, expect=2)
+            said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+            assert len(said) == 1 and f"{where} is in use by process {owner.processes[0]} on " in said[0], done.stderr
+            assert "Traceback" not in done.stderr and not (tmp_path / "other").exists()
+        assert owner.is_running() and not list(elsewhere.glob("*.superseded"))
+    finally:
+        owner.send(signal.SIGKILL)
+        owner.wait()
     last = max(losses(folder))
-    run(
-        "launch/train.py",
-        *options,
-        *here,
-        "--resume",
-        "auto",
-        "--train.steps",
-        str(last + 4),
-        "--validation.every",
-        "0",
-    )
+    again = [*options, *here, "--resume", "auto", "--train.steps", str(last + 4), "--validation.every", "0"]
+    run("launch/train.py", *again)
     assert sorted(losses(folder)) == list(range(1, last + 5))
 
 
