@@ -112,10 +112,11 @@ def results_of_all_ranks(function: Callable[[], T], group: dist.ProcessGroup | N
     """Call `function` on every rank and return the results of all, on all of them; collective.
 
     Args:
-        group: of all ranks, if not the default one.
+        function: What this rank does.
+        group: A group of all ranks, if not the default one.
 
     Raises:
-        OSError: on every rank, if it raised anything on any; the message has those of all such ranks.
+        OSError: It raised anything on any rank. Every rank raises it; the message has those of all such ranks.
     """
     result: Any = None
     failure = None

@@ -78,6 +78,15 @@ def test_a_lock_holds_other_processes_back(tmp_path, kind):
     process.join()
 
 
+def test_a_folder_has_one_owner_and_says_which(tmp_path):
+    for _ in range(2):  # what the first owner left behind holds nobody back
+        said = pytest.raises(BlockingIOError, match=f"process {os.getpid()} on .*, since 20")
+        with disk.owned(tmp_path), said, disk.owned(tmp_path):
+            pass
+    with pytest.raises(OSError, match="nowhere"), disk.owned(tmp_path / "nowhere"):
+        pass
+
+
 def test_a_link_or_where_there_are_none_a_copy(tmp_path, monkeypatch):
     source = tmp_path / "source"
     source.write_text("x")
