@@ -38,7 +38,7 @@ def sync_path(path: Path) -> None:
 
 def write_synced(path: Path, text: str) -> None:
     """Write a file and wait until the disk has it; for folders that are published as a whole."""
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         sync_file(file)
 
@@ -103,19 +103,35 @@ def move(source: Path, target: Path) -> None:
 def staging_directory(output: Path) -> Iterator[Path]:
     """Make the folder `.OUTPUT.tmp-*`, which is removed at the end unless `publish` has renamed it.
 
-    It is locked while in use, so that what killed runs left behind can be recognised and is removed.
+    It is locked while in use, so that there is one writer of `output` at a time, and what killed runs left behind can
+    be recognised and is removed.
+
+    Raises:
+        ValueError: Another process is writing `output`.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in output.parent.glob(f".{glob.escape(output.name)}.tmp-*"):
-        with contextlib.suppress(OSError), locked(leftover):
-            shutil.rmtree(leftover)
-    staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.tmp-"))
+    with contextlib.ExitStack() as held:
+        # One at a time looks around and takes its place: of two that start at once, one sees the other.
+        with locked(output.parent, wait_s=10.0, optional=True):
+            for leftover in output.parent.glob(f".{glob.escape(output.name)}.tmp-*"):
+                _remove_leftover(leftover, output)
+            staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.tmp-"))
+            held.callback(shutil.rmtree, staging, ignore_errors=True)
+            staging.chmod(0o755)
+            held.enter_context(locked(staging))
+        yield staging
+
+
+def _remove_leftover(folder: Path, output: Path) -> None:
     try:
-        staging.chmod(0o755)
-        with locked(staging):
-            yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with locked(folder):
+            shutil.rmtree(folder)
+    except BlockingIOError:
+        raise ValueError(
+            f"{output} is being written by another process; wait until it has ended, or choose another output"
+        ) from None
+    except OSError:  # no folder, or not ours: it stays
+        pass
 
 
 def new_output(output: str | Path) -> Path:

@@ -48,10 +48,15 @@ def test_a_folder_is_published_or_leaves_nothing(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_and_what_is_in_use_is_not(tmp_path):
-    left = tmp_path / ".data.tmp-killed"
+    left, users = tmp_path / ".data.tmp-killed", tmp_path / "data.tmp"
     left.mkdir()
-    with disk.staging_directory(tmp_path / "data") as used, disk.staging_directory(tmp_path / "data") as own:
-        assert used != own and used.is_dir() and not left.exists()
+    users.mkdir()
+    with disk.staging_directory(tmp_path / "data") as used, disk.staging_directory(tmp_path / "other") as other:
+        said = pytest.raises(ValueError, match="data is being written by another process; wait until it has ended")
+        with said, disk.staging_directory(tmp_path / "data"):
+            pass
+        assert used.is_dir() and other.is_dir() and not left.exists()
+    assert list(tmp_path.iterdir()) == [users]
 
 
 def hold(path, ready, end):
