@@ -13,7 +13,7 @@ import torch
 
 from gptoss_dist.config import Config
 from gptoss_dist.distributed import launchers
-from gptoss_dist.distributed.collectives import LocalError, long_timeout_group, on_rank_zero
+from gptoss_dist.distributed.collectives import LocalError, is_peer_loss, long_timeout_group, on_rank_zero
 from gptoss_dist.distributed.processes import Ranks, exit_after_error, init_distributed, seed_everything
 from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.train.data import open_data, verify
@@ -57,6 +57,16 @@ def run(config: Config) -> int:
         mistake, alone = str(error), isinstance(error, LocalError)
         exit_after_error(lambda: launchers.report_error_once(mistake, alone=alone))
         return 2 if isinstance(error, ValueError) else 1
+    except RuntimeError as error:
+        if not is_peer_loss(error):
+            raise
+        log.exception("a collective failed")
+        launchers.report_error_once(
+            f"rank {os.environ.get('RANK', 0)} lost another process of the run, which has ended or hangs (see its "
+            f"message): {' '.join(str(error).split())[:200]}; go on with --resume auto",
+            alone=True,
+        )
+        return 1
     return 0
 
 
