@@ -74,8 +74,9 @@ def not_finite(state: Mapping[str, Tensor]) -> list[str]:
     names, norms = [], []
     for name, tensor in state.items():
         for _, values in boxes_to_write(name, tensor) if tensor.is_floating_point() else ():
-            names.append(name)
-            norms.append(torch.linalg.vector_norm(values, torch.inf, dtype=torch.float32))  # needs no memory beside
+            if values.numel():
+                names.append(name)
+                norms.append(torch.linalg.vector_norm(values, torch.inf, dtype=torch.float32))  # needs no memory beside
     if not norms:
         return []
     device = norms[-1].device

@@ -217,6 +217,22 @@ def test_a_run_whose_folder_is_deleted_saves_and_says_so(settings, tmp_path):
         "--train.steps", str(int(saved.name[5:]) + 1), processes=2)  # fmt: skip
 
 
+def test_the_death_of_a_process_is_called_that(settings, tmp_path):
+    folder = tmp_path / "bereft"
+    process = start("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000",
+                    "--checkpoint.every", "0", "--validation.every", "0", processes=2)  # fmt: skip
+    deadline = time.time() + 240
+    while time.time() < deadline and not ((folder / "metrics.jsonl").is_file() and len(losses(folder)) > 3):
+        time.sleep(0.2)
+    process.send(signal.SIGKILL, ranks=[1])
+    while time.time() < deadline and process.is_running(0):
+        time.sleep(0.1)
+    done = process.wait()
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert "rank 0 lost another process of the run" in said and "--resume auto" in said
+    assert "Traceback" not in done.stderr
+
+
 MISTAKES = {
     "wrong key": (["--train.stepz", "3"], "stepz"),
     "wrong type": (["--train.steps", "many"], "train.steps"),
