@@ -47,8 +47,8 @@ def check_uri(tracking: TrackingConfig) -> None:
     """Refuse an address that was read from a run's settings, where its secrets are hidden."""
     _require(
         "***" not in (tracking.uri or ""),
-        f"tracking.uri={tracking.uri} has its secrets hidden, as all that a run writes; give it anew with --tracking.uri, "
-        "or add --tracking.uri null and set MLFLOW_TRACKING_URI",
+        f"tracking.uri={tracking.uri} has its secrets hidden, as all that a run writes; give it anew with "
+        "--tracking.uri, or add --tracking.uri null and set MLFLOW_TRACKING_URI",
     )
 
 

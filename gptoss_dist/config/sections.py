@@ -154,8 +154,8 @@ class TrackingConfig:
     experiment: str = "gptoss_dist"
     """MLflow experiment."""
     uri: str | None = None
-    """Tracking server; null means $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db. Passwords and tokens in it are hidden in
-    all that the run writes."""
+    """Tracking server; null means $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db. Passwords and tokens in it are hidden
+    in all that the run writes."""
     plots: bool = True
     """Draw the run's plots at each validation and at the end."""
     expert_tokens_every: int = ranged(100, at_least=0)

@@ -88,7 +88,7 @@ class Config:
         return Path(self.checkpoint.dir or self.folder / "checkpoints")
 
     def to_dict(self) -> dict:
-        """Return nested plain values, ready for YAML or JSON: what becomes text of a run's settings, without secrets."""
+        """Return nested plain values, ready for YAML or JSON and without secrets: what a run writes of its settings."""
         values = dataclasses.asdict(self)
         if self.tracking.uri:
             values["tracking"]["uri"] = without_secrets(self.tracking.uri)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from gptoss_dist.tracking.tracker import sync
 from tests.support.ranks import losses, run, start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -38,6 +39,7 @@ def test_killed_while_it_creates_something(settings, tmp_path, moment):
     whole = tmp_path / "whole"
     whole.mkdir()
     run("launch/train.py", *options, cwd=whole)
+    assert steps_in_mlflow(whole) == list(range(1, 13))
     for number in range(KILLS):
         here = tmp_path / str(number)
         for name in FOREIGN:
@@ -65,6 +67,7 @@ def appeared(here: Path, pattern: str) -> bool:
 def steps_in_mlflow(here: Path) -> list[int]:
     from mlflow import MlflowClient
 
+    sync(here / "run", f"sqlite:///{here / 'mlflow.db'}")  # a busy machine may not be done when the run ends
     client = MlflowClient(f"sqlite:///{here / 'mlflow.db'}")
     (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
     (found,) = client.search_runs([experiment.experiment_id])
