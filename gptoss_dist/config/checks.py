@@ -6,7 +6,7 @@ The range of a single setting is declared beside it, with `ranged`.
 from __future__ import annotations
 
 from gptoss_dist.config.data import DataConfig, SourceConfig, StageConfig
-from gptoss_dist.config.sections import LossConfig, OptimConfig, TrainConfig
+from gptoss_dist.config.sections import LossConfig, OptimConfig, TrackingConfig, TrainConfig
 from gptoss_dist.model.config import ModelConfig
 
 
@@ -40,6 +40,15 @@ def check_schedule(optim: OptimConfig, train: TrainConfig) -> None:
     _require(
         optim.schedule != "wsd" or 0 < optim.decay_steps <= train.steps,
         f"optim.decay_steps={optim.decay_steps} must be in [1, train.steps={train.steps}] for optim.schedule=wsd",
+    )
+
+
+def check_uri(tracking: TrackingConfig) -> None:
+    """Refuse an address that was read from a run's settings, where its secrets are hidden."""
+    _require(
+        "***" not in (tracking.uri or ""),
+        f"tracking.uri={tracking.uri} has its secrets hidden, as all that a run writes; give it anew with "
+        "--tracking.uri, or add --tracking.uri null and set MLFLOW_TRACKING_URI",
     )
 
 

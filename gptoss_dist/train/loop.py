@@ -13,7 +13,7 @@ import torch
 
 from gptoss_dist.config import Config
 from gptoss_dist.distributed import launchers
-from gptoss_dist.distributed.collectives import LocalError, long_timeout_group, on_rank_zero
+from gptoss_dist.distributed.collectives import LocalError, is_peer_loss, long_timeout_group, on_rank_zero
 from gptoss_dist.distributed.processes import Ranks, exit_after_error, init_distributed, seed_everything
 from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.train.data import open_data, verify
@@ -27,6 +27,7 @@ from gptoss_dist.train.start import (
     RunLock,
     check_folder,
     engine_settings,
+    files_to_carry,
     find_start,
     open_folder,
     open_initial_weights,
@@ -57,6 +58,16 @@ def run(config: Config) -> int:
         mistake, alone = str(error), isinstance(error, LocalError)
         exit_after_error(lambda: launchers.report_error_once(mistake, alone=alone))
         return 2 if isinstance(error, ValueError) else 1
+    except RuntimeError as error:
+        if not is_peer_loss(error):
+            raise
+        log.exception("a collective failed")
+        launchers.report_error_once(
+            f"rank {os.environ.get('RANK', 0)} lost another process of the run, which has ended or hangs (see its "
+            f"message): {' '.join(str(error).split())[:200]}; go on with --resume auto",
+            alone=True,
+        )
+        return 1
     return 0
 
 
@@ -83,7 +94,7 @@ def train(config: Config, ranks: Ranks) -> None:
         engine = build_engine(engine_settings(config), ranks, next_token_prediction)
         restore(engine, start, weights, seed=config.run.seed, rank=ranks.rank)
         on_rank_zero(lambda: open_folder(config, lock))  # only now: a run that is refused writes nothing
-        with Run(config, ranks, engine, data, start, group) as open_run:
+        with Run(config, ranks, engine, data, start, group, files_to_carry(start, weights)) as open_run:
             open_run.announce(start, weights)
             train_steps(open_run, start.step)
 
