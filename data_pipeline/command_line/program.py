@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from data_pipeline.command_line.parser import parse
+from data_pipeline.printable import printable
+from data_pipeline.secrets import without_secrets
 
 T = TypeVar("T")
 
@@ -34,7 +36,14 @@ class Program:
 
     def report(self, message: object) -> None:
         """Print what went wrong."""
-        print(f"{self.prefix}: {message}", file=sys.stderr)
+        print_line(f"{self.prefix}: {without_secrets(str(message))}", file=sys.stderr)
+
+
+def print_line(text: str, file: TextIO | None = None) -> None:
+    """Print a text for people, at once; what a terminal would obey, or its encoding lacks, is printed as escapes."""
+    stream = file or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 def run(program: Program, kind: type[T], action: Callable[[T], int | None], argv: list[str] | None = None) -> int:
