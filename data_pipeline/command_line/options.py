@@ -18,9 +18,10 @@ def option(
     spelling: str | None = None,
     metavar: str | None = None,
     several: bool = False,
+    may_be_empty: bool = False,
     **limits: Any,
 ) -> Any:
-    """Return a dataclass field that is spelled or shown otherwise than its name says.
+    """Return a dataclass field that is spelled, shown or checked otherwise than its name says.
 
     Args:
         default: That of `dataclasses.field`, like `default_factory`. Without one the option must be given.
@@ -28,9 +29,10 @@ def option(
         spelling: The option, such as `--from`; by default the field's name.
         metavar: What stands for the value in the help; by default the field's name.
         several: The field is a list that is given as `--train a b`. Other lists are given as `--filter a --filter b`.
+        may_be_empty: Whether the text, or one of the list, may be empty.
         **limits: Those of `ranged`.
     """
-    metadata = {"spelling": spelling, "metavar": metavar, "several": several}
+    metadata = {"spelling": spelling, "metavar": metavar, "several": several, "may_be_empty": may_be_empty}
     if limits:
         return ranged(default, default_factory=default_factory, metadata=metadata, **limits)
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)

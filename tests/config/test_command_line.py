@@ -55,8 +55,8 @@ def read(*argv: str) -> dict:
     return {name: value for name, value in values if value != getattr(default, name)}
 
 
-AWKWARD = ["null", "1", "true", "[x]", "{a: 1}", "a: b", ' x \n"é', "{a", "~", "", "😀", "\udcff", "\x7f", "a=b", "-",
-           "# x", "&x", "*x", "!x", "-- all rows", "--all rows=1"]  # fmt: skip
+AWKWARD = ["null", "1", "true", "[x]", "{a: 1}", "a: b", ' x \n"é', "{a", "~", "5e-2", "😀", "\udcff", "\x7f", "a=b",
+           "-", "# x", "&x", "*x", "!x", "-- all rows", "--all rows=1"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,14 @@ def test_texts_are_taken_as_they_are(text):
         "train": [text, text],
         **optional,
     }
+
+
+@pytest.mark.parametrize(
+    ("argv", "key"), [(["", "--output", "o"], "sources"), (["a", "--output", ""], "output"), (["a", "--from="], "from")]
+)
+def test_an_empty_text_is_no_value(argv, key):
+    with pytest.raises(ValueError, match=f"^{key}.* is empty"):
+        parse(Options, [*(["--output", "o"] if key == "from" else []), *argv], prog="do")
 
 
 def test_dashes_and_underscores_are_the_same(tmp_path, capsys):
