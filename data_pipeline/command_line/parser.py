@@ -8,13 +8,13 @@ import json
 import os
 import re
 from collections.abc import Collection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from data_pipeline.command_line.mistakes import naming, one_line, suggestion
+from data_pipeline.command_line.mistakes import one_line, suggestion
 from data_pipeline.command_line.options import Option, options_of, with_range
 from data_pipeline.command_line.ranges import check_ranges, ranges_of
 from data_pipeline.command_line.spelling import known_spellings, spell_out
+from data_pipeline.foreign import parse_yaml, read_text
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -96,8 +96,7 @@ def parse_with(parser: jsonargparse.ArgumentParser, argv: list[str], sections: C
     argv = known_spellings(argv, parser._option_string_actions)
     files = _config_files(argv)
     for file in files:
-        with naming(file):
-            _check_sections(file, sections)
+        _check_sections(file, sections)
     try:
         return vars(parser.instantiate(parser.parse_args(argv)))
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
@@ -113,19 +112,14 @@ def _config_files(argv: list[str]) -> list[str]:
 
 def _check_sections(file: str, sections: Collection[str]) -> None:
     """Refuse a file that gives a section something else than its keys, which jsonargparse would take as none at all."""
-    import jsonargparse
-    import yaml
-
-    if not file or not os.path.isfile(file):
+    if not os.path.lexists(file):
         return  # a text of settings, or missing, which jsonargparse says
-    try:
-        values = jsonargparse.get_loader("yaml")(Path(file).read_text("utf-8"))
-    except yaml.YAMLError:
-        return  # it says that too
+    values = parse_yaml(read_text(file), file)
     for name in sections if isinstance(values, dict) else ():
         if name in values and not isinstance(values[name], dict | str):
             raise ValueError(
-                f"{name}={values[name]} is no section; give it as `{name}:` with its settings below, or leave it out"
+                f"{file}: {name}={values[name]} is no section; give it as `{name}:` with its settings below, or leave "
+                "it out"
             )
 
 

@@ -11,7 +11,7 @@ from gptoss_dist.config.sections import (
     LossConfig,
     OptimConfig,
     RunConfig,
-    SamplingConfig,
+    TrackingConfig,
     TrainConfig,
     ValidationConfig,
 )
@@ -114,9 +114,7 @@ def check_texts(values: object, key: str = "") -> None:
         )
 
 
-def check_what_is_unused(
-    train: TrainConfig, sampling: SamplingConfig, checkpoint: CheckpointConfig, validation: ValidationConfig
-) -> None:
+def check_what_is_unused(train: TrainConfig, checkpoint: CheckpointConfig, validation: ValidationConfig) -> None:
     """Refuse settings that would do nothing where they are given, because another one that they need is missing."""
     _require(
         train.compile or train.compile_mode == "default",
@@ -128,12 +126,17 @@ def check_what_is_unused(
         "an earlier one",
     )
     _require(
-        sampling.every == 0 or sampling.prompts,
-        f"sampling.every={sampling.every} has no meaning without sampling.prompts; give some, or leave it out",
-    )
-    _require(
         not checkpoint.keep_best or validation.every,
         "checkpoint.keep_best=True goes by the validation loss; set --validation.every, or leave it out",
+    )
+
+
+def check_uri(tracking: TrackingConfig) -> None:
+    """Refuse an address that was read from a run's settings, where its secrets are hidden."""
+    _require(
+        "***" not in (tracking.uri or ""),
+        f"tracking.uri={tracking.uri} has its secrets hidden, as all that a run writes; give it anew with "
+        "--tracking.uri, or add --tracking.uri null and set MLFLOW_TRACKING_URI",
     )
 
 

@@ -134,8 +134,8 @@ class ValidationConfig:
 class SamplingConfig:
     """Text written by the model while it trains."""
 
-    every: int = ranged(0, at_least=0)
-    """Steps between samples; 0 switches them off. The last step is followed by samples in any case."""
+    every: int = ranged(500, at_least=0)
+    """Steps between samples; 0 writes none. The last step is followed by samples too."""
     prompts: list[str] = option(default_factory=list, may_be_empty=True)
     """Texts to continue."""
     max_new_tokens: int = ranged(64, above=0)
@@ -155,7 +155,8 @@ class TrackingConfig:
     experiment: str = "gptoss_dist"
     """MLflow experiment."""
     uri: str | None = None
-    """Tracking server; null means $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db."""
+    """Tracking server; null means $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db. Passwords and tokens in it are hidden
+    in all that the run writes."""
     plots: bool = True
     """Draw the run's plots at each validation and at the end."""
     expert_tokens_every: int = ranged(100, at_least=0)

@@ -16,6 +16,7 @@ from data_pipeline.command_line import check_ranges
 from data_pipeline.command_line.mistakes import in_words
 from data_pipeline.command_line.texts import dump_yaml
 from data_pipeline.disk import write_file_atomically
+from data_pipeline.secrets import without_secrets
 from gptoss_dist.config import checks
 from gptoss_dist.config.data import DataConfig
 from gptoss_dist.config.parallel import EngineConfig, ParallelConfig
@@ -79,8 +80,9 @@ class Config:
         checks.check_schedule(self.optim, self.train)
         checks.check_data(self.data)
         checks.check_name(self.run)
-        checks.check_what_is_unused(self.train, self.sampling, self.checkpoint, self.validation)
+        checks.check_what_is_unused(self.train, self.checkpoint, self.validation)
         checks.check_texts(self.to_dict())
+        checks.check_uri(self.tracking)
 
     @property
     def folder(self) -> Path:
@@ -93,8 +95,10 @@ class Config:
         return Path(self.checkpoint.dir or self.folder / "checkpoints")
 
     def to_dict(self) -> dict:
-        """Return nested plain values, ready for YAML or JSON."""
+        """Return nested plain values, ready for YAML or JSON and without secrets: what a run writes of its settings."""
         values = dataclasses.asdict(self)
+        if self.tracking.uri:
+            values["tracking"]["uri"] = without_secrets(self.tracking.uri)
         values["data"] |= {name: list(values["data"][name]) for name in ("sources", "stages")}
         return values
 

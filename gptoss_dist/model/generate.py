@@ -34,10 +34,6 @@ class LanguageModel(Protocol):
         """Switch to training mode, or with False to evaluation mode."""
 
 
-_GREEDY_BELOW = 1e-6
-"""At a lower temperature float32 logits overflow, and any difference between two of them decides already."""
-
-
 @torch.no_grad()
 def generate(
     model: LanguageModel,
@@ -121,9 +117,9 @@ def sample(
         top_p: How much probability to draw from.
         generator: The source of randomness, on the CPU.
     """
-    if temperature < _GREEDY_BELOW:
+    if temperature < torch.finfo(torch.float32).tiny:  # 0 for float32
         return logits_BV.argmax(dim=-1)
-    logits_BV = logits_BV / temperature
+    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature  # however small, nothing is NaN
     if 0 < top_k < logits_BV.shape[-1]:
         smallest_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)

@@ -14,7 +14,7 @@ import torch
 from data_pipeline.command_line.mistakes import in_words, is_explained, lacks_subject
 from gptoss_dist.config import Config
 from gptoss_dist.distributed import launchers
-from gptoss_dist.distributed.collectives import LocalError, long_timeout_group, on_rank_zero
+from gptoss_dist.distributed.collectives import LocalError, is_peer_loss, long_timeout_group, on_rank_zero
 from gptoss_dist.distributed.processes import Ranks, exit_after_error, init_distributed, seed_everything
 from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.engine.schedule import learning_rate
@@ -54,6 +54,14 @@ def run(config: Config) -> int:
             torch.use_deterministic_algorithms(True)
         train(config, ranks)
     except Exception as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, TrainingError) and is_peer_loss(error):
+            log.exception("a collective failed")
+            launchers.report_error_once(
+                f"rank {os.environ.get('RANK', 0)} lost another process of the run, which has ended or hangs (see its "
+                f"message): {' '.join(str(error).split())[:200]}; go on with --resume auto",
+                alone=True,
+            )
+            return 1
         if not is_explained(error) and not isinstance(error, TrainingError):
             raise
         mistake, alone = in_words(error), isinstance(error, LocalError)

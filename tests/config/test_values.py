@@ -114,11 +114,10 @@ def test_the_message_names_the_key(key, value):
         ("--optim.decay_steps 50", "optim.decay_steps=50 has no meaning with optim.schedule=cosine"),
         (
             "--optim.schedule wsd --optim.decay_steps 490",
-            "overlap in a run of train.steps=500; shorten one by 20",
+            "overlap in a run of train.steps=500; shorten",
         ),
         ("--train.compile_mode max-autotune", "has no meaning without --train.compile true"),
         ("--train.profile_step 501", "train.profile_step=501 is after the last step"),
-        ("--sampling.prompts [] --sampling.every 5", "sampling.every=5 has no meaning without sampling.prompts"),
         ("--checkpoint.keep_best true --validation.every 0", "checkpoint.keep_best=True goes by the validation loss"),
     ],
 )
@@ -171,7 +170,7 @@ def test_what_was_meant_in_files_and_commands(tmp_path, capsys):
 def test_files_in_other_encodings_are_named(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"run: {name: '\xff'}")
-    assert refused("--config", str(path)).startswith(f"{path}: it is not UTF-8 text: byte 0xff at position")
+    assert refused("--config", str(path)).startswith(f"{path} is not UTF-8: byte 13 is 0xff")
 
 
 TEXTS = [

@@ -3,13 +3,13 @@
 import builtins
 
 import pytest
-import torch
 
 from data_pipeline.command_line import check_ranges
 from data_pipeline.tokenizer.published import load_tokenizer
 from gptoss_dist.inference.interactive import repl
 from gptoss_dist.inference.session import Session
 from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.model.init import initialize
 from gptoss_dist.model.transformer import GptOss
 from launch.generate import GenerateOptions
 from tests.support.ranks import MODEL
@@ -42,8 +42,8 @@ def test_settings_that_make_no_sense_leave_the_old_ones(monkeypatch, capsys):
 
 @pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e-7])
 def test_any_temperature_writes_text_and_length_beyond_the_positions_is_said(caplog, temperature):
-    torch.manual_seed(0)
-    model = GptOss(ModelConfig(**MODEL | {"max_position_embeddings": 8})).eval()
+    model = GptOss(ModelConfig(**MODEL | {"max_position_embeddings": 8}))
+    initialize(model, seed=0)
     session = Session(model, load_tokenizer("bytes"))
     written = session.write("abcd", max_new_tokens=4, temperature=temperature)
     assert written == session.write("abcd", max_new_tokens=4, temperature=0) and not caplog.records
