@@ -34,7 +34,13 @@ from data_pipeline.disk import move, sync_path, write_synced
 from gptoss_dist.checkpoint.boxes import Box
 from gptoss_dist.checkpoint.formats.tensor_files import write_boxes
 from gptoss_dist.checkpoint.info import FORMAT, INFO, read_info, sealed
-from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object, on_rank_zero, results_of_all_ranks
+from gptoss_dist.distributed.collectives import (
+    all_gather_objects,
+    broadcast_object,
+    is_peer_loss,
+    on_rank_zero,
+    results_of_all_ranks,
+)
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +117,8 @@ def write(
 def _begin(folder: Path, partial: Path) -> None:
     """Create the unfinished directory, and delete those that earlier saves left behind."""
     for stale in folder.glob("step_*.tmp*"):
-        shutil.rmtree(stale, ignore_errors=True)  # what somebody still reads may stay
+        if re.fullmatch(r"step_\d{8,}\.tmp(\.old)?", stale.name):
+            shutil.rmtree(stale, ignore_errors=True)  # what somebody still reads may stay
     partial.mkdir(parents=True)
 
 
@@ -307,6 +314,8 @@ def load_state(checkpoint: str | Path, state: dict[str, Tensor]) -> None:
     except ValueError:
         raise
     except Exception as error:  # safetensors, DCP and the file system each have their own
+        if is_peer_loss(error):
+            raise
         raise ValueError(f"checkpoint {checkpoint} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
