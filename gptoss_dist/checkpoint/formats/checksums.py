@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data_pipeline.disk import write_synced
+from data_pipeline.foreign import read_text
 from gptoss_dist.checkpoint.store import fingerprint
 from gptoss_dist.distributed.collectives import all_gather_objects
 
@@ -57,12 +58,8 @@ def altered_files(folder: str | Path) -> list[str]:
 
 def _read(path: Path) -> dict[str, str]:
     """Return {file: SHA-256}; names with a folder are refused, since nothing outside of the folder belongs to it."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not readable: {error}") from None
     found = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         entry = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\\0]+)", line)
         if not entry or entry[2] in (".", ".."):
             raise ValueError(f"{path}, line {number}: {line[:80]!r} is not `SHA-256  FILE`, as sha256sum writes it")
