@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
 from data_pipeline.command_line.parser import parse
-from data_pipeline.printable import printable
+from data_pipeline.foreign import printable
 from data_pipeline.secrets import without_secrets
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ def print_line(text: str, file: TextIO | None = None) -> None:
     """Print a text for people, at once; what a terminal would obey, or its encoding lacks, is printed as escapes."""
     stream = file or sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    print(printable(text, lines=True).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 def run(program: Program, kind: type[T], action: Callable[[T], int | None], argv: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_pipeline.secrets import without_secrets
+from data_pipeline.secrets import shown, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,7 @@ def test_secrets_of_urls_are_hidden(text, shown):
 )
 def test_what_is_no_secret_stays(text):
     assert without_secrets(text) == text
+
+
+def test_a_name_is_shown_in_one_line_without_secrets():
+    assert shown("https://u:pw@h/a\n\x1b[31m") == r"https://***@h/a\n\x1b[31m"
