@@ -80,7 +80,7 @@ def adopt(
 def _alone_in(directory: Path) -> Iterator[Path]:
     """Be the one process that adopts files of a folder, and give a folder in it for what is not yet whole."""
     if not directory.is_dir():
-        raise ValueError(f"{directory}: no such directory; name the one that holds the token files")
+        raise ValueError(f"{directory}: no directory; name the one that holds the token files")
     with contextlib.ExitStack() as held:
         try:
             staging = held.enter_context(staging_directory(directory / "adopted"))
@@ -173,7 +173,10 @@ def _matching_names(directory: Path, patterns: list[str]) -> list[str]:
         # A file may have `[1]` in its name.
         exact = (directory / pattern).exists() or index_path(directory / pattern).exists()
         matching = glob.escape(pattern) if exact else pattern
-        found = sorted(directory.glob(matching))
+        try:
+            found = sorted(directory.glob(matching))
+        except (ValueError, IndexError, NotImplementedError) as error:
+            raise ValueError(f"{pattern!r}: is no pattern of names in {directory}: {error}") from error
         files = [path for path in found if path.is_file() and path.suffix != ".idx"]
         prefixes = [path.name.removesuffix(".bin") for path in files]
         found_names = [

@@ -140,6 +140,8 @@ def test_adopt_copies_the_ids_beside_the_tables(folder, capsys):
         (["--train", "*.arrow", "--ids-column", "x"], "no column 'x', only 'input_ids', 'attention_mask'; choose one"),
         (["--train", "*.arrow", "--ids-column", "text"], "no column 'text'"),
         (["--train", "nowhere"], "nowhere: matches no file"),
+        (["--train", "a**"], "'a**': is no pattern of names in"),
+        (["--train", ""], "'': is no pattern of names in"),
     ],
 )
 def test_what_cannot_be_adopted_leaves_nothing(folder, capsys, arguments, message):

@@ -265,6 +265,16 @@ def test_inspect_shows_packed_samples_and_mixtures(one, tmp_path, capsys):
     assert "15,000 samples, 960,000 tokens, 75.000% of them" in capsys.readouterr().out
     assert run(inspect.main, one, "--weights", "3,1") == 2
     assert "--weights: are those of a mixture" in capsys.readouterr().err
+    for option, value in (
+        ("--seed", 3),
+        ("--seq-len", 7),
+        ("--split", "validation"),
+        ("--at", 5),
+        ("--packing", "varlen"),
+    ):
+        assert run(inspect.main, one, option, value) == 2
+        assert f"error: {option}: " in (err := capsys.readouterr().err) and "give " in err and err.count("\n") == 1
+    assert run(inspect.main, one, "--sample", 10**20) == 2 and "sample=1" in capsys.readouterr().err
     for options in ((tmp_path / "b", "--sample", 3), (tmp_path / "b", "--document", 3), ("--packing", "varlen")):
         assert run(inspect.main, one, *options) == 2
         assert "give one directory" in (err := capsys.readouterr().err) or "give --sample N" in err
