@@ -59,7 +59,7 @@ class ExportOptions(InspectOptions):
     """The licence that the model card names, such as apache-2.0; by default that of SOURCE's card, or unknown."""
     verify: bool = True
     """Hash the files of SOURCE first, if it carries checksums."""
-    max_file_gb: float = ranged(5.0, above=0)
+    max_file_gb: float = ranged(5.0, at_least=1e-6, at_most=1e6)
     """Largest file, in 10^9 bytes."""
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class ExportOptions(InspectOptions):
             raise ValueError("--mxfp4 needs --format hf or openai; plain safetensors hold plain numbers")
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks for; return the exit code."""
     verbs = {
         "inspect": (InspectOptions, _inspect),
@@ -136,4 +136,4 @@ def _export(options: ExportOptions) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def main(argv: list[str]) -> int:
     """Do what the command line asks for; return the exit code."""
+    from data_pipeline.command_line.mistakes import in_words, is_explained
     from gptoss_dist.config import build_parser, parse_arguments
     from gptoss_dist.distributed import launchers, watchdog
 
@@ -33,8 +34,10 @@ def main(argv: list[str]) -> int:
             if int(os.environ.get("RANK", 0)) == 0:
                 print(plan)
             return 0
-    except ValueError as error:
-        launchers.report_error_once(str(error))
+    except Exception as error:
+        if not is_explained(error):
+            raise
+        launchers.report_error_once(in_words(error))
         return 2
 
     from gptoss_dist.distributed.processes import shut_down
@@ -44,4 +47,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    from data_pipeline.command_line.process import accept_any_text
+
+    accept_any_text(restart=True)
     sys.exit(main(sys.argv[1:]))

@@ -19,9 +19,10 @@ def option(
     metavar: str | None = None,
     several: bool = False,
     typed_only: bool = False,
+    may_be_empty: bool = False,
     **limits: Any,
 ) -> Any:
-    """Return a dataclass field that is spelled or shown otherwise than its name says.
+    """Return a dataclass field that is spelled, shown or checked otherwise than its name says.
 
     Args:
         default: That of `dataclasses.field`, like `default_factory`. Without one the option must be given.
@@ -30,9 +31,11 @@ def option(
         metavar: What stands for the value in the help; by default the field's name.
         several: The field is a list that is given as `--train a b`. Other lists are given as `--filter a --filter b`.
         typed_only: The field, a list, may be given on the command line only, not in a file that `--config` names.
+        may_be_empty: Whether the text, or one of the list, may be empty.
         **limits: Those of `ranged`.
     """
-    metadata = {"spelling": spelling, "metavar": metavar, "several": several, "typed_only": typed_only}
+    metadata = {"spelling": spelling, "metavar": metavar, "several": several, "typed_only": typed_only,
+                "may_be_empty": may_be_empty}  # fmt: skip
     if limits:
         return ranged(default, default_factory=default_factory, metadata=metadata, **limits)
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 from data_pipeline.tokenizer.harmony import stop_ids
@@ -40,10 +41,9 @@ def huggingface_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]:
 def _tokenizer_json(tokenizer: Tokenizer) -> dict:
     """Return what the `tokenizers` library reads: special tokens, how text is cut, and the merges."""
     ranks = tokenizer.ranks
-    letters = _letters()
-    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    texts = spelled(ranks)
     merges = [
-        [spelled[part] for part in _parts(ranks, token)]
+        [texts[part] for part in _parts(ranks, token)]
         for token in sorted(ranks, key=ranks.__getitem__)
         if len(token) > 1
     ]
@@ -65,7 +65,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict:
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": True,
-        "vocab": {spelled[token]: rank for token, rank in ranks.items()},
+        "vocab": {texts[token]: rank for token, rank in ranks.items()},
         "merges": [pair for pair in merges if len(pair) == 2],
     }
     return {
@@ -79,6 +79,12 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict:
         "decoder": byte_level,
         "model": model,
     }
+
+
+def spelled(tokens: Iterable[bytes]) -> dict[bytes, str]:
+    """Return the text that stands for each token in tokenizer.json."""
+    letters = _letters()
+    return {token: "".join(letters[byte] for byte in token) for token in tokens}
 
 
 def _letters() -> list[str]:

@@ -22,6 +22,7 @@ from gptoss_dist.engine import Engine
 from gptoss_dist.parallel.mesh import spanned_machines
 from gptoss_dist.tracking.metrics import StepTimer
 from gptoss_dist.tracking.profiling import profiled
+from gptoss_dist.train.changes import changes_of
 from gptoss_dist.train.data import RunData
 from gptoss_dist.train.faults import FolderWatch, SkipGuard, TrainingError
 from gptoss_dist.train.report import LaunchedStep, Report
@@ -102,6 +103,8 @@ class Run:
         config, engine, message = self.config, self.engine, self.report.message
         if start.checkpoint is not None:
             message(f"resumed {start.checkpoint} at step {start.step}")
+            for line in changes_of(start, config, self.ranks.world_size):
+                message(line)
         else:
             message(f"training {config.run.name} in {config.folder}")
         if weights is not None:

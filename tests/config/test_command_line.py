@@ -56,8 +56,8 @@ def read(*argv: str) -> dict:
     return {name: value for name, value in values if value != getattr(default, name)}
 
 
-AWKWARD = ["null", "1", "true", "[x]", "{a: 1}", "a: b", ' x \n"é', "{a", "~", "", "😀", "\udcff", "\x7f", "a=b", "-",
-           "# x", "&x", "*x", "!x", "-- all rows", "--all rows=1"]  # fmt: skip
+AWKWARD = ["null", "1", "true", "[x]", "{a: 1}", "a: b", ' x \n"é', "{a", "~", "5e-2", "😀", "\udcff", "\x7f", "a=b",
+           "-", "# x", "&x", "*x", "!x", "-- all rows", "--all rows=1"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,14 @@ def test_texts_are_taken_as_they_are(text):
         "train": [text, text],
         **optional,
     }
+
+
+@pytest.mark.parametrize(
+    ("argv", "key"), [(["", "--output", "o"], "sources"), (["a", "--output", ""], "output"), (["a", "--from="], "from")]
+)
+def test_an_empty_text_is_no_value(argv, key):
+    with pytest.raises(ValueError, match=f"^{key}.* is empty"):
+        parse(Options, [*(["--output", "o"] if key == "from" else []), *argv], prog="do")
 
 
 def test_dashes_and_underscores_are_the_same(tmp_path, capsys):
@@ -134,7 +142,7 @@ def test_files_and_what_comes_later(tmp_path, capsys):
         ("sources: x", "\"sources\": Expected a <class 'list'>. Got value: x"),
         ("sources: [1]", '"sources"'),
         ("kind: huge", "Given value: huge"),
-        ("a: [", "Problems parsing config"),
+        ("a: [", "is not readable YAML"),
         ("[1]", "Unexpected config: [1]"),
     ],
 )
@@ -145,7 +153,7 @@ def test_mistakes_in_files_name_file_and_key(tmp_path, text, message):
     with pytest.raises(ValueError) as error:
         read("--config", str(good), "--config", str(bad), "a", "--output", "o")
     found = str(error.value)
-    assert found.startswith(f"{bad}: ") and message in found and found.endswith("; see do --help"), found
+    assert found.startswith(str(bad)) and message in found and found.endswith("; see do --help"), found
     assert "\n" not in found
 
 

@@ -261,7 +261,7 @@ MISTAKES = {
             "--engine.deepspeed",
             str(ROOT / "configs/deepspeed/zero3_offload.json"),
             "--model.vocab_size",
-            "100000000000",
+            "2000000000",
         ],
         "GiB are free; use more machines, or do not offload",
     ),
