@@ -141,7 +141,6 @@ def test_adopt_copies_the_ids_beside_the_tables(folder, capsys):
         (["--train", "*.arrow", "--ids-column", "text"], "no column 'text'"),
         (["--train", "nowhere"], "nowhere: matches no file"),
         (["--train", "a**"], "'a**': is no pattern of names in"),
-        (["--train", ""], "'': is no pattern of names in"),
     ],
 )
 def test_what_cannot_be_adopted_leaves_nothing(folder, capsys, arguments, message):
