@@ -134,7 +134,7 @@ class SamplingConfig:
     """Text written by the model while it trains."""
 
     every: int = ranged(0, at_least=0)
-    """Steps between samples; 0 switches them off. The last step is followed by samples in any case."""
+    """Steps between samples, which follow the last step too; 0 writes none."""
     prompts: list[str] = field(default_factory=list)
     """Texts to continue."""
     max_new_tokens: int = ranged(64, above=0)
@@ -151,8 +151,8 @@ class TrackingConfig:
 
     mlflow: bool = True
     """Mirror metrics, parameters, plots and samples to MLflow."""
-    experiment: str = "gptoss_dist"
-    """MLflow experiment."""
+    experiment: str | None = None
+    """MLflow experiment; null means $MLFLOW_EXPERIMENT_NAME, or gptoss_dist."""
     uri: str | None = None
     """Tracking server; null means $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db."""
     plots: bool = True

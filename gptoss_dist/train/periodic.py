@@ -34,7 +34,7 @@ def periodic_tasks(config: Config) -> list[Task]:
     tasks = []
     if config.validation.every:
         tasks.append(Task(config.validation.every, validate))
-    if config.sampling.prompts:
+    if config.sampling.every and config.sampling.prompts:
         tasks.append(Task(config.sampling.every, write_samples))
     tasks.append(Task(config.checkpoint.every, save_checkpoint))
     return tasks
