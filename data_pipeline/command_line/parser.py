@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import re
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from data_pipeline.command_line.mistakes import one_line, suggestion
 from data_pipeline.command_line.options import Option, options_of, with_range
 from data_pipeline.command_line.ranges import check_ranges, ranges_of
-from data_pipeline.command_line.spelling import known_spellings, spell_out
+from data_pipeline.command_line.spelling import known_spellings, spell_out, typed_values
+from data_pipeline.foreign import parse_yaml, read_text
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -18,6 +23,7 @@ T = TypeVar("T")
 
 # jsonargparse is imported when a command line is read: not by every process that prepares data, nor for `Config(...)`.
 _KEYS_LIKE_OPTIONS = "yaml with keys like options"
+_TEXTS_STAY = "yaml whose texts stay"
 
 
 def parse(kind: type[T], argv: list[str], *, prog: str, epilog: str | None = None) -> T:
@@ -35,8 +41,14 @@ def parse(kind: type[T], argv: list[str], *, prog: str, epilog: str | None = Non
         SystemExit: After `--help` and `--print_config`, with code 0.
     """
     options = options_of(kind)
+    spelled = spell_out(argv, options)
     try:
-        values = parse_with(_parser_of(kind, options, prog, epilog), spell_out(argv, options))
+        values = parse_with(_parser_of(kind, options, prog, epilog), spelled)
+        for option in options:
+            if option.typed_only and values[option.name] != typed_values(spelled, option):
+                raise ValueError(
+                    f"{option.spelling}: may stand on the command line only, not in a file that --config names"
+                )
     except ValueError as error:
         raise ValueError(f"{error}; see {prog} --help") from None
     settings = kind(**{option.name: values[option.name] for option in options})
@@ -51,7 +63,13 @@ def new_parser(**arguments: Any) -> jsonargparse.ArgumentParser:
         **arguments: Further ones of `jsonargparse.ArgumentParser`.
     """
     import jsonargparse
+    import yaml
 
+    from data_pipeline.command_line.texts import dump_yaml, load_yaml
+
+    jsonargparse.set_dumper("yaml", dump_yaml)
+    jsonargparse.set_loader(_TEXTS_STAY, load_yaml, exceptions=(yaml.YAMLError,))
+    arguments.setdefault("parser_mode", _TEXTS_STAY)
     # Help texts come from the strings below the fields.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, **arguments)
@@ -67,8 +85,13 @@ def show_ranges(parser: jsonargparse.ArgumentParser, kind: type) -> None:
             action.help = with_range(action.help, ranges[action.dest])
 
 
-def parse_with(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str, Any]:
+def parse_with(parser: jsonargparse.ArgumentParser, argv: list[str], sections: Collection[str] = ()) -> dict[str, Any]:
     """Return the values that a parser made by `new_parser` reads, by key; those of a section are its dataclass.
+
+    Args:
+        parser: The parser.
+        argv: The command line without the program.
+        sections: The keys whose values are dictionaries of further ones.
 
     Raises:
         ValueError: An unknown key, a wrong type, or a missing value, in one line; and what the dataclasses raise.
@@ -77,23 +100,55 @@ def parse_with(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str
     import jsonargparse
 
     argv = known_spellings(argv, parser._option_string_actions)
+    files = _config_files(argv)
+    for file in files:
+        _check_sections(file, sections)
     try:
         return vars(parser.instantiate(parser.parse_args(argv)))
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
-        file = _file_of_mistake(parser, argv, error)
-        raise ValueError(" ".join(f"{file}: {error}".split() if file else str(error).split())) from None
+        wrong = _file_of_mistake(parser, files, error)
+        message = one_line(f"{wrong}: {error}" if wrong else str(error))
+        raise ValueError(message + _near_miss(str(error), parser)) from None
 
 
-def _file_of_mistake(parser: jsonargparse.ArgumentParser, argv: list[str], error: Exception) -> str | None:
-    """Return the first of the files of `--config` that is refused for the same reason as the whole command line."""
+def _config_files(argv: list[str]) -> list[str]:
     words = [word for argument in argv for word in argument.split("=", 1)]
-    for name, file in itertools.pairwise(words):
-        if name == "--config":
-            try:
-                parser.parse_path(file, defaults=False)
-            except (argparse.ArgumentError, TypeError, ValueError, OSError) as alone:
-                if str(alone) == str(error):
-                    return file
+    return [file for name, file in itertools.pairwise(words) if name == "--config"]
+
+
+def _check_sections(file: str, sections: Collection[str]) -> None:
+    """Refuse a file that gives a section something else than its keys, which jsonargparse would take as none at all."""
+    if not os.path.lexists(file):
+        return  # a text of settings, or missing, which jsonargparse says
+    values = parse_yaml(read_text(file), file)
+    for name in sections if isinstance(values, dict) else ():
+        if name in values and not isinstance(values[name], dict | str):
+            raise ValueError(
+                f"{file}: {name}={values[name]} is no section; give it as `{name}:` with its settings below, or leave "
+                "it out"
+            )
+
+
+def _near_miss(message: str, parser: jsonargparse.ArgumentParser) -> str:
+    """Return what was probably meant where a message of jsonargparse is about a key that does not exist."""
+    options = parser._option_string_actions
+    if found := re.search(r"unrecognized arguments: (--[^\s=]+)", message):
+        return suggestion(found[1], options)
+    if found := re.search(r"Group '([^']+)' does not accept option '([^']+)'", message):
+        return suggestion(f"{found[1]}.{found[2]}", (action.dest for action in options.values()))
+    if found := re.search(r"Option '([^']+)' is not accepted", message):
+        return suggestion(found[1], (action.dest for action in options.values()))
+    return ""
+
+
+def _file_of_mistake(parser: jsonargparse.ArgumentParser, files: list[str], error: Exception) -> str | None:
+    """Return the first of the files that is refused for the same reason as the whole command line."""
+    for file in files:
+        try:
+            parser.parse_path(file, defaults=False)
+        except (argparse.ArgumentError, TypeError, ValueError, OSError) as alone:
+            if str(alone) == str(error):
+                return file
     return None
 
 
@@ -133,12 +188,10 @@ def _usage(options: list[Option]) -> str:
 
 def _load(text: str) -> Any:
     """Read JSON or YAML; keys of the outermost dictionary may be spelled like options: `text-column`."""
-    import jsonargparse
+    from data_pipeline.command_line.texts import load_yaml
 
     try:
         value = json.loads(text)  # as `spell_out` writes it: exact for any text
     except ValueError:
-        value = jsonargparse.get_loader("yaml")(text)
-        if value is None and text != "null":  # YAML's other ways to say nothing, `~` or `# x`, are texts
-            return text
+        value = load_yaml(text)
     return {str(key).replace("-", "_"): item for key, item in value.items()} if isinstance(value, dict) else value

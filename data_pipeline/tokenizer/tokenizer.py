@@ -16,7 +16,7 @@ from data_pipeline.tokenizer.rank_files import format_ranks, parse_ranks
 
 END_OF_TEXT = "<|endoftext|>"
 _PROBE = "Word's 123 ,;\t\n \r\n\0\x7f \u00e9\u4e2d\u0301\U0001f600 "
-_FILE_NAME = "tokenizer.gptoss.json"
+FILE_NAME = "tokenizer.gptoss.json"
 _RANKS_FILE_NAME = "tokenizer.tiktoken"
 _FORMAT = "gptoss_dist tokenizer"
 
@@ -165,7 +165,7 @@ class Tokenizer:
         }
         write_file_atomically(Path(directory) / _RANKS_FILE_NAME, self.rank_file)
         text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
-        write_file_atomically(Path(directory) / _FILE_NAME, text.encode())
+        write_file_atomically(Path(directory) / FILE_NAME, text.encode())
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
@@ -174,7 +174,7 @@ class Tokenizer:
         Raises:
             ValueError: It is missing, damaged or altered; the message names the file.
         """
-        path = Path(directory) / _FILE_NAME
+        path = Path(directory) / FILE_NAME
         try:
             saved = json.loads(path.read_text("utf-8"))
             if saved["format"] != _FORMAT or saved["version"] != 1:

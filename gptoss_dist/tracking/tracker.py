@@ -34,13 +34,13 @@ from typing import Literal
 
 from data_pipeline.command_line import Program, positional, run_verb
 from data_pipeline.disk import move
+from data_pipeline.secrets import without_secrets
 from gptoss_dist.tracking.delivery.cursor import Cursor
 from gptoss_dist.tracking.delivery.database import DatabaseUnusable
 from gptoss_dist.tracking.delivery.environment import (
     Wishes,
     find_store,
     prepare_environment,
-    scrub,
     user_tags,
 )
 from gptoss_dist.tracking.delivery.requests import one_line
@@ -244,7 +244,7 @@ class Tracker:
                 failures += 1
                 drain_failures += draining
                 has_remedy = isinstance(error, (DatabaseUnusable, DeliveryRefused))
-                text = scrub(str(error)) if has_remedy else one_line(error)
+                text = without_secrets(str(error)) if has_remedy else one_line(error)
                 self._problem = f" ({text})"
                 if failures == 1 and not self._abandoned.is_set():
                     self._message(f"MLflow did not take the metrics; training goes on and they are sent later. {text}")
@@ -382,5 +382,5 @@ def _sync(options: SyncOptions) -> None:
     try:
         run_id = sync(options.run_dir, options.uri, lambda text: print(text, file=sys.stderr))
     except Exception as error:  # MLflow raises its own
-        raise ValueError(" ".join(scrub(str(error)).split())) from error
+        raise ValueError(" ".join(without_secrets(str(error)).split())) from error
     print(f"MLflow run {run_id} is complete")

@@ -13,12 +13,12 @@ from typing import Literal
 
 import torch
 
+from data_pipeline.secrets import without_secrets
 from gptoss_dist.config import Config
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine import Engine, StepResult
 from gptoss_dist.planner.flops import flops_per_token
 from gptoss_dist.planner.hardware import peak_flops
-from gptoss_dist.tracking.delivery.environment import scrub
 from gptoss_dist.tracking.expert_tokens import ExpertTokens
 from gptoss_dist.tracking.metrics import (
     Throughput,
@@ -246,7 +246,7 @@ def _source_tags() -> dict[str, str]:
     found = {
         "commit": _git("rev-parse", "HEAD"),
         "branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
-        "repoURL": scrub(_git("config", "--get", "remote.origin.url")),
+        "repoURL": without_secrets(_git("config", "--get", "remote.origin.url")),
     }
     return {f"mlflow.source.git.{name}": value for name, value in found.items() if value}
 

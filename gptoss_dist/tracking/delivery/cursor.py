@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.disk import replacing
+from data_pipeline.foreign import Count, read_json
 from gptoss_dist.tracking.jsonl import is_line_start
 from gptoss_dist.tracking.records import JOURNAL_FILE, METRICS_FILE
 
 CURSOR_FILE = "tracking/cursor.json"
-_LARGEST = 2**16
-"""Bytes of a cursor file that are read."""
 
 
 @dataclass
@@ -30,8 +29,8 @@ class Cursor:
     database: str | None = None
     """Path of the database file of a sqlite URI from the run's folder, which a moved or copied checkout keeps."""
     run_id: str | None = None
-    metrics_offset: int = 0
-    journal_offset: int = 0
+    metrics_offset: Count = 0
+    journal_offset: Count = 0
 
     @classmethod
     def load(cls, run_dir: Path, message: Callable[[str], None]) -> Cursor:
@@ -44,14 +43,10 @@ class Cursor:
         if not os.path.lexists(path):
             return cls()
         try:
-            if not path.is_file() or path.stat().st_size > _LARGEST:  # a pipe or a device has no end
-                raise ValueError(path)
-            values = json.loads(path.read_bytes())
-            known = {field.name for field in dataclasses.fields(cls)}
-            cursor = cls(**{name: value for name, value in values.items() if name in known})
+            cursor = read_json(path, cls, remedy="it is written again")
             cursor._check(run_dir)
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            message(f"{path} is damaged ({type(error).__name__}): MLflow is sent the whole run again")
+        except (OSError, ValueError) as error:
+            message(f"{error}; MLflow is sent the whole run again")
             return cls()
         return cursor
 
@@ -69,9 +64,6 @@ class Cursor:
         self.run_id, self.metrics_offset, self.journal_offset = None, 0, 0
 
     def _check(self, run_dir: Path) -> None:
-        for text in (self.uri, self.database, self.run_id):
-            if not isinstance(text, str | None):
-                raise TypeError(text)
         for name, offset in ((METRICS_FILE, self.metrics_offset), (JOURNAL_FILE, self.journal_offset)):
-            if not isinstance(offset, int) or isinstance(offset, bool) or not is_line_start(run_dir / name, offset):
-                raise ValueError(offset)
+            if not is_line_start(run_dir / name, offset):
+                raise ValueError(f"{run_dir / CURSOR_FILE}: no line of {name} begins at {offset}")

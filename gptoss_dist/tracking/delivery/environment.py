@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from data_pipeline.secrets import without_secrets
 from gptoss_dist.tracking.delivery.cursor import Cursor
 
 # Read by mlflow at import or per request. Its own defaults block for minutes on a dead server (7 retries, 120 s).
@@ -52,7 +53,7 @@ class Store:
 
     def remember(self, cursor: Cursor, run_dir: Path) -> None:
         """Note in the cursor where the run is sent."""
-        cursor.uri, cursor.database = scrub(self.uri), None
+        cursor.uri, cursor.database = without_secrets(self.uri), None
         if self.database is not None:
             cursor.database = os.path.relpath(self.database, run_dir)
 
@@ -133,11 +134,6 @@ def user_tags() -> dict[str, str]:
         except (OSError, KeyError, ImportError):  # a container's user without a name
             user = "unknown"
     return {"mlflow.user": user, "mlflow.source.name": sys.argv[0] or "<console>", "mlflow.source.type": "LOCAL"}
-
-
-def scrub(text: str) -> str:
-    """Return `text` without user names and passwords of URLs, fit to be printed and stored."""
-    return re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def _variable(name: str) -> str | None:

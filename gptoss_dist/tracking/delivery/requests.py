@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gptoss_dist.tracking.delivery.environment import scrub
+from data_pipeline.secrets import without_secrets
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
@@ -183,7 +183,7 @@ def is_same(value: str, kept: str) -> bool:
 def one_line(error: BaseException) -> str:
     """Return what an error says, short enough for a line, without passwords."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return scrub(text)[:300]
+    return without_secrets(text)[:300]
 
 
 def _code(error: Exception) -> str | None:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.disk import locked
+from data_pipeline.secrets import without_secrets
 from gptoss_dist.tracking.delivery.cursor import Cursor
 from gptoss_dist.tracking.delivery.database import Database
-from gptoss_dist.tracking.delivery.environment import Store, Wishes, scrub
+from gptoss_dist.tracking.delivery.environment import Store, Wishes
 from gptoss_dist.tracking.delivery.requests import (
     Requests,
     SystemMonitor,
@@ -182,7 +183,7 @@ class Shipper:
             if run.info.status == "RUNNING":
                 self._system.start(run_id, self._uri)
             return
-        at = scrub(self._store.uri)
+        at = without_secrets(self._store.uri)
         if run_id == self._wishes.run_id:
             raise DeliveryRefused(f"MLFLOW_RUN_ID={run_id}: MLflow at {at} has no such run; correct or unset it")
         self._message(f"MLflow at {at} has no run {run_id}: sending the whole run anew")
