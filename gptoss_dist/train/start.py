@@ -214,7 +214,7 @@ def open_folder(config: Config, lock: RunLock) -> None:
         if any(checkpoints.resolve().is_relative_to(taken) for taken in new) and checkpoint.checkpoints(checkpoints):
             raise ValueError(f"{checkpoints}: another start has written checkpoints there meanwhile; start again")
         config.save(folder / "config.yaml")
-        handler = logging.FileHandler(folder / "log.txt")
+        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be written ({error.strerror}); choose another --run.dir") from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
