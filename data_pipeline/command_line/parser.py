@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from data_pipeline.command_line.files import MODE, check_files, load_yaml, use_strict_yaml
 from data_pipeline.command_line.options import Option, options_of, with_range
 from data_pipeline.command_line.ranges import check_ranges, ranges_of
 from data_pipeline.command_line.spelling import known_spellings, spell_out
@@ -54,7 +56,8 @@ def new_parser(**arguments: Any) -> jsonargparse.ArgumentParser:
 
     # Help texts come from the strings below the fields.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, **arguments)
+    use_strict_yaml()
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, **{"parser_mode": MODE, **arguments})
     parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
     return parser
 
@@ -67,8 +70,13 @@ def show_ranges(parser: jsonargparse.ArgumentParser, kind: type) -> None:
             action.help = with_range(action.help, ranges[action.dest])
 
 
-def parse_with(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str, Any]:
+def parse_with(parser: jsonargparse.ArgumentParser, argv: list[str], sections: Collection[str] = ()) -> dict[str, Any]:
     """Return the values that a parser made by `new_parser` reads, by key; those of a section are its dataclass.
+
+    Args:
+        parser: The parser.
+        argv: The command line without the program.
+        sections: The keys whose values are dictionaries of further ones.
 
     Raises:
         ValueError: An unknown key, a wrong type, or a missing value, in one line; and what the dataclasses raise.
@@ -77,6 +85,7 @@ def parse_with(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str
     import jsonargparse
 
     argv = known_spellings(argv, parser._option_string_actions)
+    check_files(argv, sections)
     try:
         return vars(parser.instantiate(parser.parse_args(argv)))
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
@@ -101,7 +110,7 @@ def _parser_of(kind: type, options: list[Option], prog: str, epilog: str | None)
     import jsonargparse
     import yaml
 
-    jsonargparse.set_loader(_KEYS_LIKE_OPTIONS, _load, exceptions=(yaml.YAMLError,))
+    jsonargparse.set_loader(_KEYS_LIKE_OPTIONS, _load, exceptions=(yaml.YAMLError, ValueError))
     shown = {option.name: option.shown for option in options}
 
     class HelpFormat(jsonargparse.DefaultHelpFormatter):
@@ -133,12 +142,10 @@ def _usage(options: list[Option]) -> str:
 
 def _load(text: str) -> Any:
     """Read JSON or YAML; keys of the outermost dictionary may be spelled like options: `text-column`."""
-    import jsonargparse
-
     try:
         value = json.loads(text)  # as `spell_out` writes it: exact for any text
     except ValueError:
-        value = jsonargparse.get_loader("yaml")(text)
+        value = load_yaml(text)
         if value is None and text != "null":  # YAML's other ways to say nothing, `~` or `# x`, are texts
             return text
     return {str(key).replace("-", "_"): item for key, item in value.items()} if isinstance(value, dict) else value

@@ -119,6 +119,21 @@ def file_inside(folder: str | Path, name: str) -> Path:
     return path
 
 
+def check_folder(folder: str | Path) -> None:
+    """Check what a folder from elsewhere holds: apart from folders, nothing but regular files of its own.
+
+    Raises:
+        ValueError: A link leads out of it, or there is a pipe or the like, or no such folder; the message names it.
+    """
+    try:
+        entries = sorted(Path(folder).iterdir())
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+    for path in entries:
+        if not path.is_dir():
+            file_inside(folder, path.name)
+
+
 def _blobs(folder: Path) -> list[Path]:
     """Return where the files of a snapshot in Hugging Face's cache are, if `folder` is in one."""
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,9 @@ def parse_arguments(argv: list[str], parser: jsonargparse.ArgumentParser | None 
     Raises:
         ValueError: An unknown key, a wrong type or an impossible value; one line that names it.
     """
-    values = parse_with(parser or build_parser(), argv)
+    kinds = typing.get_type_hints(Config)
+    sections = [name for name, kind in kinds.items() if dataclasses.is_dataclass(kind)]
+    values = parse_with(parser or build_parser(), argv, sections)
     names = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{name: values[name] for name in names})
     return config, {name: value for name, value in values.items() if name not in names | {"config"}}

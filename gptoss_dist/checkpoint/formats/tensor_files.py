@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -16,7 +18,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data_pipeline.disk import sync_file
+from data_pipeline.foreign import file_inside, read_json
 from gptoss_dist.checkpoint.boxes import Box
+from gptoss_dist.checkpoint.formats.headers import check_headers
 
 INDEX = "model.safetensors.index.json"
 PART_BYTES = 32 << 20
@@ -121,12 +125,7 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
     """
     folder = Path(folder)
     listed = _indexed_files(folder)
-    for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+    check_headers(folder, folder.glob("*.safetensors"))
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata()
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -149,12 +148,16 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
 def _indexed_files(folder: Path) -> dict[str, str]:
     """Return {tensor: file} of the index, empty if there is no index."""
     path = folder / INDEX
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
-    try:
-        return dict(json.loads(path.read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a readable index: {error}") from None
+    listed = read_json(file_inside(folder, INDEX), _Index).weight_map
+    for file in set(listed.values()):
+        file_inside(folder, file)
+    return listed
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
 
 
 class Output(NamedTuple):
