@@ -5,25 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.foreign import check_yaml, parse_yaml, read_text
 
-MODE = "strict yaml"
-"""The name under which jsonargparse knows `load_yaml`."""
 MOST_SECTIONS = 4096
 """The longest list whose entries are sections, such as `data.sources`."""
-
-
-def use_strict_yaml() -> None:
-    """Make `load_yaml` known to jsonargparse."""
-    import jsonargparse
-    import yaml
-
-    copy_long_lists_once()
-    jsonargparse.set_loader(MODE, load_yaml, exceptions=(yaml.YAMLError, ValueError))
 
 
 def copy_long_lists_once() -> None:
@@ -43,17 +32,7 @@ def copy_long_lists_once() -> None:
         typehints.deepcopy = copied  # type: ignore[assignment]
 
 
-def load_yaml(text: str) -> Any:
-    """Return the values of YAML as jsonargparse reads it, within the limits of `check_yaml`."""
-    import jsonargparse
-
-    check_yaml(text, "the text")
-    value = jsonargparse.get_loader("yaml")(text)
-    _check_lists(value)
-    return value
-
-
-def _check_lists(value: Any, origin: str = "") -> None:
+def check_lists(value: Any, origin: str = "") -> None:
     """Refuse lists of so many sections that making settings of them would take minutes."""
     left = [value]
     while left:
@@ -66,29 +45,43 @@ def _check_lists(value: Any, origin: str = "") -> None:
         left += [part for part in inner if isinstance(part, list | dict)]
 
 
+def config_files(argv: list[str]) -> list[str]:
+    """Return the files that a command line names with `--config`."""
+    return [value for name, value in _pairs(argv) if name == "--config"]
+
+
 def check_files(argv: list[str], sections: Collection[str] = ()) -> None:
     """Check the files that a command line names as settings: they are regular files of YAML within its limits.
 
     Args:
         argv: The command line without the program.
-        sections: The keys whose value may be a file as well: `--model FILE`, or `model: FILE` in a file of `--config`,
-            seen from that.
+        sections: The keys whose value are settings of their own, or a file of them: `--model FILE`, or `model: FILE` in
+            a file of `--config`, seen from that.
 
     Raises:
-        ValueError: One is not; one line that names it.
+        ValueError: One is not, or gives a section something else, which jsonargparse would take for no settings at all;
+            one line that names it.
     """
-    words = [word for argument in argv for word in argument.split("=", 1)]
-    for name, value in itertools.pairwise(words):
+    for name, value in _pairs(argv):
         if name == "--config" and _is_there(value):
             values = parse_yaml(read_text(value), value)
-            _check_lists(values, f"{value}: ")
+            check_lists(values, f"{value}: ")
             for section in sections if isinstance(values, dict) else ():
-                _check_section(values.get(section), Path(value).parent)
+                if section in values and not isinstance(values[section], dict | str):
+                    raise ValueError(
+                        f"{value}: {section}={values[section]} is no section; give it as `{section}:` with its "
+                        "settings below, or leave it out"
+                    )
+                _check_section_file(values.get(section), Path(value).parent)
         elif name.removeprefix("--") in sections and name.startswith("--"):
-            _check_section(value, Path())
+            _check_section_file(value, Path())
 
 
-def _check_section(value: Any, folder: Path) -> None:
+def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:
+    return itertools.pairwise(word for argument in argv for word in argument.split("=", 1))
+
+
+def _check_section_file(value: Any, folder: Path) -> None:
     if isinstance(value, str) and _is_there(folder / value):
         path = folder / value
         check_yaml(read_text(path), path)

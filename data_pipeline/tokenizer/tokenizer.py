@@ -11,14 +11,14 @@ import numpy as np
 import tiktoken
 
 from data_pipeline.disk import write_file_atomically
-from data_pipeline.foreign import Count, printable, read_bytes, read_json
+from data_pipeline.foreign import Count, read_bytes, read_json
 from data_pipeline.tokenizer.gigatoken_engine import fast_encoder
 from data_pipeline.tokenizer.patterns import for_fancy_regex
 from data_pipeline.tokenizer.rank_files import MOST_ID, MOST_RANK_BYTES, format_ranks, parse_ranks
 
 END_OF_TEXT = "<|endoftext|>"
 _PROBE = "Word's 123 ,;\t\n \r\n\0\x7f \u00e9\u4e2d\u0301\U0001f600 "
-_FILE_NAME = "tokenizer.gptoss.json"
+FILE_NAME = "tokenizer.gptoss.json"
 _RANKS_FILE_NAME = "tokenizer.tiktoken"
 _FORMAT = "gptoss_dist tokenizer"
 
@@ -181,7 +181,7 @@ class Tokenizer:
         }
         write_file_atomically(Path(directory) / _RANKS_FILE_NAME, self.rank_file)
         text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
-        write_file_atomically(Path(directory) / _FILE_NAME, text.encode())
+        write_file_atomically(Path(directory) / FILE_NAME, text.encode())
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
@@ -190,7 +190,7 @@ class Tokenizer:
         Raises:
             ValueError: It is missing, damaged or altered; the message names the file.
         """
-        path = Path(directory) / _FILE_NAME
+        path = Path(directory) / FILE_NAME
         try:
             saved = read_json(path, _Saved)
             if saved.format != _FORMAT or saved.version != 1:
@@ -203,7 +203,7 @@ class Tokenizer:
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             if isinstance(error.__cause__, OSError):
                 raise ValueError(f"no tokenizer in {directory}: {error}") from error
-            raise ValueError(f"{path}: damaged tokenizer: {printable(error)}") from error
+            raise ValueError(f"{path}: damaged tokenizer: {str(error).removeprefix(f'{path}: ')}") from error
         return tokenizer
 
     def _encode_once(self, text: str) -> np.ndarray:

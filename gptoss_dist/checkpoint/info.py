@@ -170,7 +170,7 @@ class CheckpointInfo:
         Raises:
             ValueError: The configuration has none, or an impossible one.
         """
-        return ModelConfig.from_dict(self.config.get("model"))
+        return ModelConfig.from_dict(self.config.get("model"), f"{INFO}: config.model")
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON values to hand to `Saver.save`, which adds `format`, `world_size`, `torch` and `files`."""

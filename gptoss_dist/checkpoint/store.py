@@ -36,7 +36,13 @@ from gptoss_dist.checkpoint.boxes import Box
 from gptoss_dist.checkpoint.formats.headers import check_headers
 from gptoss_dist.checkpoint.formats.tensor_files import write_boxes
 from gptoss_dist.checkpoint.info import FORMAT, INFO, read_info, sealed
-from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object, on_rank_zero, results_of_all_ranks
+from gptoss_dist.distributed.collectives import (
+    all_gather_objects,
+    broadcast_object,
+    is_peer_loss,
+    on_rank_zero,
+    results_of_all_ranks,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +52,8 @@ _READ_ON_RESUME = (
     "rng_*.json",
     "tokenizer.gptoss.json",
     "tokenizer.tiktoken",
+    "generation_config.json",
+    "chat_template.jinja",
 )
 """What is read from the folder of a checkpoint, in a resume and by `open_pretrained`, whether or not it is listed."""
 
@@ -122,7 +130,8 @@ def write(
 def _begin(folder: Path, partial: Path) -> None:
     """Create the unfinished directory, and delete those that earlier saves left behind."""
     for stale in folder.glob("step_*.tmp*"):
-        shutil.rmtree(stale, ignore_errors=True)  # what somebody still reads may stay
+        if re.fullmatch(r"step_\d{8,}\.tmp(\.old)?", stale.name):
+            shutil.rmtree(stale, ignore_errors=True)  # what somebody still reads may stay
     partial.mkdir(parents=True)
 
 
@@ -330,18 +339,37 @@ def load_state(checkpoint: str | Path, state: dict[str, Tensor]) -> None:
     except ValueError:
         raise
     except Exception as error:  # safetensors, DCP and the file system each have their own
+        if is_peer_loss(error):
+            raise
         raise ValueError(f"checkpoint {checkpoint} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
 def misfits(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """Return a phrase for each tensor that is missing, surplus or of another shape in a checkpoint of `shapes`."""
-    problems = [f"{name} is missing" for name in state if name not in shapes]
-    problems += [f"{name} is not expected" for name in shapes if name not in state]
-    return problems + [
-        f"{name} has shape {tuple(shapes[name])}, expected {tuple(tensor.shape)}"
-        for name, tensor in state.items()
-        if name in shapes and tuple(shapes[name]) != tuple(tensor.shape)
-    ]
+    """Return a phrase for each tensor that is missing, surplus or of another shape in a checkpoint of `shapes`.
+
+    Where a layout is another one throughout, these are thousands: phrases that differ by their layer or expert alone
+    are one, and of each kind there are at most eight.
+    """
+    problems = {
+        "is missing": [name for name in state if name not in shapes],
+        "is not expected": [name for name in shapes if name not in state],
+    }
+    for name, tensor in state.items():
+        if name in shapes and tuple(shapes[name]) != tuple(tensor.shape):
+            what = f"has shape {tuple(shapes[name])}, expected {tuple(tensor.shape)}"
+            problems.setdefault(what, []).append(name)
+    phrases = []
+    for what, names in problems.items():
+        alike: dict[str, list[str]] = {}
+        for name in names:
+            alike.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+        phrases += [
+            f"{group[0]} {what}" if len(group) == 1 else f"{pattern} {what} ({len(group)} tensors)"
+            for pattern, group in sorted(alike.items(), key=lambda item: -len(item[1]))[:8]
+        ]
+        if len(alike) > 8:
+            phrases.append(f"so with {len(alike) - 8} more kinds of names: {what}")
+    return phrases
 
 
 def fingerprint(path: Path) -> dict:

@@ -162,7 +162,7 @@ class Report:
         path = self.folder / "samples" / f"step_{step:08d}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
-            path.write_text("\n\n----\n\n".join(texts) + "\n")
+            path.write_text("\n\n----\n\n".join(texts) + "\n", encoding="utf-8", errors="backslashreplace")
             self.tracker.artifact(path, "samples")
         except OSError as error:
             log.warning("samples not written: %s", error)

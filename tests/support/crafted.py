@@ -26,7 +26,9 @@ WRONG: dict[str, Any] = {
 
 def keys(values: Any, most: int = 3) -> Iterator[tuple]:
     """Yield the path of each value, down to `most` levels; of a list only the first."""
-    items = values.items() if isinstance(values, dict) else list(enumerate(values))[:1] if isinstance(values, list) else ()
+    items = (
+        values.items() if isinstance(values, dict) else list(enumerate(values))[:1] if isinstance(values, list) else ()
+    )
     for key, inner in items:
         yield (key,)
         if most > 1:

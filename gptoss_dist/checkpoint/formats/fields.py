@@ -61,6 +61,16 @@ FIELDS: dict[str, tuple[str | Absent, str | Absent]] = {
 
 _COLUMNS = {"hf": 0, "openai": 1}
 
+SERVERS = {
+    "layer_types": "sliding and full attention alternate",
+    "rms_norm_eps": "vLLM has 1e-05",
+    "swiglu_alpha": "they have 1.702",
+    "swiglu_limit": "they have 7.0",
+    "attention_bias": "they have biases",
+}
+"""The fields of Hugging Face's configuration that tools which serve models do not read (vLLM 0.32, llama.cpp), and what
+these do instead. transformers reads all of them."""
+
 
 def names(format: Literal["hf", "openai"]) -> dict[str, str]:
     """Return {field of `ModelConfig`: name in the format} of the fields that the format has with the same meaning."""
@@ -79,6 +89,22 @@ def lost_fields(config: ModelConfig, format: Literal["hf", "openai"]) -> list[st
     return [f"{field}={value}" for field, (value, default) in values.items() if value != default]
 
 
+def fixed_by_servers(config: ModelConfig) -> list[str]:
+    """Return a line about each field whose value vLLM or llama.cpp would silently replace by their own."""
+    own = ModelConfig(num_hidden_layers=config.num_hidden_layers)
+    return [
+        f"transformers only: {field}={_short(getattr(config, field))}, which vLLM or llama.cpp do not read ({theirs}): "
+        "they would give wrong logits, or not load it"
+        for field, theirs in SERVERS.items()
+        if getattr(config, field) != getattr(own, field)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def check_types(values: dict[str, Any], format: Literal["hf", "openai"], path: Path) -> None:
     """Check that the fields of another tool's configuration are of the types that `ModelConfig` wants.
 
@@ -94,7 +120,8 @@ def check_types(values: dict[str, Any], format: Literal["hf", "openai"], path: P
     if format == "hf":
         listed: list[Any] = [(name, kinds[field] | None, None) for field, name in names("hf").items()]
         rope = dict.fromkeys(("rope_scaling", "rope_parameters"), _Rope | None) | {"rope_theta": float | None}
-        listed += [(name, kind, None) for name, kind in rope.items()]
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), int | list[int] | None)
+        listed += [(name, kind, None) for name, kind in (rope | ids).items()]
     else:
         listed = [(name, kinds[field]) for field, name in names("openai").items()]
         numbers = ("rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta")
