@@ -253,4 +253,4 @@ def open_folder(config: Config, lock: RunLock) -> None:
 def print_message(text: str) -> None:
     """Tell the user something before there is a log; only rank 0 prints it."""
     if torch.distributed.get_rank() == 0:
-        print(f"{launchers.program()}: {text}", file=sys.stderr)
+        print(f"{launchers.program()}: {printable(text)}", file=sys.stderr)
