@@ -12,12 +12,13 @@ ValueError of one line with file, key, value and remedy. `file_inside` is for na
 `printable` for what reaches a terminal.
 """
 
-from data_pipeline.foreign.files import check_regular, file_inside, printable, read_bytes, read_text
+from data_pipeline.foreign.files import check_folder, check_regular, file_inside, printable, read_bytes, read_text
 from data_pipeline.foreign.parsing import check_yaml, parse_json, parse_yaml
 from data_pipeline.foreign.typed import Count, convert, read_json, read_yaml
 
 __all__ = [
     "Count",
+    "check_folder",
     "check_regular",
     "check_yaml",
     "convert",

@@ -99,7 +99,7 @@ def _explained(value: Any, kind: Any, message: str) -> str:
         return f"{printable(full)} is missing" if "missing" in what else f"{printable(full)} is not known here"
     what = re.sub("^Expected (.+), got (.+)$", r"must be \1, not \2", what)
     what = printable(re.sub("^Expected (.+)$", r"must be \1", what))
-    return f"{printable(key)}={_shown(found)} {what}" if place else what.replace("must be", "it must be", 1)
+    return f"{printable(key)}={_shown(found)} {what}" if place else re.sub("^must be", "it must be", what)
 
 
 def _guilty(value: Any, kind: Any, steps: list[str | int], container: dict[str, Any]) -> str:

@@ -212,5 +212,4 @@ def test_links_of_the_hub_cache(tmp_path):
 
 
 def test_printable():
-    assert printable("a\x1b[31m\r\n\u202eb\udcff\x9b") == r"a\x1b[31m\r\n\u202eb\udcff\x9b"
-    assert printable("ä\tb\nc\x1b", lines=True) == "ä\tb\nc\\x1b"
+    assert printable("a\x1b[31m\r\n\u202eb\udcff\x9b") == r"a\x1b[31m\x0d\x0a\u202eb\udcff\x9b"
