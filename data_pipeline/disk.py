@@ -117,19 +117,35 @@ def move(source: Path, target: Path) -> None:
 def staging_directory(output: Path) -> Iterator[Path]:
     """Make a folder `.OUTPUT.tmp-` and 16 hexadecimal digits, which is removed at the end unless `publish` renames it.
 
-    It is locked while in use, so that what killed runs left behind can be recognised and is removed.
+    It is locked while in use, so that there is one writer of `output` at a time, and what killed runs left behind can
+    be recognised and is removed.
+
+    Raises:
+        ValueError: Another process is writing `output`.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in output.parent.glob(f".{glob.escape(output.name)}.tmp-{'[0-9a-f]' * 16}"):
-        with contextlib.suppress(OSError), locked(leftover):
-            shutil.rmtree(leftover)
-    staging = output.parent / f".{output.name}.tmp-{secrets.token_hex(8)}"
-    staging.mkdir()
+    with contextlib.ExitStack() as held:
+        # One at a time looks around and takes its place: of two that start at once, one sees the other.
+        with locked(output.parent, wait_s=10.0, optional=True):
+            for leftover in output.parent.glob(f".{glob.escape(output.name)}.tmp-{'[0-9a-f]' * 16}"):
+                _remove_leftover(leftover, output)
+            staging = output.parent / f".{output.name}.tmp-{secrets.token_hex(8)}"
+            staging.mkdir()
+            held.callback(shutil.rmtree, staging, ignore_errors=True)
+            held.enter_context(locked(staging))
+        yield staging
+
+
+def _remove_leftover(folder: Path, output: Path) -> None:
     try:
-        with locked(staging):
-            yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with locked(folder):
+            shutil.rmtree(folder)
+    except BlockingIOError:
+        raise ValueError(
+            f"{output} is being written by another process; wait until it has ended, or choose another output"
+        ) from None
+    except OSError:  # no folder, or not ours: it stays
+        pass
 
 
 def new_output(output: str | Path) -> Path:

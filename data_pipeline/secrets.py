@@ -19,6 +19,7 @@ _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>(?:[^\s'\"<>`
 _USER = re.compile(r"^(?:[^/?#]*|[^/?#:@]*:(?!\d*(?:[/?#]|$))[^?#]*|[^/?#:@]*:(?!\d*(?:[/?#]|$))[^@]*)@")
 _VALUE = re.compile(r"=[^&;#]*")
 _WEB = ("http", "https")
+_SENTENCE = ".,:;!)"  # what follows a URL in a sentence
 
 
 def without_secrets(text: str) -> str:
@@ -32,9 +33,10 @@ def without_secrets(text: str) -> str:
 
 def _hidden(url: re.Match) -> str:
     # A chain of fsspec is several URLs; each hides its own.
-    parts = url["rest"].split("::")
+    rest = url["rest"].rstrip(_SENTENCE)
+    parts = rest.split("::")
     first = f"{url['scheme']}://{_without(parts[0], url['scheme'])}"
-    return "::".join([first, *(without_secrets(part) for part in parts[1:])])
+    return "::".join([first, *(without_secrets(part) for part in parts[1:])]) + url["rest"][len(rest) :]
 
 
 def _without(rest: str, scheme: str) -> str:

@@ -29,10 +29,10 @@ class InspectOptions:
 
 @dataclass
 class VerifyOptions:
-    """Hash every file of every checkpoint anew and compare."""
+    """Hash every file of every checkpoint, or of an exported model, anew and compare."""
 
     source: str = positional("SOURCE")
-    """The folder of a run or of a checkpoint."""
+    """The folder of a run or of a checkpoint, or an exported model with its SHA256SUMS."""
 
 
 @dataclass
@@ -47,15 +47,18 @@ class ExportOptions(InspectOptions):
     output: str = option()
     """Folder to create."""
     format: Literal["hf", "openai", "safetensors"] = "hf"
-    """transformers' and vLLM's layout; OpenAI's own; or the bare weights, which any variant can be written as."""
+    """transformers' and vLLM's layout; OpenAI's own, whose code reads it with --mxfp4 only; or the bare weights, which
+    any variant can be written as."""
     mxfp4: bool = False
     """Write the experts' weights in 4 bits, as published."""
     search: bool = False
     """With --mxfp4: take the best of three scales, which is slower."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of what is not packed."""
+    license: str | None = None
+    """The licence that the model card names, such as apache-2.0; by default that of SOURCE's card, or unknown."""
     verify: bool = True
-    """Hash a training checkpoint's files first."""
+    """Hash the files of SOURCE first, if it carries checksums."""
     max_file_gb: float = ranged(5.0, at_least=1e-6, at_most=1e6)
     """Largest file, in 10^9 bytes."""
 
@@ -85,7 +88,15 @@ def _inspect(options: InspectOptions) -> None:
 
 def _verify(options: VerifyOptions) -> int:
     from gptoss_dist.checkpoint import candidates, verify
+    from gptoss_dist.checkpoint.formats.checksums import FILE, altered_files, has_checksums
 
+    format, _, folder = options.source.rpartition(":")
+    if has_checksums(folder):
+        problems = altered_files(folder)
+        print(f"{folder}: {'; '.join(problems) or 'intact'}")
+        return 1 if problems else 0
+    if format in ("hf", "openai") or (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} carries no {FILE}: there is nothing to compare its files with")
     wrong = 0
     for checkpoint in candidates(options.source):
         problems = verify(checkpoint)
@@ -116,6 +127,7 @@ def _export(options: ExportOptions) -> None:
         pack=options.mxfp4,
         search=options.search,
         file_bytes=int(options.max_file_gb * 1e9),
+        license=options.license,
         message=print,
     )
     for name, loss in losses.items():

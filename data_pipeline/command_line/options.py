@@ -19,6 +19,7 @@ def option(
     metavar: str | None = None,
     several: bool = False,
     may_be_empty: bool = False,
+    typed_only: bool = False,
     **limits: Any,
 ) -> Any:
     """Return a dataclass field that is spelled, shown or checked otherwise than its name says.
@@ -30,9 +31,11 @@ def option(
         metavar: What stands for the value in the help; by default the field's name.
         several: The field is a list that is given as `--train a b`. Other lists are given as `--filter a --filter b`.
         may_be_empty: Whether the text, or one of the list, may be empty.
+        typed_only: The field, a list, may be given on the command line only, not in a file that `--config` names.
         **limits: Those of `ranged`.
     """
-    metadata = {"spelling": spelling, "metavar": metavar, "several": several, "may_be_empty": may_be_empty}
+    metadata = {"spelling": spelling, "metavar": metavar, "several": several, "typed_only": typed_only}
+    metadata["may_be_empty"] = may_be_empty
     if limits:
         return ranged(default, default_factory=default_factory, metadata=metadata, **limits)
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
@@ -67,6 +70,7 @@ class Option:
     positional: bool = False
     several: bool = False
     metavar: str = ""
+    typed_only: bool = False
 
     @property
     def is_flag(self) -> bool:
@@ -118,6 +122,7 @@ def options_of(kind: type) -> list[Option]:
                 positional=field.metadata.get("positional", False),
                 several=field.metadata.get("several", False),
                 metavar=field.metadata.get("metavar") or "",
+                typed_only=field.metadata.get("typed_only", False),
             )
         )
     return options

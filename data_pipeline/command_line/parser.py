@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from data_pipeline.command_line.mistakes import one_line, suggestion
 from data_pipeline.command_line.options import Option, options_of, with_range
 from data_pipeline.command_line.ranges import check_ranges, ranges_of
-from data_pipeline.command_line.spelling import known_spellings, spell_out
+from data_pipeline.command_line.spelling import known_spellings, spell_out, typed_values
 from data_pipeline.foreign import parse_yaml, read_text
 
 if TYPE_CHECKING:
@@ -41,8 +41,14 @@ def parse(kind: type[T], argv: list[str], *, prog: str, epilog: str | None = Non
         SystemExit: After `--help` and `--print_config`, with code 0.
     """
     options = options_of(kind)
+    spelled = spell_out(argv, options)
     try:
-        values = parse_with(_parser_of(kind, options, prog, epilog), spell_out(argv, options))
+        values = parse_with(_parser_of(kind, options, prog, epilog), spelled)
+        for option in options:
+            if option.typed_only and values[option.name] != typed_values(spelled, option):
+                raise ValueError(
+                    f"{option.spelling}: may stand on the command line only, not in a file that --config names"
+                )
     except ValueError as error:
         raise ValueError(f"{error}; see {prog} --help") from None
     settings = kind(**{option.name: values[option.name] for option in options})

@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from data_pipeline.command_line.mistakes import in_words, is_explained, lacks_subject, one_line, suggestion
 from data_pipeline.command_line.parser import parse
 from data_pipeline.command_line.process import accept_any_text
+from data_pipeline.printable import printable
+from data_pipeline.secrets import without_secrets
 
 T = TypeVar("T")
 
@@ -36,7 +38,14 @@ class Program:
 
     def report(self, message: object) -> None:
         """Print what went wrong, in one line."""
-        print(f"{self.prefix}: {one_line(str(message))}", file=sys.stderr)
+        print_line(f"{self.prefix}: {one_line(without_secrets(str(message)))}", file=sys.stderr)
+
+
+def print_line(text: str, file: TextIO | None = None) -> None:
+    """Print a text for people, at once; what a terminal would obey, or its encoding lacks, is printed as escapes."""
+    stream = file or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 def run(program: Program, kind: type[T], action: Callable[[T], int | None], argv: list[str] | None = None) -> int:

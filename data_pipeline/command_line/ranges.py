@@ -78,7 +78,7 @@ class Range:
 
 
 def _end(limit: float | None) -> str:
-    return "" if limit is None else f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
+    return "" if limit is None else str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 _NUMBERS = {2: "two"}

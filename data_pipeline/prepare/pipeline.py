@@ -115,6 +115,8 @@ def prepare(
         return existing
     for source in sources:
         report(f"{source.spec}: {source.description}")
+        if source.left_out:
+            report(f"  left out: {source.left_out}")
     with working_directory(output) as folder, _naming_folder_in_errors(folder):
         # Again, now that no other process can be at it; and once more before something might be replaced.
         if (existing := _existing_dataset(output, settings, overwrite)) is not None:

@@ -8,6 +8,7 @@ import numpy as np
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.megatron import IndexedReader, IndexedWriter, TokenWriter
 from data_pipeline.shards.raw import RawReader
+from data_pipeline.tokenizer.tokenizer import Tokenizer
 
 _BATCH_TOKENS = 1 << 20
 _BATCH_DOCUMENTS = 1 << 16
@@ -70,6 +71,26 @@ class SplitWriter:
             writer, self._writer = self._writer, None
             writer.close()
             self._shards.append(shard_of(writer, self.source))
+
+
+def documents_of_ids(ids: np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Return the documents in a row of token ids, each ended by end-of-text; empty ones are left out.
+
+    What ends with end-of-text is a document, and so is what comes after the last of these.
+
+    Raises:
+        ValueError: An id is none of the tokenizer's.
+    """
+    beyond = ids[(ids < 0) | (ids >= tokenizer.n_vocab)]
+    if len(beyond):
+        raise ValueError(
+            f"token id {beyond[0]} is not one of the {tokenizer.n_vocab} ids of tokenizer {tokenizer.name}; name the "
+            f"--tokenizer that made these ids"
+        )
+    if not len(ids) or ids[-1] != tokenizer.eot_id:
+        ids = np.append(ids, tokenizer.eot_id)
+    parts = np.split(ids, np.flatnonzero(ids == tokenizer.eot_id) + 1)
+    return [part for part in parts if len(part) > 1]
 
 
 def shard_of(writer: TokenWriter, source: str | None = None) -> Shard:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
+from data_pipeline.tokenizer.harmony import stop_ids
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
 
@@ -19,7 +20,7 @@ def huggingface_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]:
         tokenizer: The tokenizer.
         max_length: Positions of the model, for `model_max_length`.
     """
-    end = tokenizer.eot_token
+    end, stops = tokenizer.eot_token, stop_ids(tokenizer)
     return {
         "tokenizer.json": _tokenizer_json(tokenizer),
         "tokenizer_config.json": {
@@ -31,7 +32,7 @@ def huggingface_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]:
         },
         "generation_config.json": {
             "do_sample": True,
-            "eos_token_id": tokenizer.eot_id,
+            "eos_token_id": stops if len(stops) > 1 else stops[0],
             "pad_token_id": tokenizer.eot_id,
         },
     }

@@ -49,6 +49,10 @@ def load_tokenizer(
         ValueError: The name is unknown, or the vocabulary cannot be found or read. The message has the remedy.
     """
     name = str(name_or_path)
+    if vocab_file is not None and name not in _PUBLISHED:
+        raise ValueError(f"vocab_file {vocab_file}: is one of {', '.join(_PUBLISHED)}, not of {name!r}; leave it out")
+    if pattern is not None and (name in (*_PUBLISHED, "bytes", "builtin") or Path(name).is_dir()):
+        raise ValueError(f"pattern {pattern!r}: is for rank files, and {name!r} has its own; leave it out")
     if name in _PUBLISHED:
         ranks_name, pattern_name, eot_token, special_tokens = _PUBLISHED[name]
         ranks = parse_ranks(find_ranks(ranks_name, vocab_file=vocab_file, download=download), ranks_name)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.command_line import Program, option, positional, run
+from data_pipeline.command_line import MISTAKE, Program, option, positional, run
 from data_pipeline.disk import write_file_atomically
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ class VocabularyOptions:
 
 def main(argv: list[str] | None = None) -> int:
     """Store the vocabulary that the command line names; return the exit code."""
-    return run(Program("python -m data_pipeline.vocabulary"), VocabularyOptions, _store_found, argv)
+    return run(Program("python -m data_pipeline.vocabulary", failed=MISTAKE), VocabularyOptions, _store_found, argv)
 
 
 def _store_found(options: VocabularyOptions) -> None:

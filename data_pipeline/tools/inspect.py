@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from data_pipeline.batches import Packing
-from data_pipeline.command_line import Program, option, positional, ranged, run
+from data_pipeline.command_line import MISTAKE, Program, option, positional, print_line, ranged, run
 from data_pipeline.shards.manifest import FILE_NAME, Manifest, open_shards
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
@@ -223,7 +223,7 @@ class InspectOptions:
 
 def main(argv: list[str] | None = None) -> int:
     """Print what the command line asks for; return the exit code."""
-    return run(Program("python -m data_pipeline.inspect"), InspectOptions, _inspect, argv)
+    return run(Program("python -m data_pipeline.inspect", failed=MISTAKE), InspectOptions, _inspect, argv)
 
 
 def _inspect(options: InspectOptions) -> None:
@@ -237,4 +237,4 @@ def _inspect(options: InspectOptions) -> None:
         lines = sample(directory, split, options.sample, seed=options.seed, seq_len=seq_len, packing=packing)
     else:
         lines = summary(directory)
-    print("\n".join(lines))  # all or nothing, where a shard turns out to be damaged
+    print_line("\n".join(lines))  # all or nothing, where a shard turns out to be damaged

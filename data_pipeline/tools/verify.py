@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.command_line import Program, positional, ranged, run
+from data_pipeline.command_line import MISTAKE, Program, positional, print_line, ranged, run
 from data_pipeline.shards.checksums import problems, record_content
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.manifest import FILE_NAME, Manifest
 
 
 def verify(directory: str | Path, *, workers: int = 1, report: Callable[[str], None] = print) -> str:
@@ -53,10 +53,20 @@ class VerifyOptions:
     """Files read at a time."""
 
 
+_PROGRAM = Program("python -m data_pipeline.verify")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Verify what the command line names; return the exit code."""
-    return run(Program("python -m data_pipeline.verify"), VerifyOptions, _verify, argv)
+    """Verify what the command line names; return the exit code: 1 for damage, 2 where there is no dataset."""
+    return run(_PROGRAM, VerifyOptions, _verify, argv)
 
 
-def _verify(options: VerifyOptions) -> None:
-    print(verify(options.directory, workers=options.workers))
+def _verify(options: VerifyOptions) -> int | None:
+    if not (Path(options.directory) / FILE_NAME).exists():
+        try:
+            Manifest.read(options.directory)
+        except ValueError as error:
+            _PROGRAM.report(error)
+            return MISTAKE
+    print_line(verify(options.directory, workers=options.workers, report=print_line))
+    return None

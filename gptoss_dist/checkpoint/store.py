@@ -320,14 +320,31 @@ def load_state(checkpoint: str | Path, state: dict[str, Tensor]) -> None:
 
 
 def misfits(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """Return a phrase for each tensor that is missing, surplus or of another shape in a checkpoint of `shapes`."""
-    problems = [f"{name} is missing" for name in state if name not in shapes]
-    problems += [f"{name} is not expected" for name in shapes if name not in state]
-    return problems + [
-        f"{name} has shape {tuple(shapes[name])}, expected {tuple(tensor.shape)}"
-        for name, tensor in state.items()
-        if name in shapes and tuple(shapes[name]) != tuple(tensor.shape)
-    ]
+    """Return a phrase for each tensor that is missing, surplus or of another shape in a checkpoint of `shapes`.
+
+    Where a layout is another one throughout, these are thousands: phrases that differ by their layer or expert alone
+    are one, and of each kind there are at most eight.
+    """
+    problems = {
+        "is missing": [name for name in state if name not in shapes],
+        "is not expected": [name for name in shapes if name not in state],
+    }
+    for name, tensor in state.items():
+        if name in shapes and tuple(shapes[name]) != tuple(tensor.shape):
+            what = f"has shape {tuple(shapes[name])}, expected {tuple(tensor.shape)}"
+            problems.setdefault(what, []).append(name)
+    phrases = []
+    for what, names in problems.items():
+        alike: dict[str, list[str]] = {}
+        for name in names:
+            alike.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+        phrases += [
+            f"{group[0]} {what}" if len(group) == 1 else f"{pattern} {what} ({len(group)} tensors)"
+            for pattern, group in sorted(alike.items(), key=lambda item: -len(item[1]))[:8]
+        ]
+        if len(alike) > 8:
+            phrases.append(f"so with {len(alike) - 8} more kinds of names: {what}")
+    return phrases
 
 
 def fingerprint(path: Path) -> dict:

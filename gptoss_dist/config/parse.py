@@ -38,6 +38,12 @@ def parse_arguments(argv: list[str], parser: jsonargparse.ArgumentParser | None 
     Raises:
         ValueError: An unknown key, a wrong type or an impossible value; one line that names it.
     """
+    for argument in argv:
+        if (name := argument.partition("=")[0]) in ("--deepspeed", "--deepspeed_config", "--deepspeed-config"):
+            raise ValueError(
+                f"{name} is the option of other programs for a JSON file of DeepSpeed's settings; here it is "
+                "--engine.deepspeed FILE"
+            )
     kinds = typing.get_type_hints(Config)
     sections = [name for name, kind in kinds.items() if dataclasses.is_dataclass(kind)]
     values = parse_with(parser or build_parser(), argv, sections)

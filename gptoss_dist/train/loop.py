@@ -28,6 +28,7 @@ from gptoss_dist.train.start import (
     RunLock,
     check_folder,
     engine_settings,
+    files_to_carry,
     find_start,
     open_folder,
     open_initial_weights,
@@ -95,7 +96,7 @@ def train(config: Config, ranks: Ranks) -> None:
         engine = build_engine(engine_settings(config), ranks, next_token_prediction)
         restore(engine, start, weights, seed=config.run.seed, rank=ranks.rank)
         on_rank_zero(lambda: open_folder(config, lock))  # only now: a run that is refused writes nothing
-        with Run(config, ranks, engine, data, start, group) as open_run:
+        with Run(config, ranks, engine, data, start, group, files_to_carry(start, weights)) as open_run:
             open_run.announce(start, weights)
             train_steps(open_run, start.step)
 

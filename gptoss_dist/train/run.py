@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 from typing import Literal, Self
 
 import torch.distributed as dist
@@ -34,12 +35,20 @@ class Run:
     """A run between its first and its last step, as a context manager. Only rank 0 has a `report`."""
 
     def __init__(
-        self, config: Config, ranks: Ranks, engine: Engine, data: RunData, start: Start, group: dist.ProcessGroup
+        self,
+        config: Config,
+        ranks: Ranks,
+        engine: Engine,
+        data: RunData,
+        start: Start,
+        group: dist.ProcessGroup,
+        carried: dict[str, bytes] | None = None,
     ) -> None:
         """Open all that writes to the run's folder.
 
         Args:
             group: A group of all ranks, for the saver alone from now on.
+            carried: Files that go into each checkpoint, by name.
         """
         self.config, self.ranks, self.engine, self.data = config, ranks, engine, data
         self.loader = self._open_loader(start.samples_consumed)
@@ -55,6 +64,7 @@ class Run:
         self.watch = FolderWatch([config.folder, config.checkpoint_folder])
         self.guard = SkipGuard(config.train.max_skipped_steps, start.skipped_steps)
         self.last_saved_step = start.step
+        self.carried = carried or {}
         self._status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
 
     def _open_loader(self, samples_consumed: int) -> BatchLoader:
@@ -158,7 +168,7 @@ class Run:
         state = self.engine.state()
         self._check_finite(step, state)
         info = self._checkpoint_info(step, validation_loss, self.report).to_json() if self.report else {}  # rank 0's
-        self.saver.save(step, state, info, extra_files=self.data.training.mixture.tokenizer.save)
+        self.saver.save(step, state, info, extra_files=self._write_extra_files)
         self.last_saved_step = step
         if self.report:
             self.report.saved(step, self.saver.pause_s)
@@ -171,6 +181,11 @@ class Run:
                 f"step {step}: {len(found)} tensors hold values that are not finite ({', '.join(found[:3])}), so this "
                 f"step is not saved; {before}: lower optim.lr, or inspect the data"
             )
+
+    def _write_extra_files(self, folder: Path) -> None:
+        self.data.training.mixture.tokenizer.save(folder)
+        for name, content in self.carried.items():
+            (folder / name).write_bytes(content)
 
     def _checkpoint_info(self, step: int, validation_loss: float | None, report: Report) -> CheckpointInfo:
         consumed = self.loader.samples_consumed

@@ -117,8 +117,14 @@ def open_initial_weights(config: Config, start: Start) -> Pretrained | None:
     if start.checkpoint is not None or not config.init["from"]:
         return None
     pretrained = checkpoint.open_pretrained(config.init["from"], message=print_message)
-    checkpoint.check_architecture(pretrained, config.model)
-    return pretrained
+    return checkpoint.check_architecture(pretrained, config.model)
+
+
+def files_to_carry(start: Start, weights: Pretrained | None) -> dict[str, bytes]:
+    """Return the files that each checkpoint of this run keeps from the weights that it began with, by name."""
+    if start.checkpoint is not None:
+        return checkpoint.companions_to_carry(start.checkpoint)
+    return checkpoint.companions_to_carry(weights.folder) if weights is not None else {}
 
 
 def engine_settings(config: Config) -> EngineSettings:

@@ -253,3 +253,9 @@ def test_verbs(capsys):
     assert do("--help") == 0
     out = capsys.readouterr().out
     assert "Two things." in out and "one       Take one thing." in out and "other     Do something. It takes" in out
+
+
+@pytest.mark.parametrize("option", ["--deepspeed_config", "--deepspeed-config=zero.json", "--deepspeed"])
+def test_deepspeeds_own_option_points_to_ours(option):
+    with pytest.raises(ValueError, match=r"here it is --engine.deepspeed FILE"):
+        parse_arguments(["--config", "configs/quickstart.yaml", option, "zero.json"])

@@ -48,11 +48,15 @@ def test_a_folder_is_published_or_leaves_nothing(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_and_what_is_in_use_is_not(tmp_path):
-    left, foreign = tmp_path / ".data.tmp-0123456789abcdef", tmp_path / ".data.tmp-mine"
-    left.mkdir()
-    foreign.mkdir()
-    with disk.staging_directory(tmp_path / "data") as used, disk.staging_directory(tmp_path / "data") as own:
-        assert used != own and used.is_dir() and not left.exists() and foreign.is_dir()
+    left, users = tmp_path / ".data.tmp-0123456789abcdef", [tmp_path / ".data.tmp-mine", tmp_path / "data.tmp"]
+    for folder in (left, *users):
+        folder.mkdir()
+    with disk.staging_directory(tmp_path / "data") as used, disk.staging_directory(tmp_path / "other") as other:
+        said = pytest.raises(ValueError, match="data is being written by another process; wait until it has ended")
+        with said, disk.staging_directory(tmp_path / "data"):
+            pass
+        assert used.is_dir() and other.is_dir() and not left.exists()
+    assert sorted(tmp_path.iterdir()) == users
 
 
 def test_the_user_decides_who_may_read_what_is_written(tmp_path):

@@ -24,6 +24,7 @@ from data_pipeline.secrets import without_secrets
             "no 'https://***@h/x?sig=***' or url=\"http://h/?t=***\".",
         ),
         ("https://u:S@h/x: cannot be read", "https://***@h/x: cannot be read"),
+        ("(https://h/x?sig=S), line 3", "(https://h/x?sig=***), line 3"),
     ],
 )
 def test_secrets_of_urls_are_hidden(text, shown):

@@ -56,6 +56,16 @@ FIELDS: dict[str, tuple[str | Absent, str | Absent]] = {
 
 _COLUMNS = {"hf": 0, "openai": 1}
 
+SERVERS = {
+    "layer_types": "sliding and full attention alternate",
+    "rms_norm_eps": "vLLM has 1e-05",
+    "swiglu_alpha": "they have 1.702",
+    "swiglu_limit": "they have 7.0",
+    "attention_bias": "they have biases",
+}
+"""The fields of Hugging Face's configuration that tools which serve models do not read (vLLM 0.32, llama.cpp), and what
+these do instead. transformers reads all of them."""
+
 
 def names(format: Literal["hf", "openai"]) -> dict[str, str]:
     """Return {field of `ModelConfig`: name in the format} of the fields that the format has with the same meaning."""
@@ -72,3 +82,19 @@ def lost_fields(config: ModelConfig, format: Literal["hf", "openai"]) -> list[st
         if places[column] is FIXED
     }
     return [f"{field}={value}" for field, (value, default) in values.items() if value != default]
+
+
+def fixed_by_servers(config: ModelConfig) -> list[str]:
+    """Return a line about each field whose value vLLM or llama.cpp would silently replace by their own."""
+    own = ModelConfig(num_hidden_layers=config.num_hidden_layers)
+    return [
+        f"transformers only: {field}={_short(getattr(config, field))}, which vLLM or llama.cpp do not read ({theirs}): "
+        "they would give wrong logits, or not load it"
+        for field, theirs in SERVERS.items()
+        if getattr(config, field) != getattr(own, field)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

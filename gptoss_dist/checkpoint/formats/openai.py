@@ -67,12 +67,12 @@ def read_tensors(folder: str | Path, message: Callable[[str], None]) -> dict[str
 
     Args:
         folder: A folder that OpenAI has written.
-        message: Gets a line about what is unusual; here nothing is.
+        message: Gets a line about what is unusual.
 
     Raises:
         ValueError: As `huggingface.read_tensors`.
     """
-    config, found = read_config(folder), stored_tensors(folder)
+    config, found = read_config(folder), stored_tensors(folder, message)
     result: dict[str, LazyTensor] = {}
     heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     borders = (0, heads, heads + kv_heads, heads + 2 * kv_heads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,20 +113,62 @@ class Stored(LazyTensor):
         return values
 
 
-def stored_tensors(folder: str | Path) -> dict[str, Stored]:
+def stored_tensors(folder: str | Path, message: Callable[[str], None] = lambda line: None) -> dict[str, Stored]:
     """Return the tensors of a training checkpoint, or of a folder as Hugging Face's libraries write them, by name.
 
+    Args:
+        folder: The folder.
+        message: Gets a line about files beside an index that it does not name, which are not read.
+
     Raises:
-        ValueError: There are none, a file is damaged, or the index names what is not there.
+        ValueError: There are none, a file is damaged, two files hold the same tensor, or the index names what is not
+            there.
     """
     folder = Path(folder)
     listed = _indexed_files(folder)
-    for path in folder.glob("*.safetensors"):
+    paths, stray = sorted(folder.glob("*.safetensors")), []
+    if named := set(listed.values()):
+        stray = [path for path in paths if path.name not in named]
+        paths = [path for path in paths if path.name in named]
+    whole = _whole_tensors(paths)
+    if stray:
+        message(f"{folder}: {', '.join(path.name for path in stray[:5])} is not in {INDEX} and is not read")
+        tensors = whole
+    else:
+        tensors = _stored_in_parts(folder)
+    if not tensors:
+        raise ValueError(f"{folder} holds no safetensors file")
+    wrong = [n for n, file in listed.items() if n not in tensors or tensors[n].places[0][0].name != file]
+    if wrong:
+        raise ValueError(f"{folder / INDEX}: {wrong[0]} and {len(wrong) - 1} more are not in the files it names")
+    return tensors
+
+
+def _whole_tensors(paths: list[Path]) -> dict[str, Stored]:
+    """Return the tensors of files each of which holds all of its tensors' values; others are opened all the same."""
+    tensors: dict[str, Stored] = {}
+    for path in paths:
         try:
-            with safe_open(path, "pt"):
-                pass
+            with safe_open(path, "pt") as file:
+                if "DCP_SHARDING_INFO" in (file.metadata() or {}):
+                    continue
+                for name in sorted(file.keys()):
+                    part = file.get_slice(name)
+                    shape = tuple(part.get_shape())
+                    if name in tensors:
+                        raise ValueError(
+                            f"{name} is in {tensors[name].places[0][0].name} and in {path.name} of {path.parent}"
+                        )
+                    dtype = part[:0].dtype if shape else file.get_tensor(name).dtype
+                    tensors[name] = Stored(shape, dtype)
+                    tensors[name].places.append((path, name, (0,) * len(shape), shape))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
+    return tensors
+
+
+def _stored_in_parts(folder: Path) -> dict[str, Stored]:
+    """Return the tensors of all files of a folder, which may hold a part of a tensor each."""
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata()
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -138,11 +180,6 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
     for index, place in found.storage_data.items():
         offset = tuple(index.offset or (0,) * len(place.shape))
         tensors[index.fqn].places.append((Path(place.relative_path), index.fqn, offset, tuple(place.shape)))
-    if not tensors:
-        raise ValueError(f"{folder} holds no safetensors file")
-    wrong = [n for n, file in listed.items() if n not in tensors or tensors[n].places[0][0].name != file]
-    if wrong:
-        raise ValueError(f"{folder / INDEX}: {wrong[0]} and {len(wrong) - 1} more are not in the files it names")
     return tensors
 
 

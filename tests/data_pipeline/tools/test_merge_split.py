@@ -76,7 +76,7 @@ def test_merged_is_one_after_the_other(tmp_path, one, two, options, capsys):
     assert linked == bool(options)
     assert all(path.read_bytes() == data for path, data in before.items()), "the inputs are as they were"
     capsys.readouterr()
-    assert run(merge.main, one, two, "--output", tmp_path / "out") == 1
+    assert run(merge.main, one, two, "--output", tmp_path / "out") == 2
     assert "exists; choose another" in capsys.readouterr().err and not left_behind(tmp_path)
 
 
@@ -86,7 +86,7 @@ def test_leaked_documents_are_counted_or_dropped(tmp_path, one, capsys):
     held_out = set(both(one)[1]) | set(both(other)[1])
     leaked = [document for directory in (one, other) for document in documents(directory) if document in held_out]
     assert len(leaked) > 5
-    assert run(merge.main, one, other, "--output", tmp_path / "out") == 1
+    assert run(merge.main, one, other, "--output", tmp_path / "out") == 2
     err = capsys.readouterr().err
     assert f"{len(leaked)} training documents are also in a validation split" in err and "--drop-leaked" in err
     assert err.count("\n") == 1 and not (tmp_path / "out").exists() and not left_behind(tmp_path)
@@ -110,12 +110,12 @@ def test_raw_datasets_merge_and_split_too(tmp_path, write, capsys):
         options = {"train": ["train.npy"], "validation": ["val.npy"], "dtype": "uint32", "report": lambda _: None}
         adopt(tmp_path / name, tokenizer, **options)
     a, b = tmp_path / "a", tmp_path / "b"
-    assert run(merge.main, a, b, "--output", tmp_path / "out") == 1
+    assert run(merge.main, a, b, "--output", tmp_path / "out") == 2
     assert "3 training documents are also in a validation" in capsys.readouterr().err
     assert run(merge.main, a, b, "--output", tmp_path / "out", "--drop-leaked") == 0
     assert documents(tmp_path / "out") == documents(a)[3:] + documents(b) and run(verify, tmp_path / "out") == 0
     assert Manifest.read(tmp_path / "out").storage == "raw"
-    assert run(merge.main, tmp_path / "out", make(tmp_path / "other", texts(9, 9)), "--output", tmp_path / "no") == 1
+    assert run(merge.main, tmp_path / "out", make(tmp_path / "other", texts(9, 9)), "--output", tmp_path / "no") == 2
     assert "its storage is megatron uint16 where that of" in capsys.readouterr().err
 
     assert run(split.main, tmp_path / "out", "--output", tmp_path / "again", "--validation-fraction", 0.3) == 0
@@ -138,7 +138,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path, one, two, capsys):
         ((one, tmp_path / "none"), "none: not a prepared dataset"),
         ((one, one.parent), f"not a prepared dataset itself, but {one} is one\n"),
     ):
-        assert run(merge.main, *directories, "--output", tmp_path / "out") == 1
+        assert run(merge.main, *directories, "--output", tmp_path / "out") == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
     data = (builtin / "train-00000.bin").read_bytes()
@@ -147,12 +147,12 @@ def test_what_does_not_fit_together_is_refused(tmp_path, one, two, capsys):
         (merge.main, builtin, "--output", tmp_path / "out"),
         (split.main, builtin, "--output", tmp_path / "out", "--parts", 2),
     ):
-        assert run(*arguments) == 1 and "train-00000.bin: content differs" in capsys.readouterr().err
+        assert run(*arguments) == 2 and "train-00000.bin: content differs" in capsys.readouterr().err
     for arguments, message in (
         (("--parts", 2000), "2000 parts would not all get a document to train on"),
         (("--parts", len(documents(two))), "would not all get a document"),  # some are longer than a part
     ):
-        assert run(split.main, two, "--output", tmp_path / "out", *arguments) == 1
+        assert run(split.main, two, "--output", tmp_path / "out", *arguments) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
     for divide, arguments, message in (
@@ -207,7 +207,7 @@ def test_inspect_prints_documents_and_samples_as_training_reads_them(one, capsys
             title, text = capsys.readouterr().out.split("\n", 1)
             assert text == tokenizer.decode(documents(one, name)[number]) + "\n"
             assert title.startswith(f"document {number} of {name}: ")
-    assert run(inspect.main, one, "--document", 100) == 1
+    assert run(inspect.main, one, "--document", 100) == 2
     assert "document 100: " in capsys.readouterr().err
 
     train = documents(one)
@@ -231,7 +231,7 @@ def test_inspect_prints_documents_and_samples_as_training_reads_them(one, capsys
             if packing == "contiguous":
                 seen, predicted = seen[:-1], seen[1:]
             assert (seen, predicted) == (inputs.tolist(), labels.tolist())
-    assert run(inspect.main, one, "--sample", 0, "--seq-len", 10**6) == 1
+    assert run(inspect.main, one, "--sample", 0, "--seq-len", 10**6) == 2
     assert "too few" in capsys.readouterr().err
 
 
@@ -254,7 +254,7 @@ def test_inspect_shows_packed_samples_and_mixtures(one, tmp_path, capsys):
     for options in ((tmp_path / "b", "--sample", 3), (tmp_path / "b", "--document", 3), ("--packing", "varlen")):
         assert run(inspect.main, one, *options) == 2
         assert "give one directory" in (err := capsys.readouterr().err) or "give --sample N" in err
-    assert run(inspect.main, one, tmp_path / "b", "--weights", 3) == 1
+    assert run(inspect.main, one, tmp_path / "b", "--weights", 3) == 2
     assert "--weights: 1 of them for 2 datasets" in capsys.readouterr().err
     assert run(inspect.main, "--weights", "3;1", one, tmp_path / "b") == 2
     assert "'3;1': must be numbers separated by commas" in capsys.readouterr().err
