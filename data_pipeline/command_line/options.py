@@ -18,8 +18,8 @@ def option(
     spelling: str | None = None,
     metavar: str | None = None,
     several: bool = False,
-    may_be_empty: bool = False,
     typed_only: bool = False,
+    may_be_empty: bool = False,
     **limits: Any,
 ) -> Any:
     """Return a dataclass field that is spelled, shown or checked otherwise than its name says.
@@ -30,12 +30,12 @@ def option(
         spelling: The option, such as `--from`; by default the field's name.
         metavar: What stands for the value in the help; by default the field's name.
         several: The field is a list that is given as `--train a b`. Other lists are given as `--filter a --filter b`.
-        may_be_empty: Whether the text, or one of the list, may be empty.
         typed_only: The field, a list, may be given on the command line only, not in a file that `--config` names.
+        may_be_empty: Whether the text, or one of the list, may be empty.
         **limits: Those of `ranged`.
     """
-    metadata = {"spelling": spelling, "metavar": metavar, "several": several, "typed_only": typed_only}
-    metadata["may_be_empty"] = may_be_empty
+    metadata = {"spelling": spelling, "metavar": metavar, "several": several, "typed_only": typed_only,
+                "may_be_empty": may_be_empty}  # fmt: skip
     if limits:
         return ranged(default, default_factory=default_factory, metadata=metadata, **limits)
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
