@@ -17,7 +17,7 @@ from gptoss_dist.engine import build_engine
 from gptoss_dist.tracking.tracker import read_metrics
 from gptoss_dist.train.objectives import next_token_prediction
 from gptoss_dist.train.start import engine_settings
-from launch.benchmarks.prove_gpu.commands import run_command
+from launch.benchmarks.prove_gpu.checks.commands import run_command
 from launch.benchmarks.prove_gpu.findings import ROOT, Findings, run_item
 
 TINY = {
