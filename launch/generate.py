@@ -54,7 +54,7 @@ def _generate(options: GenerateOptions) -> int:
         return repl(session, settings, lambda changed: check_ranges(replace(options, **changed)))
     for prompt in options.prompt:
         print(prompt, end="", flush=True)
-        session.write(prompt, on_text=lambda text: print(printable(text), end="", flush=True), **settings)
+        session.write(prompt, on_text=lambda text: print(printable(text, lines=True), end="", flush=True), **settings)
         print()
     return 0
 

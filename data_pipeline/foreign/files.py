@@ -7,7 +7,7 @@ import re
 import stat
 from pathlib import Path
 
-from data_pipeline.printable import shown
+from data_pipeline.printable import printable
 
 MOST_BYTES = 32 << 20
 """The largest file of JSON or YAML that is read where nothing else is said."""
@@ -19,11 +19,6 @@ _KINDS = {
     stat.S_ISCHR: "a device",
     stat.S_ISBLK: "a device",
 }
-
-
-def printable(value: object) -> str:
-    """Return a name or another value from elsewhere in one line, as a terminal may print it, without secrets."""
-    return shown(str(value))
 
 
 def check_regular(path: str | Path) -> None:

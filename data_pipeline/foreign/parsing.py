@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from data_pipeline.foreign.files import printable
+from data_pipeline.printable import printable
 
 MOST_DEPTH = 64
 """Levels of lists and objects in each other."""

@@ -10,8 +10,9 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from data_pipeline.foreign.files import MOST_BYTES, printable, read_text
+from data_pipeline.foreign.files import MOST_BYTES, read_text
 from data_pipeline.foreign.parsing import parse_json, parse_yaml
+from data_pipeline.printable import printable
 
 T = TypeVar("T")
 

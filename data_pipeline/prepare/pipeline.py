@@ -14,13 +14,14 @@ import numpy as np
 
 from data_pipeline.corpora.part import Part, TextSource
 from data_pipeline.disk import write_file_atomically
-from data_pipeline.foreign import printable, read_json
+from data_pipeline.foreign import read_json
 from data_pipeline.prepare.dedupe import assemble_splits
 from data_pipeline.prepare.part import HASHES, Preparation, PreparedPart, finished_keys, hashes_path, part_key
 from data_pipeline.prepare.pool import prepare_parts
 from data_pipeline.prepare.progress import Progress
 from data_pipeline.prepare.rules import Rules
 from data_pipeline.prepare.workdir import output_path, publish_dataset, remove_if_finished, working_directory
+from data_pipeline.printable import printable
 from data_pipeline.shards.checksums import check_content, record_content
 from data_pipeline.shards.manifest import FILE_NAME, MOST_MANIFEST_BYTES, VERSION, Manifest, Shard, open_shards
 from data_pipeline.shards.megatron import token_dtype

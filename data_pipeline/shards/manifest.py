@@ -12,7 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from data_pipeline.foreign import Count, convert, parse_json, printable, read_json, read_text
+from data_pipeline.foreign import Count, convert, parse_json, read_json, read_text
+from data_pipeline.printable import printable
 from data_pipeline.shards.megatron import DTYPE_CODES, IndexedReader
 from data_pipeline.shards.raw import DTYPES, RawReader
 

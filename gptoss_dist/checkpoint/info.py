@@ -19,7 +19,8 @@ from typing import Any, TypedDict
 
 import msgspec
 
-from data_pipeline.foreign import Count, convert, printable, read_json
+from data_pipeline.foreign import Count, convert, read_json
+from data_pipeline.printable import printable
 from gptoss_dist.model.config import ModelConfig
 
 INFO = "checkpoint.json"

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.foreign import file_inside, printable, read_json
+from data_pipeline.foreign import file_inside, read_json
+from data_pipeline.printable import printable
 
 _REMEDY = "restore the checkpoint from a good copy, or take another one"
 

@@ -31,7 +31,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data_pipeline.disk import move, sync_path, write_synced
-from data_pipeline.foreign import file_inside, printable
+from data_pipeline.foreign import file_inside
+from data_pipeline.printable import printable
 from gptoss_dist.checkpoint.boxes import Box
 from gptoss_dist.checkpoint.formats.headers import check_headers
 from gptoss_dist.checkpoint.formats.tensor_files import write_boxes

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.command_line import check_ranges, ranged
-from data_pipeline.foreign import check_yaml, convert, printable, read_text
+from data_pipeline.foreign import check_yaml, convert, read_text
+from data_pipeline.printable import printable
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 

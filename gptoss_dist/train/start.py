@@ -14,7 +14,8 @@ import msgspec
 import torch
 
 from data_pipeline.disk import owned
-from data_pipeline.foreign import convert, printable
+from data_pipeline.foreign import convert
+from data_pipeline.printable import printable
 from gptoss_dist import checkpoint
 from gptoss_dist.checkpoint import CheckpointInfo
 from gptoss_dist.checkpoint.formats.pretrained import Pretrained

@@ -29,7 +29,8 @@ def exported(request, tmp_path_factory):
     assert main(["synthetic", "--output", str(data), "--tokenizer", "builtin", "--max-documents", "200"]) == 0
     run("launch/train.py", "--config", str(ROOT / "configs/quickstart.yaml"), "--data.path", str(data),
         "--data.seq_len", "64", "--run.dir", str(folder / "run"),
-        "--model.tie_word_embeddings", str(request.param).lower(), "--train.steps", "12", "--optim.warmup_steps", "2", "--validation.every", "0", "--sampling.prompts", "[]",
+        "--model.tie_word_embeddings", str(request.param).lower(), "--train.steps", "12",
+        "--optim.warmup_steps", "2", "--validation.every", "0", "--sampling.prompts", "[]",
         "--checkpoint.every", "12", "--tracking.mlflow", "false", "--tracking.plots", "false")  # fmt: skip
     run("launch/convert.py", "export", str(folder / "run"), "--output", str(folder / "export"), "--dtype", "float32")
     return folder / "export"

@@ -14,7 +14,8 @@ from pathlib import Path
 import msgspec
 from safetensors import SafetensorError, safe_open
 
-from data_pipeline.foreign import Count, convert, file_inside, parse_json, printable
+from data_pipeline.foreign import Count, convert, file_inside, parse_json
+from data_pipeline.printable import printable
 from gptoss_dist.model.config import ModelConfig
 
 _DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "U16", "U32", "BOOL"}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from data_pipeline import foreign
-from data_pipeline.foreign import printable
+from data_pipeline.printable import printable
 from gptoss_dist.checkpoint.formats.fields import check_types, lost_fields, model_config, names
 from gptoss_dist.checkpoint.formats.tensor_files import LazyTensor, Output, stored_tensors
 from gptoss_dist.checkpoint.formats.views import Losses, Packed, Transposed, packed, plain
