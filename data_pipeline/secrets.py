@@ -10,8 +10,6 @@ hidden; their names stay, that a person recognises the URL.
 
 import re
 
-from data_pipeline.foreign import printable
-
 _HIDDEN = "***"
 
 # Quotation marks end a URL inside a sentence, but not those in a password, after which there is an @.
@@ -31,11 +29,6 @@ def without_secrets(text: str) -> str:
         text: A URL, several of them as fsspec chains them (`zip://a.txt::https://...`), or a sentence that holds some.
     """
     return _URL.sub(_hidden, text) if "://" in text else text
-
-
-def shown(name: str) -> str:
-    """Return the name of a file or source in one line, without secrets, as people and files may see it."""
-    return printable(without_secrets(name))
 
 
 def _hidden(url: re.Match) -> str:

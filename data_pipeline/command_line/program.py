@@ -12,7 +12,7 @@ from typing import Any, TextIO, TypeVar
 from data_pipeline.command_line.mistakes import in_words, is_explained, lacks_subject, one_line, suggestion
 from data_pipeline.command_line.parser import parse
 from data_pipeline.command_line.process import accept_any_text
-from data_pipeline.foreign import printable
+from data_pipeline.printable import printable
 from data_pipeline.secrets import without_secrets
 
 T = TypeVar("T")

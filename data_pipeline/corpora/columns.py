@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from data_pipeline.secrets import shown
+from data_pipeline.printable import shown
 
 MOST_BYTES = 256 << 20
 """The longest text of one document, line or row."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from data_pipeline.corpora.columns import Malformed
 from data_pipeline.corpora.files import File
-from data_pipeline.secrets import shown
+from data_pipeline.printable import shown
 
 # A large file is cut into about 64 parts, neither too small to be worth a file nor too large to be done again. Those of
 # .jsonl are equal and, beyond four, a multiple of four (so down to half of MIN_PART_BYTES), that 2 or 4 processes end

@@ -10,7 +10,7 @@ import msgspec
 
 from data_pipeline.corpora.files import File, local_file
 from data_pipeline.foreign import file_inside, read_json
-from data_pipeline.secrets import shown
+from data_pipeline.printable import shown
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _REMEDY = "save the dataset again"

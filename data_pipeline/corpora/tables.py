@@ -12,7 +12,7 @@ import numpy as np
 from data_pipeline.corpora.columns import MOST_BYTES, Column, Malformed
 from data_pipeline.corpora.compression import MOST_EXPANSION
 from data_pipeline.corpora.files import first_line, open_bytes
-from data_pipeline.secrets import shown
+from data_pipeline.printable import shown
 
 _ROWS = 1024  # at a time
 _BATCH_BYTES = 64 << 20

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_pipeline.corpora.files import local_path
 from data_pipeline.prepare.rules import load_filter
-from data_pipeline.secrets import shown
+from data_pipeline.printable import shown
 
 
 def import_from_allowed(filters: Iterable[str], allowed: Iterable[str]) -> None:

@@ -22,7 +22,7 @@ from typing import Literal
 
 from data_pipeline.command_line import MISTAKE, Program, option, positional, print_line, ranged, run
 from data_pipeline.disk import staging_directory, sync_path, write_file_atomically
-from data_pipeline.secrets import shown
+from data_pipeline.printable import shown
 from data_pipeline.shards.checksums import record_content, scan, token_problems
 from data_pipeline.shards.manifest import FILE_NAME, Manifest, Shard
 from data_pipeline.shards.megatron import IndexedReader, index_path, token_dtype

@@ -15,7 +15,7 @@ from data_pipeline.corpora.kinds import TABLE_SUFFIXES
 from data_pipeline.corpora.saved import is_saved, saved_files
 from data_pipeline.corpora.tables import read_arrow, read_parquet
 from data_pipeline.disk import move
-from data_pipeline.secrets import shown
+from data_pipeline.printable import shown
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.megatron import data_path, index_path, token_dtype
 from data_pipeline.shards.writer import SplitWriter, documents_of_ids

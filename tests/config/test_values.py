@@ -4,6 +4,9 @@ import dataclasses
 import errno
 import itertools
 import math
+import os
+import subprocess
+import sys
 import typing
 
 import pytest
@@ -301,6 +304,10 @@ class One:
         ),
         (UnicodeDecodeError("utf-8", b"ab\xff", 2, 3, "x"), "source=s: it is not UTF-8 text: byte 0xff at position 2"),
         (UnicodeEncodeError("ascii", "é", 0, 1, "x"), "source=s: 'é' cannot be written in ascii; set PYTHONUTF8=1"),
+        (
+            RuntimeError("Could not determine home directory."),
+            "source=s: the home directory that is meant is not known",
+        ),
         (RecursionError("maximum recursion depth exceeded"), "source=s: it is nested too deeply"),
         (ValueError("a\x1b[31m\nb"), "error: a\\x1b[31m b"),
     ],
@@ -353,3 +360,19 @@ def test_yaml_of_a_run_is_still_plain(tmp_path):
     config = load_config("configs/quickstart.yaml")
     config.save(tmp_path / "config.yaml")
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config.to_dict() | {"resume": None}
+
+
+@pytest.mark.parametrize("variables", [{}, {"PYTHONIOENCODING": "ascii"}])
+def test_a_locale_without_utf8_is_no_obstacle(tmp_path, variables):
+    path = tmp_path / "é.txt"
+    path.write_text("ü", encoding="utf-8")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys; from pathlib import Path; from data_pipeline.command_line.process import accept_any_text\n"
+        "accept_any_text(restart=True); print(Path(sys.argv[1]).read_text(), sys.argv[1])"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": "."}
+    done = subprocess.run(
+        [sys.executable, program, path], env=os.environ | ascii_only | variables, capture_output=True, check=True
+    )
+    assert done.stdout.decode() == (f"ü {path}\n" if not variables else f"\\xfc {tmp_path}/\\xe9.txt\n")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from data_pipeline.secrets import shown, without_secrets
+from data_pipeline.printable import shown
+from data_pipeline.secrets import without_secrets
 
 
 @pytest.mark.parametrize(
