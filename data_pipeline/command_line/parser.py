@@ -118,9 +118,12 @@ def _config_files(argv: list[str]) -> list[str]:
 
 def _check_sections(file: str, sections: Collection[str]) -> None:
     """Refuse a file that gives a section something else than its keys, which jsonargparse would take as none at all."""
-    if not os.path.lexists(file):
-        return  # a text of settings, or missing, which jsonargparse says
-    values = parse_yaml(read_text(file), file)
+    try:
+        values = parse_yaml(read_text(file) if os.path.lexists(file) else file, file)
+    except ValueError:
+        if os.path.lexists(file):
+            raise
+        return  # the name of a file that is missing, or no text of settings, which jsonargparse says
     for name in sections if isinstance(values, dict) else ():
         if name in values and not isinstance(values[name], dict | str):
             raise ValueError(
