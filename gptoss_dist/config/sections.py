@@ -152,8 +152,8 @@ class TrackingConfig:
 
     mlflow: bool = True
     """Mirror metrics, parameters, plots and samples to MLflow."""
-    experiment: str = "gptoss_dist"
-    """MLflow experiment."""
+    experiment: str | None = None
+    """MLflow experiment; null means $MLFLOW_EXPERIMENT_NAME, or gptoss_dist."""
     uri: str | None = None
     """Tracking server; null means $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db. Passwords and tokens in it are hidden
     in all that the run writes."""

@@ -2,6 +2,7 @@
 
 import pytest
 
+from data_pipeline.printable import shown
 from data_pipeline.secrets import without_secrets
 
 
@@ -47,3 +48,7 @@ def test_secrets_of_urls_are_hidden(text, shown):
 )
 def test_what_is_no_secret_stays(text):
     assert without_secrets(text) == text
+
+
+def test_a_name_is_shown_in_one_line_without_secrets():
+    assert shown("https://u:pw@h/a\n\x1b[31m") == r"https://***@h/a\n\x1b[31m"

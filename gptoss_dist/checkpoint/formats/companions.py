@@ -8,6 +8,7 @@ go out again. What has no place in the new folder is said.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 from data_pipeline import Tokenizer
 from data_pipeline.disk import write_synced
+from data_pipeline.foreign import file_inside, read_bytes
 from data_pipeline.tokenizer.harmony import chat_template, has_harmony
 from data_pipeline.tokenizer.huggingface import huggingface_files
 from gptoss_dist.checkpoint.formats import huggingface
@@ -53,8 +55,8 @@ def write_companions(pretrained: Pretrained, folder: Path, format: str, message:
     if pretrained.format == format:
         for pattern in COPIED:
             for path in pretrained.folder.glob(pattern):
-                if path.is_file():
-                    shutil.copyfile(path, folder / path.name)
+                if not path.is_dir():
+                    shutil.copyfile(file_inside(pretrained.folder, path.name), folder / path.name)
         _name_what_is_left(pretrained, folder, message)
         values = huggingface.read_json(pretrained.folder / "config.json")
         return {key: values[key] for key in IDS if values.get(key) is not None}
@@ -85,7 +87,7 @@ def _write_those_of_a_run(pretrained: Pretrained, folder: Path, format: str, mes
     for name, values in files.items():
         _write_json(folder / name, values)
     if (pretrained.folder / TEMPLATE).is_file():
-        shutil.copyfile(pretrained.folder / TEMPLATE, folder / TEMPLATE)
+        shutil.copyfile(file_inside(pretrained.folder, TEMPLATE), folder / TEMPLATE)
         message(f"{TEMPLATE} is that of the weights which the run began with")
     elif has_harmony(tokenizer):
         write_synced(folder / TEMPLATE, chat_template())
@@ -95,8 +97,13 @@ def _write_those_of_a_run(pretrained: Pretrained, folder: Path, format: str, mes
 
 
 def companions_to_carry(folder: Path) -> dict[str, bytes]:
-    """Return the files that a run keeps in its checkpoints, by name, of the model or checkpoint that it began with."""
-    found = {name: (folder / name).read_bytes() for name in (TEMPLATE, GENERATION) if (folder / name).is_file()}
+    """Return the files that a run keeps in its checkpoints, by name, of the model or checkpoint that it began with.
+
+    Raises:
+        ValueError: One of them is a link that leads out of the folder, or cannot be read.
+    """
+    names = [name for name in (TEMPLATE, GENERATION) if os.path.lexists(folder / name)]
+    found = {name: read_bytes(file_inside(folder, name)) for name in names}
     settings = folder / "tokenizer_config.json"
     if TEMPLATE not in found and settings.is_file():
         template = huggingface.read_json(settings).get("chat_template")  # where transformers 4 kept it

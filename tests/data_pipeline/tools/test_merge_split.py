@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import Manifest, load_tokenizer, open_dataset
+from data_pipeline.disk import staging_directory
 from data_pipeline.prepare.__main__ import main as prepare
 from data_pipeline.shards.manifest import open_shards
 from data_pipeline.tools import inspect, merge, split
@@ -78,6 +79,19 @@ def test_merged_is_one_after_the_other(tmp_path, one, two, options, capsys):
     capsys.readouterr()
     assert run(merge.main, one, two, "--output", tmp_path / "out") == 2
     assert "exists; choose another" in capsys.readouterr().err and not left_behind(tmp_path)
+
+
+def test_of_two_that_write_one_dataset_the_second_is_refused(tmp_path, one, two, capsys):
+    for number, arguments in enumerate(
+        ((merge.main, one, two), (split.main, one, "--parts", 2), (split.main, one, "--validation-fraction", 0.1))
+    ):
+        output = tmp_path / str(number)
+        with staging_directory(output):  # as the first does
+            assert run(*arguments, "--output", output) == 2
+        err = capsys.readouterr().err
+        assert f"{output} is being written by another process; wait until it has ended" in err and err.count("\n") == 1
+        assert list(tmp_path.glob(f"*{number}*")) == [] and not left_behind(tmp_path)
+        assert run(*arguments, "--output", output) == 0
 
 
 def test_leaked_documents_are_counted_or_dropped(tmp_path, one, capsys):
@@ -251,6 +265,16 @@ def test_inspect_shows_packed_samples_and_mixtures(one, tmp_path, capsys):
     assert "15,000 samples, 960,000 tokens, 75.000% of them" in capsys.readouterr().out
     assert run(inspect.main, one, "--weights", "3,1") == 2
     assert "--weights: are those of a mixture" in capsys.readouterr().err
+    for option, value in (
+        ("--seed", 3),
+        ("--seq-len", 7),
+        ("--split", "validation"),
+        ("--at", 5),
+        ("--packing", "varlen"),
+    ):
+        assert run(inspect.main, one, option, value) == 2
+        assert f"error: {option}: " in (err := capsys.readouterr().err) and "give " in err and err.count("\n") == 1
+    assert run(inspect.main, one, "--sample", 10**20) == 2 and "sample=1" in capsys.readouterr().err
     for options in ((tmp_path / "b", "--sample", 3), (tmp_path / "b", "--document", 3), ("--packing", "varlen")):
         assert run(inspect.main, one, *options) == 2
         assert "give one directory" in (err := capsys.readouterr().err) or "give --sample N" in err

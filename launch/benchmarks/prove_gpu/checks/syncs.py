@@ -18,8 +18,8 @@ from gptoss_dist.config import load_config
 from gptoss_dist.distributed.processes import init_distributed, shut_down
 from gptoss_dist.tracking.metrics import StepTimer
 from gptoss_dist.train.loop import train
+from launch.benchmarks.prove_gpu.checks.runs import QUIET, TINY, prepared_data
 from launch.benchmarks.prove_gpu.findings import ROOT, Findings, run_item
-from launch.benchmarks.prove_gpu.runs import QUIET, TINY, prepared_data
 
 WARNING = "called a synchronizing CUDA operation"
 """What torch says, in c10/cuda/CUDAFunctions.cpp."""
