@@ -51,4 +51,4 @@ def test_what_is_no_secret_stays(text):
 
 
 def test_a_name_is_shown_in_one_line_without_secrets():
-    assert shown("https://u:pw@h/a\n\x1b[31m") == r"https://***@h/a\n\x1b[31m"
+    assert shown("https://u:pw@h/a\n\x1b[31m") == r"https://***@h/a\x0a\x1b[31m"

@@ -15,15 +15,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from data_pipeline import Tokenizer
 from data_pipeline.disk import write_synced
-from data_pipeline.foreign import file_inside, read_bytes
+from data_pipeline.foreign import Count, convert, file_inside, read_bytes
 from data_pipeline.tokenizer.harmony import chat_template, has_harmony
 from data_pipeline.tokenizer.huggingface import huggingface_files
 from gptoss_dist.checkpoint.formats import huggingface
 from gptoss_dist.checkpoint.formats.checksums import FILE as CHECKSUMS
 from gptoss_dist.checkpoint.formats.pretrained import Pretrained
-from gptoss_dist.checkpoint.info import read_info
+from gptoss_dist.checkpoint.info import INFO, read_info
 
 TEMPLATE, GENERATION, CARD = "chat_template.jinja", "generation_config.json", "README.md"
 COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -203,7 +205,8 @@ def _size(shape: tuple[int, ...]) -> int:
 
 def _title(pretrained: Pretrained) -> str:
     if pretrained.format == "run":
-        return _plain(read_info(pretrained.folder).get("config", {}).get("run", {}).get("name") or "model")
+        told = convert(read_info(pretrained.folder), _Told, pretrained.folder / INFO)
+        return _plain(told.config.run.name or "model")
     return _plain(pretrained.folder.name or "model")
 
 
@@ -212,21 +215,60 @@ def _history(pretrained: Pretrained) -> list[tuple[str, str]]:
     if pretrained.format != "run":
         return []
     info = read_info(pretrained.folder)
+    told = convert(info, _Told, pretrained.folder / INFO)
     rows = [("trained steps", f"{info['step']:,}")]
-    if isinstance(tokens := info.get("tokens"), int):
-        rows.append(("trained tokens", f"{tokens:,}"))
-    data, config = info.get("data") or {}, info.get("config") or {}
-    sources = (data.get("mixture") or {}).get("sources") or []
-    named = [f"{_plain(s['name'])} (weight {s.get('weight')})" for s in sources if s.get("name")]
+    if told.tokens is not None:
+        rows.append(("trained tokens", f"{told.tokens:,}"))
+    named = [f"{_plain(source.name)} (weight {source.weight})" for source in told.data.mixture.sources]
     if named:
         rows.append(("data", ", ".join(named)))
-    if data.get("content_sha256"):
-        rows.append(("data SHA-256", str(data["content_sha256"])))
-    if precision := (config.get("train") or {}).get("precision"):
-        rows.append(("trained in", str(precision)))
-    if begun := (config.get("init") or {}).get("from"):
-        rows.append(("began with", _plain(Path(str(begun)).name)))
+    if told.data.content_sha256:
+        rows.append(("data SHA-256", _plain(told.data.content_sha256)))
+    if told.config.train.precision:
+        rows.append(("trained in", _plain(told.config.train.precision)))
+    if told.config.init.begun:
+        rows.append(("began with", _plain(Path(told.config.init.begun).name)))
     return rows
+
+
+class _Source(msgspec.Struct):
+    name: str
+    weight: float | None = None
+
+
+class _Mixture(msgspec.Struct):
+    sources: list[_Source] = []
+
+
+class _Data(msgspec.Struct):
+    content_sha256: str | None = None
+    mixture: _Mixture = msgspec.field(default_factory=_Mixture)
+
+
+class _Train(msgspec.Struct):
+    precision: str | None = None
+
+
+class _Init(msgspec.Struct):
+    begun: str | None = msgspec.field(default=None, name="from")
+
+
+class _Run(msgspec.Struct):
+    name: str = "model"
+
+
+class _Config(msgspec.Struct):
+    run: _Run = msgspec.field(default_factory=_Run)
+    train: _Train = msgspec.field(default_factory=_Train)
+    init: _Init = msgspec.field(default_factory=_Init)
+
+
+class _Told(msgspec.Struct):
+    """What a checkpoint says of the run that wrote it, as far as it says something."""
+
+    tokens: Count | None = None
+    data: _Data = msgspec.field(default_factory=_Data)
+    config: _Config = msgspec.field(default_factory=_Config)
 
 
 def _plain(text: object) -> str:

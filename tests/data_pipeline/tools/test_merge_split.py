@@ -1,5 +1,6 @@
 """Datasets put together, divided, and looked into: no document lost, doubled or on both sides."""
 
+import contextlib
 import json
 import os
 import re
@@ -92,6 +93,23 @@ def test_of_two_that_write_one_dataset_the_second_is_refused(tmp_path, one, two,
         assert f"{output} is being written by another process; wait until it has ended" in err and err.count("\n") == 1
         assert list(tmp_path.glob(f"*{number}*")) == [] and not left_behind(tmp_path)
         assert run(*arguments, "--output", output) == 0
+
+
+def test_what_another_process_has_finished_meanwhile_is_not_written_over(tmp_path, one, two, capsys, monkeypatch):
+    @contextlib.contextmanager
+    def after_another(output):
+        (output / "its").mkdir(parents=True)
+        with staging_directory(output) as staging:
+            yield staging
+
+    for module in (merge, split):
+        monkeypatch.setattr(module, "staging_directory", after_another)
+    for number, arguments in enumerate(
+        ((merge.main, one, two), (split.main, one, "--parts", 2), (split.main, one, "--validation-fraction", 0.1))
+    ):
+        assert run(*arguments, "--output", tmp_path / str(number)) == 2
+        assert f"{tmp_path / str(number)}: exists; choose another output directory\n" in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / str(number)).iterdir()] == ["its"] and not left_behind(tmp_path)
 
 
 def test_leaked_documents_are_counted_or_dropped(tmp_path, one, capsys):
