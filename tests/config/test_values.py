@@ -305,8 +305,8 @@ class One:
         (PermissionError(errno.EACCES, "Permission denied", b"a"), "a: permission denied; change its permissions"),
         (MemoryError(), "source=s: not enough memory: an allocation failed; choose smaller sizes"),
         (
-            RuntimeError("[x.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
-            "DefaultCPUAllocator",
+            RuntimeError("[enforce fail at x.cpp:1] err == 0. DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            "source=s: not enough memory: can't allocate memory: 9 bytes; choose smaller",
         ),
         (
             OverflowError("Overflow when unpacking long long"),
