@@ -18,6 +18,7 @@ from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.tracking.metrics import StepTimer
 from launch.benchmarks.prove_gpu import driver, environment, probe
 from launch.benchmarks.prove_gpu.checks import kernels, steps, syncs
+from launch.benchmarks.prove_gpu.checks.commands import run_command
 from launch.benchmarks.prove_gpu.driver import judge
 from launch.benchmarks.prove_gpu.environment import Python
 from launch.benchmarks.prove_gpu.findings import Findings, read_findings
@@ -293,7 +294,22 @@ def test_a_wrong_kernel_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "sink_attention", without_sinks)
     kernels.attention(Findings(tmp_path / "found", rehearse=True), tmp_path)
     result, reason = judge(0, 60.0, 60.0, read_findings(tmp_path / "found"), tmp_path / "found")
-    assert result == "FAIL" and "flash, bfloat16, 20B, full: off by" in reason
+    assert result == "FAIL" and "flash, bfloat16, 20B, full, T=96: off by" in reason
+
+
+def test_a_kernel_that_breaks_is_one_finding_and_the_others_are_checked(tmp_path, monkeypatch):
+    right = kernels.sink_attention
+
+    def breaks_within_documents(*inputs, backend, documents=None, **options):
+        if documents is not None and backend == "flash":
+            raise RuntimeError("CUDA error:\n  no kernel image")
+        return right(*inputs, backend=backend, documents=documents, **options)
+
+    monkeypatch.setattr(kernels, "sink_attention", breaks_within_documents)
+    kernels.attention(Findings(tmp_path / "found", rehearse=True), tmp_path)
+    checks = [f for f in read_findings(tmp_path / "found") if f["kind"] == "check"]
+    wrong = [check["detail"] for check in checks if not check["right"]]
+    assert len(checks) == 12 and wrong == 2 * ["RuntimeError: CUDA error: no kernel image"]
 
 
 def rehearse(work: Path, name: str) -> list[dict]:
@@ -334,3 +350,12 @@ def test_the_documents_name_every_item_and_no_other():
     assert set(re.findall(r"`([^`]+)`", last_cells)) == set(ITEM_OF)
     limits = dict(re.findall(r"^\| `([\w-]+)` \|.*\| (\d+) s \|$", page, re.MULTILINE))
     assert limits == {item.name: f"{item.limit_s:.0f}" for item in ITEMS}
+
+
+def test_a_command_that_fails_is_named(tmp_path, capfd):
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint('to', sys.argv[1])\nsys.exit(int(sys.argv[2]))\n")
+    assert run_command([str(script), "read", "0"], fork=False) == "to read\n"
+    with pytest.raises(SystemExit, match=r"script\.py ended with exit code 3; its error is above"):
+        run_command([str(script), "read", "3"], fork=False)
+    assert capfd.readouterr().out.count("to read") == 2

@@ -106,7 +106,8 @@ def main(argv: Sequence[str]) -> int:
     names = {ENVIRONMENT: "a Python with all that is needed"} | {item.name: item.what for item in items}
     report = Report(output.absolute(), names, rehearsal=arguments.rehearse, minutes=arguments.minutes)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _stop)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
     with tempfile.TemporaryDirectory(prefix="prove_gpu-", ignore_cleanup_errors=True) as work:
         env = _environment(arguments.rehearse)
         proof = Proof(report, Path(work), began + 60 * arguments.minutes, env, arguments.rehearse)
