@@ -10,6 +10,7 @@ import fcntl
 import glob
 import os
 import platform
+import secrets
 import shutil
 import tempfile
 import time
@@ -38,9 +39,16 @@ def sync_path(path: Path) -> None:
 
 def write_synced(path: Path, text: str) -> None:
     """Write a file and wait until the disk has it; for folders that are published as a whole."""
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         sync_file(file)
+
+
+def umask() -> int:
+    """Return the permissions that the user takes away from new files; `tempfile` does not ask for them."""
+    # os.umask would have to change it, for all threads, to read it.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next((line.split()[1] for line in lines if line.startswith("Umask:")), "022"), 8)
 
 
 def write_file_atomically(path: Path, data: bytes) -> None:
@@ -51,7 +59,7 @@ def write_file_atomically(path: Path, data: bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             sync_file(file)
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -70,10 +78,16 @@ def finish(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, which then replaces `path` at once; it is not flushed to the disk."""
-    temporary = path.with_suffix(".tmp")
-    yield temporary
-    os.replace(temporary, path)
+    """Give a temporary file to write to, which then replaces `path` at once; it is not flushed to the disk."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        yield Path(temporary)
+        os.chmod(temporary, 0o666 & ~umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def link(source: Path, target: Path) -> None:
@@ -101,21 +115,37 @@ def move(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def staging_directory(output: Path) -> Iterator[Path]:
-    """Make the folder `.OUTPUT.tmp-*`, which is removed at the end unless `publish` has renamed it.
+    """Make a folder `.OUTPUT.tmp-` and 16 hexadecimal digits, which is removed at the end unless `publish` renames it.
 
-    It is locked while in use, so that what killed runs left behind can be recognised and is removed.
+    It is locked while in use, so that there is one writer of `output` at a time, and what killed runs left behind can
+    be recognised and is removed.
+
+    Raises:
+        ValueError: Another process is writing `output`.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in output.parent.glob(f".{glob.escape(output.name)}.tmp-*"):
-        with contextlib.suppress(OSError), locked(leftover):
-            shutil.rmtree(leftover)
-    staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.tmp-"))
+    with contextlib.ExitStack() as held:
+        # One at a time looks around and takes its place: of two that start at once, one sees the other.
+        with locked(output.parent, wait_s=10.0, optional=True):
+            for leftover in output.parent.glob(f".{glob.escape(output.name)}.tmp-{'[0-9a-f]' * 16}"):
+                _remove_leftover(leftover, output)
+            staging = output.parent / f".{output.name}.tmp-{secrets.token_hex(8)}"
+            staging.mkdir()
+            held.callback(shutil.rmtree, staging, ignore_errors=True)
+            held.enter_context(locked(staging))
+        yield staging
+
+
+def _remove_leftover(folder: Path, output: Path) -> None:
     try:
-        staging.chmod(0o755)
-        with locked(staging):
-            yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with locked(folder):
+            shutil.rmtree(folder)
+    except BlockingIOError:
+        raise ValueError(
+            f"{output} is being written by another process; wait until it has ended, or choose another output"
+        ) from None
+    except OSError:  # no folder, or not ours: it stays
+        pass
 
 
 def new_output(output: str | Path) -> Path:

@@ -1,7 +1,6 @@
 """A filter for `prepare`: what a document must look like to be trained on, as a function of its text.
 
-    export PYTHONPATH=examples  # where the module is
-    python -m data_pipeline.prepare pystdlib --output data/filtered --filter filter_for_prepare:keep
+    python -m data_pipeline.prepare pystdlib --output data/few --filter filter_for_prepare:keep --allow-code examples
 
 `prepare` imports the module in each of its worker processes and calls the function with every text, after Unicode
 normalization and before the limits of length and the search for copies. True keeps the document, False drops it, and a

@@ -16,47 +16,58 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_pipeline.command_line import Program, option, positional, ranged, run_verb
+from data_pipeline.command_line import Program, option, positional, print_line, ranged, run_verb
 
 
 @dataclass
-class InspectOptions:
-    """List step, settings, tensors, shapes and sizes."""
+class SourceOptions:
+    """A model."""
 
     source: str = positional("SOURCE")
     """hf:FOLDER, openai:FOLDER (or only FOLDER, if it has a config.json), or the folder of a run or checkpoint."""
 
 
 @dataclass
-class VerifyOptions:
-    """Hash every file of every checkpoint anew and compare."""
+class InspectOptions(SourceOptions):
+    """List step, settings, tensors, shapes and sizes, and the tensors with values that are not finite."""
 
-    source: str = positional("SOURCE")
-    """The folder of a run or of a checkpoint."""
+    read_values: bool = True
+    """Look at the values, which reads everything."""
 
 
 @dataclass
-class ModelOptions(InspectOptions):
+class VerifyOptions:
+    """Hash every file of every checkpoint, or of an exported model, anew and compare."""
+
+    source: str = positional("SOURCE")
+    """The folder of a run or of a checkpoint, or an exported model with its SHA256SUMS."""
+
+
+@dataclass
+class ModelOptions(SourceOptions):
     """Print the architecture, as a file for --model."""
 
 
 @dataclass
-class ExportOptions(InspectOptions):
+class ExportOptions(SourceOptions):
     """Write a model for other tools."""
 
     output: str = option()
     """Folder to create."""
     format: Literal["hf", "openai", "safetensors"] = "hf"
-    """transformers' and vLLM's layout; OpenAI's own; or the bare weights, which any variant can be written as."""
+    """transformers' and vLLM's layout; OpenAI's own, whose code reads it with --mxfp4 only; or the bare weights, which
+    any variant can be written as."""
     mxfp4: bool = False
     """Write the experts' weights in 4 bits, as published."""
     search: bool = False
     """With --mxfp4: take the best of three scales, which is slower."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of what is not packed."""
+    license: str | None = None
+    """The licence that the model card names, such as apache-2.0; by default that of SOURCE's card, or unknown."""
     verify: bool = True
-    """Hash a training checkpoint's files first."""
-    max_file_gb: float = ranged(5.0, above=0)
+    """Hash the files of SOURCE first, if it carries checksums."""
+    max_file_gb: float = ranged(5.0, at_least=1e-6, at_most=1e6)
     """Largest file, in 10^9 bytes."""
 
     def __post_init__(self) -> None:
@@ -66,7 +77,7 @@ class ExportOptions(InspectOptions):
             raise ValueError("--mxfp4 needs --format hf or openai; plain safetensors hold plain numbers")
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks for; return the exit code."""
     verbs = {
         "inspect": (InspectOptions, _inspect),
@@ -80,16 +91,24 @@ def main(argv: list[str]) -> int:
 def _inspect(options: InspectOptions) -> None:
     from gptoss_dist.checkpoint.formats.inspect import describe
 
-    print(describe(options.source))
+    print_line(describe(options.source, values=options.read_values))
 
 
 def _verify(options: VerifyOptions) -> int:
     from gptoss_dist.checkpoint import candidates, verify
+    from gptoss_dist.checkpoint.formats.checksums import FILE, altered_files, has_checksums
 
+    format, _, folder = options.source.rpartition(":")
+    if has_checksums(folder):
+        problems = altered_files(folder)
+        print_line(f"{folder}: {'; '.join(problems) or 'intact'}")
+        return 1 if problems else 0
+    if format in ("hf", "openai") or (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} carries no {FILE}: there is nothing to compare its files with")
     wrong = 0
     for checkpoint in candidates(options.source):
         problems = verify(checkpoint)
-        print(f"{checkpoint}: {'; '.join(problems) or 'intact'}")
+        print_line(f"{checkpoint}: {'; '.join(problems) or 'intact'}")
         wrong += bool(problems)
     return 1 if wrong else 0
 
@@ -109,19 +128,20 @@ def _export(options: ExportOptions) -> None:
     from gptoss_dist.checkpoint.formats.pretrained import open_pretrained
 
     losses = export(
-        open_pretrained(options.source, message=print, verify=options.verify),
+        open_pretrained(options.source, message=print_line, verify=options.verify),
         options.output,
         options.format,
         dtype=getattr(torch, options.dtype),
         pack=options.mxfp4,
         search=options.search,
         file_bytes=int(options.max_file_gb * 1e9),
-        message=print,
+        license=options.license,
+        message=print_line,
     )
     for name, loss in losses.items():
-        print(f"{name}: relative error {loss:.4f}")
+        print_line(f"{name}: relative error {loss:.4f}")
     print(f"done: {options.output}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -6,12 +6,13 @@ Interactive:  python launch/generate.py --checkpoint runs/quickstart
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_pipeline.command_line import Program, option, ranged, run
+from data_pipeline.command_line import Program, check_ranges, option, ranged, run
+from data_pipeline.printable import printable
 from gptoss_dist.inference.interactive import REPL_HELP, repl
 
 
@@ -21,7 +22,7 @@ class GenerateOptions:
 
     checkpoint: str = option()
     """A run's folder, a checkpoint, or a model that convert.py exported."""
-    prompt: list[str] = option(default_factory=list, metavar="PROMPT")
+    prompt: list[str] = option(default_factory=list, metavar="PROMPT", may_be_empty=True)
     """Text to continue; may be repeated. Without one the program is interactive."""
     temperature: float = ranged(0.8, at_least=0)
     """0 always takes the most likely token."""
@@ -37,7 +38,7 @@ class GenerateOptions:
     """cpu or cuda; null is cuda where there is one."""
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Write what the command line asks for; return the exit code."""
     program = Program("generate.py", prefix="generate.py", failed=2, epilog="Interactive: " + REPL_HELP)
     return run(program, GenerateOptions, _generate, argv)
@@ -50,13 +51,13 @@ def _generate(options: GenerateOptions) -> int:
     settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
     session.seed(options.seed)
     if not options.prompt:
-        return repl(session, settings)
+        return repl(session, settings, lambda changed: check_ranges(replace(options, **changed)))
     for prompt in options.prompt:
         print(prompt, end="", flush=True)
-        session.write(prompt, on_text=lambda text: print(text, end="", flush=True), **settings)
+        session.write(prompt, on_text=lambda text: print(printable(text, lines=True), end="", flush=True), **settings)
         print()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -16,10 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def main(argv: list[str]) -> int:
     """Do what the command line asks for; return the exit code."""
+    from data_pipeline.command_line.mistakes import in_words, is_explained
     from gptoss_dist.config import build_parser, parse_arguments
-    from gptoss_dist.distributed import launchers
+    from gptoss_dist.distributed import launchers, watchdog
 
     launchers.set_program("train.py")
+    watchdog.end_with_launcher()
     parser = build_parser(prog="train.py", description=__doc__.strip().splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="print parameters, tokens, memory and layout, and exit")
     try:
@@ -32,8 +34,10 @@ def main(argv: list[str]) -> int:
             if int(os.environ.get("RANK", 0)) == 0:
                 print(plan)
             return 0
-    except ValueError as error:
-        launchers.report_error_once(str(error))
+    except Exception as error:
+        if not is_explained(error):
+            raise
+        launchers.report_error_once(in_words(error))
         return 2
 
     from gptoss_dist.distributed.processes import shut_down
@@ -43,4 +47,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    from data_pipeline.command_line.process import accept_any_text
+
+    accept_any_text(restart=True)
     sys.exit(main(sys.argv[1:]))

@@ -87,7 +87,7 @@ def settings(tmp_path, corpus):
         "model": MODEL,
         "data": {"path": str(corpus), "seq_len": 48},
         "train": {"steps": 12, "micro_batch_size": 2, "gradient_accumulation": 2, "precision": "fp32"},
-        "optim": {"lr": 3e-3, "warmup_steps": 3},
+        "optim": {"lr": 3e-3, "warmup_steps": 2},
         "loss": {"aux_coef": 0.01, "z_coef": 0.001},
         "checkpoint": {"every": 4, "keep": 2},
         "validation": {"every": 6, "samples": 6},

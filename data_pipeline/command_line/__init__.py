@@ -21,7 +21,7 @@ jsonargparse; spelling.py adds what people type but it does not know: bare flags
 
 from data_pipeline.command_line.options import option, positional
 from data_pipeline.command_line.parser import new_parser, parse, parse_with, show_ranges
-from data_pipeline.command_line.program import MISTAKE, Program, run, run_verb
+from data_pipeline.command_line.program import MISTAKE, Program, print_line, run, run_verb
 from data_pipeline.command_line.ranges import Range, check_ranges, ranged, ranges_of
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "parse",
     "parse_with",
     "positional",
+    "print_line",
     "ranged",
     "ranges_of",
     "run",

@@ -18,9 +18,11 @@ def option(
     spelling: str | None = None,
     metavar: str | None = None,
     several: bool = False,
+    typed_only: bool = False,
+    may_be_empty: bool = False,
     **limits: Any,
 ) -> Any:
-    """Return a dataclass field that is spelled or shown otherwise than its name says.
+    """Return a dataclass field that is spelled, shown or checked otherwise than its name says.
 
     Args:
         default: That of `dataclasses.field`, like `default_factory`. Without one the option must be given.
@@ -28,9 +30,12 @@ def option(
         spelling: The option, such as `--from`; by default the field's name.
         metavar: What stands for the value in the help; by default the field's name.
         several: The field is a list that is given as `--train a b`. Other lists are given as `--filter a --filter b`.
+        typed_only: The field, a list, may be given on the command line only, not in a file that `--config` names.
+        may_be_empty: Whether the text, or one of the list, may be empty.
         **limits: Those of `ranged`.
     """
-    metadata = {"spelling": spelling, "metavar": metavar, "several": several}
+    metadata = {"spelling": spelling, "metavar": metavar, "several": several, "typed_only": typed_only,
+                "may_be_empty": may_be_empty}  # fmt: skip
     if limits:
         return ranged(default, default_factory=default_factory, metadata=metadata, **limits)
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
@@ -65,6 +70,7 @@ class Option:
     positional: bool = False
     several: bool = False
     metavar: str = ""
+    typed_only: bool = False
 
     @property
     def is_flag(self) -> bool:
@@ -116,6 +122,7 @@ def options_of(kind: type) -> list[Option]:
                 positional=field.metadata.get("positional", False),
                 several=field.metadata.get("several", False),
                 metavar=field.metadata.get("metavar") or "",
+                typed_only=field.metadata.get("typed_only", False),
             )
         )
     return options

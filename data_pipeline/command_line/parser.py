@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import re
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from data_pipeline.command_line.files import check_files, config_files, copy_long_lists_once
+from data_pipeline.command_line.mistakes import one_line, suggestion
 from data_pipeline.command_line.options import Option, options_of, with_range
 from data_pipeline.command_line.ranges import check_ranges, ranges_of
-from data_pipeline.command_line.spelling import known_spellings, spell_out
+from data_pipeline.command_line.spelling import known_spellings, spell_out, typed_values
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -18,6 +21,7 @@ T = TypeVar("T")
 
 # jsonargparse is imported when a command line is read: not by every process that prepares data, nor for `Config(...)`.
 _KEYS_LIKE_OPTIONS = "yaml with keys like options"
+_TEXTS_STAY = "yaml whose texts stay"
 
 
 def parse(kind: type[T], argv: list[str], *, prog: str, epilog: str | None = None) -> T:
@@ -35,13 +39,21 @@ def parse(kind: type[T], argv: list[str], *, prog: str, epilog: str | None = Non
         SystemExit: After `--help` and `--print_config`, with code 0.
     """
     options = options_of(kind)
+    spelled = spell_out(argv, options)
     try:
-        values = parse_with(_parser_of(kind, options, prog, epilog), spell_out(argv, options))
+        values = parse_with(_parser_of(kind, options, prog, epilog), spelled)
+        for option in options:
+            if option.typed_only and values[option.name] != typed_values(spelled, option):
+                raise ValueError(
+                    f"{option.spelling}: may stand on the command line only, not in a file that --config names"
+                )
     except ValueError as error:
         raise ValueError(f"{error}; see {prog} --help") from None
-    settings = kind(**{option.name: values[option.name] for option in options})
-    check_ranges(settings)
-    return settings
+    given = {option.name: values[option.name] for option in options}
+    unchecked = object.__new__(kind)
+    vars(unchecked).update(given)
+    check_ranges(unchecked)  # each value for itself comes before what the class checks of several
+    return kind(**given)
 
 
 def new_parser(**arguments: Any) -> jsonargparse.ArgumentParser:
@@ -51,7 +63,14 @@ def new_parser(**arguments: Any) -> jsonargparse.ArgumentParser:
         **arguments: Further ones of `jsonargparse.ArgumentParser`.
     """
     import jsonargparse
+    import yaml
 
+    from data_pipeline.command_line.texts import dump_yaml, load_yaml
+
+    jsonargparse.set_dumper("yaml", dump_yaml)
+    copy_long_lists_once()
+    jsonargparse.set_loader(_TEXTS_STAY, load_yaml, exceptions=(yaml.YAMLError, ValueError))
+    arguments.setdefault("parser_mode", _TEXTS_STAY)
     # Help texts come from the strings below the fields.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, **arguments)
@@ -67,8 +86,13 @@ def show_ranges(parser: jsonargparse.ArgumentParser, kind: type) -> None:
             action.help = with_range(action.help, ranges[action.dest])
 
 
-def parse_with(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str, Any]:
+def parse_with(parser: jsonargparse.ArgumentParser, argv: list[str], sections: Collection[str] = ()) -> dict[str, Any]:
     """Return the values that a parser made by `new_parser` reads, by key; those of a section are its dataclass.
+
+    Args:
+        parser: The parser.
+        argv: The command line without the program.
+        sections: The keys whose values are dictionaries of further ones.
 
     Raises:
         ValueError: An unknown key, a wrong type, or a missing value, in one line; and what the dataclasses raise.
@@ -77,23 +101,36 @@ def parse_with(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str
     import jsonargparse
 
     argv = known_spellings(argv, parser._option_string_actions)
+    files = config_files(argv)
+    check_files(argv, sections)
     try:
         return vars(parser.instantiate(parser.parse_args(argv)))
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
-        file = _file_of_mistake(parser, argv, error)
-        raise ValueError(" ".join(f"{file}: {error}".split() if file else str(error).split())) from None
+        wrong = _file_of_mistake(parser, files, error)
+        message = one_line(f"{wrong}: {error}" if wrong else str(error))
+        raise ValueError(message + _near_miss(str(error), parser)) from None
 
 
-def _file_of_mistake(parser: jsonargparse.ArgumentParser, argv: list[str], error: Exception) -> str | None:
-    """Return the first of the files of `--config` that is refused for the same reason as the whole command line."""
-    words = [word for argument in argv for word in argument.split("=", 1)]
-    for name, file in itertools.pairwise(words):
-        if name == "--config":
-            try:
-                parser.parse_path(file, defaults=False)
-            except (argparse.ArgumentError, TypeError, ValueError, OSError) as alone:
-                if str(alone) == str(error):
-                    return file
+def _near_miss(message: str, parser: jsonargparse.ArgumentParser) -> str:
+    """Return what was probably meant where a message of jsonargparse is about a key that does not exist."""
+    options = parser._option_string_actions
+    if found := re.search(r"unrecognized arguments: (--[^\s=]+)", message):
+        return suggestion(found[1], options)
+    if found := re.search(r"Group '([^']+)' does not accept option '([^']+)'", message):
+        return suggestion(f"{found[1]}.{found[2]}", (action.dest for action in options.values()))
+    if found := re.search(r"Option '([^']+)' is not accepted", message):
+        return suggestion(found[1], (action.dest for action in options.values()))
+    return ""
+
+
+def _file_of_mistake(parser: jsonargparse.ArgumentParser, files: list[str], error: Exception) -> str | None:
+    """Return the first of the files that is refused for the same reason as the whole command line."""
+    for file in files:
+        try:
+            parser.parse_path(file, defaults=False)
+        except (argparse.ArgumentError, TypeError, ValueError, OSError) as alone:
+            if str(alone) == str(error):
+                return file
     return None
 
 
@@ -101,7 +138,7 @@ def _parser_of(kind: type, options: list[Option], prog: str, epilog: str | None)
     import jsonargparse
     import yaml
 
-    jsonargparse.set_loader(_KEYS_LIKE_OPTIONS, _load, exceptions=(yaml.YAMLError,))
+    jsonargparse.set_loader(_KEYS_LIKE_OPTIONS, _load, exceptions=(yaml.YAMLError, ValueError))
     shown = {option.name: option.shown for option in options}
 
     class HelpFormat(jsonargparse.DefaultHelpFormatter):
@@ -133,12 +170,10 @@ def _usage(options: list[Option]) -> str:
 
 def _load(text: str) -> Any:
     """Read JSON or YAML; keys of the outermost dictionary may be spelled like options: `text-column`."""
-    import jsonargparse
+    from data_pipeline.command_line.texts import load_yaml
 
     try:
         value = json.loads(text)  # as `spell_out` writes it: exact for any text
     except ValueError:
-        value = jsonargparse.get_loader("yaml")(text)
-        if value is None and text != "null":  # YAML's other ways to say nothing, `~` or `# x`, are texts
-            return text
+        value = load_yaml(text)
     return {str(key).replace("-", "_"): item for key, item in value.items()} if isinstance(value, dict) else value

@@ -8,16 +8,20 @@
         def __post_init__(self):
             check_ranges(self)
 
-`Settings(steps=0)` then raises ValueError with the text `steps=0 must be positive`.
+`Settings(steps=0)` then raises ValueError with the text `steps=0 must be positive`. What no setting can be, such as
+infinite, is in values.py, and needs no declaration.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass
 from typing import Any
+
+from data_pipeline.command_line.values import check_sense
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Range:
     def _ends(self) -> tuple[str, str]:
         low = self.above if self.at_least is None else self.at_least
         high = self.below if self.at_most is None else self.at_most
-        return ("" if low is None else f"{low:g}"), ("" if high is None else f"{high:g}")
+        return _end(low), _end(high)
 
     def holds(self, number: float) -> bool:
         """Return whether one number lies within the limits; NaN never does."""
@@ -58,7 +62,7 @@ class Range:
         )
 
     def check(self, key: str, value: Any) -> None:
-        """Check that `value` is within the limits; None is no value, so it never is outside.
+        """Check that `value` is within the limits. None is no value, and a text such as `auto` no number: both pass.
 
         Raises:
             ValueError: It is outside; the message has `key` and the remedy.
@@ -67,11 +71,15 @@ class Range:
             for name, number in value.items():
                 self.check(f"{key} of {name}", number)
             return
-        numbers = value if isinstance(value, list | tuple) else [value]
+        numbers = value if isinstance(value, list | tuple) else [] if isinstance(value, str) else [value]
         right_length = self.length is None or len(numbers) == self.length
         if value is not None and not (right_length and all(self.holds(number) for number in numbers)):
-            words = str(self)
-            raise ValueError(f"{key}={value} must be {'positive' if words == 'more than 0' else words}")
+            too_low = not isinstance(value, list | tuple) and self.above == 0 and value <= 0
+            raise ValueError(f"{key}={value} must be {'positive' if too_low else self}")
+
+
+def _end(limit: float | None) -> str:
+    return "" if limit is None else str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 _NUMBERS = {2: "two"}
@@ -105,17 +113,21 @@ def ranged(
 
 
 def check_ranges(section: Any, prefix: str = "") -> None:
-    """Check all values against their fields' ranges, in `section` and the dataclasses inside it.
+    """Check that all values make sense and lie in their fields' ranges, in `section` and the dataclasses inside it.
 
     Args:
         section: An instance of a dataclass.
         prefix: What comes before the names of its fields in messages, such as `train.`.
 
     Raises:
-        ValueError: A value is outside its range; the message names the first one.
+        ValueError: A value makes no sense or is outside its range; the message names the first one.
     """
+    hints = typing.get_type_hints(type(section))
     for field in dataclasses.fields(section):
         key, value = f"{prefix}{field.name}", getattr(section, field.name)
+        if value is None and field.name in hints and not is_optional(hints[field.name]):
+            raise ValueError(f"{key}=null is no value; give one, or leave it out")
+        check_sense(key, value, may_be_empty=field.metadata.get("may_be_empty", False))
         if limits := field.metadata.get("range"):
             limits.check(key, value)
         if dataclasses.is_dataclass(value):
@@ -135,3 +147,12 @@ def ranges_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Range]]:
             yield key, limits
         if dataclasses.is_dataclass(hints[field.name]):
             yield from ranges_of(hints[field.name], f"{key}.")
+
+
+def is_optional(hint: Any) -> bool:
+    """Return whether a type has None among its values."""
+    return hint in (None, type(None), Any) or any(is_optional(part) for part in _union_parts(hint))
+
+
+def _union_parts(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()

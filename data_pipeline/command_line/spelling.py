@@ -93,3 +93,10 @@ def _spelled_words(words: list[str], options: list[Option]) -> list[str]:
         return words
     own = words if option.is_list else words[:1]
     return _spelled(option, own) + words[len(own) :]
+
+
+def typed_values(spelled: list[str], option: Option) -> list[str]:
+    """Return the values of a list that stand on a command line which `spell_out` returned."""
+    beginning = f"{option.spelling}{'' if option.several else '+'}="
+    given = [word.removeprefix(beginning) for word in spelled if word.startswith(beginning)]
+    return [value for values in given for value in json.loads(values)]

@@ -3,18 +3,19 @@
 They are decompressed as they are read.
 """
 
-import glob
-import gzip
-import io
 import os
-from dataclasses import dataclass
+import stat
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-import zstandard
+from data_pipeline.corpora.compression import decompressed
+from data_pipeline.corpora.folders import files_of
+from data_pipeline.corpora.kinds import SUFFIXES, LeftOut, suffixes_of, why_left_out
+from data_pipeline.secrets import without_secrets
 
-COMPRESSIONS = (".gz", ".zst")
+_LOCAL = "file://"  # fsspec's name for what is on this machine
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,32 @@ class File:
     @property
     def name(self) -> str:
         """The file's name without its folder."""
-        path = urlsplit(self.path).path if is_url(self.path) else self.path  # without a signature, say
-        return path.rstrip("/").rpartition("/")[2]
+        return name_of(self.path)
 
     @property
     def suffix(self) -> str:
         """The ending that tells the kind of the content: `.jsonl` for `a.jsonl.zst`."""
-        return content_suffix(self.name)
+        return suffixes_of(self.name)[0]
 
     @property
     def is_compressed(self) -> bool:
         """Whether the file is decompressed as it is read."""
-        return self.name.endswith(COMPRESSIONS)
+        return suffixes_of(self.name)[1] != ""
 
 
-def content_suffix(name: str) -> str:
-    """Return the ending of a file's name, without that of its compression."""
-    path = Path(name)
-    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+@dataclass(frozen=True)
+class FoundFiles:
+    """What a source names on a disk or in a store."""
+
+    files: list[File]
+    """The files that are taken, sorted by name."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """What was there besides."""
+
+
+def name_of(path: str) -> str:
+    """Return the name of a file without its folder, and of a URL without its query."""
+    return (urlsplit(path).path if is_url(path) else path).rstrip("/").rpartition("/")[2]
 
 
 def is_url(spec: str) -> bool:
@@ -56,30 +65,42 @@ def is_url(spec: str) -> bool:
     return "://" in spec
 
 
-def find_files(spec: str, suffixes: tuple[str, ...] | None) -> list[File]:
-    """Return the files that a path, directory, glob or URL names, sorted by name.
-
-    Args:
-        spec: The path, directory, glob or URL.
-        suffixes: The endings of the files of a directory that are taken, compressed or not; None takes all.
-
-    Returns:
-        The files; none where nothing is there.
+def local_path(spec: str) -> Path:
+    """Return the path on this machine that a source, or a folder for output, is named by.
 
     Raises:
-        ValueError: A URL cannot be looked at.
+        ValueError: It begins with the home of a user who has none, or can be no path.
     """
-    if is_url(spec):
-        return _find_remote(spec, suffixes)
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        found = [file for file in found if suffixes is None or content_suffix(file.name) in suffixes]
-    elif path.exists():
-        found = [path]
-    else:
-        found = [file for file in map(Path, sorted(glob.glob(str(path), recursive=True))) if file.is_file()]
-    return [local_file(file) for file in found]
+    try:
+        if "\0" in spec:
+            raise RuntimeError("a path has no NUL character")
+        return Path(spec.removeprefix(_LOCAL)).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{spec!r}: {error}") from error
+
+
+def find_files(spec: str) -> FoundFiles:
+    """Return the files that a path, folder, pattern or URL names.
+
+    A single file is taken whatever it is called. Of folders and patterns only files of known kinds are, each once.
+
+    Raises:
+        ValueError: A URL cannot be looked at, or a single file is none that could be read to its end.
+    """
+    if is_url(spec) and not spec.startswith(_LOCAL):
+        return _find_remote(spec)
+    path = local_path(spec)
+    if not path.is_dir() and path.exists():
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"source {spec!r}: is a pipe or a device, no file; write to a file what comes out of it")
+        return FoundFiles([local_file(path)])
+    paths, left_out = files_of(path)
+    return FoundFiles([local_file(path) for path in paths], left_out)
+
+
+def all_files(folder: Path) -> list[File]:
+    """Return every file below a folder, whatever it is, sorted by name."""
+    return [local_file(file) for file in sorted(folder.rglob("*")) if file.is_file()]
 
 
 def local_file(path: Path) -> File:
@@ -88,26 +109,46 @@ def local_file(path: Path) -> File:
     return File(str(path.absolute()), status.st_size, str(status.st_mtime_ns))
 
 
-def _find_remote(spec: str, suffixes: tuple[str, ...] | None) -> list[File]:
+def _find_remote(spec: str) -> FoundFiles:
     import fsspec
 
     try:
         system, path = fsspec.core.url_to_fs(spec)
-        has_query = spec.startswith(("http://", "https://")) and "?" in spec
-        if glob.has_magic(path) and not has_query:
-            paths = system.glob(path)
-        elif not path.endswith((suffixes or ()) + COMPRESSIONS) and system.isdir(path):
-            paths = [name for name in system.find(path) if suffixes is None or content_suffix(name) in suffixes]
-        else:
-            paths = [path]
+        paths, left_out = _remote_paths(system, path, spec)
         found = []
         for name in sorted(paths):
             info = system.info(name)
+            if info.get("type") == "other":
+                raise OSError("is a pipe or a device, no file; write to a file what comes out of it")
             versions = [str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "updated") if info.get(key)]
             found.append(File(system.unstrip_protocol(name), info.get("size") or 0, "/".join(versions)))
-        return found
+        return FoundFiles(found, left_out)
     except Exception as error:  # each store raises its own kinds
-        raise ValueError(f"source {spec.partition('?')[0]!r} cannot be looked at: {first_line(error)}") from error
+        reason = without_secrets(first_line(error))
+        raise ValueError(f"source {without_secrets(spec)!r} cannot be looked at: {reason}") from None
+
+
+def _remote_paths(system, path: str, spec: str) -> tuple[list[str], LeftOut]:
+    import glob
+
+    has_query = spec.startswith(("http://", "https://")) and "?" in spec
+    if glob.has_magic(path) and not has_query:
+        names = system.glob(path)
+    elif suffixes_of(name_of(spec))[0] not in SUFFIXES and system.isdir(path):
+        names = system.find(path)
+    else:
+        return [path], LeftOut()
+    left_out, root = LeftOut(), os.path.commonpath([*names, path]) if names else path
+    taken = []
+    for name in names:
+        # Below the folder that was asked for; what is above it may have any name.
+        parts = name.removeprefix(root).strip("/").split("/")
+        hidden = next((part for part in parts[:-1] if part.startswith(".")), None)
+        if reason := why_left_out(hidden or parts[-1] or name_of(name)):
+            left_out.add(reason)
+        else:
+            taken.append(name)
+    return taken, left_out
 
 
 def open_bytes(path: str) -> BinaryIO:
@@ -129,50 +170,8 @@ def open_bytes(path: str) -> BinaryIO:
 
 
 def open_decompressed(path: str) -> BinaryIO:
-    """Open what is in a .gz or .zst file, or the file itself."""
-    if path.endswith(".gz"):
-        return io.BufferedReader(gzip.open(open_bytes(path)), 1 << 17)
-    if path.endswith(".zst"):
-        return io.BufferedReader(_ZstdStream(open_bytes(path)), buffer_size=1 << 17)
-    return open_bytes(path)
-
-
-class _ZstdStream(io.RawIOBase):
-    """A reader of every frame of a .zst file.
-
-    Unlike with zstandard's own reader, a file cut short inside a frame is an error, not an early end.
-    """
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._inside_frame = False
-        self._input = self._output = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._output:
-            self._input = self._input or self._file.read(1 << 17)
-            if not self._input:
-                if self._inside_frame:
-                    raise EOFError("compressed file ended before the end-of-stream marker was reached")
-                return 0
-            self._inside_frame = True
-            self._output = self._frame.decompress(self._input)
-            self._input = b""
-            if self._frame.eof:
-                self._input = self._frame.unused_data
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-                self._inside_frame = False
-        count = min(len(buffer), len(self._output))
-        buffer[:count], self._output = self._output[:count], self._output[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    """Open what is in a compressed file, or the file itself."""
+    return decompressed(open_bytes(path), suffixes_of(name_of(path))[1])
 
 
 def first_line(error: BaseException) -> str:

@@ -5,8 +5,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
+from data_pipeline.corpora.columns import Malformed
 from data_pipeline.corpora.files import File
-from data_pipeline.corpora.records import Malformed
+from data_pipeline.printable import shown
 
 # A large file is cut into about 64 parts, neither too small to be worth a file nor too large to be done again. Those of
 # .jsonl are equal and, beyond four, a multiple of four (so down to half of MIN_PART_BYTES), that 2 or 4 processes end
@@ -24,9 +27,12 @@ class Part:
     """A text that changes when the content does."""
     size: int
     """Bytes to be read, 0 when not known."""
-    read: Callable[[], Iterator[str | Malformed]]
+    read: Callable[[], Iterator[str | np.ndarray | Malformed]]
     """The function that starts one pass over the records. It can be pickled. It raises ValueError, naming the file, for
     what cannot be read at all."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "name", shown(self.name))
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,15 @@ class TextSource:
     """Where the text really comes from."""
     parts: list[Part]
     """What is read, in this order or side by side."""
+    left_out: str = ""
+    """What was found beside it and is not read, for people."""
+    options: frozenset[str] = frozenset()
+    """Names of the arguments of `open_source` that mean something for it."""
+
+    def __post_init__(self):
+        # Here sources become text: for people, the manifest and the record of the request.
+        object.__setattr__(self, "spec", shown(self.spec))
+        object.__setattr__(self, "description", shown(self.description))
 
     @property
     def fingerprint(self) -> str:
@@ -57,6 +72,8 @@ class TextSource:
             for record in part.read():
                 if isinstance(record, Malformed):
                     raise ValueError(str(record))
+                if not isinstance(record, str):
+                    raise ValueError(f"{self.spec}: holds token ids, not text")
                 yield record
 
 

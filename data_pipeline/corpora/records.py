@@ -1,59 +1,77 @@
-"""Records of files and of Hugging Face datasets, one text after the other, with the place of those that hold none."""
+"""Records of files and of Hugging Face datasets: one document after the other, or the place of what holds none."""
 
 import contextlib
 import json
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any, BinaryIO
 
+import numpy as np
 import orjson
-import zstandard
 
+from data_pipeline.corpora.columns import MOST_BYTES, TOO_LONG, Column, Malformed
+from data_pipeline.corpora.compression import ERRORS
 from data_pipeline.corpora.files import first_line, is_url, open_bytes, open_decompressed
+from data_pipeline.printable import shown
 
-
-@dataclass(frozen=True)
-class Malformed:
-    """A record that holds no text."""
-
-    where: str
-    """The file, and the line or row."""
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
+Records = Iterator[str | np.ndarray | Malformed]
 
 
 def read_texts(paths: list[str]) -> Iterator[str | Malformed]:
     """Yield each file as one document."""
     for path in paths:
         with _reading(path), open_decompressed(path) as stream:
-            data = stream.read()
-        yield _decoded(data, path)
+            data = stream.read(MOST_BYTES + 1)
+        yield _decoded(data, path) if len(data) <= MOST_BYTES else Malformed(path, TOO_LONG)
 
 
-def read_jsonl(path: str, start: int, stop: int | None, column: str) -> Iterator[str | Malformed]:
-    """Yield the texts of lines whose first byte is in [start, stop), to the end of the file when `stop` is None."""
+def read_jsonl(path: str, start: int, stop: int | None, column: Column) -> Records:
+    """Yield the documents of lines whose first byte is in [start, stop), to the end of the file when `stop` is None."""
     with _reading(path), open_decompressed(path) as stream:
-        if start:
-            stream.seek(start - 1)
-            position = start - 1 + len(stream.readline())
-        else:
-            position = 0
+        position = _first_line_from(stream, start, stop)
         before = None
         if stop is not None and position >= stop:
             return
-        for number, line in enumerate(stream, 1):
-            record = _parsed(line, column)
+        number = 0
+        while line := stream.readline(MOST_BYTES + 1):
+            number += 1
+            length = len(line)
+            record: str | np.ndarray | Malformed | None
+            if length > MOST_BYTES:
+                length += _rest_of_line(stream, line)
+                record = Malformed("", TOO_LONG)
+            else:
+                record = _parsed(line, column)
             if record is not None:
                 if isinstance(record, Malformed):
                     if before is None:
                         before = _lines_before(path, position) - (number - 1) if start else 0
                     record = Malformed(f"{path}, line {before + number}", record.reason)
                 yield record
-            position += len(line)
+            position += length
             if stop is not None and position >= stop:
                 return
+
+
+def _first_line_from(stream: BinaryIO, start: int, stop: int | None) -> int:
+    """Go to the first line that begins at byte `start` or after it, if before `stop`, and return where that is."""
+    if not start:
+        return 0
+    stream.seek(start - 1)
+    position = start - 1
+    while stop is None or position < stop:
+        line = stream.readline(1 << 20)
+        position += len(line)
+        if not line or line.endswith(b"\n"):
+            break
+    return position
+
+
+def _rest_of_line(stream: BinaryIO, line: bytes) -> int:
+    """Read to the end of a line that is too long, and return how many bytes that were."""
+    length = 0
+    while not line.endswith(b"\n") and (line := stream.readline(1 << 20)):
+        length += len(line)
+    return length
 
 
 def _lines_before(path: str, position: int) -> int:
@@ -65,11 +83,13 @@ def _lines_before(path: str, position: int) -> int:
     return count
 
 
-def _parsed(line: bytes, column: str) -> str | Malformed | None:
-    """Return the text of one line of JSON; None for a blank line."""
+def _parsed(line: bytes, column: Column) -> str | np.ndarray | Malformed | None:
+    """Return the document in one line of JSON; None for a blank line."""
+    if line.count(column.quoted) > 1 and _is_there_twice(line, column):
+        return Malformed("", f"key {column.name!r} is there more than once, so it is not clear which one is meant")
     try:
         record = orjson.loads(line)
-        if type(record) is dict and type(text := record.get(column)) is str:
+        if type(record) is dict and type(text := record.get(column.name)) is str and not column.ids:
             return text
     except orjson.JSONDecodeError:
         pass  # it may also be what orjson is stricter about, such as lone surrogates
@@ -83,55 +103,75 @@ def _parsed(line: bytes, column: str) -> str | Malformed | None:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
         return Malformed("", f"not valid JSON: {error}") if text.strip() else None
+    return _of_record(record, column)
+
+
+def _of_record(record: object, column: Column) -> str | np.ndarray | Malformed:
     if not isinstance(record, dict):
         return Malformed("", f"expected a JSON object, found {type(record).__name__}")
-    if column not in record:
-        return Malformed("", no_such_column(column, list(record)))
-    return _checked(record[column], column, "")
+    if column.name not in record:
+        return Malformed("", column.missing(list(record)))
+    return column.checked(record[column.name], "")
 
 
-def read_parquet(path: str, row_groups: list[int] | None, column: str) -> Iterator[str | Malformed]:
-    """Yield a column of some row groups of a file, or of all."""
-    import pyarrow
+def _is_there_twice(line: bytes, column: Column) -> bool:
+    """Return whether the outermost object of a line has the column's key more than once."""
+    times = 0
 
-    try:
-        with parquet_file(path) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise ValueError(f"{path}: {no_such_column(column, names)}")
-            row = sum(file.metadata.row_group(i).num_rows for i in range(row_groups[0])) if row_groups else 0
-            batches = file.iter_batches(1024, row_groups=row_groups, columns=[column], use_threads=False)
-            for batch in batches:
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    record = _checked(text, column, "")
-                    yield Malformed(f"{path}, row {row}", record.reason) if isinstance(record, Malformed) else record
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read as parquet: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def parquet_file(path: str):
-    """Open a parquet file, wherever it is, and close it at the end."""
-    import pyarrow
-    import pyarrow.parquet
+    def count(pairs: list[tuple[str, object]]) -> dict:
+        nonlocal times
+        times = sum(key == column.name for key, _ in pairs)  # the outermost object is complete last
+        return {}
 
     try:
-        with open_bytes(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
-            yield file
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read as parquet: {first_line(error)}") from error
+        outermost = json.loads(line, object_pairs_hook=count)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(outermost, dict) and times > 1
+
+
+def read_json(path: str, column: Column) -> Records:
+    """Yield the documents of a .json file: lines of objects, as in .jsonl, or one array of them, or a single one."""
+    with _reading(path), open_decompressed(path) as stream:
+        line = b"\n"
+        while line and not line.strip():
+            line = stream.readline(MOST_BYTES + 1)
+    if not isinstance(_json_or_none(line), dict):
+        with _reading(path), open_decompressed(path) as stream:
+            data = stream.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+            raise ValueError(
+                f"{shown(path)}: an array of more than {MOST_BYTES >> 20} MiB; write its records as lines of a .jsonl "
+                f"file (`jq -c '.[]'`)"
+            )
+        value = _json_or_none(data) if len(data) <= MOST_BYTES else None
+        del data
+        if value is not None:
+            for number, record in enumerate(value if isinstance(value, list) else [value], 1):
+                document = _of_record(record, column)
+                if isinstance(document, Malformed):
+                    document = Malformed(f"{path}, record {number}", document.reason)
+                yield document
+            return
+    yield from read_jsonl(path, 0, None, column)
+
+
+def _json_or_none(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
 
 
 @contextlib.contextmanager
 def _reading(path: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+    except ERRORS as error:
+        raise ValueError(f"{shown(path)}: cannot be read: {shown(str(error))}") from error
     except Exception as error:
         if is_url(path):  # each store raises its own kinds
-            raise ValueError(f"{path}: cannot be read: {first_line(error)}") from error
+            raise ValueError(f"{shown(path)}: cannot be read: {shown(first_line(error))}") from error
         raise
 
 
@@ -142,18 +182,18 @@ def stream_huggingface(which: dict):
     return datasets.load_dataset(**which, streaming=True)
 
 
-def read_huggingface(which: dict, label: str, column: str, index: int, count: int) -> Iterator[str | Malformed]:
+def read_huggingface(which: dict, label: str, column: Column, index: int, count: int) -> Records:
     """Yield a column of shard `index` of `count` of a streamed dataset."""
     row = 0
     where = f"{label}, shard {index + 1} of {count}"
     try:
         shard = stream_huggingface(which).shard(count, index, contiguous=True)
-        for batch in shard.select_columns([column]).iter(batch_size=1000):
-            for text in batch[column]:
+        for batch in shard.select_columns([column.name]).iter(batch_size=1000):
+            for value in batch[column.name]:
                 row += 1
-                yield _checked(text, column, f"{where}, row {row}")
+                yield column.checked(value, f"{where}, row {row}")
     except Exception as error:
-        raise ValueError(f"{where}: reading failed after row {row}: {first_line(error)}") from error
+        raise ValueError(f"{shown(where)}: reading failed after row {row}: {shown(first_line(error))}") from error
 
 
 def _decoded(data: bytes, where: str) -> str | Malformed:
@@ -161,16 +201,3 @@ def _decoded(data: bytes, where: str) -> str | Malformed:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return Malformed(where, f"not UTF-8 text (byte {error.start}: {error.reason})")
-
-
-def _checked(value: object, column: str, where: str) -> str | Malformed:
-    if value is None:  # a missing text is an empty one, which `prepare` drops and counts
-        return ""
-    if not isinstance(value, str):
-        return Malformed(where, f"column {column!r} holds {type(value).__name__}, not text")
-    return value
-
-
-def no_such_column(column: str, names: list[str]) -> str:
-    """Return a message that there is no such column, and which there are."""
-    return f"no column {column!r}, only {', '.join(map(repr, names))}; choose one with --text-column"

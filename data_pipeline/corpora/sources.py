@@ -9,26 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.corpora.builtin import installed, pystdlib, synthetic
-from data_pipeline.corpora.files import File, content_suffix, find_files, first_line, is_url
+from data_pipeline.corpora.columns import Column
+from data_pipeline.corpora.files import File, FoundFiles, all_files, find_files, first_line, is_url, local_path
+from data_pipeline.corpora.kinds import KNOWN, LINES_SUFFIXES, SUFFIXES, TEXT_SUFFIXES, is_known, suffixes_of
 from data_pipeline.corpora.part import Part, TextSource, fingerprint_of, grouped, part_bytes
-from data_pipeline.corpora.records import (
-    no_such_column,
-    parquet_file,
-    read_huggingface,
-    read_jsonl,
-    read_parquet,
-    read_texts,
-    stream_huggingface,
-)
-
-TEXT_SUFFIXES = (".txt", ".md")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
+from data_pipeline.corpora.records import read_huggingface, read_json, read_jsonl, read_texts, stream_huggingface
+from data_pipeline.corpora.saved import is_saved, saved_files
+from data_pipeline.corpora.tables import parquet_file, read_arrow, read_parquet
+from data_pipeline.printable import shown
+from data_pipeline.secrets import without_secrets
 
 
 def open_source(
     spec: str,
     *,
     text_column: str = "text",
+    ids_column: str | None = None,
     split: str | None = None,
     config_name: str | None = None,
     revision: str | None = None,
@@ -37,12 +33,13 @@ def open_source(
 
     Args:
         spec: `pystdlib` (the running Python's own library without its tests; `synthetic` where it has no sources),
-            `installed` (that and every installed package), `synthetic[:documents=N,seed=S]`, a file, glob or directory
-            of .txt, .md, .jsonl and .parquet (all but parquet also .gz or .zst), local or behind a URL that fsspec
-            knows (s3://, gs://, https://), or else the name of a Hugging Face dataset, streamed. Local paths come
-            before dataset names, except that a directory with `split` or `config_name` is opened as a Hugging Face
-            dataset; A/B is not sought on the hub where A is a local directory.
-        text_column: The field of .jsonl, .parquet and Hugging Face records that holds the text.
+            `installed` (that and every installed package), `synthetic[:documents=N,seed=S]`, a file, folder or pattern
+            of files of known kinds (`kinds.KNOWN`), local or behind a URL that fsspec knows (s3://, gs://, https://), a
+            folder that Hugging Face's `save_to_disk` wrote, or else the name of a Hugging Face dataset, streamed. Local
+            paths come before dataset names, except that a directory with `split` or `config_name` is opened as a
+            Hugging Face dataset; A/B is not sought on the hub where A is a local directory.
+        text_column: The field of records, in files and Hugging Face datasets, that holds the text.
+        ids_column: The field that holds lists of token ids; they are read instead of texts.
         split: The split of a Hugging Face dataset, "train" when not given.
         config_name: The configuration of a Hugging Face dataset.
         revision: The revision of a Hugging Face dataset.
@@ -50,6 +47,7 @@ def open_source(
     Raises:
         ValueError: Nothing is found, or it cannot be opened.
     """
+    column = Column(text_column) if ids_column is None else Column(ids_column, ids=True)
     name, _, parameters = spec.partition(":")
     if name == "synthetic":
         return synthetic(spec, parameters)
@@ -58,51 +56,80 @@ def open_source(
     if spec == "installed":
         return installed(spec)
     if is_url(spec):
-        return _files(spec, text_column)
-    path = Path(spec).expanduser()
+        return _files(spec, column)
+    path = local_path(spec)
+    if is_saved(path):
+        return _saved(spec, path, column, split)
     if path.is_dir() and (split or config_name):
-        return _huggingface(spec, str(path.resolve()), text_column, split, config_name, revision)
+        return _huggingface(spec, str(path.resolve()), column, split, config_name, revision)
     if path.exists() or glob.has_magic(spec):
-        return _files(spec, text_column)
+        return _files(spec, column)
     if "/" in spec and Path(path.parts[0]).is_dir():  # a mistake more often than a name on the hub
         raise ValueError(
-            f"source {spec!r}: no such file or directory in {path.parts[0]!r}; for a Hugging Face dataset of that name "
-            f"run where there is no such directory"
+            f"{_named(spec)}: no such file or directory in {path.parts[0]!r}; for a Hugging Face dataset of "
+            f"that name run where there is no such directory"
         )
-    looks_like_path = spec.startswith((".", "/", "~")) or content_suffix(path.name) in (*SUFFIXES, ".json", ".csv")
+    looks_like_path = spec.startswith((".", "/", "~")) or suffixes_of(path.name)[0] in (*SUFFIXES, ".csv")
     if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
-        raise ValueError(f"source {spec!r}: no such file or directory")
-    return _huggingface(spec, spec, text_column, split, config_name, revision)
+        raise ValueError(f"{_named(spec)}: no such file or directory")
+    return _huggingface(spec, spec, column, split, config_name, revision)
+
+
+def _named(spec: str) -> str:
+    """Return what a message calls a source."""
+    return f"source {without_secrets(spec)!r}"
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
-def _files(spec: str, text_column: str) -> TextSource:
-    files = find_files(spec, SUFFIXES)
-    kinds = ", ".join(SUFFIXES)
-    if not files:
-        raise ValueError(f"source {spec!r}: no file there ends in one of {kinds} (or these with .gz or .zst)")
-    for file in files:
-        if file.suffix not in SUFFIXES or (file.is_compressed and file.suffix == ".parquet"):
-            raise ValueError(
-                f"source {spec!r}: {file.path} is of no known kind; known are {kinds}, all but .parquet also "
-                f"with .gz or .zst"
-            )
+def _files(spec: str, column: Column) -> TextSource:
+    found = find_files(spec)
+    _check_found(spec, found)
     parts: list[Part] = []
     texts: list[File] = []
-    for file in files:
+    for file in found.files:
         if file.suffix in TEXT_SUFFIXES:
             texts.append(file)
-            continue
-        parts += _text_parts(texts)
-        texts = []
-        cut = _parquet_parts if file.suffix == ".parquet" else _jsonl_parts
-        parts += cut(file, part_bytes(file), text_column)
+        else:
+            parts += _text_parts(texts)
+            texts = []
+            parts += _record_parts(file, column)
     parts += _text_parts(texts)
-    count = f"{len(files)} files" if len(files) > 1 else "1 file"
+    count = f"{len(found.files):,} files" if len(found.files) > 1 else "1 file"
     where = f"at {spec}" if is_url(spec) else f"at {Path(spec).expanduser().absolute()}"
-    return TextSource(spec, "files", f"{count} {where}", parts)
+    has_records = any(file.suffix not in TEXT_SUFFIXES for file in found.files)
+    options = frozenset(["text_column", "ids_column"] if has_records else [])
+    return TextSource(spec, "files", f"{count} {where}", parts, str(found.left_out), options)
+
+
+def _check_found(spec: str, found: FoundFiles) -> None:
+    """Check that there are files, and that a single one which was named is of a known kind.
+
+    Raises:
+        ValueError: It is not so; the message says what is there.
+    """
+    for file in found.files:
+        if not is_known(file.name):
+            raise ValueError(f"{_named(spec)}: {shown(file.path)} is of no known kind; known are {KNOWN}")
+    if found.files:
+        return
+    if found.left_out:
+        raise ValueError(
+            f"{_named(spec)}: no file there is taken, what is there is left out ({found.left_out}); known are {KNOWN}"
+        )
+    if is_url(spec) or Path(spec).expanduser().is_dir():
+        raise ValueError(f"{_named(spec)}: no file is there; known are {KNOWN}")
+    folder = _folder_before_magic(Path(spec).expanduser())
+    there = "" if folder.is_dir() else f", there is no folder {str(folder)!r}"
+    raise ValueError(f"{_named(spec)}: no such file, the pattern matches nothing{there}")
+
+
+def _folder_before_magic(pattern: Path) -> Path:
+    """Return the folder in which a pattern begins to be one."""
+    parts = pattern.parts
+    count = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return Path(*parts[:count])
 
 
 def _text_parts(files: list[File]) -> Iterator[Part]:
@@ -112,22 +139,31 @@ def _text_parts(files: list[File]) -> Iterator[Part]:
         yield Part(name, fingerprint_of(group), sum(file.size for file in group), partial(read_texts, paths))
 
 
-def _jsonl_parts(file: File, most: int, column: str) -> Iterator[Part]:
+def _record_parts(file: File, column: Column) -> Iterator[Part]:
+    if file.suffix in LINES_SUFFIXES:
+        yield from _jsonl_parts(file, part_bytes(file), column)
+    elif file.suffix == ".parquet":
+        yield from _parquet_parts(file, part_bytes(file), column)
+    else:
+        read = read_arrow if file.suffix == ".arrow" else read_json
+        yield Part(file.name, fingerprint_of([file], column.key), file.size, partial(read, file.path, column))
+
+
+def _jsonl_parts(file: File, most: int, column: Column) -> Iterator[Part]:
     # Servers of web pages need not answer for a range of bytes.
     if file.is_compressed or file.path.startswith(("http://", "https://")) or file.size <= most:
-        yield Part(
-            file.name, fingerprint_of([file], column), file.size, partial(read_jsonl, file.path, 0, None, column)
-        )
+        read = partial(read_jsonl, file.path, 0, None, column)
+        yield Part(file.name, fingerprint_of([file], column.key), file.size, read)
         return
     for start in range(0, file.size, most):
         stop = min(start + most, file.size)
         read = partial(read_jsonl, file.path, start, stop, column)
         yield Part(
-            f"{file.name}, bytes {start} to {stop}", fingerprint_of([file], column, start, stop), stop - start, read
+            f"{file.name}, bytes {start} to {stop}", fingerprint_of([file], column.key, start, stop), stop - start, read
         )
 
 
-def _parquet_parts(file: File, most: int, column: str) -> Iterator[Part]:
+def _parquet_parts(file: File, most: int, column: Column) -> Iterator[Part]:
     groups: list[list[int] | None] = [None]
     if file.size > 2 * most:  # only then is it worth a look at the file
         with parquet_file(file.path) as parquet:
@@ -135,15 +171,21 @@ def _parquet_parts(file: File, most: int, column: str) -> Iterator[Part]:
             groups = [list(range(parquet.num_row_groups))[i : i + each] for i in range(0, parquet.num_row_groups, each)]
     for group in groups:
         name = file.name + (f", row groups {group[0]} to {group[-1]}" if group else "")
-        fingerprint = fingerprint_of([file], column, group)
+        fingerprint = fingerprint_of([file], column.key, group)
         yield Part(name, fingerprint, file.size // len(groups), partial(read_parquet, file.path, group, column))
 
 
 # --- Hugging Face datasets ------------------------------------------------------------------------
 
 
+def _saved(spec: str, path: Path, column: Column, split: str | None) -> TextSource:
+    files, label = saved_files(path, split)
+    parts = [part for file in files for part in _record_parts(file, column)]
+    return TextSource(spec, "huggingface", label, parts, options=frozenset(["text_column", "ids_column", "split"]))
+
+
 def _huggingface(
-    spec: str, path: str, column: str, split: str | None, config_name: str | None, revision: str | None
+    spec: str, path: str, column: Column, split: str | None, config_name: str | None, revision: str | None
 ) -> TextSource:
     split = split or "train"
     label = f"Hugging Face dataset {path!r}" + (f" ({config_name})" if config_name else "") + f", split {split!r}"
@@ -151,28 +193,33 @@ def _huggingface(
     which: dict[str, Any] = {"path": path, "name": config_name, "split": split, "revision": revision}
     not_local = ""
     if Path(path).is_dir():
-        content: Any = [[file.path, file.size, file.version] for file in find_files(path, None)]
+        if glob.has_magic(path):
+            raise ValueError(
+                f"{_named(spec)}: Hugging Face's library takes `[`, `*` and `?` in the folder's name for a pattern; "
+                f"rename the folder, or leave out --split and --name"
+            )
+        content: Any = [[file.path, file.size, file.version] for file in all_files(Path(path))]
     else:
         which["revision"] = content = _resolved(path, revision)
         not_local = "is no built-in corpus (pystdlib, installed, synthetic), no local file, and "
     try:
         dataset = stream_huggingface(which)
     except Exception as error:  # the library raises many kinds, some of them bare Exception subclasses
-        raise ValueError(f"source {spec!r} {not_local}cannot be opened as {label}: {first_line(error)}") from error
-    names = dataset.column_names
-    if names is not None and column not in names:
-        raise ValueError(f"{label}: {no_such_column(column, names)}")
+        raise ValueError(f"{_named(spec)} {not_local}cannot be opened as {label}: {first_line(error)}") from error
+    if dataset.column_names is not None:
+        column.check_names(dataset.column_names, label)
     count = dataset.num_shards
     parts = [
         Part(
             f"{path} {split} {index + 1} of {count}",
-            json.dumps([which, content, column, index, count], sort_keys=True),
+            json.dumps([which, content, column.key, index, count], sort_keys=True),
             0,
             partial(read_huggingface, which, label, column, index, count),
         )
         for index in range(count)
     ]
-    return TextSource(spec, "huggingface", label, parts)
+    options = frozenset(["text_column", "ids_column", "split", "config_name", "revision"])
+    return TextSource(spec, "huggingface", label, parts, options=options)
 
 
 def _resolved(path: str, revision: str | None) -> str | None:

@@ -10,8 +10,10 @@ command was killed and given again.
 
 import sys
 
-from data_pipeline.command_line import Program, run
+from data_pipeline.command_line import MISTAKE, Program, print_line, run
+from data_pipeline.corpora.part import TextSource
 from data_pipeline.corpora.sources import open_source
+from data_pipeline.prepare.allowed_code import import_from_allowed
 from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.prepare.settings import PrepareConfig
 from data_pipeline.tokenizer.published import load_tokenizer
@@ -19,11 +21,13 @@ from data_pipeline.tokenizer.published import load_tokenizer
 
 def main(argv: list[str] | None = None) -> int:
     """Prepare what the command line asks for; return the exit code."""
-    program = Program("python -m data_pipeline.prepare", interrupted="interrupted; the same command continues")
+    interrupted = "interrupted; the same command continues"
+    program = Program("python -m data_pipeline.prepare", failed=MISTAKE, interrupted=interrupted)
     return run(program, PrepareConfig, _prepare, argv)
 
 
 def _prepare(settings: PrepareConfig) -> None:
+    import_from_allowed(settings.filter, settings.allow_code)
     tokenizer = load_tokenizer(
         settings.tokenizer,
         pattern=settings.pattern,
@@ -35,12 +39,14 @@ def _prepare(settings: PrepareConfig) -> None:
         open_source(
             spec,
             text_column=settings.text_column,
+            ids_column=settings.ids_column,
             split=settings.split,
             config_name=settings.name,
             revision=settings.revision,
         )
         for spec in settings.sources
     ]
+    _check_used(settings, sources)
     prepare(
         sources,
         settings.output,
@@ -48,7 +54,7 @@ def _prepare(settings: PrepareConfig) -> None:
         workers=settings.workers,
         max_malformed=settings.max_malformed,
         overwrite=settings.overwrite,
-        report=lambda line: print(line, flush=True),
+        report=print_line,
         normalization=settings.normalization,
         min_characters=settings.min_characters,
         max_characters=settings.max_characters,
@@ -58,6 +64,29 @@ def _prepare(settings: PrepareConfig) -> None:
         shard_tokens=settings.shard_tokens,
         max_documents=settings.max_documents,
     )
+
+
+def _check_used(settings: PrepareConfig, sources: list[TextSource]) -> None:
+    """Check that options about sources mean something for one of them.
+
+    Raises:
+        ValueError: One does not; the message names it.
+    """
+    given = {
+        "text_column": settings.text_column != "text",
+        "ids_column": settings.ids_column is not None,
+        "split": settings.split is not None,
+        "config_name": settings.name is not None,
+        "revision": settings.revision is not None,
+    }
+    used = {name for source in sources for name in source.options}
+    for name, is_given in given.items():
+        if is_given and name not in used:
+            option = "--name" if name == "config_name" else f"--{name.replace('_', '-')}"
+            about = "records with columns" if "column" in name else "Hugging Face datasets"
+            raise ValueError(f"{option}: is about {about}, and no source holds any; leave it out")
+    if settings.ids_column is not None and (other := [s.spec for s in sources if "ids_column" not in s.options]):
+        raise ValueError(f"--ids-column: source {other[0]!r} holds texts, not token ids; prepare it apart")
 
 
 if __name__ == "__main__":

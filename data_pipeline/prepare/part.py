@@ -16,14 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.corpora.columns import Malformed
 from data_pipeline.corpora.part import Part
-from data_pipeline.corpora.records import Malformed
 from data_pipeline.disk import write_file_atomically
+from data_pipeline.foreign import Count, read_json
 from data_pipeline.prepare.rules import Rules, apply_rules, load_filter
 from data_pipeline.shards.held_out import is_held_out
 from data_pipeline.shards.manifest import SPLITS, Shard
 from data_pipeline.shards.megatron import data_path, index_path, token_dtype
-from data_pipeline.shards.writer import SplitWriter
+from data_pipeline.shards.writer import SplitWriter, documents_of_ids
 from data_pipeline.tokenizer.tokenizer import Tokenizer, repaired
 
 VERSION = 2
@@ -60,17 +61,17 @@ class PreparedPart:
     """What `part_key` says of the part."""
     source: str
     """The name of the part."""
-    records: int
+    records: Count
     """How many records were read."""
-    documents: int
+    documents: Count
     """How many documents were kept."""
     shards: dict[str, list[Shard]]
     """The shards of each split."""
-    dropped: dict[str, int]
+    dropped: dict[str, Count]
     """How many texts were dropped, by reason."""
-    irregular: dict[str, int]
+    irregular: dict[str, Count]
     """How many texts the tokenizer had to treat, by reason."""
-    malformed: int
+    malformed: Count
     """How many records hold no text."""
     examples: list[str]
     """The first 1,000 of these, with file and line."""
@@ -81,13 +82,11 @@ class PreparedPart:
     def read(cls, directory: Path, key: str) -> "PreparedPart | None":
         """Return the part of this key if it is complete in `directory`."""
         try:
-            fields = json.loads((directory / f"{key}.json").read_bytes())
-            shards = {split: [Shard(**shard) for shard in fields["shards"][split]] for split in SPLITS}
-            part = cls(**fields | {"shards": shards})
+            part = read_json(directory / f"{key}.json", cls)
             complete = all((directory / name).stat().st_size == size for name, size in part.sizes.items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError):
             return None
-        return part if complete and part.key == key else None
+        return part if complete and part.key == key and part.shards.keys() == set(SPLITS) else None
 
 
 def prepare_part(
@@ -134,7 +133,7 @@ class _PartWriter:
             split: SplitWriter(self.folder, f"{key}-{split}", self.dtype, self.rules.shard_tokens, part.name)
             for split in SPLITS
         }
-        self.batch: dict[str, list[str]] = {split: [] for split in SPLITS}
+        self.batch: dict[str, list[str | np.ndarray]] = {split: [] for split in SPLITS}
         self.batch_characters = self.batch_documents = 0
         self.records = self.malformed = 0
         self.examples: list[str] = []
@@ -148,17 +147,39 @@ class _PartWriter:
         """Whether the part holds all the documents that the whole dataset may have."""
         return self.rules.max_documents is not None and len(self.hashes) >= self.rules.max_documents
 
-    def add(self, record: str | Malformed) -> None:
-        """Keep the text of a record, or count why it is left out."""
+    def add(self, record: str | np.ndarray | Malformed) -> None:
+        """Keep the text of a record or its token ids, or count why it is left out."""
         self.records += 1
         if isinstance(record, Malformed):
             self._count_malformed(record)
+            return
+        if isinstance(record, np.ndarray):
+            self._add_ids(record)
             return
         text, reason = apply_rules(record, self.rules, self.filters)
         if reason:
             self.dropped[reason] += 1
             return
         text, digest = self._hash(text)
+        self._keep(text, len(text), digest)
+
+    def _add_ids(self, record: np.ndarray) -> None:
+        """Keep token ids as they are.
+
+        A document's split, and what is a copy of it, is decided by its text, as everywhere.
+        """
+        try:
+            documents = documents_of_ids(record, self.tokenizer)
+            texts = [self.tokenizer.decode_bytes(document[:-1]) for document in documents]
+        except ValueError as error:
+            raise ValueError(f"{self.part.name}, record {self.records}: {error}") from error
+        if not documents:
+            self.dropped["empty"] += 1
+        for document, text in zip(documents, texts):
+            self._keep(document, len(text), hashlib.sha256(text).digest())
+
+    def _keep(self, document: str | np.ndarray, length: int, digest: bytes) -> None:
+        """Put a document into its split, unless it is a copy."""
         if self.rules.deduplicate:
             if digest[:16] in self.seen:
                 self.dropped["duplicate"] += 1
@@ -166,22 +187,31 @@ class _PartWriter:
             self.seen.add(digest[:16])
         self.hashes.append(digest[:16])
         held_out = is_held_out(digest, self.rules.validation_fraction)
-        self.batch["validation" if held_out else "train"].append(text)
-        self.batch_characters, self.batch_documents = self.batch_characters + len(text), self.batch_documents + 1
+        self.batch["validation" if held_out else "train"].append(document)
+        self.batch_characters, self.batch_documents = self.batch_characters + length, self.batch_documents + 1
         if self.batch_characters >= BATCH_CHARACTERS or self.batch_documents >= BATCH_DOCUMENTS:
             self.write_batch()
 
     def write_batch(self) -> None:
         """Tokenize the texts that wait, and add them to the shards."""
         tokens_written = 0
-        for split, texts in self.batch.items():
-            if texts:
-                tokens, lengths = self.tokenizer.encode_documents(texts, self.dtype)
+        for split, documents in self.batch.items():
+            if documents:
+                tokens, lengths = self._tokens_of(documents)
                 self.shard_writers[split].add_documents(tokens, lengths)
                 tokens_written += len(tokens)
-                texts.clear()
+                documents.clear()
         self.report_progress(self.batch_documents, tokens_written)
         self.batch_characters = self.batch_documents = 0
+
+    def _tokens_of(self, documents: list[str | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of documents, each ended by end-of-text, and how many each has."""
+        ids = [document for document in documents if isinstance(document, np.ndarray)]
+        if not ids:
+            texts = [document for document in documents if isinstance(document, str)]
+            return self.tokenizer.encode_documents(texts, self.dtype)
+        assert len(ids) == len(documents), "a part holds texts or token ids"
+        return np.concatenate(ids).astype(self.dtype), np.array([len(document) for document in ids], np.int32)
 
     def finish(self) -> PreparedPart:
         """Complete the shards, write the hashes, and last the record."""

@@ -16,8 +16,9 @@ class PrepareConfig:
     """
 
     sources: list[str] = positional("SOURCE")
-    """pystdlib, installed, synthetic[:documents=N,seed=S]; files, globs or directories of .txt .md .jsonl .parquet (.gz
-    .zst), also as s3://, gs:// or https:// URLs; or the name of a Hugging Face dataset."""
+    """pystdlib, installed, synthetic[:documents=N,seed=S]; files, patterns or folders of .txt .md .jsonl .ndjson .json
+    .parquet .arrow (.gz .zst .xz .bz2), also as s3://, gs:// or https:// URLs; a folder of save_to_disk; or the name of
+    a Hugging Face dataset."""
     output: str = option()
     """Directory to create."""
     tokenizer: str = "builtin"
@@ -32,6 +33,8 @@ class PrepareConfig:
     """What tokenizes; the ids are the same."""
     text_column: str = "text"
     """Field that holds the text in records."""
+    ids_column: str | None = None
+    """Field that holds lists of token ids that the tokenizer made, to take instead of texts."""
     split: str | None = None
     """Split of a Hugging Face dataset; null is train."""
     name: str | None = None
@@ -46,7 +49,10 @@ class PrepareConfig:
     """Drop longer documents."""
     filter: list[str] = option(default_factory=list, metavar="MODULE:FUNCTION")
     """Called with each text: True keeps it, False drops it, a text replaces it. May be repeated; those of a recipe come
-    first."""
+    first. Only from files that --allow-code names."""
+    allow_code: list[str] = option(default_factory=list, metavar="PATH", typed_only=True)
+    """Python file, or folder of such files, from which filters may be run. Only on the command line, never in a recipe;
+    may be repeated."""
     keep_duplicates: bool = False
     """Do not drop exact copies of earlier documents."""
     max_malformed: float = ranged(0.001, at_least=0, at_most=1)
@@ -57,7 +63,29 @@ class PrepareConfig:
     """Most tokens of a shard file."""
     max_documents: int | None = ranged(None, at_least=1)
     """Stop after this many documents."""
-    workers: int = ranged(1, at_least=1)
+    workers: int = ranged(1, at_least=1, at_most=1024)
     """Processes."""
     overwrite: bool = False
     """Replace an existing dataset."""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources: there are none; name what to prepare, such as pystdlib or corpus.jsonl")
+        if self.max_characters is not None and self.min_characters > self.max_characters:
+            raise ValueError(
+                f"--min-characters {self.min_characters}: must not be more than --max-characters, which is "
+                f"{self.max_characters}"
+            )
+        if self.allow_code and not self.filter:
+            raise ValueError("--allow-code: means nothing without --filter MODULE:FUNCTION; leave it out")
+        if self.ids_column is None:
+            return
+        rules = {
+            "--text-column": self.text_column != "text",
+            "--normalization": self.normalization is not None,
+            "--min-characters": self.min_characters > 0,
+            "--max-characters": self.max_characters is not None,
+            "--filter": bool(self.filter),
+        }
+        if given := [name for name, is_given in rules.items() if is_given]:
+            raise ValueError(f"{given[0]}: is about texts, and --ids-column reads token ids; give one of them")

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_pipeline.corpora.files import local_path
 from data_pipeline.disk import locked, move, publish
 from data_pipeline.prepare.part import finished_keys, remove_temporary_files
 
@@ -22,7 +23,7 @@ def output_path(output: str | Path) -> Path:
     Raises:
         ValueError: Nothing can be renamed to that place.
     """
-    output = Path(output).absolute()
+    output = local_path(str(output)).absolute()
     if output.is_symlink():
         output = output.resolve()
     if output.is_mount():

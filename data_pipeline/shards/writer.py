@@ -8,6 +8,7 @@ import numpy as np
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.megatron import IndexedReader, IndexedWriter, TokenWriter
 from data_pipeline.shards.raw import RawReader
+from data_pipeline.tokenizer.tokenizer import Tokenizer
 
 _BATCH_TOKENS = 1 << 20
 _BATCH_DOCUMENTS = 1 << 16
@@ -70,6 +71,29 @@ class SplitWriter:
             writer, self._writer = self._writer, None
             writer.close()
             self._shards.append(shard_of(writer, self.source))
+
+
+def documents_of_ids(ids: np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Return the documents in a row of token ids, each ended by end-of-text; empty ones are left out.
+
+    What ends with end-of-text is a document, and so is what comes after the last of these.
+
+    Raises:
+        ValueError: An id is none of the tokenizer's.
+    """
+    if not len(ids):
+        return []
+    for number in (int(ids.min()), int(ids.max())):
+        if not 0 <= number < tokenizer.n_vocab:
+            raise ValueError(
+                f"token id {number} is not one of the {tokenizer.n_vocab} ids of tokenizer {tokenizer.name}; name the "
+                f"--tokenizer that made these ids"
+            )
+    if ids[-1] != tokenizer.eot_id:
+        ids = np.append(ids, tokenizer.eot_id)
+    ends = np.flatnonzero(ids == tokenizer.eot_id) + 1
+    parts = [ids] if len(ends) == 1 else np.split(ids, ends)
+    return [part for part in parts if len(part) > 1]
 
 
 def shard_of(writer: TokenWriter, source: str | None = None) -> Shard:

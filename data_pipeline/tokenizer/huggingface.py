@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
+from data_pipeline.tokenizer.harmony import stop_ids
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
 
@@ -18,7 +20,7 @@ def huggingface_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]:
         tokenizer: The tokenizer.
         max_length: Positions of the model, for `model_max_length`.
     """
-    end = tokenizer.eot_token
+    end, stops = tokenizer.eot_token, stop_ids(tokenizer)
     return {
         "tokenizer.json": _tokenizer_json(tokenizer),
         "tokenizer_config.json": {
@@ -30,7 +32,7 @@ def huggingface_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]:
         },
         "generation_config.json": {
             "do_sample": True,
-            "eos_token_id": tokenizer.eot_id,
+            "eos_token_id": stops if len(stops) > 1 else stops[0],
             "pad_token_id": tokenizer.eot_id,
         },
     }
@@ -39,10 +41,9 @@ def huggingface_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]:
 def _tokenizer_json(tokenizer: Tokenizer) -> dict:
     """Return what the `tokenizers` library reads: special tokens, how text is cut, and the merges."""
     ranks = tokenizer.ranks
-    letters = _letters()
-    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    texts = spelled(ranks)
     merges = [
-        [spelled[part] for part in _parts(ranks, token)]
+        [texts[part] for part in _parts(ranks, token)]
         for token in sorted(ranks, key=ranks.__getitem__)
         if len(token) > 1
     ]
@@ -64,7 +65,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict:
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": True,
-        "vocab": {spelled[token]: rank for token, rank in ranks.items()},
+        "vocab": {texts[token]: rank for token, rank in ranks.items()},
         "merges": [pair for pair in merges if len(pair) == 2],
     }
     return {
@@ -78,6 +79,12 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict:
         "decoder": byte_level,
         "model": model,
     }
+
+
+def spelled(tokens: Iterable[bytes]) -> dict[bytes, str]:
+    """Return the text that stands for each token in tokenizer.json."""
+    letters = _letters()
+    return {token: "".join(letters[byte] for byte in token) for token in tokens}
 
 
 def _letters() -> list[str]:

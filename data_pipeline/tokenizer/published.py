@@ -4,8 +4,9 @@ import hashlib
 from importlib import resources
 from pathlib import Path
 
+from data_pipeline.foreign import read_bytes
 from data_pipeline.tokenizer.patterns import PATTERNS
-from data_pipeline.tokenizer.rank_files import SHA256, find_ranks, parse_ranks
+from data_pipeline.tokenizer.rank_files import MOST_RANK_BYTES, SHA256, find_ranks, parse_ranks
 from data_pipeline.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
 
 HARMONY_SPECIALS = (
@@ -49,6 +50,10 @@ def load_tokenizer(
         ValueError: The name is unknown, or the vocabulary cannot be found or read. The message has the remedy.
     """
     name = str(name_or_path)
+    if vocab_file is not None and name not in _PUBLISHED:
+        raise ValueError(f"vocab_file {vocab_file}: is one of {', '.join(_PUBLISHED)}, not of {name!r}; leave it out")
+    if pattern is not None and (name in (*_PUBLISHED, "bytes", "builtin") or Path(name).is_dir()):
+        raise ValueError(f"pattern {pattern!r}: is for rank files, and {name!r} has its own; leave it out")
     if name in _PUBLISHED:
         ranks_name, pattern_name, eot_token, special_tokens = _PUBLISHED[name]
         ranks = parse_ranks(find_ranks(ranks_name, vocab_file=vocab_file, download=download), ranks_name)
@@ -71,10 +76,7 @@ def load_tokenizer(
 
 
 def _from_rank_file(path: Path, pattern: str | None) -> Tokenizer:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    data = read_bytes(path, most=MOST_RANK_BYTES)
     ranks = parse_ranks(data, str(path))
     published = {digest: name for name, digest in SHA256.items()}.get(hashlib.sha256(data).hexdigest())
     if pattern is None and published:

@@ -4,25 +4,32 @@ r"""Write a manifest for token files that are there already.
         --train train.bin --validation val.bin
     python -m data_pipeline.adopt data/pile --tokenizer o200k_harmony --train 'pile_*_text_document'
 
-The first is nanoGPT's, the second Megatron-LM's. Everything is read once; nothing that is there is changed.
+    python -m data_pipeline.adopt data/saved --tokenizer gpt2 --train train --validation test
+
+The first is nanoGPT's, the second Megatron-LM's, the third a folder of Hugging Face's `save_to_disk` with a column of
+token ids. Everything is read once; nothing that is there is changed.
 """
 
+import contextlib
+import glob
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.command_line import Program, option, positional, ranged, run
-from data_pipeline.disk import sync_path, write_file_atomically
+from data_pipeline.command_line import MISTAKE, Program, option, positional, print_line, ranged, run
+from data_pipeline.disk import staging_directory, sync_path, write_file_atomically
+from data_pipeline.printable import shown
 from data_pipeline.shards.checksums import record_content, scan, token_problems
 from data_pipeline.shards.manifest import FILE_NAME, Manifest, Shard
-from data_pipeline.shards.megatron import IndexedReader, index_path
+from data_pipeline.shards.megatron import IndexedReader, index_path, token_dtype
 from data_pipeline.shards.raw import DTYPES, RawReader, npy_header
 from data_pipeline.tokenizer.published import load_tokenizer
 from data_pipeline.tokenizer.tokenizer import Tokenizer
+from data_pipeline.tools.adopt_tables import copy_ids, is_table, tables_in
 
 
 def adopt(
@@ -32,19 +39,24 @@ def adopt(
     train: list[str],
     validation: list[str] = [],  # noqa: B006 (never changed)
     dtype: str | None = None,
+    ids_column: str | None = None,
     workers: int = 1,
     report: Callable[[str], None] = print,
 ) -> Manifest:
     """Write manifest.json and the tokenizer beside existing token files, which are read once.
 
+    Of tables the ids are copied to shards beside them.
+
     Args:
         directory: Where the files are.
         tokenizer: What made them.
         train: Patterns of names in `directory`. The files of a split are in the order of the patterns, and of the names
-            within one. Files with an .idx beside them are Megatron's (they need no suffix), all others are raw.
+            within one. Files with an .idx beside them are Megatron's (they need no suffix), .arrow and .parquet files
+            are tables, as are folders that `save_to_disk` wrote; all others are raw.
         validation: Patterns like those of `train`.
         dtype: The type of raw files, "uint16", "uint32" or "int32"; Megatron's indices and the headers of numpy.save
             know theirs.
+        ids_column: The column of tables that holds the ids, "input_ids" when not given.
         workers: How many files are read at a time.
         report: Takes lines for people.
 
@@ -54,22 +66,61 @@ def adopt(
     Raises:
         ValueError: There is a manifest or another tokenizer already, a pattern matches nothing, a file makes no sense
             as `dtype` or has ids beyond the vocabulary, or documents of a Megatron file do not end with the end-of-text
-            token. The message is one line with the file and the remedy, and nothing was written.
+            token; or another process is adopting them. The message is one line with the file and the remedy, and
+            nothing was written.
     """
     directory = Path(directory)
+    with _alone_in(directory) as staging:
+        manifest = _adopt_files(directory, staging, tokenizer, train, validation, dtype, ids_column, workers)
+    _report(directory, manifest, report)
+    return manifest
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[Path]:
+    """Be the one process that adopts files of a folder, and give a folder in it for what is not yet whole."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no directory; name the one that holds the token files")
+    with contextlib.ExitStack() as held:
+        try:
+            staging = held.enter_context(staging_directory(directory / "adopted"))
+        except ValueError:
+            raise ValueError(f"{directory}: another process is adopting these files; wait until it has ended") from None
+        yield staging
+
+
+def _adopt_files(
+    directory: Path,
+    staging: Path,
+    tokenizer: Tokenizer,
+    train: list[str],
+    validation: list[str],
+    dtype: str | None,
+    ids_column: str | None,
+    workers: int,
+) -> Manifest:
     has_tokenizer = _check_directory(directory, tokenizer)
     names = {"train": _matching_names(directory, train), "validation": _matching_names(directory, validation)}
     if twice := sorted(set(names["train"]) & set(names["validation"])):
         raise ValueError(f"{directory / twice[0]}: in both splits; training and validation need different files")
     described = tokenizer.description()
-    readers = {name: _open(directory / name, dtype, tokenizer) for name in names["train"] + names["validation"]}
-    storage, dtype = _common_format(directory, readers)
-    shards = _read_shards(readers, described, workers)
+    if any(is_table(Path(name)) for listed in names.values() for name in listed):
+        _check_tables(directory, names, dtype)
+        tables = {split: [directory / name for name in listed] for split, listed in names.items()}
+        splits = copy_ids(directory, staging, tables, ids_column or "input_ids", tokenizer)
+        storage, dtype = "megatron", token_dtype(tokenizer.n_vocab).name
+    else:
+        if ids_column is not None:
+            raise ValueError(f"--ids-column {ids_column}: is about tables, and these are files of ids; leave it out")
+        readers = {name: _open(directory / name, dtype, tokenizer) for name in names["train"] + names["validation"]}
+        storage, dtype = _common_format(directory, readers)
+        shards = _read_shards(readers, described, workers)
+        splits = {split: [shards[name] for name in names[split]] for split in names}
     manifest = Manifest(
         tokenizer=described,
         dtype=dtype,
-        splits={split: [shards[name] for name in names[split]] for split in names},
-        sources=[{"source": pattern, "kind": "adopted"} for pattern in [*train, *validation]],
+        splits=splits,
+        sources=[{"source": shown(pattern), "kind": "adopted"} for pattern in [*train, *validation]],
         dropped={},
         irregular={},
         python_version=platform.python_version(),
@@ -80,8 +131,20 @@ def adopt(
     write_file_atomically(directory / FILE_NAME, manifest.to_json())
     sync_path(directory)
     record_content(directory, manifest)
-    _report(directory, manifest, report)
     return manifest
+
+
+def _check_tables(directory: Path, names: dict[str, list[str]], dtype: str | None) -> None:
+    """Check that all files are tables, where one is.
+
+    Raises:
+        ValueError: They are not, or a dtype is given.
+    """
+    for name in (name for listed in names.values() for name in listed):
+        if not is_table(Path(name)):
+            raise ValueError(f"{directory / name}: no table where others are; adopt them apart")
+    if dtype is not None:
+        raise ValueError(f"--dtype {dtype}: is about raw files, and these are tables; leave it out")
 
 
 def _check_directory(directory: Path, tokenizer: Tokenizer) -> bool:
@@ -90,8 +153,6 @@ def _check_directory(directory: Path, tokenizer: Tokenizer) -> bool:
     Raises:
         ValueError: A manifest or another tokenizer is there, or the directory is not.
     """
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: no such directory; name the one that holds the token files")
     if (directory / FILE_NAME).exists():
         raise ValueError(f"{directory / FILE_NAME}: exists; move it away first if these files are to be adopted anew")
     # Never half written: the manifest comes last, and a tokenizer alone is no dataset.
@@ -109,13 +170,21 @@ def _matching_names(directory: Path, patterns: list[str]) -> list[str]:
     for pattern in patterns:
         if Path(pattern).name != pattern:
             raise ValueError(f"{pattern!r}: must name files in {directory} itself, without a slash")
-        found = sorted(path for path in directory.glob(pattern) if path.is_file() and path.suffix != ".idx")
-        prefixes = [path.name.removesuffix(".bin") for path in found]
+        # A file may have `[1]` in its name.
+        exact = (directory / pattern).exists() or index_path(directory / pattern).exists()
+        matching = glob.escape(pattern) if exact else pattern
+        try:
+            found = sorted(directory.glob(matching))
+        except (ValueError, IndexError, NotImplementedError) as error:
+            raise ValueError(f"{pattern!r}: is no pattern of names in {directory}: {error}") from error
+        files = [path for path in found if path.is_file() and path.suffix != ".idx"]
+        prefixes = [path.name.removesuffix(".bin") for path in files]
         found_names = [
             prefix if index_path(path.with_name(prefix)).exists() else path.name
-            for path, prefix in zip(found, prefixes)
+            for path, prefix in zip(files, prefixes)
         ]
-        found_names += [path.name.removesuffix(".idx") for path in sorted(directory.glob(f"{pattern}.idx"))]
+        found_names += [path.name.removesuffix(".idx") for path in sorted(directory.glob(f"{matching}.idx"))]
+        found_names += [str(table.relative_to(directory.absolute())) for path in found for table in tables_in(path)]
         if not found_names:
             raise ValueError(f"{directory / pattern}: matches no file; give names or patterns of files in {directory}")
         names |= dict.fromkeys(found_names)
@@ -195,7 +264,7 @@ class AdoptOptions:
     tokenizer: str = option()
     """What made the tokens: a name as for prepare, or a path."""
     train: list[str] = option(metavar="NAME", several=True)
-    """Files in DIR, or patterns of names."""
+    """Files in DIR, or patterns of names; also the folder of a split that save_to_disk wrote."""
     validation: list[str] = option(default_factory=list, metavar="NAME", several=True)
     """Likewise."""
     pattern: str | None = None
@@ -204,13 +273,15 @@ class AdoptOptions:
     """Rank file of an OpenAI tokenizer, instead of searching for it."""
     dtype: Literal["uint16", "uint32", "int32"] | None = None
     """Type of raw files, little endian."""
+    ids_column: str | None = None
+    """Column of tables that holds token ids; null is input_ids."""
     workers: int = ranged(default_factory=lambda: len(os.sched_getaffinity(0)), at_least=1)
     """Files read at a time."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Adopt what the command line names; return the exit code."""
-    return run(Program("python -m data_pipeline.adopt"), AdoptOptions, _adopt, argv)
+    return run(Program("python -m data_pipeline.adopt", failed=MISTAKE), AdoptOptions, _adopt, argv)
 
 
 def _adopt(options: AdoptOptions) -> None:
@@ -221,5 +292,7 @@ def _adopt(options: AdoptOptions) -> None:
         train=options.train,
         validation=options.validation,
         dtype=options.dtype,
+        ids_column=options.ids_column,
         workers=options.workers,
+        report=print_line,
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.command_line import Program, option, positional, run
+from data_pipeline.command_line import MISTAKE, Program, option, positional, print_line, run
 from data_pipeline.disk import link as link_file
 from data_pipeline.disk import new_output, publish, staging_directory, sync_file, write_file_atomically
 from data_pipeline.shards.checksums import check_content, record_content
@@ -66,6 +66,7 @@ def merge(
             f"{int(np.argmax(mask))} of {directory / name}; leave them out of training with --drop-leaked"
         )
     with staging_directory(output) as staging:
+        new_output(output)  # another process may have finished meanwhile
         splits = {split: _place_split(datasets, split, staging, leaked, link) for split in SPLITS}
         if not splits["train"]:
             raise ValueError("nothing is left to train on: every training document is in a validation split as well")
@@ -250,8 +251,14 @@ class MergeOptions:
 
 def main(argv: list[str] | None = None) -> int:
     """Merge what the command line names; return the exit code."""
-    return run(Program("python -m data_pipeline.merge"), MergeOptions, _merge, argv)
+    return run(Program("python -m data_pipeline.merge", failed=MISTAKE), MergeOptions, _merge, argv)
 
 
 def _merge(options: MergeOptions) -> None:
-    merge(list(options.directories), options.output, link=options.link, drop_leaked=options.drop_leaked)
+    merge(
+        list(options.directories),
+        options.output,
+        link=options.link,
+        drop_leaked=options.drop_leaked,
+        report=print_line,
+    )

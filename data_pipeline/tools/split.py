@@ -9,10 +9,11 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from data_pipeline.command_line import Program, option, positional, ranged, run
+from data_pipeline.command_line import MISTAKE, Program, option, positional, print_line, ranged, run
 from data_pipeline.disk import new_output, publish, staging_directory, write_file_atomically
 from data_pipeline.shards.checksums import check_content, record_content
 from data_pipeline.shards.held_out import are_held_out
@@ -52,6 +53,7 @@ def split_by_hash(
         raise ValueError(f"validation_fraction {validation_fraction}: must be at least 0 and less than 1")
     manifest, tokenizer, output = _open_input(directory, output, shard_tokens)
     with staging_directory(output) as staging:
+        new_output(output)  # another process may have finished meanwhile
         writers = _writers(staging, tokenizer, shard_tokens)
         for split in manifest.splits:
             for tokens, lengths in _documents(directory, manifest, split):
@@ -102,6 +104,7 @@ def split_into_parts(
         raise ValueError(too_many)
     written = []
     with staging_directory(output) as staging:
+        new_output(output)  # another process may have finished meanwhile
         names = [f"part-{i:05d}" for i in range(parts)]
         writers = []
         for name in names:
@@ -207,15 +210,14 @@ class SplitOptions:
 
 def main(argv: list[str] | None = None) -> int:
     """Split what the command line names; return the exit code."""
-    return run(Program("python -m data_pipeline.split"), SplitOptions, _split, argv)
+    return run(Program("python -m data_pipeline.split", failed=MISTAKE), SplitOptions, _split, argv)
 
 
 def _split(options: SplitOptions) -> None:
+    common: dict[str, Any] = {"shard_tokens": options.shard_tokens, "report": print_line}
     if options.parts is not None:
-        split_into_parts(options.directory, options.output, parts=options.parts, shard_tokens=options.shard_tokens)
+        split_into_parts(options.directory, options.output, parts=options.parts, **common)
     else:
         fraction = options.validation_fraction
         assert fraction is not None, "the options have one of the two"
-        split_by_hash(
-            options.directory, options.output, validation_fraction=fraction, shard_tokens=options.shard_tokens
-        )
+        split_by_hash(options.directory, options.output, validation_fraction=fraction, **common)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import regex
 
-from data_pipeline.command_line import Program, option, positional, ranged, run
+from data_pipeline.command_line import MISTAKE, Program, option, positional, print_line, ranged, run
 from data_pipeline.corpora.sources import open_source
 from data_pipeline.disk import write_file_atomically
 from data_pipeline.tokenizer.patterns import PATTERNS
@@ -121,15 +121,18 @@ class TrainBpeOptions:
 
 def main(argv: list[str] | None = None) -> int:
     """Train the vocabulary that the command line describes; return the exit code."""
-    return run(Program("python -m data_pipeline.bpe"), TrainBpeOptions, _train, argv)
+    return run(Program("python -m data_pipeline.bpe", failed=MISTAKE), TrainBpeOptions, _train, argv)
 
 
 def _train(options: TrainBpeOptions) -> None:
     sources = [open_source(spec, text_column=options.text_column) for spec in options.sources]
+    for source in sources:
+        if source.left_out:
+            print_line(f"{source.spec}: left out: {source.left_out}")
     documents = (text for source in sources for text in source.documents())
     try:
         ranks = train(documents, options.vocab_size, PATTERNS.get(options.pattern, options.pattern))
     except regex.error as error:
         raise ValueError(f"pattern {options.pattern!r}: {error}") from error
     write_file_atomically(Path(options.output), format_ranks(ranks))
-    print(f"{options.output}: {len(ranks)} ranks from {', '.join(source.description for source in sources)}")
+    print_line(f"{options.output}: {len(ranks)} ranks from {', '.join(source.description for source in sources)}")

@@ -9,9 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.command_line import Program, positional, ranged, run
+from data_pipeline.command_line import MISTAKE, Program, positional, print_line, ranged, run
 from data_pipeline.shards.checksums import problems, record_content
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.manifest import FILE_NAME, Manifest
+
+
+class DamageError(ValueError):
+    """A dataset has problems; the message is one line for each of them."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
 
 
 def verify(directory: str | Path, *, workers: int = 1, report: Callable[[str], None] = print) -> str:
@@ -26,12 +34,13 @@ def verify(directory: str | Path, *, workers: int = 1, report: Callable[[str], N
         A line about the dataset.
 
     Raises:
-        ValueError: The dataset has problems. The message is one line for each of them.
+        DamageError: The dataset has problems.
+        ValueError: There is no dataset, or its manifest is damaged.
     """
     manifest = Manifest.read(directory)
     start = time.perf_counter()
     if found := list(problems(directory, manifest, workers=workers, report=report)):
-        raise ValueError("\nerror: ".join(found))
+        raise DamageError(found)
     seconds = time.perf_counter() - start
     record_content(directory, manifest)
     shards = [shard for shards in manifest.splits.values() for shard in shards]
@@ -53,10 +62,25 @@ class VerifyOptions:
     """Files read at a time."""
 
 
+_PROGRAM = Program("python -m data_pipeline.verify")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Verify what the command line names; return the exit code."""
-    return run(Program("python -m data_pipeline.verify"), VerifyOptions, _verify, argv)
+    """Verify what the command line names; return the exit code: 1 for damage, 2 where there is no dataset."""
+    return run(_PROGRAM, VerifyOptions, _verify, argv)
 
 
-def _verify(options: VerifyOptions) -> None:
-    print(verify(options.directory, workers=options.workers))
+def _verify(options: VerifyOptions) -> int | None:
+    if not (Path(options.directory) / FILE_NAME).exists():
+        try:
+            Manifest.read(options.directory)
+        except ValueError as error:
+            _PROGRAM.report(error)
+            return MISTAKE
+    try:
+        print_line(verify(options.directory, workers=options.workers, report=print_line))
+    except DamageError as damage:
+        for problem in damage.problems:
+            _PROGRAM.report(problem)
+        return _PROGRAM.failed
+    return None

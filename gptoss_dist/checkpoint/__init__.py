@@ -1,5 +1,7 @@
 """Sharded, resumable checkpoints, and models of other tools."""
 
+from gptoss_dist.checkpoint.boxes import not_finite
+from gptoss_dist.checkpoint.formats.companions import companions_to_carry
 from gptoss_dist.checkpoint.formats.export import export, save_pretrained
 from gptoss_dist.checkpoint.formats.pretrained import check_architecture, load_into, load_pretrained, open_pretrained
 from gptoss_dist.checkpoint.info import CheckpointInfo, DataPlace, read_info
@@ -27,10 +29,12 @@ __all__ = [
     "candidates",
     "check_architecture",
     "checkpoints",
+    "companions_to_carry",
     "export",
     "load_into",
     "load_pretrained",
     "load_state",
+    "not_finite",
     "open_pretrained",
     "read_info",
     "resolve",

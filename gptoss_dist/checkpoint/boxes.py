@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,21 @@ class BoxedTensor(Tensor):
 
 def _chunk(offset: tuple[int, ...], values: Tensor) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(offset), sizes=values.size())
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that are NaN or infinite in what this rank writes of them."""
+    names, norms = [], []
+    for name, tensor in state.items():
+        for _, values in boxes_to_write(name, tensor) if tensor.is_floating_point() else ():
+            if values.numel():
+                names.append(name)
+                norms.append(torch.linalg.vector_norm(values, torch.inf, dtype=torch.float32))  # needs no memory beside
+    if not norms:
+        return []
+    device = norms[-1].device
+    finite = torch.stack([norm.to(device, non_blocking=True) for norm in norms]).isfinite().tolist()
+    return [name for name, is_finite in zip(names, finite) if not is_finite]
 
 
 def boxes_to_write(name: str, tensor: Tensor) -> list[Box]:

@@ -6,8 +6,20 @@ The range of a single setting is declared beside it, with `ranged`.
 from __future__ import annotations
 
 from gptoss_dist.config.data import DataConfig, SourceConfig, StageConfig
-from gptoss_dist.config.sections import LossConfig, OptimConfig, TrainConfig
+from gptoss_dist.config.sections import (
+    CheckpointConfig,
+    Init,
+    LossConfig,
+    OptimConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from gptoss_dist.model.config import ModelConfig
+
+MOST_BYTES_OF_A_NAME = 255
+"""What file systems allow."""
 
 
 def check_loss(loss: LossConfig, model: ModelConfig) -> None:
@@ -36,10 +48,106 @@ def check_length_of_samples(data: DataConfig, model: ModelConfig) -> None:
 
 
 def check_schedule(optim: OptimConfig, train: TrainConfig) -> None:
-    """Refuse a final decay that is missing, or longer than the run."""
+    """Refuse a warm-up and a final decay that are longer than the run or overlap, and a decay that is not used."""
+    warmup, decay, steps = optim.warmup_steps or 0, optim.decay_steps, train.steps
     _require(
-        optim.schedule != "wsd" or 0 < optim.decay_steps <= train.steps,
-        f"optim.decay_steps={optim.decay_steps} must be in [1, train.steps={train.steps}] for optim.schedule=wsd",
+        warmup <= steps,
+        f"optim.warmup_steps={warmup} is more than train.steps={steps}, so the run would end before its peak; set "
+        f"--optim.warmup_steps {steps // 10} or another up to {steps}",
+    )
+    if optim.schedule == "wsd":
+        _require(
+            0 < decay <= steps,
+            f"optim.decay_steps={decay} must be in [1, train.steps={steps}] for optim.schedule=wsd",
+        )
+        _require(
+            warmup + decay <= steps,
+            f"optim.warmup_steps={warmup} and optim.decay_steps={decay} overlap in a run of train.steps={steps}; "
+            f"shorten one of them by {warmup + decay - steps} or more",
+        )
+    else:
+        _require(
+            decay == 0,
+            f"optim.decay_steps={decay} has no meaning with optim.schedule={optim.schedule}, which is not wsd; leave "
+            "it out, or set --optim.schedule wsd",
+        )
+
+
+def check_init(init: Init) -> None:
+    """Refuse what is no name of weights; jsonargparse does not look into a dictionary that is typed as a whole."""
+    where, other = init.get("from"), init.get("other_tokenizer", False)
+    _require(
+        where is None or (isinstance(where, str) and where),
+        f"init.from={where!r} is no place of weights; give hf:FOLDER, openai:FOLDER, or the folder of a run",
+    )
+    _require(isinstance(other, bool), f"init.other_tokenizer={other!r} must be true or false")
+
+
+def check_name(run: RunConfig) -> None:
+    """Refuse a name that is no folder below `runs`, or cannot be shown in a line."""
+    name = run.name
+    problem = (
+        "has characters that cannot be shown"
+        if not name.isprintable()
+        else f"has {len(name.encode())} bytes"
+        if len(name.encode()) > MOST_BYTES_OF_A_NAME
+        else "leads out of the folder runs"
+        if name.startswith("/") or {".", "..", ""} & set(name.split("/"))
+        else "is blank"
+        if not name.strip()
+        else ""
+    )
+    _require(
+        not problem,
+        f"run.name={name!r} {problem}; give a name of 1 to {MOST_BYTES_OF_A_NAME} visible characters (a folder "
+        "elsewhere is --run.dir)",
+    )
+
+
+def check_texts(values: object, key: str = "") -> None:
+    """Refuse texts that are no Unicode, as names of files in another encoding are: no file of settings could hold them.
+
+    Args:
+        values: The settings as nested plain values.
+        key: What messages call them.
+    """
+    if isinstance(values, dict):
+        for name, value in values.items():
+            check_texts(name, key)
+            check_texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            check_texts(value, key)
+    elif isinstance(values, str) and not values.isascii():
+        _require(
+            not any("\ud800" <= character <= "\udfff" for character in values),
+            f"{key}={values!r} is not UTF-8, so config.yaml could not hold it; rename it",
+        )
+
+
+def check_what_is_unused(train: TrainConfig, checkpoint: CheckpointConfig, validation: ValidationConfig) -> None:
+    """Refuse settings that would do nothing where they are given, because another one that they need is missing."""
+    _require(
+        train.compile or train.compile_mode == "default",
+        f"train.compile_mode={train.compile_mode} has no meaning without --train.compile true",
+    )
+    _require(
+        train.profile_step <= train.steps,
+        f"train.profile_step={train.profile_step} is after the last step of the run, train.steps={train.steps}; give "
+        "an earlier one",
+    )
+    _require(
+        not checkpoint.keep_best or validation.every,
+        "checkpoint.keep_best=True goes by the validation loss; set --validation.every, or leave it out",
+    )
+
+
+def check_uri(tracking: TrackingConfig) -> None:
+    """Refuse an address that was read from a run's settings, where its secrets are hidden."""
+    _require(
+        "***" not in (tracking.uri or ""),
+        f"tracking.uri={tracking.uri} has its secrets hidden, as all that a run writes; give it anew with "
+        "--tracking.uri, or add --tracking.uri null and set MLFLOW_TRACKING_URI",
     )
 
 
@@ -70,6 +178,10 @@ def _check_weights(sources: tuple[SourceConfig, ...]) -> None:
     weights = {source.label: source.weight for source in sources}
     missing = [weight is None for weight in weights.values()]
     _require(
+        not weights or any(weight is None or weight > 0 for weight in weights.values()),
+        f"data.sources={weights} leave nothing to read; give one a weight of more than 0",
+    )
+    _require(
         all(missing) or not any(missing),
         f"data.sources={weights} give a weight to some only; give one to all, or to none for shares by tokens",
     )
@@ -84,6 +196,10 @@ def _check_stages(stages: tuple[StageConfig, ...], names: list[str]) -> None:
             "sources",
         )
         last = stage.from_step
+        _require(
+            any(stage.weights.values()),
+            f"data.stages: {stage.label} weights={stage.weights} leave nothing to read; give one more than 0",
+        )
         for name, weight in stage.weights.items():
             _require(
                 name in names,

@@ -65,9 +65,9 @@ class DataConfig:
     """Tokens per sample; with `varlen` at most."""
     document_mask: bool = False
     """Keep attention within documents of a contiguous sample, and do not predict across their borders."""
-    workers: int = ranged(1, at_least=0)
+    workers: int = ranged(1, at_least=0, at_most=1024)
     """Threads that read ahead; 0 reads when asked. The order does not depend on them."""
-    prefetch: int = ranged(2, at_least=0)
+    prefetch: int = ranged(2, at_least=0, at_most=1024)
     """Optimizer steps to read ahead; 0 reads when asked."""
     verify: Literal["once", "always", "never"] = "once"
     """Before training, compare the data with their checksums: `once` those files that have changed since they were last

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from data_pipeline.command_line import ranged
 
 
 @dataclass
 class ParallelConfig:
     """How the model is laid out over processes."""
 
-    replicate: int = 1
+    replicate: int = ranged(1, at_least=1)
     """Copies of the sharded weights (HSDP): the processes of a copy shard it among themselves, and gradients are summed
     over copies. Divides the number of processes."""
-    expert_parallel: int | Literal["auto"] = 1
+    expert_parallel: int | Literal["auto"] = ranged(1, at_least=1)
     """Processes over which the experts of a layer are distributed; tokens travel to them. Divides the experts and the
     processes of a copy. `auto` takes the largest that also divides the processes of a machine, 1 with plain experts."""
     experts: Literal["megablocks", "plain"] = "megablocks"
@@ -37,7 +39,7 @@ class EngineConfig:
     zero_stage: int | None = None
     """What DeepSpeed shards: 1 optimizer state, 2 gradients too, 3 weights too; null takes the stage that
     engine.deepspeed names, else 2."""
-    deepspeed: str | dict[str, Any] | None = None
+    deepspeed: str | dict | None = None  # not dict[str, Any], whose texts jsonargparse would read as YAML
     """Further settings of DeepSpeed: a JSON file such as configs/deepspeed/zero3_offload.json (seen from the working
     directory), or its contents. Where they speak of what other settings decide (batch, precision, clipping, optimizer)
     they must agree or be left out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,15 @@ def parse_arguments(argv: list[str], parser: jsonargparse.ArgumentParser | None 
     Raises:
         ValueError: An unknown key, a wrong type or an impossible value; one line that names it.
     """
-    values = parse_with(parser or build_parser(), argv)
+    for argument in argv:
+        if (name := argument.partition("=")[0]) in ("--deepspeed", "--deepspeed_config", "--deepspeed-config"):
+            raise ValueError(
+                f"{name} is the option of other programs for a JSON file of DeepSpeed's settings; here it is "
+                "--engine.deepspeed FILE"
+            )
+    kinds = typing.get_type_hints(Config)
+    sections = [name for name, kind in kinds.items() if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)]
+    values = parse_with(parser or build_parser(), argv, sections)
     names = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{name: values[name] for name in names})
     return config, {name: value for name, value in values.items() if name not in names | {"config"}}

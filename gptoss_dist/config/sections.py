@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
-from data_pipeline.command_line import ranged
+from data_pipeline.command_line import option, ranged
 
 
 @dataclass
@@ -26,7 +26,7 @@ class TrainConfig:
 
     steps: int = ranged(1000, above=0)
     """Optimizer steps in all, including those before a resume."""
-    micro_batch_size: int = ranged(8, above=0)
+    micro_batch_size: int = ranged(8, above=0, at_most=2**20)
     """Samples per process and forward pass."""
     gradient_accumulation: int = ranged(1, above=0)
     """Forward-backward passes per optimizer step."""
@@ -62,8 +62,8 @@ class OptimConfig:
     """Peak learning rate."""
     min_lr_ratio: float = ranged(0.1, at_least=0, at_most=1)
     """Final learning rate as a share of the peak."""
-    warmup_steps: int = ranged(100, at_least=0)
-    """Steps of linear warm-up from 0."""
+    warmup_steps: int | None = ranged(None, at_least=0)
+    """Steps of linear warm-up from 0; null is 100, or a tenth of a run of fewer than 1000 steps."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """`wsd`: warm-up, stable, then decay over the last `decay_steps` (MiniCPM, arXiv:2404.06395)."""
     decay_steps: int = ranged(0, at_least=0)
@@ -79,7 +79,7 @@ class OptimConfig:
     freeze: list[str] = field(default_factory=list)
     """Patterns of the names of parameters that stay as they are, such as "*.router.*" or "model.layers.[0-3].*": no
     gradient, no optimizer state, no part in the gradient norm."""
-    lr_scale: dict[str, float] = field(default_factory=dict)
+    lr_scale: dict[str, float] = ranged(default_factory=dict, at_least=0)
     """Factors of the learning rate by such patterns; the last that matches counts."""
 
 
@@ -98,7 +98,8 @@ class LossConfig:
     uses 0.001 on scores in [0, 1]); 0 switches it off. Needs model.router_selection_bias, and aux_coef near 0."""
 
 
-Init = TypedDict("Init", {"from": str | None})  # not a dataclass, because a field cannot have that name
+# Not a dataclass, because a field cannot have that name. Files of earlier versions lack the second.
+Init = TypedDict("Init", {"from": str | None, "other_tokenizer": NotRequired[bool]})
 
 
 @dataclass
@@ -133,9 +134,9 @@ class ValidationConfig:
 class SamplingConfig:
     """Text written by the model while it trains."""
 
-    every: int = ranged(0, at_least=0)
-    """Steps between samples; 0 switches them off. The last step is followed by samples in any case."""
-    prompts: list[str] = field(default_factory=list)
+    every: int = ranged(500, at_least=0)
+    """Steps between samples; 0 writes none. The last step is followed by samples too."""
+    prompts: list[str] = option(default_factory=list, may_be_empty=True)
     """Texts to continue."""
     max_new_tokens: int = ranged(64, above=0)
     """Tokens to write per prompt."""
@@ -151,10 +152,11 @@ class TrackingConfig:
 
     mlflow: bool = True
     """Mirror metrics, parameters, plots and samples to MLflow."""
-    experiment: str = "gptoss_dist"
-    """MLflow experiment."""
+    experiment: str | None = None
+    """MLflow experiment; null means $MLFLOW_EXPERIMENT_NAME, or gptoss_dist."""
     uri: str | None = None
-    """Tracking server; null means $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db."""
+    """Tracking server; null means $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db. Passwords and tokens in it are hidden
+    in all that the run writes."""
     plots: bool = True
     """Draw the run's plots at each validation and at the end."""
     expert_tokens_every: int = ranged(100, at_least=0)

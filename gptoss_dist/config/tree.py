@@ -7,15 +7,16 @@ model/config.py. What two fields must have in common is in checks.py.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from data_pipeline.command_line import check_ranges
+from data_pipeline.command_line.texts import dump_yaml
 from data_pipeline.disk import write_file_atomically
+from data_pipeline.foreign import read_json
+from data_pipeline.secrets import without_secrets
 from gptoss_dist.config import checks
 from gptoss_dist.config.data import DataConfig
 from gptoss_dist.config.parallel import EngineConfig, ParallelConfig
@@ -50,15 +51,20 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    init: Init = field(default_factory=lambda: Init({"from": None}))
+    init: Init = field(default_factory=lambda: Init({"from": None, "other_tokenizer": False}))
     """`--init.from` starts from weights: `hf:FOLDER` (transformers' layout), `openai:FOLDER` (OpenAI's), each dense or
-    in MXFP4, or the folder of a run or checkpoint. Optimizer and step begin anew. A resumed run has its own weights."""
+    in MXFP4, or the folder of a run or checkpoint. Optimizer and step begin anew. A resumed run has its own weights.
+    `--init.other_tokenizer true` takes weights that were trained with another tokenizer than the data."""
     resume: str | None = None
     """`auto` continues the newest complete checkpoint of this run if there is one; or a checkpoint's path."""
 
     def __post_init__(self) -> None:
-        if not self.data.path and not self.data.sources:
+        if self.data.path is None and not self.data.sources:
             self.data.path = "data/pystdlib"
+        if self.optim.warmup_steps is None:
+            self.optim.warmup_steps = min(100, self.train.steps // 10)
+        checks.check_init(self.init)
+        self.init = {"from": self.init["from"], "other_tokenizer": self.init.get("other_tokenizer", False)}
         self.engine.deepspeed = _read_deepspeed_settings(self.engine.deepspeed)
         self.check()
 
@@ -74,6 +80,10 @@ class Config:
         checks.check_length_of_samples(self.data, self.model)
         checks.check_schedule(self.optim, self.train)
         checks.check_data(self.data)
+        checks.check_name(self.run)
+        checks.check_what_is_unused(self.train, self.checkpoint, self.validation)
+        checks.check_texts(self.to_dict())
+        checks.check_uri(self.tracking)
 
     @property
     def folder(self) -> Path:
@@ -86,14 +96,16 @@ class Config:
         return Path(self.checkpoint.dir or self.folder / "checkpoints")
 
     def to_dict(self) -> dict:
-        """Return nested plain values, ready for YAML or JSON."""
+        """Return nested plain values, ready for YAML or JSON and without secrets: what a run writes of its settings."""
         values = dataclasses.asdict(self)
+        if self.tracking.uri:
+            values["tracking"]["uri"] = without_secrets(self.tracking.uri)
         values["data"] |= {name: list(values["data"][name]) for name in ("sources", "stages")}
         return values
 
     def save(self, path: str | Path) -> None:
         """Write the settings as YAML, without `resume`, so that the file starts the same run anew under any name."""
-        text = yaml.safe_dump(self.to_dict() | {"resume": None}, sort_keys=False)
+        text = dump_yaml(self.to_dict() | {"resume": None}, allow_unicode=False)
         write_file_atomically(Path(path), text.encode())
 
 
@@ -101,11 +113,7 @@ def _read_deepspeed_settings(given: str | dict | None) -> dict | None:
     """Return the contents of a file in the place of its name: what is saved with the run then needs no other file."""
     if not isinstance(given, str):
         return given
-    path = Path(given)
     try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"engine.deepspeed={path} is not a readable JSON file: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"engine.deepspeed={path} must hold one JSON object")
-    return settings
+        return read_json(given, dict[str, Any], finite=True)
+    except ValueError as error:
+        raise ValueError(f"engine.deepspeed: {error}") from None

@@ -12,6 +12,17 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
+def is_peer_loss(error: BaseException) -> bool:
+    """Return whether a collective failed because another process of the run has ended or does not answer."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Timed out",
+             "timed out", "Connection was likely closed")  # fmt: skip
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    failed = [e for e in causes if isinstance(e, (dist.DistError, RuntimeError))]
+    return any(isinstance(e, dist.DistError) or any(sign in str(e) for sign in signs) for e in failed)
+
+
 class LocalError(ValueError):
     """A user's mistake that one process alone can meet, so that this one has to report it, whichever it is."""
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gptoss_dist.distributed import launchers
+from gptoss_dist.distributed import launchers, rendezvous
 from gptoss_dist.distributed.collectives import LocalError
 
 
@@ -52,13 +52,11 @@ def init_distributed(timeout_s: float = 1800.0) -> Ranks:
     On CPU it also sets, for the rest of the process, that the C library keeps freed memory.
 
     Raises:
-        LocalError: There are fewer GPUs than processes on this machine.
+        LocalError: There are fewer GPUs than processes on this machine, or the processes did not meet.
         ValueError: The launcher does not say where the processes meet.
     """
     launchers.complete()
-    launched = "RANK" in os.environ
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world_size, local_rank = rendezvous.check_variables(os.environ)
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise LocalError(
@@ -73,7 +71,7 @@ def init_distributed(timeout_s: float = 1800.0) -> Ranks:
         _tune_cpu_memory()
     dist.init_process_group(
         backend,
-        store=None if launched else dist.HashStore(),
+        store=rendezvous.open_store(rank, world_size),
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout_s),

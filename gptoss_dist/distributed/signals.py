@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import signal
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""What launchers, terminals and batch systems send before they end a run: `sbatch --signal`, a lost connection."""
+
 
 class StopRequest:
-    """A flag that SIGTERM and Ctrl-C set, so that the step is finished and saved.
+    """A flag that the signals `STOPPING` set, so that the step is finished and saved.
 
-    A second Ctrl-C stops at once.
+    A second Ctrl-C stops at once. A signal that this process was started to ignore (SIGHUP under nohup) stays ignored.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = [n for n in STOPPING if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle) for number in heard}
 
     def _handle(self, number: int, _frame) -> None:
         if self.requested and number == signal.SIGINT:

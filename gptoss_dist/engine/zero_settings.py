@@ -65,6 +65,8 @@ _REFUSED = {
     "compile": "set train.compile",
     "sparse_gradients": "no gradient is sparse",
 }
+# What of the refused ones asks for nothing, besides sections that are not enabled.
+_NEUTRAL = {"gradient_predivide_factor": 1}
 # Nothing else of these sections is handed on: the rest would round master weights or buffers.
 _ONLY = {"bf16": {"enabled", "check_grad_overflow", "immediate_grad_update"}, "data_types": {"grad_accum_dtype"}}
 _REFUSED_ZERO = {
@@ -135,15 +137,17 @@ def deepspeed_settings(settings: EngineSettings, layout: DeviceLayout) -> dict[s
             the key, its value and the setting to use.
     """
     given = copy.deepcopy(_given(settings.engine))
-    _refuse_replaced_keys(given)
+    problems = _take_out_replaced_keys(given)
     ours = _our_settings(settings, layout)
     for key, (value, origin) in ours.items():
-        _fill_in(given, key, value, origin)
-    _refuse_other_keys(given, ours)
+        problems += _fill_in(given, key, value, origin)
+    problems += _other_keys(given, ours)
+    if problems:  # together: a file that was made for another program has many
+        raise ValueError(f"engine.deepspeed: {'; '.join(problems)}")
+    given = _without_gaps(given)
     zero = given["zero_optimization"]
     _check_distributed_experts(zero, layout)
-    if zero.get("reduce_bucket_size", "auto") == "auto":
-        zero["reduce_bucket_size"] = BUCKET_ELEMENTS
+    zero.setdefault("reduce_bucket_size", BUCKET_ELEMENTS)
     # torch's fused AdamW steps on the host too; DeepSpeed's own would have to be compiled first.
     return {
         "zero_allow_untested_optimizer": True,
@@ -152,16 +156,42 @@ def deepspeed_settings(settings: EngineSettings, layout: DeviceLayout) -> dict[s
     } | given
 
 
-def _refuse_replaced_keys(given: dict[str, Any]) -> None:
-    """Refuse the user's keys whose place another setting of this project has taken."""
-    for key, value in given.items():
-        if key in _REFUSED:
-            raise ValueError(f"engine.deepspeed: {key}={value!r} has no place here: {_REFUSED[key]}")
+def _take_out_replaced_keys(given: dict[str, Any]) -> list[str]:
+    """Remove the user's keys whose place another setting of this project has taken.
+
+    Returns:
+        A phrase for each that asks for something.
+    """
+    problems = []
+    for key in [key for key in given if key in _REFUSED]:
+        value = given.pop(key)
+        if not _asks_for_nothing(key, value):
+            problems.append(f"{key}={_shown(value)} has no place here: {_REFUSED[key]}")
     for key, value in _section(given, "zero_optimization").items():
-        if key in _REFUSED_ZERO and value:
-            raise ValueError(
-                f"engine.deepspeed: zero_optimization.{key}={value!r} has no place here: {_REFUSED_ZERO[key]}"
-            )
+        if key in _REFUSED_ZERO and value and value != "auto":
+            problems.append(f"zero_optimization.{key}={_shown(value)} has no place here: {_REFUSED_ZERO[key]}")
+    return problems
+
+
+def _asks_for_nothing(key: str, value: Any) -> bool:
+    """Return whether the value leaves what `key` is about as it is, or to the program that starts DeepSpeed."""
+    if isinstance(value, dict):
+        return not value or value.get("enabled", True) in (False, "auto")
+    return value in (None, False, "auto") or value == _NEUTRAL.get(key)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _without_gaps(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings without those that are still "auto", which DeepSpeed itself would not understand."""
+    return {
+        key: _without_gaps(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if value != "auto"
+    }
 
 
 def _our_settings(settings: EngineSettings, layout: DeviceLayout) -> dict[str, tuple[Any, str]]:
@@ -190,32 +220,39 @@ def _our_settings(settings: EngineSettings, layout: DeviceLayout) -> dict[str, t
     }
 
 
-def _fill_in(settings: dict[str, Any], key: str, value: Any, origin: str) -> None:
-    """Set the dotted `key` to `value`, unless the user gave it another value, which is refused."""
+def _fill_in(settings: dict[str, Any], key: str, value: Any, origin: str) -> list[str]:
+    """Set the dotted `key` to `value`, unless the user gave it another value.
+
+    Returns:
+        A phrase about the user's value, if that is another one.
+    """
     *path, name = key.split(".")
     section = settings
     for part in path:
         section = section.setdefault(part, _section(section, part))
     found = section.get(name, "auto")  # the word that Hugging Face's configurations leave gaps with
     if found != "auto" and found != value:
-        raise ValueError(
-            f"engine.deepspeed: {key}={found!r} contradicts {origin}, which gives {value!r}; leave {key} out"
-        )
+        return [f"{key}={_shown(found)} contradicts {origin}, which gives {value!r}; leave {key} out"]
     section[name] = value
+    return []
 
 
-def _refuse_other_keys(settings: dict[str, Any], ours: dict[str, tuple[Any, str]]) -> None:
-    """Refuse keys that DeepSpeed does not have, and those of a section of which only a few are handed on."""
+def _other_keys(settings: dict[str, Any], ours: dict[str, tuple[Any, str]]) -> list[str]:
+    """Return a phrase for each key that DeepSpeed does not have, and of a section of which only a few are handed on."""
     known = _PASSED | {key.split(".")[0] for key in ours}
-    for key, value in settings.items():
-        if key not in known:
-            raise ValueError(f"engine.deepspeed: {key}={value!r} is not a setting of DeepSpeed that is known here")
+    problems = [
+        f"{key}={_shown(value)} is not a setting of DeepSpeed that is known here"
+        for key, value in settings.items()
+        if key not in known
+    ]
     for part, allowed in _ONLY.items():
-        for key in sorted(settings[part].keys() - allowed):
-            raise ValueError(
-                f"engine.deepspeed: {part}.{key}={settings[part][key]!r} has no place here: master weights, optimizer "
-                "state and buffers stay float32"
-            )
+        problems += [
+            f"{part}.{key}={_shown(settings[part][key])} has no place here: master weights, optimizer state and "
+            "buffers stay float32"
+            for key in sorted(settings[part].keys() - allowed)
+            if settings[part][key] != "auto"
+        ]
+    return problems
 
 
 def _check_distributed_experts(zero: dict[str, Any], layout: DeviceLayout) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.printable import printable
 
 if TYPE_CHECKING:
     from gptoss_dist.inference.session import Session
@@ -16,12 +19,13 @@ REPL_SETTINGS = {
 }
 
 
-def repl(session: Session, settings: dict) -> int:
+def repl(session: Session, settings: dict[str, Any], check: Callable[[dict[str, Any]], None]) -> int:
     """Read lines from standard input until its end or `:q`, and return the exit code 0.
 
     Args:
         session: What writes the text.
         settings: Those of `Session.write`, which commands such as `:t 0.5` change.
+        check: Raises ValueError if settings make no sense; those from before then stay.
     """
     print(REPL_HELP)
     while True:
@@ -36,13 +40,21 @@ def repl(session: Session, settings: dict) -> int:
         try:
             if command in REPL_SETTINGS:
                 name, kind = REPL_SETTINGS[command]
-                settings[name] = kind(value)
+                changed = settings | {name: kind(value)}
+                check(changed)
+                settings = changed
                 print(f"{name} = {settings[name]}")
             elif command.startswith(":"):
                 print(REPL_HELP)
             elif line:
                 print(line, end="", flush=True)
-                session.write(line, on_text=lambda text: print(text, end="", flush=True), **settings)
+                session.write(
+                    line, on_text=lambda text: print(printable(text, lines=True), end="", flush=True), **settings
+                )
                 print()
         except ValueError as error:
             print(f"could not: {error}")
+
+
+def _print(text: str) -> None:
+    print(printable(text, lines=True), end="", flush=True)

@@ -26,10 +26,11 @@ class Session:
         """Load the newest checkpoint under `path`, or an exported model, in float32 on CPU and bfloat16 on CUDA.
 
         Raises:
-            ValueError: There is no intact checkpoint, it does not fit, or there is no tokenizer of ours beside it.
+            ValueError: There is no such device, no intact checkpoint, it does not fit, or there is no tokenizer of ours
+                beside it.
         """
+        target = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         pretrained = open_pretrained(path)
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = pretrained.build(torch.bfloat16 if target.type == "cuda" else torch.float32, target)
         return cls(model, Tokenizer.load(pretrained.folder))
 
@@ -64,3 +65,15 @@ class Session:
         )
         new = output[0, len(ids) :].tolist()
         return self.tokenizer.decode(new[: new.index(self.tokenizer.eot_id)] if self.tokenizer.eot_id in new else new)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name} is not known; give cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name}: torch finds {torch.cuda.device_count()} GPUs here; give another, or cpu")
+    return device

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, V vocab_size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.kv_cache import KVCache
+
+log = logging.getLogger(__name__)
 
 
 class LanguageModel(Protocol):
@@ -70,6 +73,7 @@ def generate(
         raise ValueError("the prompt has no token; give at least one (for example the end-of-text token)")
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature={temperature} and top_k={top_k} must be >= 0, top_p={top_p} in (0, 1]")
+    _warn_of_length(input_ids_BT.shape[1], max_new_tokens, model.config.max_position_embeddings)
     was_training = model.training
     model.eval()
     cache, ids_BT, new_BT = KVCache(model.config), input_ids_BT, input_ids_BT
@@ -92,6 +96,15 @@ def generate(
     return ids_BT
 
 
+def _warn_of_length(prompt: int, new: int, longest: int) -> None:
+    if prompt + new > longest:
+        log.warning(
+            "a prompt of %d tokens and up to %d new ones are more than the %d positions that the model was made for "
+            "(max_position_embeddings); do not rely on the text beyond",
+            *(prompt, new, longest),
+        )
+
+
 def sample(
     logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -104,9 +117,9 @@ def sample(
         top_p: How much probability to draw from.
         generator: The source of randomness, on the CPU.
     """
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:  # 0 for float32
         return logits_BV.argmax(dim=-1)
-    logits_BV = logits_BV / temperature
+    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature  # however small, nothing is NaN
     if 0 < top_k < logits_BV.shape[-1]:
         smallest_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from typing import Any, cast
 
 import torch
@@ -51,9 +53,14 @@ def parallelize(model: GptOss, train: TrainConfig, parallel: ParallelConfig, mes
 
 
 def wrap_blocks(model: GptOss, train: TrainConfig) -> None:
-    """Compile each block, and checkpoint every n-th one's activations, as the settings say; in place."""
+    """Compile each block, and checkpoint every n-th one's activations, as the settings say; in place.
+
+    Raises:
+        ValueError: There is no compiler.
+    """
     layers = model.blocks
     if train.compile:
+        check_compiler(torch.cuda.is_available())
         # Before the checkpointing around it: torch.compile runs a checkpointed function eagerly, and without a word, if
         # anything in it breaks the graph, as the all-to-alls do.
         for layer in layers:
@@ -63,6 +70,24 @@ def wrap_blocks(model: GptOss, train: TrainConfig) -> None:
     if every := train.activation_checkpointing:
         for layer in layers[every - 1 :: every]:
             checkpoint_activations(layer, keep_large=train.keep_all_to_all)
+
+
+def check_compiler(on_cuda: bool) -> None:
+    """Refuse to compile without a compiler, which the first step would find out, when the run's folder exists already.
+
+    Args:
+        on_cuda: Whether Triton is to compile its launchers in C, instead of the whole in C++.
+
+    Raises:
+        ValueError: There is none.
+    """
+    variable, usual = ("CC", ("gcc", "clang")) if on_cuda else ("CXX", ("g++", "clang++"))
+    wanted = (os.environ[variable],) if os.environ.get(variable) else usual
+    if not any(shutil.which(name.split()[0]) for name in wanted if name.strip()):
+        raise ValueError(
+            f"train.compile=True needs a compiler, and there is no {' or '.join(wanted)}; install one, name it in "
+            f"{variable}, or set --train.compile false"
+        )
 
 
 def place_experts(model: GptOss, precision: str, parallel: ParallelConfig, meshes: Meshes) -> Exchange | None:

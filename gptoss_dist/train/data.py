@@ -12,7 +12,9 @@ from data_pipeline import Manifest, MixtureDataset, Stage, WeightedDataset, open
 from data_pipeline.batches.mixture_changes import differences
 from data_pipeline.batches.token_split import TokenSplit
 from data_pipeline.shards.checksums import check_content, copy_id, record_content, unread_shards
+from data_pipeline.tokenizer.comparison import difference
 from gptoss_dist.checkpoint import DataPlace
+from gptoss_dist.checkpoint.formats.pretrained import Pretrained
 from gptoss_dist.config import Config, DataConfig, SourceConfig, StageConfig
 from gptoss_dist.distributed.collectives import all_gather_objects, raise_on_every_rank
 from gptoss_dist.train.start import Start, print_message
@@ -145,6 +147,26 @@ def _check_length(mixture: MixtureDataset, start: Start, steps: int, samples_per
         raise ValueError(
             f"train.steps={steps} needs {needed:,} samples, but the data end after {end:,}; allow more "
             f"max_epochs, or set --train.steps {possible}"
+        )
+
+
+def check_tokenizer(config: Config, weights: Pretrained | None, data: RunData) -> None:
+    """Refuse weights that were trained with another tokenizer than that of the data, unless the settings allow it.
+
+    Raises:
+        ValueError: They were, and nobody said that this is meant.
+    """
+    if weights is None:
+        return
+    tokenizer = data.training.mixture.tokenizer
+    differs = difference(weights.folder, tokenizer)
+    if differs is None:
+        print_message(f"{weights.folder} has no tokenizer beside it that could be compared with that of the data")
+    elif differs and not config.init.get("other_tokenizer"):
+        raise ValueError(
+            f"init.from={config.init['from']} does not fit the data, which were made with tokenizer {tokenizer.name} "
+            f"({tokenizer.n_vocab} ids): {differs}; prepare the data with the model's, or, if the model is to learn "
+            "the tokens anew, set --init.other_tokenizer true"
         )
 
 

@@ -1,14 +1,44 @@
-"""Steps that went wrong, and what ends a run because of them."""
+"""What goes wrong during a run, and what ends it because of that."""
 
 from __future__ import annotations
 
 import logging
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is for the user, and checkpoints are intact."""
+
+
+class FolderWatch:
+    """A watch over folders that a run writes to, which somebody may delete or rename while it trains."""
+
+    def __init__(self, folders: Iterable[Path], interval_s: float = 5.0) -> None:
+        self._inodes = {folder: _inode(folder) for folder in folders}
+        self._interval_s, self._next = interval_s, 0.0
+        self.lost: Path | None = None
+        """The folder that is gone, once one is."""
+
+    def look(self) -> bool:
+        """Return whether a folder is found to be gone; True once at most, and no more often than the interval asks."""
+        if self.lost is not None or time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + self._interval_s
+        self.lost = next((folder for folder, inode in self._inodes.items() if _inode(folder) != inode), None)
+        return self.lost is not None
+
+
+def _inode(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(folder)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 class SkipGuard:

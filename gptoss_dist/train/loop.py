@@ -11,22 +11,24 @@ import os
 
 import torch
 
+from data_pipeline.command_line.mistakes import in_words, is_explained, lacks_subject
 from gptoss_dist.config import Config
 from gptoss_dist.distributed import launchers
-from gptoss_dist.distributed.collectives import LocalError, long_timeout_group, on_rank_zero
+from gptoss_dist.distributed.collectives import LocalError, is_peer_loss, long_timeout_group, on_rank_zero
 from gptoss_dist.distributed.processes import Ranks, exit_after_error, init_distributed, seed_everything
 from gptoss_dist.engine import build_engine, engine_kind
-from gptoss_dist.train.data import open_data, verify
+from gptoss_dist.engine.schedule import learning_rate
+from gptoss_dist.train.data import check_tokenizer, open_data, verify
 from gptoss_dist.train.faults import TrainingError
 from gptoss_dist.train.objectives import next_token_prediction
 from gptoss_dist.train.periodic import periodic_tasks, validate
 from gptoss_dist.train.report import LaunchedStep
 from gptoss_dist.train.run import Run
-from gptoss_dist.train.schedule import learning_rate
 from gptoss_dist.train.start import (
     RunLock,
     check_folder,
     engine_settings,
+    files_to_carry,
     find_start,
     open_folder,
     open_initial_weights,
@@ -52,9 +54,19 @@ def run(config: Config) -> int:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         train(config, ranks)
-    except (ValueError, TrainingError) as error:
-        log.error("%s", error)
-        mistake, alone = str(error), isinstance(error, LocalError)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, TrainingError) and is_peer_loss(error):
+            log.exception("a collective failed")
+            launchers.report_error_once(
+                f"rank {os.environ.get('RANK', 0)} lost another process of the run, which has ended or hangs (see its "
+                f"message): {' '.join(str(error).split())[:200]}; go on with --resume auto",
+                alone=True,
+            )
+            return 1
+        if not is_explained(error) and not isinstance(error, TrainingError):
+            raise
+        mistake, alone = in_words(error), isinstance(error, LocalError)
+        log.error("%s", mistake, exc_info=lacks_subject(error))
         exit_after_error(lambda: launchers.report_error_once(mistake, alone=alone))
         return 2 if isinstance(error, ValueError) else 1
     return 0
@@ -76,6 +88,7 @@ def train(config: Config, ranks: Ranks) -> None:
         start = find_start(config)
         data = open_data(config, ranks.world_size, start)
         weights = open_initial_weights(config, start)
+        check_tokenizer(config, weights, data)
         on_rank_zero(lambda: check_folder(config))
         group = long_timeout_group()
         verify(config.data, print_message, group)
@@ -83,7 +96,7 @@ def train(config: Config, ranks: Ranks) -> None:
         engine = build_engine(engine_settings(config), ranks, next_token_prediction)
         restore(engine, start, weights, seed=config.run.seed, rank=ranks.rank)
         on_rank_zero(lambda: open_folder(config, lock))  # only now: a run that is refused writes nothing
-        with Run(config, ranks, engine, data, start, group) as open_run:
+        with Run(config, ranks, engine, data, start, group, files_to_carry(start, weights)) as open_run:
             open_run.announce(start, weights)
             train_steps(open_run, start.step)
 

@@ -1,7 +1,8 @@
-"""What a run does every so many steps, beside training: validation, samples, checkpoints."""
+"""What a run does every so many steps, beside training: validation, checkpoints, samples."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from data_pipeline import validation_batches
 from gptoss_dist.config import Config
 from gptoss_dist.model.generate import generate
 from gptoss_dist.train.run import Run
+
+log = logging.getLogger(__name__)
 
 Findings = dict[str, float]
 """What the tasks of one step found out that later ones of the same step use, by name."""
@@ -30,13 +33,16 @@ class Task:
 
 
 def periodic_tasks(config: Config) -> list[Task]:
-    """List the tasks of a run, in the order in which those that are due are done."""
+    """List the tasks of a run, in the order in which those that are due are done.
+
+    A checkpoint comes after the validation, whose loss it records, and before everything that a run could do without.
+    """
     tasks = []
     if config.validation.every:
         tasks.append(Task(config.validation.every, validate))
-    if config.sampling.prompts:
-        tasks.append(Task(config.sampling.every, write_samples))
     tasks.append(Task(config.checkpoint.every, save_checkpoint))
+    if config.sampling.prompts and config.sampling.every:
+        tasks.append(Task(config.sampling.every, write_samples))
     return tasks
 
 
@@ -64,7 +70,23 @@ def validate(run: Run, step: int, findings: Findings) -> None:
 
 
 def write_samples(run: Run, step: int, findings: Findings) -> None:
-    """Let the model continue the prompts; all ranks do, in step, since each holds only a part of the weights."""
+    """Let the model continue the prompts. What goes wrong on that is reported, and the run goes on."""
+    try:
+        texts = _continue_prompts(run)
+    except torch.OutOfMemoryError:
+        if run.ranks.world_size > 1:  # of one rank perhaps, and then the others wait for it in the middle of a layer
+            raise
+        run.message(f"step {step}: no sample, the memory of {run.ranks.device} is full")
+    except Exception as error:
+        log.exception("samples of step %d", step)
+        run.message(f"step {step}: no sample, {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    else:
+        if run.report:
+            run.report.samples(step, texts)
+
+
+def _continue_prompts(run: Run) -> list[str]:
+    """Return continuations; all ranks write them, in step, since each holds only a part of the weights."""
     texts, tokenizer, settings = [], run.data.training.mixture.tokenizer, run.config.sampling
     for index, prompt in enumerate(settings.prompts):
         ids = torch.tensor([tokenizer.encode(prompt).tolist() or [tokenizer.eot_id]], device=run.ranks.device)
@@ -80,8 +102,7 @@ def write_samples(run: Run, step: int, findings: Findings) -> None:
                 generator=torch.Generator().manual_seed(run.config.run.seed + index),
             )
         texts.append(tokenizer.decode(output[0].tolist()))
-    if run.report:
-        run.report.samples(step, texts)
+    return texts
 
 
 def save_checkpoint(run: Run, step: int, findings: Findings) -> None:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 from typing import Literal, Self
 
 import torch.distributed as dist
+from torch import Tensor
 
 from data_pipeline import BatchLoader
 from gptoss_dist import checkpoint
 from gptoss_dist.checkpoint import CheckpointInfo, Retention, Saver
 from gptoss_dist.checkpoint.formats.pretrained import Pretrained
 from gptoss_dist.config import Config
+from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.distributed.signals import StopRequest
 from gptoss_dist.engine import Engine
 from gptoss_dist.parallel.mesh import spanned_machines
 from gptoss_dist.tracking.metrics import StepTimer
 from gptoss_dist.tracking.profiling import profiled
+from gptoss_dist.train.changes import changes_of
 from gptoss_dist.train.data import RunData
-from gptoss_dist.train.faults import SkipGuard, TrainingError
+from gptoss_dist.train.faults import FolderWatch, SkipGuard, TrainingError
 from gptoss_dist.train.report import LaunchedStep, Report
 from gptoss_dist.train.start import Start
 
@@ -31,12 +35,20 @@ class Run:
     """A run between its first and its last step, as a context manager. Only rank 0 has a `report`."""
 
     def __init__(
-        self, config: Config, ranks: Ranks, engine: Engine, data: RunData, start: Start, group: dist.ProcessGroup
+        self,
+        config: Config,
+        ranks: Ranks,
+        engine: Engine,
+        data: RunData,
+        start: Start,
+        group: dist.ProcessGroup,
+        carried: dict[str, bytes] | None = None,
     ) -> None:
         """Open all that writes to the run's folder.
 
         Args:
             group: A group of all ranks, for the saver alone from now on.
+            carried: Files that go into each checkpoint, by name.
         """
         self.config, self.ranks, self.engine, self.data = config, ranks, engine, data
         self.loader = self._open_loader(start.samples_consumed)
@@ -49,8 +61,10 @@ class Run:
             group=group,
         )
         self.timer, self.stop = StepTimer(ranks.device), StopRequest()
+        self.watch = FolderWatch([config.folder, config.checkpoint_folder])
         self.guard = SkipGuard(config.train.max_skipped_steps, start.skipped_steps)
         self.last_saved_step = start.step
+        self.carried = carried or {}
         self._status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
 
     def _open_loader(self, samples_consumed: int) -> BatchLoader:
@@ -89,6 +103,8 @@ class Run:
         config, engine, message = self.config, self.engine, self.report.message
         if start.checkpoint is not None:
             message(f"resumed {start.checkpoint} at step {start.step}")
+            for line in changes_of(start, config, self.ranks.world_size):
+                message(line)
         else:
             message(f"training {config.run.name} in {config.folder}")
         if weights is not None:
@@ -128,6 +144,9 @@ class Run:
         if self.report:
             self.report.step(launched, self.guard.total)
         self.guard.check(step, loss)
+        if self.report and self.watch.look():
+            self.message(f"{self.watch.lost} was deleted or renamed: saving what there is, and stopping")
+            self.stop.requested = True
         return bool(result.stop)
 
     def report_failed_saves(self) -> None:
@@ -142,12 +161,31 @@ class Run:
         Args:
             step: Optimizer steps done.
             validation_loss: That of a validation right before, if there was one.
+
+        Raises:
+            TrainingError: A weight or a value of the optimizer is not finite on any rank; nothing is saved.
         """
+        state = self.engine.state()
+        self._check_finite(step, state)
         info = self._checkpoint_info(step, validation_loss, self.report).to_json() if self.report else {}  # rank 0's
-        self.saver.save(step, self.engine.state(), info, extra_files=self.data.training.mixture.tokenizer.save)
+        self.saver.save(step, state, info, extra_files=self._write_extra_files)
         self.last_saved_step = step
         if self.report:
             self.report.saved(step, self.saver.pause_s)
+
+    def _check_finite(self, step: int, state: dict[str, Tensor]) -> None:
+        found = [name for names in all_gather_objects(checkpoint.not_finite(state)) for name in names]
+        if found:
+            before = f"step {self.last_saved_step} is the last one saved" if self.last_saved_step else "none is saved"
+            raise TrainingError(
+                f"step {step}: {len(found)} tensors hold values that are not finite ({', '.join(found[:3])}), so this "
+                f"step is not saved; {before}: lower optim.lr, or inspect the data"
+            )
+
+    def _write_extra_files(self, folder: Path) -> None:
+        self.data.training.mixture.tokenizer.save(folder)
+        for name, content in self.carried.items():
+            (folder / name).write_bytes(content)
 
     def _checkpoint_info(self, step: int, validation_loss: float | None, report: Report) -> CheckpointInfo:
         consumed = self.loader.samples_consumed
@@ -168,7 +206,7 @@ class Run:
         """Save what is not saved yet, wait for the disk, and say how the run ended.
 
         Raises:
-            TrainingError: The last checkpoint could not be written.
+            TrainingError: The last checkpoint could not be written, or the run's folder had been deleted.
         """
         if self.last_saved_step != step:
             self.save(step)
@@ -176,6 +214,11 @@ class Run:
             self.saver.close()
         except OSError as error:
             raise TrainingError(f"{error}; earlier checkpoints are intact") from error
+        if lost := broadcast_object(lambda: self.watch.lost):
+            raise TrainingError(
+                f"{lost} was deleted or renamed while the run was training; step {step} is saved in "
+                f"{self.config.checkpoint_folder}, to go on with --resume auto"
+            )
         self._status = "FINISHED" if step >= self.config.train.steps else "KILLED"
         end = "finished" if self._status == "FINISHED" else "stopped as asked"
         self.message(f"{end} at step {step}; checkpoint in {self.config.checkpoint_folder}")

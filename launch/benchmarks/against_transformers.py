@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from launch.benchmarks.arguments import Parser, whole
 from launch.benchmarks.protocol import Spread, add_quick, environment, progress, rounds
 
 # The first word of a worker's name says what it builds, further words are variants of it.
@@ -45,30 +46,28 @@ QUICK = {
 
 
 def build_parser(argv: list[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="whole training steps: forward, loss, backward, clipping, AdamW")
-    train.add_argument("--seq-len", type=int, default=512, help="tokens per sample (512)")
-    train.add_argument("--batch-size", type=int, default=4, help="samples per step (4)")
+    train.add_argument("--seq-len", type=whole, default=512, help="tokens per sample (512)")
+    train.add_argument("--batch-size", type=whole, default=4, help="samples per step (4)")
     train.add_argument("--compile", action="store_true", help="measure both sides under torch.compile as well")
     train.add_argument("--experts", choices=["megablocks", "plain"], default="megablocks")
     moe = commands.add_parser("moe", help="one layer, router and experts: forward and backward")
-    moe.add_argument("--tokens", type=int, default=4096, help="tokens per step (4096)")
-    moe.add_argument("--batches", type=int, default=1, help="different inputs, so different routings, in turn (1)")
+    moe.add_argument("--tokens", type=whole, default=4096, help="tokens per step (4096)")
+    moe.add_argument("--batches", type=whole, default=1, help="different inputs, so different routings, in turn (1)")
     train_sizes = {"layers": 4, "heads": 8, "kv-heads": 4, "head-dim": 32, "vocab-size": 8192}
     for command, precision, sizes in (
         (train, "fp32", {"hidden-size": 256, "intermediate-size": 512, "num-experts": 8, "top-k": 2, **train_sizes}),
         (moe, "both", {"hidden-size": 512, "intermediate-size": 512, "num-experts": 32, "top-k": 4}),
     ):
         command.add_argument("--precision", choices=["fp32", "bf16", "both"], default=precision, help=f"({precision})")
-        command.add_argument("--threads", type=int, default=2, help="CPU threads of each process (2)")
-        command.add_argument("--rounds", type=int, default=7, help="turns of each process (7)")
-        command.add_argument("--steps", type=int, default=2, help="steps per turn (2)")
+        command.add_argument("--threads", type=whole, default=2, help="CPU threads of each process (2)")
+        command.add_argument("--rounds", type=whole, default=7, help="turns of each process (7)")
+        command.add_argument("--steps", type=whole, default=2, help="steps per turn (2)")
         command.add_argument("--worker", help=argparse.SUPPRESS)
         for name, value in sizes.items():
-            command.add_argument(f"--{name}", type=int, default=value, help=f"({value})")
+            command.add_argument(f"--{name}", type=whole, default=value, help=f"({value})")
     for command, name in ((train, "train"), (moe, "moe")):
         add_quick(command, argv, **QUICK[name])
     return parser

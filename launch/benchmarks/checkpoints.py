@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from launch.benchmarks.arguments import Parser, whole
 from launch.benchmarks.protocol import (
     QUICKSTART,
     Spread,
@@ -36,13 +37,13 @@ KINDS = ("never", "asynchronous", "synchronous")
 
 
 def build_parser(argv: list[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmark_checkpoints.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, default=2, help="(2)")
-    parser.add_argument("--every", type=int, default=10, help="steps between saves (10)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each kind (7)")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="samples of 256 tokens per process (4)")
+    parser.add_argument("--processes", type=whole, default=2, help="(2)")
+    parser.add_argument("--every", type=whole, default=10, help="steps between saves (10)")
+    parser.add_argument("--rounds", type=whole, default=7, help="turns of each kind (7)")
+    parser.add_argument("--micro-batch-size", type=whole, default=4, help="samples of 256 tokens per process (4)")
     parser.add_argument("--folder", help="where to write the checkpoints (a temporary folder)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     add_quick(parser, argv, every=4, rounds=2, micro_batch_size=1)

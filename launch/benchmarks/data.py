@@ -32,6 +32,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from launch.benchmarks.arguments import Parser, amount, whole
 from launch.benchmarks.protocol import Spread, add_quick, progress, rounds, run_worker
 
 PARTS = 10
@@ -444,13 +445,13 @@ def report_epochs(epochs: list[Epoch], cores: list[float], size: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["prepare", "load"])
     parser.add_argument("--tokenizer", default="builtin")
-    parser.add_argument("--megabytes", type=int, default=200)
-    parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--documents", type=int, default=10_000_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--megabytes", type=whole, default=200)
+    parser.add_argument("--gigabytes", type=amount, default=1.0)
+    parser.add_argument("--documents", type=whole, default=10_000_000)
+    parser.add_argument("--rounds", type=whole, default=3)
     parser.add_argument("--directory", help="where to put the corpus and the results (a temporary folder)")
     parser.add_argument("--only", choices=list(COMPETITORS), help=argparse.SUPPRESS)
     parser.add_argument("--corpus", help=argparse.SUPPRESS)

@@ -268,15 +268,44 @@ def test_another_branch_does_not_take_old_checkpoints_for_its_own(tmp_path):
     assert not list(tmp_path.glob("*.tmp*"))
 
 
+def test_the_death_of_a_peer_is_no_damage(tmp_path, monkeypatch):
+    done = save(tmp_path, 1)
+
+    def lost(*_, **__):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
+
+    monkeypatch.setattr(store.dcp, "load", lost)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        checkpoint.load_state(done, blank())
+
+
+def test_what_is_not_finite_is_named():
+    state = example() | {
+        "model.c": torch.tensor([[1.0, torch.nan], [0.0, 3.0]], dtype=torch.bfloat16),
+        "optim.d": torch.tensor([3e38, -torch.inf]),
+        "count": torch.tensor([2]),
+        "empty": torch.empty(0),
+    }
+    assert checkpoint.not_finite(state) == ["model.c", "optim.d"]
+    assert checkpoint.not_finite(example()) == checkpoint.not_finite({}) == []
+
+
+def test_only_own_leftovers_are_deleted(tmp_path):
+    for name in ("step_00000007.tmp", "step_00000003.tmp.old", "step_mine.tmp", "step_1.tmp.notes"):
+        (tmp_path / name).mkdir()
+    save(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_00000001", "step_mine.tmp", "step_1.tmp.notes"}
+
+
 def test_damage_is_one_clear_error(tmp_path):
     done = save(tmp_path, 1)
     (shard,) = done.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot be read|is damaged"):
         checkpoint.load_state(done, blank())
     (done / "checkpoint.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(ValueError, match="format 99"):
         checkpoint.read_info(done)
     (done / "checkpoint.json").write_text("{")
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"checkpoint\.json: is not readable JSON"):
         checkpoint.read_info(done)

@@ -1,12 +1,13 @@
 """The command line that all commands share: what people type, files, mistakes, help, exit codes."""
 
 import dataclasses
+import io
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
-from data_pipeline.command_line import Program, option, parse, positional, ranged, run, run_verb
+from data_pipeline.command_line import Program, option, parse, positional, print_line, ranged, run, run_verb
 from data_pipeline.prepare.settings import PrepareConfig
 from gptoss_dist.config import parse_arguments
 
@@ -55,8 +56,8 @@ def read(*argv: str) -> dict:
     return {name: value for name, value in values if value != getattr(default, name)}
 
 
-AWKWARD = ["null", "1", "true", "[x]", "{a: 1}", "a: b", ' x \n"é', "{a", "~", "", "😀", "\udcff", "\x7f", "a=b", "-",
-           "# x", "&x", "*x", "!x", "-- all rows", "--all rows=1"]  # fmt: skip
+AWKWARD = ["null", "1", "true", "[x]", "{a: 1}", "a: b", ' x \n"é', "{a", "~", "5e-2", "😀", "\udcff", "\x7f", "a=b",
+           "-", "# x", "&x", "*x", "!x", "-- all rows", "--all rows=1"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,14 @@ def test_texts_are_taken_as_they_are(text):
         "train": [text, text],
         **optional,
     }
+
+
+@pytest.mark.parametrize(
+    ("argv", "key"), [(["", "--output", "o"], "sources"), (["a", "--output", ""], "output"), (["a", "--from="], "from")]
+)
+def test_an_empty_text_is_no_value(argv, key):
+    with pytest.raises(ValueError, match=f"^{key}.* is empty"):
+        parse(Options, [*(["--output", "o"] if key == "from" else []), *argv], prog="do")
 
 
 def test_dashes_and_underscores_are_the_same(tmp_path, capsys):
@@ -133,7 +142,7 @@ def test_files_and_what_comes_later(tmp_path, capsys):
         ("sources: x", "\"sources\": Expected a <class 'list'>. Got value: x"),
         ("sources: [1]", '"sources"'),
         ("kind: huge", "Given value: huge"),
-        ("a: [", "Problems parsing config"),
+        ("a: [", "is not readable YAML"),
         ("[1]", "Unexpected config: [1]"),
     ],
 )
@@ -144,7 +153,7 @@ def test_mistakes_in_files_name_file_and_key(tmp_path, text, message):
     with pytest.raises(ValueError) as error:
         read("--config", str(good), "--config", str(bad), "a", "--output", "o")
     found = str(error.value)
-    assert found.startswith(f"{bad}: ") and message in found and found.endswith("; see do --help"), found
+    assert found.startswith(str(bad)) and message in found and found.endswith("; see do --help"), found
     assert "\n" not in found
 
 
@@ -245,3 +254,27 @@ def test_verbs(capsys):
     assert do("--help") == 0
     out = capsys.readouterr().out
     assert "Two things." in out and "one       Take one thing." in out and "other     Do something. It takes" in out
+
+
+@pytest.mark.parametrize("option", ["--deepspeed_config", "--deepspeed-config=zero.json", "--deepspeed"])
+def test_deepspeeds_own_option_points_to_ours(option):
+    with pytest.raises(ValueError, match=r"here it is --engine.deepspeed FILE"):
+        parse_arguments(["--config", "configs/quickstart.yaml", option, "zero.json"])
+
+
+def test_a_printed_line_is_safe_for_terminals_and_fits_their_encoding():
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    print_line("\xdf\n\x1b[31m \udc80", stream)
+    stream.seek(0)
+    assert stream.read() == "\\xdf\n\\x1b[31m \\udc80\n"
+    with pytest.raises(ValueError, match="--filter: may stand on the command line only"):
+        parse(Typed, ["--config", '{"filter": ["x"]}', "--filter", "x"], prog="do")
+    assert parse(Typed, ["--filter", "x", "--filter=null"], prog="do").filter == ["x", "null"]
+
+
+@dataclass
+class Typed:
+    """Do something."""
+
+    filter: list[str] = option(default_factory=list, typed_only=True)
+    """Only on the command line."""

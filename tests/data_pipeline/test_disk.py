@@ -48,10 +48,41 @@ def test_a_folder_is_published_or_leaves_nothing(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_and_what_is_in_use_is_not(tmp_path):
-    left = tmp_path / ".data.tmp-killed"
-    left.mkdir()
-    with disk.staging_directory(tmp_path / "data") as used, disk.staging_directory(tmp_path / "data") as own:
-        assert used != own and used.is_dir() and not left.exists()
+    left, users = tmp_path / ".data.tmp-0123456789abcdef", [tmp_path / ".data.tmp-mine", tmp_path / "data.tmp"]
+    for folder in (left, *users):
+        folder.mkdir()
+    with disk.staging_directory(tmp_path / "data") as used, disk.staging_directory(tmp_path / "other") as other:
+        said = pytest.raises(ValueError, match="data is being written by another process; wait until it has ended")
+        with said, disk.staging_directory(tmp_path / "data"):
+            pass
+        assert used.is_dir() and other.is_dir() and not left.exists()
+    assert sorted(tmp_path.iterdir()) == users
+
+
+def test_the_user_decides_who_may_read_what_is_written(tmp_path):
+    before = os.umask(0o027)
+    try:
+        disk.write_file_atomically(tmp_path / "file", b"x")
+        with disk.replacing(tmp_path / "replaced") as temporary:
+            temporary.write_text("x")
+        with disk.staging_directory(tmp_path / "folder") as staging:
+            disk.write_synced(staging / "file", "x")
+            disk.publish(staging, tmp_path / "folder")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"file": 0o640, "replaced": 0o640, "folder": 0o750}
+
+
+def test_a_replacement_that_fails_leaves_everything_as_it_was(tmp_path):
+    """Also a file that has the name which a replacement of `plot.png` once had on the way."""
+    plot, mine = tmp_path / "plot.png", tmp_path / "plot.tmp"
+    plot.write_text("old")
+    mine.write_text("mine")
+    with pytest.raises(OSError), disk.replacing(plot) as temporary:
+        temporary.write_text("half")
+        raise OSError
+    assert plot.read_text() == "old" and mine.read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
 
 
 def hold(path, ready, end):

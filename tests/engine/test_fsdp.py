@@ -140,6 +140,18 @@ def test_samples_compile_nothing_and_validation_little(ranks):
     assert graphs[0] > 0 and graphs == graphs[:1] * 3
 
 
+def test_samples_that_fail_do_not_end_a_run(ranks):
+    def encode(text):
+        raise UnicodeEncodeError("ascii", text, 0, 1, "ordinal not in range(128)")
+
+    config, messages = settings(num_hidden_layers=2), []
+    config.sampling.prompts = ["\u00e4"]
+    tokenizer = SimpleNamespace(encode=encode, n_vocab=90)
+    data = SimpleNamespace(training=SimpleNamespace(mixture=SimpleNamespace(tokenizer=tokenizer)))
+    write_samples(SimpleNamespace(config=config, ranks=ranks, data=data, message=messages.append), 3, {})
+    assert len(messages) == 1 and messages[0].startswith("step 3: no sample, UnicodeEncodeError: 'ascii' codec")
+
+
 @pytest.mark.compiled
 @pytest.mark.parametrize(
     "bf16_products",

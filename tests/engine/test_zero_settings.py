@@ -53,7 +53,7 @@ def test_further_ones_are_handed_on():
         ({"bf16": {"enabled": True}}, r"bf16.enabled=True contradicts train.precision"),
         ({"communication_data_type": "bf16"}, r"communication_data_type='bf16' contradicts"),
         ({"optimizer": {"type": "Adam"}}, r"optimizer=.* has no place here: set optim"),
-        ({"scheduler": {}}, r"set optim.schedule"),
+        ({"scheduler": {"type": "WarmupLR"}}, r"set optim.schedule"),
         ({"fp16": {"enabled": True}}, r"set train.precision"),
         ({"gradient_predivide_factor": 2}, r"gradient_predivide_factor=2 has no place"),
         ({"zero_optimisation": {"stage": 2}}, r"zero_optimisation=.* is not a setting of DeepSpeed"),
@@ -69,6 +69,58 @@ def test_further_ones_are_handed_on():
 def test_contradictions_are_refused_by_name(deepspeed, message):
     with pytest.raises(ValueError, match=message):
         deepspeed_settings(config(deepspeed), ONE)
+
+
+OF_TRANSFORMERS = {
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2},
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto"}},
+    "zero_optimization": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1e9,
+                          "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+                          "stage3_param_persistence_threshold": "auto",
+                          "stage3_gather_16bit_weights_on_model_save": True},
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}  # fmt: skip
+"""An ordinary file for transformers' Trainer."""
+
+
+def test_a_file_for_transformers_is_refused_once():
+    with pytest.raises(ValueError) as error:
+        deepspeed_settings(
+            config(OF_TRANSFORMERS | {"gradient_clipping": 0.5, "typo": 1, "amp": {"enabled": True}}), ONE
+        )
+    said = str(error.value)
+    assert said.startswith("engine.deepspeed: ") and "\n" not in said and len(said) < 800
+    for part in ("optimizer={", "set optim.*", "scheduler={", "set optim.schedule", "gradient_clipping=0.5 contradicts",
+                 "typo=1 is not a setting", "amp={'enabled': True} has no place"):  # fmt: skip
+        assert part in said
+    assert "fp16=" not in said and "bf16=" not in said
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"fp16": {"enabled": "auto", "loss_scale": 0}},
+        {"fp16": {"enabled": False}, "amp": {"enabled": False, "opt_level": "O1"}, "elasticity": {}},
+        {"prescale_gradients": False, "gradient_predivide_factor": 1.0, "sparse_gradients": False, "optimizer": None},
+        {"torch_autocast": {"enabled": False}, "zero_optimization": {"round_robin_gradients": "auto"}},
+    ],
+)
+def test_sections_that_ask_for_nothing_are_accepted(nothing):
+    found = deepspeed_settings(config(nothing), ONE)
+    assert found == deepspeed_settings(config(), ONE)
+
+
+def test_gaps_that_stay_are_deepspeeds_defaults():
+    given = {key: value for key, value in OF_TRANSFORMERS.items() if key not in ("optimizer", "scheduler")}
+    found = deepspeed_settings(config(given), ONE)
+    assert "auto" not in json.dumps(found) and found["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
 
 
 def test_stages():

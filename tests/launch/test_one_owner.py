@@ -1,19 +1,22 @@
 """A run's folder has one owner: a second start is refused in one line, and a dead owner leaves nothing locked."""
 
+import contextlib
 import os
 import signal
+import subprocess
 import time
 
 import pytest
 
+from data_pipeline.disk import locked
 from gptoss_dist.checkpoint import checkpoints
-from tests.support.ranks import losses, run, start
+from tests.support.ranks import command, environment, losses, run, start
 
 pytestmark = pytest.mark.distributed
 
 
 def wait_for(condition) -> None:
-    deadline = time.time() + 120
+    deadline = time.time() + 240
     while not condition():
         assert time.time() < deadline
         time.sleep(0.05)
@@ -44,6 +47,33 @@ def test_a_live_run_keeps_its_folder(settings, tmp_path):
     again = [*options, *here, "--resume", "auto", "--train.steps", str(last + 4), "--validation.every", "0"]
     run("launch/train.py", *again)
     assert sorted(losses(folder)) == list(range(1, last + 5))
+
+
+@pytest.mark.parametrize(
+    "launcher, number",
+    [("torchrun", signal.SIGKILL), pytest.param("deepspeed", signal.SIGKILL, marks=pytest.mark.slow)],
+)
+def test_processes_save_and_end_when_their_launcher_is_killed(settings, tmp_path, launcher, number):
+    folder = tmp_path / "run"
+    options = ["--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000", "--checkpoint.every",
+               "0", "--validation.every", "0"]  # fmt: skip
+    line = command("launch/train.py", *options, processes=2, launcher=launcher)
+    with (tmp_path / "stderr").open("w") as stderr:
+        owner = subprocess.Popen(line, env=environment(), stderr=stderr, start_new_session=True)
+    try:
+        wait_for(lambda: (folder / "metrics.jsonl").is_file() and len(losses(folder)) > 3)
+        owner.send_signal(number)
+        owner.wait()
+        with locked(folder / ".lock", wait_s=120):
+            pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(owner.pid, signal.SIGKILL)
+    said = (tmp_path / "stderr").read_text()
+    assert said.count(f"the launcher of this run has ended (process {owner.pid}); stopping too") == 1, said
+    assert "Traceback" not in said
+    (saved,) = checkpoints(folder / "checkpoints")
+    assert int(saved.name[5:]) == max(losses(folder))
 
 
 def test_of_two_starts_at_once_one_trains(settings, tmp_path):

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.distributed
 
 transformers = pytest.importorskip("transformers")
 SAMPLES, STEPS, LR = 8, 2, 3e-4
+TEMPLATE = "{{ messages }}"
 
 
 @pytest.fixture
@@ -22,6 +23,8 @@ def published(tmp_path):
     model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**MODEL, attn_implementation="eager"))
     folder = tmp_path / "published"
     model.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2], "temperature": 0.5}')
     return folder
 
 
@@ -84,6 +87,7 @@ def test_trained_from_open_weights_as_transformers_would(settings, tmp_path, pub
         assert not torch.equal(parameter, before[name]), name
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
     assert tokenizer.decode(tokenizer.encode("Some text.")) == "Some text."
+    assert tokenizer.chat_template == TEMPLATE and model.generation_config.eos_token_id == [1, 2]
 
 
 def test_weights_of_another_run(settings, tmp_path):

@@ -190,6 +190,49 @@ def test_non_finite_steps_are_skipped_then_fatal(settings, tmp_path, engine):
     assert checkpoints(folder / "checkpoints")
 
 
+def test_weights_that_are_not_finite_are_not_saved(settings, tmp_path):
+    folder = tmp_path / "infinite"
+    done = run("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--optim.lr", "1e38",
+               "--optim.warmup_steps", "0", "--optim.lr_scale", "{'*norm*': 1000}", "--checkpoint.every", "1",
+               processes=2, expect=1)  # fmt: skip
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert "step 1: " in said and "hold values that are not finite (" in said and "none is saved" in said
+    assert "Traceback" not in done.stderr and not list((folder / "checkpoints").iterdir())
+
+
+def test_a_run_whose_folder_is_deleted_saves_and_says_so(settings, tmp_path):
+    folder = tmp_path / "deleted"
+    process = start("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000",
+                    "--checkpoint.every", "0", "--validation.every", "0", processes=2)  # fmt: skip
+    deadline = time.time() + 120
+    while time.time() < deadline and not ((folder / "metrics.jsonl").is_file() and len(losses(folder)) > 3):
+        time.sleep(0.2)
+    shutil.rmtree(folder)
+    done = process.wait()
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"{folder} was deleted or renamed: saving" in done.stderr
+    (saved,) = checkpoints(folder / "checkpoints")
+    assert f"step {int(saved.name[5:])} is saved in {folder / 'checkpoints'}" in done.stderr
+    run("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--resume", "auto",
+        "--train.steps", str(int(saved.name[5:]) + 1), processes=2)  # fmt: skip
+
+
+def test_the_death_of_a_process_is_called_that(settings, tmp_path):
+    folder = tmp_path / "bereft"
+    process = start("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000",
+                    "--checkpoint.every", "0", "--validation.every", "0", processes=2)  # fmt: skip
+    deadline = time.time() + 240
+    while time.time() < deadline and not ((folder / "metrics.jsonl").is_file() and len(losses(folder)) > 3):
+        time.sleep(0.2)
+    process.send(signal.SIGKILL, ranks=[1])
+    while time.time() < deadline and process.is_running(0):
+        time.sleep(0.1)
+    done = process.wait()
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert "rank 0 lost another process of the run" in said and "--resume auto" in said
+    assert "Traceback" not in done.stderr
+
+
 MISTAKES = {
     "wrong key": (["--train.stepz", "3"], "stepz"),
     "wrong type": (["--train.steps", "many"], "train.steps"),
@@ -218,7 +261,7 @@ MISTAKES = {
             "--engine.deepspeed",
             str(ROOT / "configs/deepspeed/zero3_offload.json"),
             "--model.vocab_size",
-            "100000000000",
+            "2000000000",
         ],
         "GiB are free; use more machines, or do not offload",
     ),

@@ -60,6 +60,12 @@ def test_sliding_layers_hold_only_the_window(model):
     assert cache.nbytes() == sum(layer.nbytes() for layer in cache.layers)
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature):
+    logits = torch.tensor([[1.0, 3e4, 2.9e4, -torch.inf], [5.0, -3e4, 4.999, 0.0]])
+    assert sample(logits, temperature, top_k=2, top_p=0.9).tolist() == [1, 0]
+
+
 def test_sampling_rules():
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]]))
     draw = lambda **kw: {  # noqa: E731

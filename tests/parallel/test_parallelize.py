@@ -14,7 +14,7 @@ from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.parallel.experts import use_megablocks
 from gptoss_dist.parallel.mesh import build_meshes, plan_layout
-from gptoss_dist.parallel.parallelize import place_experts
+from gptoss_dist.parallel.parallelize import check_compiler, place_experts
 from tests.support.reference import build, micro_batches, settings
 
 
@@ -68,3 +68,16 @@ def test_the_shared_expert_multiplies_like_the_others():
     )
     for layer in model.model.layers:
         assert layer.mlp.experts.backend == layer.mlp.shared_expert.backend == "loop"
+
+
+@pytest.mark.parametrize("on_cuda, variable", [(False, "CXX"), (True, "CC")])
+def test_compiling_without_a_compiler_is_refused_before_the_first_step(monkeypatch, on_cuda, variable):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(ValueError, match=f"train.compile=True needs a compiler.*name it in {variable}"):
+        check_compiler(on_cuda)
+    monkeypatch.setenv(variable, "no-such-compiler -x")
+    with pytest.raises(ValueError, match="there is no no-such-compiler"):
+        check_compiler(on_cuda)
+    monkeypatch.setenv(variable, "/bin/sh -x")
+    check_compiler(on_cuda)

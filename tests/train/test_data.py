@@ -138,7 +138,8 @@ def test_a_checkpoint_of_another_model_code_is_named(config, model):
     place = DataPlace(None, "0", {}, {})
     info = CheckpointInfo(3, 12, {"model": config("web").model.to_dict() | model}, place, tokens=0)
     with pytest.raises(
-        ValueError, match=r"CKPT: model config has unknown keys \['wings'\]; resume it with the version"
+        ValueError,
+        match=r"CKPT: checkpoint.json: config.model has unknown keys \['wings'\]; resume it with the version",
     ):
         check_resumable(config("web"), "CKPT", info)
 

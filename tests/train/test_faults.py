@@ -3,16 +3,17 @@ import signal
 
 import pytest
 
-from gptoss_dist.distributed.signals import StopRequest
-from gptoss_dist.train.faults import SkipGuard, TrainingError
+from gptoss_dist.distributed.signals import STOPPING, StopRequest
+from gptoss_dist.train.faults import FolderWatch, SkipGuard, TrainingError
 
 
-def test_signals_become_a_flag_and_a_second_ctrl_c_stops():
+@pytest.mark.parametrize("number", STOPPING)
+def test_signals_become_a_flag_and_a_second_ctrl_c_stops(number):
     before = signal.getsignal(signal.SIGTERM)
     stop = StopRequest()
     try:
         assert not stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -20,6 +21,34 @@ def test_signals_become_a_flag_and_a_second_ctrl_c_stops():
     finally:
         stop.close()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.requested
+        stop.close()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("how", ["deleted", "renamed", "replaced"])
+def test_a_folder_that_is_gone_is_noticed_once(tmp_path, how):
+    run, checkpoints = tmp_path / "run", tmp_path / "checkpoints"
+    run.mkdir(), checkpoints.mkdir()
+    watch = FolderWatch([run, checkpoints], interval_s=0)
+    assert not watch.look() and watch.lost is None
+    if how == "deleted":
+        checkpoints.rmdir()
+    else:
+        checkpoints.rename(tmp_path / "elsewhere")
+    if how == "replaced":
+        checkpoints.mkdir()
+    assert watch.look() and watch.lost == checkpoints
+    assert not watch.look()
 
 
 def test_only_steps_in_a_row_are_fatal():

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from data_pipeline import Tokenizer
-from data_pipeline.disk import publish, sync_path
-from data_pipeline.tokenizer.huggingface import huggingface_files
+from data_pipeline.disk import publish, staging_directory, sync_path, write_synced
 from gptoss_dist.checkpoint.formats import huggingface, openai
-from gptoss_dist.checkpoint.formats.pretrained import Pretrained
-from gptoss_dist.checkpoint.formats.tensor_files import Held, LazyTensor, write_tensors
+from gptoss_dist.checkpoint.formats.checksums import write_checksums
+from gptoss_dist.checkpoint.formats.companions import left_settings, write_card, write_companions
+from gptoss_dist.checkpoint.formats.fields import fixed_by_servers
+from gptoss_dist.checkpoint.formats.pretrained import EMBEDDING, HEAD, Pretrained
+from gptoss_dist.checkpoint.formats.tensor_files import Held, LazyTensor, Output, Slices, write_tensors
 from gptoss_dist.checkpoint.formats.views import Losses, plain
+from gptoss_dist.checkpoint.info import read_info
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.ops.mxfp4 import GROUP
 
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-              "chat_template*", "generation_config.json", "LICENSE*", "USAGE_POLICY*")  # fmt: skip
-"""The files that are copied from one published model to another."""
-PUBLISHED_IDS = {"eos_token_id": 200002, "pad_token_id": 199999}
+Format = Literal["hf", "openai", "safetensors"]
 
 
-def check_export(
-    config: ModelConfig, format: Literal["hf", "openai", "safetensors"], pack: bool, search: bool = False
-) -> None:
+def check_export(config: ModelConfig, format: Format, pack: bool, search: bool = False) -> None:
     """Refuse an export that cannot be.
 
     Args:
@@ -49,7 +48,7 @@ def check_export(
         if pack:
             raise ValueError("pack needs format hf or openai; plain safetensors hold plain numbers")
         return
-    wrong = {"hf": huggingface, "openai": openai}[format].inexpressible(config)
+    wrong = {"hf": huggingface, "openai": openai}[format].inexpressible(_untied(config))
     if wrong:
         raise ValueError(
             f"format {format} cannot express this model: {', '.join(wrong)}; format safetensors writes the weights"
@@ -63,12 +62,13 @@ def check_export(
 def export(
     pretrained: Pretrained,
     folder: str | Path,
-    format: Literal["hf", "openai", "safetensors"],
+    format: Format,
     *,
     dtype: torch.dtype = torch.bfloat16,
     pack: bool = False,
     search: bool = False,
     file_bytes: int = 5_000_000_000,
+    license: str | None = None,
     message: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
     """Write `pretrained` to the new folder `folder`, which appears only when it is complete.
@@ -81,46 +81,88 @@ def export(
         pack: Write the experts' weights in MXFP4.
         search: As in `ops.mxfp4.encode`.
         file_bytes: The largest size of a file, unless a single tensor is larger.
-        message: Gets a line about each file, and about what is unusual.
+        license: The licence that the model card names; by default that of the source's card, or "unknown".
+        message: Gets a line about each file, about what is unusual, and about what is left behind.
 
     Returns:
         {tensor: relative quantisation error} of the packed ones.
 
     Raises:
-        ValueError: The format cannot express the model, or the folder is there already.
+        ValueError: The format cannot express the model, weights are not finite, or the folder is there already, or is
+            being written by another process.
         OSError: It cannot be written.
     """
     check_export(pretrained.config, format, pack, search)
-    folder, losses = Path(folder), Losses()
+    folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} is there already; choose another folder")
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    config, tensors = pretrained.config, pretrained.tensors
-    if format == "safetensors":
-        outputs = [plain(name, tensor, dtype) for name, tensor in tensors.items()]
-        values = config.to_dict()
-    elif format == "hf":
-        outputs = huggingface.outputs(tensors, config, dtype=dtype, pack=pack, search=search, losses=losses)
-    else:
-        outputs = openai.outputs(tensors, config, dtype=dtype, pack=pack, search=search, losses=losses)
-        values = openai.config_json(config)
-    special_ids = _write_companions(pretrained, partial, format, message)
-    if format == "hf":
-        values = huggingface.config_json(config, dtype=dtype, pack=pack, special_ids=dict(special_ids))
-    (partial / "config.json").write_text(json.dumps(values, indent=1) + "\n")
-    for path in write_tensors(partial, outputs, file_bytes=file_bytes):
-        message(f"wrote {path.name}")
-    for path in partial.iterdir():
-        sync_path(path)
-    publish(partial, folder)
+    if pretrained.format == "run":
+        message(f"{pretrained.folder}: step {read_info(pretrained.folder)['step']}")
+    if format != "safetensors":
+        pretrained = _with_head(pretrained, message)
+    _say_who_reads_it(pretrained.config, format, pack, message)
+    with staging_directory(folder.absolute()) as partial:
+        losses = _write(pretrained, partial, format, dtype, pack, search, file_bytes, message)
+        license = write_card(
+            pretrained, partial, format=format, dtype=str(dtype).removeprefix("torch."), pack=pack, license=license
+        )
+        message(f"wrote README.md, the model card; licence: {license}")
+        for path in partial.iterdir():
+            sync_path(path)
+        write_checksums(partial)
+        try:
+            publish(partial, folder.absolute())
+        except OSError:
+            if folder.exists():
+                raise ValueError(f"{folder} was made by another process meanwhile; choose another folder") from None
+            raise
     return losses
 
 
-def save_pretrained(
-    model: GptOss, folder: str | Path, *, layout: Literal["hf", "openai", "safetensors"] = "hf", **options
-) -> None:
+def _write(
+    pretrained: Pretrained,
+    partial: Path,
+    format: Format,
+    dtype: torch.dtype,
+    pack: bool,
+    search: bool,
+    file_bytes: int,
+    message: Callable[[str], None],
+) -> Losses:
+    """Write weights, configuration and what goes with them into the folder `partial`.
+
+    Raises:
+        ValueError: Weights are not finite.
+    """
+    losses, strange, config = Losses(), Counter[str](), pretrained.config
+    tensors: dict[str, LazyTensor] = {
+        name: _Watched(name, tensor, strange) for name, tensor in pretrained.tensors.items()
+    }
+    special_ids = write_companions(pretrained, partial, format, message)
+    if format == "safetensors":
+        outputs: list[Output] = [plain(name, tensor, dtype) for name, tensor in tensors.items()]
+        values = config.to_dict()
+    elif format == "hf":
+        outputs = huggingface.outputs(tensors, config, dtype=dtype, pack=pack, search=search, losses=losses)
+        values = huggingface.config_json(config, dtype=dtype, pack=pack, special_ids=dict(special_ids))
+        if left := left_settings(pretrained, values):
+            message(f"left out of config.json: {', '.join(left)}")
+    else:
+        outputs = openai.outputs(tensors, config, dtype=dtype, pack=pack, search=search, losses=losses)
+        values = openai.config_json(config)
+    write_synced(partial / "config.json", json.dumps(values, indent=1) + "\n")
+    for path in write_tensors(partial, outputs, file_bytes=file_bytes):
+        message(f"wrote {path.name}")
+    if strange:
+        more = f" and {len(strange) - 5} more tensors" if len(strange) > 5 else ""
+        raise ValueError(
+            f"{pretrained.folder} holds weights that are not finite: {', '.join(list(strange)[:5])}{more}; nothing is "
+            "exported, choose an earlier checkpoint"
+        )
+    return losses
+
+
+def save_pretrained(model: GptOss, folder: str | Path, *, layout: Format = "hf", **options) -> None:
     """Write a model that is in memory to the new folder `folder`.
 
     Args:
@@ -139,29 +181,42 @@ def save_pretrained(
     export(Pretrained("memory", Path(), model.config, tensors), folder, layout, **options)
 
 
-def _write_companions(
-    pretrained: Pretrained, folder: Path, format: str, message: Callable[[str], None]
-) -> Mapping[str, int | list[int]]:
-    """Write the tokenizer and the generation settings, as far as they are known.
+class _Watched(LazyTensor):
+    """A tensor of which each value that is read is checked to be finite."""
 
-    Returns:
-        `eos_token_id` and `pad_token_id`, the ids that end and pad a text.
-    """
-    if pretrained.format == "memory":
-        return {}
-    if pretrained.format == "run":
-        tokenizer = Tokenizer.load(pretrained.folder)
-        tokenizer.save(folder)
-        if format == "hf":
-            for name, values in huggingface_files(tokenizer, pretrained.config.max_position_embeddings).items():
-                (folder / name).write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n")
-        return {"eos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.eot_id}
-    if pretrained.format == format:
-        for pattern in COMPANIONS:
-            for path in pretrained.folder.glob(pattern):
-                shutil.copyfile(path, folder / path.name)
-        values = huggingface.read_json(pretrained.folder / "config.json")
-        return {key: values[key] for key in ("eos_token_id", "pad_token_id") if values.get(key) is not None}
-    message(f"no tokenizer and no generation settings come from {pretrained.format}: add them to {folder.stem} by hand")
-    # Those of the published models, whose vocabulary no other has.
-    return PUBLISHED_IDS if pretrained.config.vocab_size == 201088 else {}
+    def __init__(self, name: str, tensor: LazyTensor, strange: Counter[str]) -> None:
+        self.name, self.tensor, self.strange = name, tensor, strange
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+
+    def read(self, slices: Slices) -> Tensor:
+        """Read a part, and count its values that are not finite; they are read as 0, so that all of them are found."""
+        values = self.tensor.read(slices)
+        finite = torch.isfinite(values)
+        if bad := int((~finite).sum()):
+            self.strange[self.name] += bad
+            return torch.where(finite, values, 0)
+        return values
+
+
+def _untied(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def _with_head(pretrained: Pretrained, message: Callable[[str], None]) -> Pretrained:
+    """Return a tied model as one with a head of its own, which is equal: the tools that serve models know no other."""
+    if not pretrained.config.tie_word_embeddings:
+        return pretrained
+    message(f"the embedding is written as {HEAD} too, and tie_word_embeddings as false: servers read no tied model")
+    tensors = {**pretrained.tensors, HEAD: pretrained.tensors[EMBEDDING]}
+    return pretrained._replace(config=_untied(pretrained.config), tensors=tensors)
+
+
+def _say_who_reads_it(config: ModelConfig, format: Format, pack: bool, message: Callable[[str], None]) -> None:
+    """Say which tools cannot read what is going to be written, where some can."""
+    if format == "hf":
+        for line in fixed_by_servers(config):
+            message(line)
+    if format == "openai" and not pack:
+        message(
+            "format openai without --mxfp4 is read by this project alone: OpenAI's code expects the experts in MXFP4"
+        )

@@ -5,6 +5,7 @@ Each rank reads what it holds of each tensor, a part at a time: no rank ever nee
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import warnings
@@ -28,9 +29,13 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from data_pipeline.foreign import check_folder
 from gptoss_dist.checkpoint.formats import huggingface, openai
+from gptoss_dist.checkpoint.formats.checksums import FILE as CHECKSUMS
+from gptoss_dist.checkpoint.formats.checksums import altered_files, has_checksums
+from gptoss_dist.checkpoint.formats.headers import check_sizes
 from gptoss_dist.checkpoint.formats.tensor_files import LazyTensor, stored_tensors
-from gptoss_dist.checkpoint.info import read_info
+from gptoss_dist.checkpoint.info import INFO, read_model
 from gptoss_dist.checkpoint.store import candidates, misfits, resolve
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
@@ -38,6 +43,7 @@ from gptoss_dist.model.transformer import GptOss
 log = logging.getLogger(__name__)
 
 FORMATS = {"hf": huggingface, "openai": openai}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Pretrained(NamedTuple):
@@ -75,45 +81,108 @@ def open_pretrained(
         where: `hf:FOLDER`, `openai:FOLDER`, or the folder of a run, of its checkpoints, or a checkpoint. Without `hf:`
             or `openai:` the config.json of a folder tells which of the two it is.
         message: Gets a line about what is unusual.
-        verify: Hash a training checkpoint's files first, and take the newest intact one; otherwise take the newest.
+        verify: Hash the files first of what carries checksums. Of training checkpoints the newest intact one is taken;
+            otherwise the newest.
 
     Raises:
         ValueError: There is nothing of that kind, or it is damaged.
     """
     format, _, folder = str(where).partition(":")
-    if (Path(where) / "config.json").is_file():
+    if (Path(where) / "config.json").is_file() and not (Path(where) / INFO).is_file():
         format = "hf" if "model_type" in huggingface.read_json(Path(where) / "config.json") else "openai"
         folder = str(where)
     if format in FORMATS and folder:
         if not Path(folder).is_dir():
             raise ValueError(f"{where}: there is no folder {folder}")
+        check_folder(folder)
+        _refuse_adapter(Path(folder))
+        if verify and has_checksums(folder):
+            _refuse_altered(Path(folder), message)
         module = FORMATS[format]
-        return Pretrained(format, Path(folder), module.read_config(folder), module.read_tensors(folder, message))
+        config, tensors = module.read_config(folder), module.read_tensors(folder, message)
+        if config.tie_word_embeddings and HEAD in tensors:
+            if not _equal(tensors[HEAD], tensors.get(EMBEDDING)):
+                raise ValueError(
+                    f"{folder}: {HEAD} is not equal to {EMBEDDING}, though config.json says tie_word_embeddings; set "
+                    "that to false there, or take the tensor out"
+                )
+            del tensors[HEAD]
+        check_sizes(config, {name: tensor.shape for name, tensor in tensors.items()}, Path(folder) / "config.json")
+        return Pretrained(format, Path(folder), config, tensors)
     if re.fullmatch(r"[a-z]{2,}", format) and folder:
         raise ValueError(f"{where}: {format} is no known format; use {', '.join(f'{name}:FOLDER' for name in FORMATS)}")
+    _refuse_adapter(Path(where))
     checkpoint = resolve(where, message) if verify else candidates(where)[-1]
+    check_folder(checkpoint)
+    config = read_model(checkpoint)
     stored: dict[str, LazyTensor] = {
         n.removeprefix("model."): t for n, t in stored_tensors(checkpoint).items() if n.startswith("model.")
     }
-    return Pretrained("run", checkpoint, ModelConfig.from_dict(read_info(checkpoint)["config"]["model"]), stored)
+    check_sizes(config, {name: tensor.shape for name, tensor in stored.items()}, checkpoint / INFO)
+    return Pretrained("run", checkpoint, config, stored)
 
 
-def check_architecture(pretrained: Pretrained, config: ModelConfig) -> None:
+def check_architecture(pretrained: Pretrained, config: ModelConfig) -> Pretrained:
     """Refuse weights of another architecture than `config`.
+
+    Returns:
+        The weights; for a tied model without the head, if that is equal to the embedding, as in an export of one.
 
     Raises:
         ValueError: A line that names every field that differs.
     """
-    ours, theirs = config.to_dict(), pretrained.config.to_dict()
-    differ = [
-        f"{key} ({theirs[key]} there, {ours[key]} here)"
-        for key in ours
-        if ours[key] != theirs[key]
-        # How weights are drawn says nothing of those that are read, nor does a limit of length.
-        and key not in ("initializer_range", "sink_init", "max_position_embeddings")
-    ]
+    tensors = pretrained.tensors
+    if config.tie_word_embeddings and HEAD in tensors and _equal(tensors[HEAD], tensors.get(EMBEDDING)):
+        tied = dataclasses.replace(pretrained.config, tie_word_embeddings=True)
+        pretrained = pretrained._replace(config=tied, tensors={n: t for n, t in tensors.items() if n != HEAD})
+    ours, theirs = _computed(config), _computed(pretrained.config)
+    differ = [f"{key} ({theirs[key]} there, {ours[key]} here)" for key in ours if ours[key] != theirs[key]]
     if differ:
         raise ValueError(f"{pretrained.folder} does not fit the model: {', '.join(differ)}; change --model")
+    return pretrained
+
+
+def _computed(config: ModelConfig) -> dict[str, Any]:
+    """Return the fields that decide what the model computes from given weights."""
+    values = config.to_dict()
+    # How weights are drawn says nothing of those that are read, nor does a limit of length.
+    for key in ("initializer_range", "sink_init", "max_position_embeddings"):
+        del values[key]
+    if config.rope_scaling is not None and config.rope_scaling.factor == 1:
+        values["rope_scaling"] = None  # the same function
+    return values
+
+
+def _equal(one: LazyTensor, other: LazyTensor | None) -> bool:
+    if other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return all(torch.equal(values, other.read(part)) for part, values in one.parts())
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse a folder that holds what was trained beside a model instead of a model."""
+    if not (folder / "adapter_config.json").is_file() or list(folder.glob("model*.safetensors")):
+        return
+    settings = huggingface.read_json(folder / "adapter_config.json")
+    raise ValueError(
+        f"{folder} holds an adapter ({settings.get('peft_type', 'LoRA')} for "
+        f"{settings.get('base_model_name_or_path')}), not a model; merge it with PEFT (merge_and_unload, "
+        "save_pretrained) and give the folder of that"
+    )
+
+
+def _refuse_altered(folder: Path, message: Callable[[str], None]) -> None:
+    """Refuse a model of which a file that is read is not what was exported; collective where there are ranks."""
+    problems = altered_files(folder)
+    read = [p for p in problems if p.split()[0].startswith("config.json") or ".safetensors" in p.split()[0]]
+    for problem in problems:
+        if problem not in read:
+            message(f"{folder}: {problem}")
+    if read:
+        raise ValueError(
+            f"{folder} is not what was exported: {'; '.join(read[:3])}{'; ...' * (len(read) > 3)}; take another copy, "
+            f"or if you changed it yourself, delete {CHECKSUMS} there"
+        )
 
 
 def load_into(weights: dict[str, Tensor], pretrained: Pretrained) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -16,7 +18,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data_pipeline.disk import sync_file
+from data_pipeline.foreign import file_inside, read_json
 from gptoss_dist.checkpoint.boxes import Box
+from gptoss_dist.checkpoint.formats.headers import check_headers
 
 INDEX = "model.safetensors.index.json"
 PART_BYTES = 32 << 20
@@ -113,20 +117,63 @@ class Stored(LazyTensor):
         return values
 
 
-def stored_tensors(folder: str | Path) -> dict[str, Stored]:
+def stored_tensors(folder: str | Path, message: Callable[[str], None] = lambda line: None) -> dict[str, Stored]:
     """Return the tensors of a training checkpoint, or of a folder as Hugging Face's libraries write them, by name.
 
+    Args:
+        folder: The folder.
+        message: Gets a line about files beside an index that it does not name, which are not read.
+
     Raises:
-        ValueError: There are none, a file is damaged, or the index names what is not there.
+        ValueError: There are none, a file is damaged, two files hold the same tensor, or the index names what is not
+            there.
     """
     folder = Path(folder)
     listed = _indexed_files(folder)
-    for path in folder.glob("*.safetensors"):
+    paths, stray = sorted(folder.glob("*.safetensors")), []
+    if named := set(listed.values()):
+        stray = [path for path in paths if path.name not in named]
+        paths = [path for path in paths if path.name in named]
+    check_headers(folder, paths)
+    whole = _whole_tensors(paths)
+    if stray:
+        message(f"{folder}: {', '.join(path.name for path in stray[:5])} is not in {INDEX} and is not read")
+        tensors = whole
+    else:
+        tensors = _stored_in_parts(folder)
+    if not tensors:
+        raise ValueError(f"{folder} holds no safetensors file")
+    wrong = [n for n, file in listed.items() if n not in tensors or tensors[n].places[0][0].name != file]
+    if wrong:
+        raise ValueError(f"{folder / INDEX}: {wrong[0]} and {len(wrong) - 1} more are not in the files it names")
+    return tensors
+
+
+def _whole_tensors(paths: list[Path]) -> dict[str, Stored]:
+    """Return the tensors of files each of which holds all of its tensors' values; others are opened all the same."""
+    tensors: dict[str, Stored] = {}
+    for path in paths:
         try:
-            with safe_open(path, "pt"):
-                pass
+            with safe_open(path, "pt") as file:
+                if "DCP_SHARDING_INFO" in (file.metadata() or {}):
+                    continue
+                for name in sorted(file.keys()):
+                    part = file.get_slice(name)
+                    shape = tuple(part.get_shape())
+                    if name in tensors:
+                        raise ValueError(
+                            f"{name} is in {tensors[name].places[0][0].name} and in {path.name} of {path.parent}"
+                        )
+                    dtype = part[:0].dtype if shape else file.get_tensor(name).dtype
+                    tensors[name] = Stored(shape, dtype)
+                    tensors[name].places.append((path, name, (0,) * len(shape), shape))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
+    return tensors
+
+
+def _stored_in_parts(folder: Path) -> dict[str, Stored]:
+    """Return the tensors of all files of a folder, which may hold a part of a tensor each."""
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata()
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -138,23 +185,22 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
     for index, place in found.storage_data.items():
         offset = tuple(index.offset or (0,) * len(place.shape))
         tensors[index.fqn].places.append((Path(place.relative_path), index.fqn, offset, tuple(place.shape)))
-    if not tensors:
-        raise ValueError(f"{folder} holds no safetensors file")
-    wrong = [n for n, file in listed.items() if n not in tensors or tensors[n].places[0][0].name != file]
-    if wrong:
-        raise ValueError(f"{folder / INDEX}: {wrong[0]} and {len(wrong) - 1} more are not in the files it names")
     return tensors
 
 
 def _indexed_files(folder: Path) -> dict[str, str]:
     """Return {tensor: file} of the index, empty if there is no index."""
     path = folder / INDEX
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
-    try:
-        return dict(json.loads(path.read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a readable index: {error}") from None
+    listed = read_json(file_inside(folder, INDEX), _Index).weight_map
+    for file in set(listed.values()):
+        file_inside(folder, file)
+    return listed
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
 
 
 class Output(NamedTuple):

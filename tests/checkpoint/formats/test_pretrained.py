@@ -94,7 +94,7 @@ def test_export_to_transformers(published, tmp_path, tie):
     assert near(logits(load_transformers(tmp_path / "new")), expected)
     assert near(logits(gptoss_dist.load_pretrained(tmp_path / "new")), expected)
     assert len(list((tmp_path / "new").glob("*.safetensors"))) > 1
-    assert not (tmp_path / "new.tmp").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -193,7 +193,7 @@ def test_everything_wrong_is_listed(published, tmp_path):
     (folder_with_index := tmp_path / "indexed").mkdir()
     shutil.copytree(folder, folder_with_index, dirs_exist_ok=True)
     sorted(folder_with_index.glob("*.safetensors"))[1].unlink()
-    with pytest.raises(ValueError, match="are not in the files it names"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00004.safetensors cannot be read: No such file"):
         open_pretrained(f"hf:{folder_with_index}")
     with open(first, "r+b") as file:
         file.truncate(1000)
@@ -214,8 +214,6 @@ def test_variants_are_refused_by_name(published, tmp_path):
             export(source._replace(config=variant), tmp_path / "no", layout)
         for field in ("num_shared_experts=1", "sink_clamp=[-10, 15]", "router_bias=False", "rope_pruned_fraction=0.25"):
             assert field in str(error.value)
-    with pytest.raises(ValueError, match="tie_word_embeddings=True"):
-        export(source._replace(config=gptoss_dist.ModelConfig(**SIZES, tie_word_embeddings=True)), "no", "openai")
     with pytest.raises(ValueError, match="multiples of 32: intermediate_size=48"):
         odd = gptoss_dist.ModelConfig(**SIZES | {"intermediate_size": 48})
         export(source._replace(config=odd), tmp_path / "no", "hf", pack=True)
@@ -224,7 +222,7 @@ def test_variants_are_refused_by_name(published, tmp_path):
     assert bare.keys() == source.tensors.keys()
     with pytest.raises(ValueError, match="is there already"):
         export(source, tmp_path / "bare", "safetensors")
-    assert not (tmp_path / "no").exists() and not (tmp_path / "no.tmp").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
 
 
 def test_flags_are_not_ignored(published, tmp_path):
@@ -273,7 +271,8 @@ def test_ids_that_end_a_text_stay(published, tmp_path):
         assert (settings.eos_token_id, settings.pad_token_id) == ([7, 8], 9)
     said = []
     export(open_pretrained(f"hf:{folder}"), tmp_path / "original", "openai", message=said.append)
-    assert "no tokenizer and no generation settings" in said[0]
+    assert "no tokenizer and no generation settings" in said[1]
+    assert any("left in" in line and "generation_config.json" in line for line in said)
 
 
 def test_an_export_is_on_disk_before_it_has_its_name_and_its_name_is_too(published, tmp_path, monkeypatch):
@@ -281,11 +280,12 @@ def test_an_export_is_on_disk_before_it_has_its_name_and_its_name_is_too(publish
     done = []
     monkeypatch.setattr(disk, "sync_path", lambda path: done.append(path.name))
     monkeypatch.setattr("gptoss_dist.checkpoint.formats.export.sync_path", lambda path: done.append(path.name))
+    monkeypatch.setattr(disk, "sync_file", lambda file: done.append(Path(file.name).name))
     monkeypatch.setattr(disk, "move", lambda source, target: (done.append("move"), os.rename(source, target)))
     export(open_pretrained(published[0]), tmp_path / "out", "hf")
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert set(done[:-3]) == written and len(written) > 2
-    assert done[-3:] == ["out.tmp", "move", tmp_path.name]
+    assert {name for name in done[:-3] if not name.startswith(".")} == written and len(written) > 2
+    assert done[-3].startswith(".out.tmp-") and done[-2:] == ["move", tmp_path.name]
 
 
 def test_inspect(published):

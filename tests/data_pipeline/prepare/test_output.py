@@ -24,9 +24,9 @@ def test_a_second_request_is_recognised_or_refused(tmp_path, corpus, capsys):
         (("--max-documents", "5"), "(max_documents None, not 5)"),
     ):
         code, _, err = run(*base, *different, capsys=capsys)
-        assert code == 1 and key in err and "--overwrite" in err and err.count("\n") == 1
+        assert code == 2 and key in err and "--overwrite" in err and err.count("\n") == 1
     code, _, err = run("synthetic", *base[1:], capsys=capsys)
-    assert code == 1 and "(other sources)" in err
+    assert code == 2 and "(other sources)" in err
     assert contents(output) == before
 
     assert run(*base, "--max-documents", 5, "--overwrite") == 0
@@ -34,7 +34,7 @@ def test_a_second_request_is_recognised_or_refused(tmp_path, corpus, capsys):
     shutil.copy(output / "train-00000.idx", tmp_path / "kept")
     (output / "train-00000.bin").write_bytes(b"")
     code, _, err = run(*base, "--max-documents", 5, capsys=capsys)
-    assert code == 1 and "damaged" in err and "train-00000.bin" in err
+    assert code == 2 and "damaged" in err and "train-00000.bin" in err
     assert run(*base, "--max-documents", 5, "--overwrite") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "data", "kept"], "nothing left behind"
 
@@ -43,18 +43,18 @@ def test_a_directory_of_something_else_is_never_replaced(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")
     code, _, err = run("synthetic", "--output", tmp_path / "mine", "--overwrite", capsys=capsys)
-    assert code == 1 and "not a prepared dataset" in err
+    assert code == 2 and "not a prepared dataset" in err
     assert contents(tmp_path / "mine") == {"thesis.txt": b"x"}
 
 
 def test_unwritable_output_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     code, _, err = run("synthetic", "--output", tmp_path / "file/data", capsys=capsys)
-    assert code == 1 and str(tmp_path / "file") in err and err.count("\n") == 1
+    assert code == 2 and str(tmp_path / "file") in err and err.count("\n") == 1
     if os.geteuid() != 0:  # root may write anywhere
         (tmp_path / "closed").mkdir(mode=0o500)
         code, _, err = run("synthetic", "--output", tmp_path / "closed/data", capsys=capsys)
-        assert code == 1 and "Permission denied" in err
+        assert code == 2 and "Permission denied" in err
 
 
 def test_only_one_process_prepares_a_dataset(tmp_path, capsys):
@@ -64,10 +64,10 @@ def test_only_one_process_prepares_a_dataset(tmp_path, capsys):
     (tmp_path / "data.preparing/begun").touch()
     code, _, err = run("synthetic:documents=20", "--output", tmp_path / "data", capsys=capsys)
     assert (tmp_path / "data.preparing/begun").exists(), "the other's work is left alone"
-    assert code == 1 and "another process is preparing this dataset" in err and err.count("\n") == 1
+    assert code == 2 and "another process is preparing this dataset" in err and err.count("\n") == 1
     os.close(descriptor)
     code, _, err = run("synthetic:documents=20", "--output", tmp_path / "data", capsys=capsys)
-    assert code == 1 and "data.preparing: is needed for unfinished work, but holds something else" in err
+    assert code == 2 and "data.preparing: is needed for unfinished work, but holds something else" in err
     (tmp_path / "data.preparing/begun").unlink()
     assert run("synthetic:documents=20", "--output", tmp_path / "data") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
@@ -89,7 +89,7 @@ def test_replacing_loses_nothing_at_any_moment(tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
     # Whatever is asked for next, the old dataset is back, and the new one's parts are kept.
     code, _, err = run("synthetic:documents=0", "--output", output, "--overwrite", capsys=capsys)
-    assert code == 1 and "no training text" in err and contents(output) == before
+    assert code == 2 and "no training text" in err and contents(output) == before
     code, out, _ = run(new, "--output", output, "--overwrite", capsys=capsys)
     assert code == 0 and "continuing: 1 of 1 parts" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data.replaced-2023", "data.tmp-mine"]
@@ -107,4 +107,14 @@ def test_replacing_loses_nothing_at_any_moment(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("data_pipeline.prepare.pipeline.assemble_splits", appear)
     code, _, err = run(old, "--output", tmp_path / "late", "--overwrite", capsys=capsys)
-    assert code == 1 and "not a prepared dataset" in err and contents(tmp_path / "late") == {"notes.txt": b"x"}
+    assert code == 2 and "not a prepared dataset" in err and contents(tmp_path / "late") == {"notes.txt": b"x"}
+
+
+def test_the_umask_decides_the_modes(tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert run("synthetic:documents=20", "--output", tmp_path / "data") == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "data").iterdir()}
+    assert len(modes) > 5 and set(modes.values()) == {0o640} and (tmp_path / "data").stat().st_mode & 0o777 == 0o750

@@ -86,7 +86,7 @@ def test_adopted_raw_files_train_like_any_other(tmp_path, capsys, write, dtype):
     check_content(tmp_path, manifest, always=True)
     assert verify([str(tmp_path)]) == 0
 
-    assert adopt(tmp_path, "train*.bin", "--dtype", dtype) == 1 and "manifest.json: exists" in capsys.readouterr().err
+    assert adopt(tmp_path, "train*.bin", "--dtype", dtype) == 2 and "manifest.json: exists" in capsys.readouterr().err
     (tmp_path / "val.bin").write_bytes(write(np.where(train[:50] == 111, 300, train[:50]).astype(dtype)))
     with pytest.raises(ValueError, match=r"val\.bin: content differs .* restore it"):
         check_content(tmp_path, manifest)
@@ -122,7 +122,7 @@ BEYOND = np.where(np.arange(len(LONG)) == 300, 265, LONG)
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, capsys, data, options, message):
     (tmp_path / "train.bin").write_bytes(data)
-    assert adopt(tmp_path, "train.bin", *options) == 1
+    assert adopt(tmp_path, "train.bin", *options) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith(f"error: {tmp_path / 'train.bin'}: "), err
     assert re.search(message, err), err
@@ -132,7 +132,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, capsys, data, opti
 def test_ids_beyond_the_vocabulary_are_found_far_inside(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("data_pipeline.shards.raw._PROBE_BYTES", 100)
     (tmp_path / "train.bin").write_bytes(bare(BEYOND.astype("u2")))
-    assert adopt(tmp_path, "train.bin", "--dtype", "uint16") == 1
+    assert adopt(tmp_path, "train.bin", "--dtype", "uint16") == 2
     assert "train.bin: token id 265 is not one of the 265 ids of tokenizer bytes; name" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["train.bin"]
 
@@ -147,9 +147,9 @@ def test_megatron_files_without_a_manifest(tmp_path, capsys):
     whole = [[*document, EOT] for document in DOCUMENTS]
     for name in ("a_text_document", "b_text_document"):
         megatron(tmp_path / name, whole)
-    assert adopt(tmp_path, "[ab]_text_document", "--validation", "missing") == 1
+    assert adopt(tmp_path, "[ab]_text_document", "--validation", "missing") == 2
     assert "missing: matches no file" in capsys.readouterr().err
-    assert adopt(tmp_path, "[ab]_text_document", "--validation", "a*.bin") == 1
+    assert adopt(tmp_path, "[ab]_text_document", "--validation", "a*.bin") == 2
     assert "a_text_document: in both splits" in capsys.readouterr().err
     assert adopt(tmp_path, "a_text_document", "--validation", "b*.bin") == 0
     manifest = Manifest.read(tmp_path)
@@ -168,11 +168,11 @@ def test_megatron_files_without_a_manifest(tmp_path, capsys):
         (whole, ["--dtype", "uint32"], "x.idx: says uint16, not uint32"),
     ):
         megatron(other / "x", documents)
-        assert adopt(other, "x", *options) == 1
+        assert adopt(other, "x", *options) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
     load_tokenizer("builtin").save(other)
-    assert adopt(other, "x") == 1 and "another tokenizer; move it away" in capsys.readouterr().err
+    assert adopt(other, "x") == 2 and "another tokenizer; move it away" in capsys.readouterr().err
     (other / "y.bin").write_bytes(bare(LONG.astype("u2")))
-    assert main([str(other), "--tokenizer", "builtin", "--train", "x", "y.bin", "--dtype", "uint16"]) == 1
+    assert main([str(other), "--tokenizer", "builtin", "--train", "x", "y.bin", "--dtype", "uint16"]) == 2
     assert "y.bin: raw uint16 where x is megatron uint16; adopt them apart" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Datasets put together, divided, and looked into: no document lost, doubled or on both sides."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import Manifest, load_tokenizer, open_dataset
+from data_pipeline.disk import staging_directory
 from data_pipeline.prepare.__main__ import main as prepare
 from data_pipeline.shards.manifest import open_shards
 from data_pipeline.tools import inspect, merge, split
@@ -76,8 +78,38 @@ def test_merged_is_one_after_the_other(tmp_path, one, two, options, capsys):
     assert linked == bool(options)
     assert all(path.read_bytes() == data for path, data in before.items()), "the inputs are as they were"
     capsys.readouterr()
-    assert run(merge.main, one, two, "--output", tmp_path / "out") == 1
+    assert run(merge.main, one, two, "--output", tmp_path / "out") == 2
     assert "exists; choose another" in capsys.readouterr().err and not left_behind(tmp_path)
+
+
+def test_of_two_that_write_one_dataset_the_second_is_refused(tmp_path, one, two, capsys):
+    for number, arguments in enumerate(
+        ((merge.main, one, two), (split.main, one, "--parts", 2), (split.main, one, "--validation-fraction", 0.1))
+    ):
+        output = tmp_path / str(number)
+        with staging_directory(output):  # as the first does
+            assert run(*arguments, "--output", output) == 2
+        err = capsys.readouterr().err
+        assert f"{output} is being written by another process; wait until it has ended" in err and err.count("\n") == 1
+        assert list(tmp_path.glob(f"*{number}*")) == [] and not left_behind(tmp_path)
+        assert run(*arguments, "--output", output) == 0
+
+
+def test_what_another_process_has_finished_meanwhile_is_not_written_over(tmp_path, one, two, capsys, monkeypatch):
+    @contextlib.contextmanager
+    def after_another(output):
+        (output / "its").mkdir(parents=True)
+        with staging_directory(output) as staging:
+            yield staging
+
+    for module in (merge, split):
+        monkeypatch.setattr(module, "staging_directory", after_another)
+    for number, arguments in enumerate(
+        ((merge.main, one, two), (split.main, one, "--parts", 2), (split.main, one, "--validation-fraction", 0.1))
+    ):
+        assert run(*arguments, "--output", tmp_path / str(number)) == 2
+        assert f"{tmp_path / str(number)}: exists; choose another output directory\n" in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / str(number)).iterdir()] == ["its"] and not left_behind(tmp_path)
 
 
 def test_leaked_documents_are_counted_or_dropped(tmp_path, one, capsys):
@@ -86,7 +118,7 @@ def test_leaked_documents_are_counted_or_dropped(tmp_path, one, capsys):
     held_out = set(both(one)[1]) | set(both(other)[1])
     leaked = [document for directory in (one, other) for document in documents(directory) if document in held_out]
     assert len(leaked) > 5
-    assert run(merge.main, one, other, "--output", tmp_path / "out") == 1
+    assert run(merge.main, one, other, "--output", tmp_path / "out") == 2
     err = capsys.readouterr().err
     assert f"{len(leaked)} training documents are also in a validation split" in err and "--drop-leaked" in err
     assert err.count("\n") == 1 and not (tmp_path / "out").exists() and not left_behind(tmp_path)
@@ -110,12 +142,12 @@ def test_raw_datasets_merge_and_split_too(tmp_path, write, capsys):
         options = {"train": ["train.npy"], "validation": ["val.npy"], "dtype": "uint32", "report": lambda _: None}
         adopt(tmp_path / name, tokenizer, **options)
     a, b = tmp_path / "a", tmp_path / "b"
-    assert run(merge.main, a, b, "--output", tmp_path / "out") == 1
+    assert run(merge.main, a, b, "--output", tmp_path / "out") == 2
     assert "3 training documents are also in a validation" in capsys.readouterr().err
     assert run(merge.main, a, b, "--output", tmp_path / "out", "--drop-leaked") == 0
     assert documents(tmp_path / "out") == documents(a)[3:] + documents(b) and run(verify, tmp_path / "out") == 0
     assert Manifest.read(tmp_path / "out").storage == "raw"
-    assert run(merge.main, tmp_path / "out", make(tmp_path / "other", texts(9, 9)), "--output", tmp_path / "no") == 1
+    assert run(merge.main, tmp_path / "out", make(tmp_path / "other", texts(9, 9)), "--output", tmp_path / "no") == 2
     assert "its storage is megatron uint16 where that of" in capsys.readouterr().err
 
     assert run(split.main, tmp_path / "out", "--output", tmp_path / "again", "--validation-fraction", 0.3) == 0
@@ -138,7 +170,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path, one, two, capsys):
         ((one, tmp_path / "none"), "none: not a prepared dataset"),
         ((one, one.parent), f"not a prepared dataset itself, but {one} is one\n"),
     ):
-        assert run(merge.main, *directories, "--output", tmp_path / "out") == 1
+        assert run(merge.main, *directories, "--output", tmp_path / "out") == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
     data = (builtin / "train-00000.bin").read_bytes()
@@ -147,12 +179,12 @@ def test_what_does_not_fit_together_is_refused(tmp_path, one, two, capsys):
         (merge.main, builtin, "--output", tmp_path / "out"),
         (split.main, builtin, "--output", tmp_path / "out", "--parts", 2),
     ):
-        assert run(*arguments) == 1 and "train-00000.bin: content differs" in capsys.readouterr().err
+        assert run(*arguments) == 2 and "train-00000.bin: content differs" in capsys.readouterr().err
     for arguments, message in (
         (("--parts", 2000), "2000 parts would not all get a document to train on"),
         (("--parts", len(documents(two))), "would not all get a document"),  # some are longer than a part
     ):
-        assert run(split.main, two, "--output", tmp_path / "out", *arguments) == 1
+        assert run(split.main, two, "--output", tmp_path / "out", *arguments) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
     for divide, arguments, message in (
@@ -207,7 +239,7 @@ def test_inspect_prints_documents_and_samples_as_training_reads_them(one, capsys
             title, text = capsys.readouterr().out.split("\n", 1)
             assert text == tokenizer.decode(documents(one, name)[number]) + "\n"
             assert title.startswith(f"document {number} of {name}: ")
-    assert run(inspect.main, one, "--document", 100) == 1
+    assert run(inspect.main, one, "--document", 100) == 2
     assert "document 100: " in capsys.readouterr().err
 
     train = documents(one)
@@ -231,7 +263,7 @@ def test_inspect_prints_documents_and_samples_as_training_reads_them(one, capsys
             if packing == "contiguous":
                 seen, predicted = seen[:-1], seen[1:]
             assert (seen, predicted) == (inputs.tolist(), labels.tolist())
-    assert run(inspect.main, one, "--sample", 0, "--seq-len", 10**6) == 1
+    assert run(inspect.main, one, "--sample", 0, "--seq-len", 10**6) == 2
     assert "too few" in capsys.readouterr().err
 
 
@@ -251,10 +283,20 @@ def test_inspect_shows_packed_samples_and_mixtures(one, tmp_path, capsys):
     assert "15,000 samples, 960,000 tokens, 75.000% of them" in capsys.readouterr().out
     assert run(inspect.main, one, "--weights", "3,1") == 2
     assert "--weights: are those of a mixture" in capsys.readouterr().err
+    for option, value in (
+        ("--seed", 3),
+        ("--seq-len", 7),
+        ("--split", "validation"),
+        ("--at", 5),
+        ("--packing", "varlen"),
+    ):
+        assert run(inspect.main, one, option, value) == 2
+        assert f"error: {option}: " in (err := capsys.readouterr().err) and "give " in err and err.count("\n") == 1
+    assert run(inspect.main, one, "--sample", 10**20) == 2 and "sample=1" in capsys.readouterr().err
     for options in ((tmp_path / "b", "--sample", 3), (tmp_path / "b", "--document", 3), ("--packing", "varlen")):
         assert run(inspect.main, one, *options) == 2
         assert "give one directory" in (err := capsys.readouterr().err) or "give --sample N" in err
-    assert run(inspect.main, one, tmp_path / "b", "--weights", 3) == 1
+    assert run(inspect.main, one, tmp_path / "b", "--weights", 3) == 2
     assert "--weights: 1 of them for 2 datasets" in capsys.readouterr().err
     assert run(inspect.main, "--weights", "3;1", one, tmp_path / "b") == 2
     assert "'3;1': must be numbers separated by commas" in capsys.readouterr().err

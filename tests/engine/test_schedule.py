@@ -4,7 +4,7 @@ import math
 import pytest
 
 from gptoss_dist.config import OptimConfig
-from gptoss_dist.train.schedule import learning_rate
+from gptoss_dist.engine.schedule import learning_rate
 
 
 def rates(steps: int, **fields) -> list[float]:

@@ -13,11 +13,12 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     Linear warm-up reaches the peak at step `warmup_steps`; cosine and wsd end at `min_lr_ratio` times the peak at the
     last step. wsd decays as 1 - sqrt (arXiv:2405.18392, the form that article found best).
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    warmup = config.warmup_steps or 0
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
     floor = config.min_lr_ratio
     if config.schedule == "cosine":
-        progress = _progress(step - config.warmup_steps, steps - config.warmup_steps)
+        progress = _progress(step - warmup, steps - warmup)
         return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
     if config.schedule == "wsd" and step >= steps - config.decay_steps:
         progress = _progress(step - (steps - config.decay_steps), config.decay_steps)

@@ -1,0 +1,157 @@
+"""How the processes of a run find each other where torchrun does not see to it: under srun, mpirun, deepspeed, by hand.
+
+Rank 0 opens a store at MASTER_ADDR:MASTER_PORT, and every rank signs there. torch's own way waits half an hour for
+those that never come, in silence. This one says within seconds who is missing, and gives up sooner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+
+import torch.distributed as dist
+
+from gptoss_dist.distributed import launchers
+from gptoss_dist.distributed.collectives import LocalError
+
+PATIENCE_S = 600.0
+"""How long a rank waits for the others, unless RENDEZVOUS_TIMEOUT gives other seconds."""
+_SAY_AFTER_S = 5.0
+_REPEAT_S = 60.0
+
+
+def check_variables(env: Mapping[str, str]) -> tuple[int, int, int]:
+    """Return RANK, WORLD_SIZE and LOCAL_RANK, which are 0, 1 and 0 without a launcher.
+
+    Raises:
+        LocalError: A variable is missing, is not a number, or contradicts another.
+    """
+    if "RANK" not in env:
+        if env.get("WORLD_SIZE", "1") != "1":
+            raise LocalError(
+                f"WORLD_SIZE={env['WORLD_SIZE']} is set and RANK is not; unset WORLD_SIZE for a run of one process, or "
+                "start the run with torchrun, deepspeed, srun or mpirun"
+            )
+        return 0, 1, _number(env, "LOCAL_RANK", "0")
+    rank, world_size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+    if not 0 <= rank < world_size:
+        raise LocalError(f"RANK={rank} is not below WORLD_SIZE={world_size}; give each process another rank from 0 on")
+    if world_size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not env.get(name):
+                raise LocalError(f"RANK is set and {name} is not; set it to where rank 0 can be reached")
+        if not 0 < _number(env, "MASTER_PORT") < 65536:
+            raise LocalError(f"MASTER_PORT={env['MASTER_PORT']} is no port; give one from 1024 to 65535")
+    return rank, world_size, _number(env, "LOCAL_RANK", "0")
+
+
+def _number(env: Mapping[str, str], name: str, default: str | None = None) -> int:
+    text = env.get(name, default)
+    if text is None:
+        raise LocalError(f"RANK is set and {name} is not; start the run with torchrun, deepspeed, srun or mpirun")
+    if not (text.strip().isdecimal() and text.isascii()):
+        raise LocalError(f"{name}={text} is not a number from 0 on; let the launcher set it")
+    return int(text)
+
+
+def open_store(rank: int, world_size: int) -> dist.Store | None:
+    """Return the store of all ranks once they are all there; None where torchrun has one already.
+
+    Raises:
+        LocalError: Some did not come in time, the port is taken, or two processes have the same rank.
+    """
+    if world_size == 1:
+        return dist.HashStore()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR:MASTER_PORT)"
+    deadline = time.monotonic() + _patience_s()
+    store = _connect(rank, world_size, place, deadline)
+    if store.add(f"arrived/{rank}", 1) > 1:
+        raise LocalError(f"two processes have RANK={rank} at {place}; give each another one")
+    if rank == 0:
+        _await_all(store, world_size, place, deadline)
+        store.set("all here", "yes")
+    else:
+        _await_rank_0(store, place, deadline)
+    return dist.PrefixStore("run", store)
+
+
+def _patience_s() -> float:
+    text = os.environ.get("RENDEZVOUS_TIMEOUT", "")
+    try:
+        seconds = float(text or PATIENCE_S)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise LocalError(f"RENDEZVOUS_TIMEOUT={text} is not a number of seconds; give one above 0, or unset it")
+    return seconds
+
+
+def _connect(rank: int, world_size: int, place: str, deadline: float) -> dist.Store:
+    patience = datetime.timedelta(seconds=max(1.0, deadline - time.monotonic()))
+    try:
+        with _said_later(f"rank {rank} waits for rank 0 at {place}"):
+            return dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                world_size,
+                is_master=rank == 0,
+                timeout=patience,
+                wait_for_workers=False,
+            )
+    except dist.DistError as error:
+        if rank == 0:
+            reason = "the port is in use" if "EADDRINUSE" in str(error) else str(error).splitlines()[0][:200]
+            raise LocalError(f"rank 0 cannot listen at {place}: {reason}; set MASTER_PORT to a free one") from None
+        raise LocalError(
+            f"rank {rank} did not reach rank 0 at {place} within {patience.total_seconds():.0f} s; start rank 0 there, "
+            "or correct MASTER_ADDR and MASTER_PORT"
+        ) from None
+
+
+def _await_all(store: dist.Store, world_size: int, place: str, deadline: float) -> None:
+    """Wait on rank 0 until all have signed, and say who is missing."""
+    missing, say_at = list(range(world_size)), time.monotonic() + _SAY_AFTER_S
+    while missing := [rank for rank in missing if not store.check([f"arrived/{rank}"])]:
+        now, ranks = time.monotonic(), f"{len(missing)} of {world_size} ranks ({_listed(missing)})"
+        if now > deadline:
+            raise LocalError(f"{ranks} did not come to {place} in time; start them, or correct WORLD_SIZE")
+        if now > say_at:
+            _say(f"rank 0 waits at {place} for {ranks}")
+            say_at = now + _REPEAT_S
+        time.sleep(0.05)
+
+
+def _await_rank_0(store: dist.Store, place: str, deadline: float) -> None:
+    """Wait on another rank until rank 0 has seen all."""
+    try:
+        # A little longer than rank 0, which knows who is missing.
+        store.wait(["all here"], datetime.timedelta(seconds=max(1.0, deadline - time.monotonic() + 5.0)))
+    except dist.DistError:
+        raise LocalError(f"rank 0 at {place} has ended, or waits for other ranks; see its message") from None
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+
+
+@contextlib.contextmanager
+def _said_later(text: str) -> Iterator[None]:
+    """Say something if what is done here takes long."""
+    timer = threading.Timer(_SAY_AFTER_S, _say, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say(text: str) -> None:
+    print(f"{launchers.program()}: {text}", file=sys.stderr, flush=True)
