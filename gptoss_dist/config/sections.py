@@ -79,7 +79,7 @@ class OptimConfig:
     freeze: list[str] = field(default_factory=list)
     """Patterns of the names of parameters that stay as they are, such as "*.router.*" or "model.layers.[0-3].*": no
     gradient, no optimizer state, no part in the gradient norm."""
-    lr_scale: dict[str, float] = field(default_factory=dict)
+    lr_scale: dict[str, float] = ranged(default_factory=dict, at_least=0)
     """Factors of the learning rate by such patterns; the last that matches counts."""
 
 
@@ -152,8 +152,8 @@ class TrackingConfig:
 
     mlflow: bool = True
     """Mirror metrics, parameters, plots and samples to MLflow."""
-    experiment: str = "gptoss_dist"
-    """MLflow experiment."""
+    experiment: str | None = None
+    """MLflow experiment; null means $MLFLOW_EXPERIMENT_NAME, or gptoss_dist."""
     uri: str | None = None
     """Tracking server; null means $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db. Passwords and tokens in it are hidden
     in all that the run writes."""

@@ -9,6 +9,8 @@ Shapes: L layers, E experts.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor
 
 from data_pipeline.disk import move
 from gptoss_dist.tracking.jsonl import JsonLinesWriter, read_lines
+from gptoss_dist.tracking.records import Damage
+
+logger = logging.getLogger(__name__)
 
 EXPERT_TOKENS_FILE = "expert_tokens.jsonl"
 
@@ -33,18 +38,28 @@ class ExpertTokens:
             under the number that `Tracker` is about to give to that run's `metrics.jsonl`: construct this one first.
         every: Steps between rows; 0 writes none.
         resumed_step: The step of the checkpoint that the run goes on from; None is a fresh start.
+        message: What tells the user that the file cannot be written.
     """
 
-    def __init__(self, run_dir: str | Path, every: int, resumed_step: int | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        every: int,
+        resumed_step: int | None = None,
+        message: Callable[[str], None] = logger.warning,
+    ) -> None:
         path = Path(run_dir) / EXPERT_TOKENS_FILE
         if resumed_step is None:
-            _set_aside(path)
+            try:
+                _set_aside(path)
+            except OSError as error:
+                message(f"{path} cannot be set aside ({error}): it continues another run's")
         self._every = every
         self._sum_LE: Tensor | None = None
         self._first_step = self._step = 0
         self._dead: list[tuple[int, int]] = []
         # Rows of an abandoned branch have to be marked as such even by a run that adds none.
-        self._writer = JsonLinesWriter(path) if every or path.exists() else None
+        self._writer = JsonLinesWriter(path, message) if every or path.exists() else None
         if self._writer and resumed_step is not None:
             self._writer.append({"event": "resume", "step": resumed_step})
 
@@ -106,13 +121,17 @@ class ExpertTokens:
         )
 
 
-def read_expert_tokens(run_dir: str | Path) -> list[dict]:
+def read_expert_tokens(run_dir: str | Path, message: Callable[[str], None] = logger.warning) -> list[dict]:
     """Return the rows of the branch that training finally took, in order of steps.
+
+    Args:
+        run_dir: Folder of the run.
+        message: What is told how many lines are damaged, if any is.
 
     Returns:
         Rows `{"first_step": int, "step": int, "tokens": list[list[int]]}`, tokens as [L][E]. After a resume at step k
         earlier rows that reach beyond k are gone, and with a row that began before k its steps up to k: a sum cannot be
-        split. Torn lines are skipped.
+        split. Torn and damaged lines are passed over.
 
     Raises:
         ValueError: The folder has no such file.
@@ -121,12 +140,30 @@ def read_expert_tokens(run_dir: str | Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder of a run with tracking.expert_tokens_every > 0")
     rows: list[dict] = []
+    damage = Damage(path)
     for record, _ in read_lines(path):
-        if record.get("event") == "resume":
+        if record.get("event") == "resume" and _is_step(record.get("step")):
             rows = [row for row in rows if row["step"] <= record["step"]]
-        elif "tokens" in record:
+        elif _is_row(record):
             rows.append(record)
+        else:
+            damage.lines += 1
+    damage.tell(message)
     return rows
+
+
+def _is_row(record: dict) -> bool:
+    """Return whether a line is a row with a rectangle of counts."""
+    tokens = record.get("tokens")
+    if not (_is_step(record.get("first_step")) and _is_step(record.get("step")) and isinstance(tokens, list)):
+        return False
+    widths = {len(row) if isinstance(row, list) else 0 for row in tokens}
+    return len(widths) == 1 and 0 not in widths and all(_is_step(count) for row in tokens for count in row)
+
+
+def _is_step(value: object) -> bool:
+    """Return whether a value is a number of steps or tokens."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _set_aside(path: Path) -> None:

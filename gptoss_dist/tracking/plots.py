@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,15 +19,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+logger = logging.getLogger(__name__)
+
 _MAX_POINTS = 1500
 """Bins that a curve is thinned to: about the pixels across a panel."""
 
 
-def plot_run(run_dir: str | Path) -> list[Path]:
+def plot_run(run_dir: str | Path, message: Callable[[str], None] = logger.warning) -> list[Path]:
     """Draw `run_dir/metrics.jsonl`, and `expert_tokens.jsonl` where there is one, into `run_dir/plots`.
 
     Curves show the range (band) and an exponential moving average (line); dotted lines mark where training was resumed.
     A metric that was never logged leaves its panel empty and its own file out.
+
+    Args:
+        run_dir: Folder of the run.
+        message: What is told how many lines are damaged, if any is.
 
     Returns:
         The files written: `overview.png`, and of `loss`, `perplexity`, `lr`, `throughput`, `tokens`, `expert_load` and
@@ -36,14 +43,14 @@ def plot_run(run_dir: str | Path) -> list[Path]:
         ValueError: The folder has no metrics.
     """
     run_dir = Path(run_dir)
-    run = _Run.read(run_dir)
+    run = _Run.read(run_dir, message)
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
     files = [_save(folder / "overview.png", run, _OVERVIEW, columns=3)]
     for name, panels in _FIGURES.items():
         if any(run.has(panel.metric) for panel in panels):
             files.append(_save(folder / f"{name}.png", run, panels, columns=1))
-    if (run_dir / EXPERT_TOKENS_FILE).exists() and (rows := read_expert_tokens(run_dir)):
+    if (run_dir / EXPERT_TOKENS_FILE).exists() and (rows := read_expert_tokens(run_dir, message)):
         files.append(_save_expert_tokens(folder / "expert_tokens.png", run, rows[-1]))
     return files
 
@@ -71,8 +78,8 @@ class _Run:
     resumes: list[int]
 
     @classmethod
-    def read(cls, run_dir: Path) -> _Run:
-        rows = read_metrics(run_dir)
+    def read(cls, run_dir: Path, message: Callable[[str], None] = logger.warning) -> _Run:
+        rows = read_metrics(run_dir, message)
         if not rows:
             raise ValueError(f"{run_dir} has no metrics to plot yet")
         steps = np.array([row["step"] for row in rows], dtype=float)
@@ -88,7 +95,7 @@ class _Run:
         """Return the metric itself, or all layers of it in order."""
         if not metric.endswith("/layer_"):
             return [metric] if metric in self.series else []
-        names = [name for name in self.series if re.fullmatch(re.escape(metric) + r"\d+", name)]
+        names = [name for name in self.series if re.fullmatch(re.escape(metric) + r"\d{1,9}", name)]
         return sorted(names, key=lambda name: int(name.removeprefix(metric)))
 
     def position(self, steps: np.ndarray) -> np.ndarray:

@@ -76,15 +76,20 @@ class Progress:
     def message(self, text: str) -> None:
         """Print a line of its own, above the bar where there is one."""
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(self._printable(text), markup=False, highlight=False, soft_wrap=True)
         elif self._stream is not None:
             self._line(text)
 
     def _line(self, text: str) -> None:
         try:
-            print(f"[{time.strftime('%H:%M:%S')}] {text}", file=self._stream, flush=True)
+            print(f"[{time.strftime('%H:%M:%S')}] {self._printable(text)}", file=self._stream, flush=True)
         except (OSError, ValueError):  # the reader of a pipe is gone or the stream closed: training goes on unseen
             self._stream = None
+
+    def _printable(self, text: str) -> str:
+        """Return `text` with escapes for what the stream cannot encode, as under an ASCII locale."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        return text.encode(encoding, "backslashreplace").decode(encoding)
 
     def _remaining(self, step: int, now: float) -> str:
         done = step - self._start

@@ -4,7 +4,8 @@ Files of a run, lines of JSON that survive a crash at any byte:
 
 - `metrics.jsonl` is the truth: `{"step": 7, "time": 1730000000.0, "metrics": {"loss/train": 2.5}}`, and
   `{"event": "resume", "step": 5, "time": ...}` where training went back to step 5. Read it with `read_metrics`.
-  JSON has no NaN: non-finite values are the strings "NaN", "Infinity" and "-Infinity" (MLflow is not sent these).
+  JSON has no NaN: a value that is not finite is null (MLflow is not sent these), and an infinite one is named beside,
+  `"infinite": {"loss/train": "-Infinity"}`.
 - `tracking/journal.jsonl`: what else MLflow is to know, in order: the run's parameters, tags, artifacts and end.
 - `tracking/cursor.json`: the run's id in MLflow, and how far MLflow has acknowledged both files.
 
@@ -13,36 +14,54 @@ set to what they were, and a run is looked up by a unique tag before it is creat
 can be sent later from any machine that sees the run's folder:
 
     python -m gptoss_dist.tracking sync RUN_DIR [--uri URI]
+
+Nothing here ends a run: a file that is damaged or cannot be written costs lines, and the user is told.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
+import shlex
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from data_pipeline.command_line import Program, positional, run_verb
 from data_pipeline.disk import move
+from data_pipeline.secrets import without_secrets
+from gptoss_dist.tracking.delivery.cursor import Cursor
+from gptoss_dist.tracking.delivery.database import DatabaseUnusable
+from gptoss_dist.tracking.delivery.environment import (
+    Wishes,
+    find_store,
+    prepare_environment,
+    user_tags,
+)
+from gptoss_dist.tracking.delivery.requests import one_line
+from gptoss_dist.tracking.delivery.shipper import DeliveryRefused, MlflowMissing, Shipper
 from gptoss_dist.tracking.jsonl import JsonLinesWriter, read_lines
-from gptoss_dist.tracking.mlflow_mirror import (
+from gptoss_dist.tracking.records import (
     JOURNAL_FILE,
     METRICS_FILE,
-    Cursor,
-    MlflowMissing,
-    Shipper,
-    prepare_environment,
-    resolve_uri,
-    scrub,
+    STATUSES,
+    Damage,
+    MetricsRow,
+    Resumed,
+    RunStart,
+    metrics_line,
+    metrics_records,
+    operation,
 )
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_EXPERIMENT = "gptoss_dist"
 
 _MAX_BACKOFF_S = 60.0
 _DRAIN_ATTEMPTS, _DRAIN_PAUSE_S = 3, 0.5
@@ -57,18 +76,19 @@ class Tracker:
     Args:
         run_dir: Folder of the run; created if missing. A fresh start moves an earlier run's `metrics.jsonl` and
             `tracking/` there aside (`metrics.1.jsonl`, `tracking.1`), a resume continues them.
-        run_name: The run's name in MLflow.
-        experiment: The experiment's name in MLflow.
+        run_name: The run's name in MLflow, unless `MLFLOW_RUN_NAME` gives one.
+        experiment: The experiment's name in MLflow; without it `MLFLOW_EXPERIMENT_NAME`, then `gptoss_dist`.
         uri: Tracking URI. Without it `MLFLOW_TRACKING_URI`, then (on resume) the run's earlier one, then
-            `sqlite:///<working directory>/mlflow.db`.
+            `mlflow.db` in the working directory.
         enabled: Mirror to MLflow; the local files are written in any case, so `sync` works later either way.
         params: The run's configuration, flat; values are recorded as text.
         tags: Further properties, such as the commit or the device.
         dataset: `name`, `digest` (the manifest's hash) and `source` of the training data.
         resume_run_id: MLflow's id of the run to continue, from the checkpoint; without it the one last used in
-            `run_dir`. Its parameters stay; new values become tags `resume.<n>.<key>`.
+            `run_dir`. Its parameters stay; new values become tags `resume.<n>.<key>`. `MLFLOW_RUN_ID` comes first.
         resumed_step: The step of the checkpoint; recorded rows of later steps belong to an abandoned branch.
         interval_s: Seconds between deliveries.
+        message: What tells the user what goes wrong, also from the delivering thread; by default a warning in the log.
     """
 
     def __init__(
@@ -76,7 +96,7 @@ class Tracker:
         run_dir: str | Path,
         *,
         run_name: str,
-        experiment: str,
+        experiment: str | None = None,
         uri: str | None = None,
         enabled: bool = True,
         params: dict | None = None,
@@ -85,40 +105,44 @@ class Tracker:
         resume_run_id: str | None = None,
         resumed_step: int | None = None,
         interval_s: float = 5.0,
+        message: Callable[[str], None] = logger.warning,
     ) -> None:
-        self._run_dir = Path(run_dir)
-        self._interval_s = interval_s
+        self._run_dir, self._interval_s, self._message = Path(run_dir), interval_s, message
         resumed = resume_run_id is not None or resumed_step is not None
-        if not resumed:
-            _set_aside(self._run_dir)
-        (self._run_dir / JOURNAL_FILE).parent.mkdir(parents=True, exist_ok=True)
+        self._make_room(resumed)
+        about_mlflow = message if enabled else logger.debug
+        wishes = Wishes.read(about_mlflow)
 
-        cursor = Cursor.load(self._run_dir)
-        if resume_run_id is not None and resume_run_id != cursor.run_id:
-            cursor = Cursor(uri=cursor.uri, run_id=resume_run_id)
-        uri = resolve_uri(uri, cursor.uri)
-        cursor.uri = scrub(uri)
-        cursor.save(self._run_dir)
+        cursor = Cursor.load(self._run_dir, about_mlflow)
+        run_id = wishes.run_id or resume_run_id
+        if run_id is not None and run_id != cursor.run_id:
+            cursor.restart()
+            cursor.run_id = run_id
+        store = find_store(uri, cursor, self._run_dir)
+        store.remember(cursor, self._run_dir)
+        with contextlib.suppress(OSError):  # told when there is something to keep
+            cursor.save(self._run_dir)
 
-        starts = [record for record, _ in read_lines(self._run_dir / JOURNAL_FILE) if record.get("op") == "run"]
-        self._metrics = JsonLinesWriter(self._run_dir / METRICS_FILE)
-        self._journal = JsonLinesWriter(self._run_dir / JOURNAL_FILE)
+        starts = self._earlier_starts()
+        self._metrics = JsonLinesWriter(self._run_dir / METRICS_FILE, message)
+        self._journal = JsonLinesWriter(self._run_dir / JOURNAL_FILE, message)
         if resumed_step is not None:
             self._metrics.append({"event": "resume", "step": resumed_step, "time": _now()})
         self._operation(
             "run",
-            uid=starts[0]["uid"] if starts else uuid.uuid4().hex,
-            run_name=run_name,
-            experiment=experiment,
-            params={key: str(value) for key, value in (params or {}).items()},
-            tags={key: str(value) for key, value in (tags or {}).items()},
-            dataset=dataset,
-            resume=1 + sum(start["resume"] > 0 for start in starts) if resumed else 0,
+            uid=starts[0].uid if starts else uuid.uuid4().hex,
+            run_name=wishes.run_name or run_name,
+            experiment=experiment or wishes.experiment or DEFAULT_EXPERIMENT,
+            params=_texts(params),
+            tags=user_tags() | _texts(tags) | wishes.tags,
+            dataset=None if dataset is None else _texts(dataset),
+            resume=1 + sum(start.resume > 0 for start in starts) if resumed else 0,
             resumed_step=resumed_step,
         )
 
         self._closing, self._abandoned = threading.Event(), threading.Event()
-        self._shipper = Shipper(self._run_dir, uri, cursor, self._abandoned)
+        self._problem = ""
+        self._shipper = Shipper(self._run_dir, store, cursor, self._abandoned, message=message, wishes=wishes)
         self._thread = None
         if enabled:
             prepare_environment()
@@ -136,8 +160,7 @@ class Tracker:
         Values are converted by `float`, so hand over numbers that are already on the host. Several calls for one step
         add up. A full disk costs the line and one warning.
         """
-        values = {key: _encode(value) for key, value in metrics.items()}
-        self._metrics.append({"step": int(step), "time": _now(), "metrics": values})
+        self._metrics.append(metrics_line(int(step), _now(), {key: float(value) for key, value in metrics.items()}))
 
     def tag(self, key: str, value: object) -> None:
         """Set a property of the run."""
@@ -158,7 +181,7 @@ class Tracker:
         Raises:
             ValueError: `status` is not one of MLflow's.
         """
-        if status not in ("FINISHED", "FAILED", "KILLED"):
+        if status not in STATUSES:
             raise ValueError(f"status={status!r} is not FINISHED, FAILED or KILLED")
         if self._closing.is_set():
             return
@@ -170,14 +193,37 @@ class Tracker:
             return
         self._thread.join(timeout)
         self._abandoned.set()
-        if self._shipper.importable and self._shipper.pending():
-            logger.warning(
-                "MLflow has not received everything; nothing is lost. Send the rest with:\n    %s",
-                f"python -m gptoss_dist.tracking sync {self._run_dir}",
+        if self._thread.is_alive():
+            self._shipper.undo()
+        if self._shipper.importable and self._is_pending():
+            self._message(
+                f"MLflow has not received everything{self._problem}; nothing is lost. Send the rest with:\n"
+                f"    python -m gptoss_dist.tracking sync {shlex.quote(str(self._run_dir))}"
             )
+
+    def _make_room(self, resumed: bool) -> None:
+        try:
+            if not resumed:
+                _set_aside(self._run_dir)
+            (self._run_dir / JOURNAL_FILE).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._message(f"{self._run_dir}: {error}; training goes on, and what it records may be incomplete")
+
+    def _earlier_starts(self) -> list[RunStart]:
+        try:
+            records = [operation(line) for line, _ in read_lines(self._run_dir / JOURNAL_FILE)]
+        except OSError:
+            return []
+        return [record for record in records if isinstance(record, RunStart)]
 
     def _operation(self, op: str, **fields) -> None:
         self._journal.append({"op": op, "time": _now(), **fields})
+
+    def _is_pending(self) -> bool:
+        try:
+            return self._shipper.pending()
+        except OSError:
+            return True
 
     def _deliver(self) -> None:
         """Work as the thread: ship, wait, and on failure wait longer; once closing, drain in a few attempts."""
@@ -187,21 +233,21 @@ class Tracker:
             try:
                 self._shipper.ship()
                 if failures:
-                    logger.warning("MLflow answers again; everything recorded meanwhile has been sent")
-                failures = 0
+                    self._message("MLflow answers again; everything recorded meanwhile has been sent")
+                failures, self._problem = 0, ""
                 if draining:
                     return
             except MlflowMissing as error:
-                logger.warning("mlflow cannot be imported (%s): metrics stay in %s only", error, self._run_dir)
+                self._message(f"mlflow cannot be imported ({error}): metrics stay in {self._run_dir} only")
                 return
             except Exception as error:
                 failures += 1
                 drain_failures += draining
-                if failures == 1:
-                    text = scrub(f"{type(error).__name__}: {error}")[:300]
-                    logger.warning(
-                        "MLflow did not take the metrics; training goes on and they are sent later. %s", text
-                    )
+                has_remedy = isinstance(error, (DatabaseUnusable, DeliveryRefused))
+                text = without_secrets(str(error)) if has_remedy else one_line(error)
+                self._problem = f" ({text})"
+                if failures == 1 and not self._abandoned.is_set():
+                    self._message(f"MLflow did not take the metrics; training goes on and they are sent later. {text}")
                 if drain_failures == _DRAIN_ATTEMPTS:
                     return
             if draining:
@@ -210,42 +256,48 @@ class Tracker:
                 self._closing.wait(min(_MAX_BACKOFF_S, 2**failures) if failures else self._interval_s)
 
 
-def read_metrics(run_dir: str | Path) -> list[dict]:
+def read_metrics(run_dir: str | Path, message: Callable[[str], None] = logger.warning) -> list[dict]:
     """Return the metrics of the branch that training finally took, one row per step, in order of steps.
+
+    Args:
+        run_dir: Folder of the run.
+        message: What is told how many lines are damaged, if any is.
 
     Returns:
         Rows `{"step": int, "time": float, "metrics": dict[str, float]}`. Where a step was logged more than once the
-        last value of each metric counts; after a resume at step k earlier rows beyond k are gone. Torn lines are
-        skipped.
+        last value of each metric counts; after a resume at step k earlier rows beyond k are gone. Torn and damaged
+        lines are passed over.
 
     Raises:
         ValueError: The folder has no metrics.
     """
     rows: dict[int, dict] = {}
-    for record in _read_records(run_dir):
-        if record.get("event") == "resume":
-            rows = {step: row for step, row in rows.items() if step <= record["step"]}
-        elif "metrics" in record:
-            row = rows.setdefault(record["step"], {"step": record["step"], "metrics": {}})
-            row["time"] = record["time"]
-            row["metrics"].update({key: float(value) for key, value in record["metrics"].items()})
+    for record in _read_records(run_dir, message):
+        if isinstance(record, Resumed):
+            rows = {step: row for step, row in rows.items() if step <= record.step}
+        else:
+            row = rows.setdefault(record.step, {"step": record.step, "metrics": {}})
+            row["time"] = record.time
+            row["metrics"].update(record.metrics)
     return [rows[step] for step in sorted(rows)]
 
 
 def read_resume_steps(run_dir: str | Path) -> list[int]:
     """Return the steps at which the run was resumed and whose continuation was not itself abandoned, in order."""
     steps: list[int] = []
-    for record in _read_records(run_dir):
-        if record.get("event") == "resume":
-            steps = [step for step in steps if step < record["step"]] + [record["step"]]
+    for record in _read_records(run_dir, logger.debug):
+        if isinstance(record, Resumed):
+            steps = [step for step in steps if step < record.step] + [record.step]
     return steps
 
 
-def sync(run_dir: str | Path, uri: str | None = None) -> str:
+def sync(run_dir: str | Path, uri: str | None = None, message: Callable[[str], None] = logger.warning) -> str:
     """Send to MLflow what it has not acknowledged; safe to repeat, and to interrupt.
 
     Args:
+        run_dir: Folder of the run. Only artifacts that lie in it are sent.
         uri: Another server than the run's own; the whole run is sent to a server that does not know it.
+        message: What is told what is left out.
 
     Returns:
         MLflow's id of the run.
@@ -258,30 +310,42 @@ def sync(run_dir: str | Path, uri: str | None = None) -> str:
     if not (run_dir / JOURNAL_FILE).is_file():
         raise ValueError(f"{run_dir} holds no {JOURNAL_FILE}; give the folder of a run")
     prepare_environment()
-    cursor = Cursor.load(run_dir)
-    shipper = Shipper(run_dir, resolve_uri(uri, cursor.uri), cursor, threading.Event(), lock_wait_s=15.0)
+    cursor = Cursor.load(run_dir, message)
+    wishes = Wishes(run_id=Wishes.read(message).run_id)
+    if wishes.run_id is not None and wishes.run_id != cursor.run_id:
+        cursor.restart()
+        cursor.run_id = wishes.run_id
+    shipper = Shipper(
+        run_dir,
+        find_store(uri, cursor, run_dir),
+        cursor,
+        threading.Event(),
+        message=message,
+        wishes=wishes,
+        lock_wait_s=15.0,
+        only_inside=True,
+    )
     shipper.ship()
     if cursor.run_id is None:
         raise ValueError(f"{run_dir / JOURNAL_FILE} does not say how the run began; nothing can be sent")
     return cursor.run_id
 
 
-def _read_records(run_dir: str | Path) -> Iterator[dict]:
+def _read_records(run_dir: str | Path, message: Callable[[str], None]) -> Iterator[MetricsRow | Resumed]:
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder of a run")
-    return (record for record, _ in read_lines(path))
+    damage = Damage(path)
+    yield from metrics_records(path, damage)
+    damage.tell(message)
 
 
 def _now() -> float:
     return round(time.time(), 3)
 
 
-def _encode(value: float) -> float | str:
-    value = float(value)
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+def _texts(values: dict | None) -> dict[str, str]:
+    return {key: str(value) for key, value in (values or {}).items()}
 
 
 def _set_aside(run_dir: Path) -> None:
@@ -316,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _sync(options: SyncOptions) -> None:
     try:
-        run_id = sync(options.run_dir, options.uri)
+        run_id = sync(options.run_dir, options.uri, lambda text: print(text, file=sys.stderr))
     except Exception as error:  # MLflow raises its own
-        raise ValueError(scrub(str(error))) from error
+        raise ValueError(" ".join(without_secrets(str(error)).split())) from error
     print(f"MLflow run {run_id} is complete")

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from data_pipeline.secrets import without_secrets
 from gptoss_dist.config import Config
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine import Engine, StepResult
@@ -61,11 +62,22 @@ class Report:
         self.config, self.ranks, self.folder = config, ranks, config.folder
         self.data, self.start_step = data, start.step
         self._position: int | None = None
+        self._said: set[str] = set()
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak = peak_flops(ranks.device, dtype)
         self.flops = flops_per_token(config.model, config.data.seq_len)
-        self.throughput = Throughput(ranks.world_size, tokens=start.tokens, flops=self.flops, peak=self.peak)
-        self.expert_tokens = ExpertTokens(self.folder, config.tracking.expert_tokens_every, start.step or None)
+        self.throughput = Throughput(
+            ranks.world_size,
+            tokens=start.tokens,
+            flops=self.flops,
+            peak=self.peak,
+            measure_peak=functools.partial(peak_flops, ranks.device, dtype) if ranks.device.type == "cpu" else None,
+        )
+        self.progress = Progress(config.train.steps, start=start.step, interval_s=config.train.log_every_s)
+        self.progress.__enter__()
+        self.expert_tokens = ExpertTokens(
+            self.folder, config.tracking.expert_tokens_every, start.step or None, self.message
+        )
         self.tracker = Tracker(
             self.folder,
             run_name=config.run.name,
@@ -81,11 +93,10 @@ class Report:
             },
             resume_run_id=start.mlflow_run_id,
             resumed_step=start.step or None,
+            message=self.message,
         )
         self.revision = git_revision()
         self.tracker.artifact(self.folder / "config.yaml")
-        self.progress = Progress(config.train.steps, start=start.step, interval_s=config.train.log_every_s)
-        self.progress.__enter__()
         if config.train.routing != "learned":
             self.message(f"train.routing={config.train.routing}: a benchmark, the model learns nothing useful")
         if self.peak is None:
@@ -95,6 +106,12 @@ class Report:
         """Write one line to the user and to log.txt."""
         self.progress.message(text)
         log.info(text)
+
+    def _message_once(self, text: str) -> None:
+        """Write a line that several drawings would repeat."""
+        if text not in self._said:
+            self._said.add(text)
+            self.message(text)
 
     def plan(self, position: int, samples_per_step: int) -> None:
         """Tell the user what is read from `position` on, and when that will change."""
@@ -132,6 +149,9 @@ class Report:
         # Each token, padding included, was sent to K experts in every layer: true of any packing.
         tokens = round(float(result.counts_LE[0].double().sum()) / self.config.model.num_experts_per_tok)
         metrics |= self.throughput.step(tokens, launched.timing)
+        if self.throughput.peak != self.peak:
+            self.peak = self.throughput.peak
+            self.tracker.tag("mfu.peak", str(self.peak))
         metrics |= mixture_metrics(self.data.mixture.usage(position))
         for change, what in self.data.mixture.changes:
             if self._position is not None and self._position <= change < position:
@@ -162,10 +182,11 @@ class Report:
         path = self.folder / "samples" / f"step_{step:08d}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
+            # Tokens may be cut anywhere: what is no text is written as escapes.
             path.write_text("\n\n----\n\n".join(texts) + "\n", encoding="utf-8", errors="backslashreplace")
             self.tracker.artifact(path, "samples")
-        except OSError as error:
-            log.warning("samples not written: %s", error)
+        except Exception as error:  # samples must never end a run
+            self._message_once(f"samples not written: {error}")
         self.message(f"step {step} sample: {texts[0]!r}")
 
     def plots(self) -> None:
@@ -173,10 +194,12 @@ class Report:
         if not self.config.tracking.plots:
             return
         try:
-            for path in plot_run(self.folder):
+            for path in plot_run(self.folder, self._message_once):
                 self.tracker.artifact(path, "plots")
-        except Exception as error:  # a plot must never end a run
+        except ValueError as error:  # nothing is recorded yet
             log.warning("plots not drawn: %s", error)
+        except Exception as error:  # a plot must never end a run
+            self._message_once(f"plots not drawn: {error}")
 
     def close(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
         """Finish the tracked run: FINISHED, KILLED or FAILED."""
@@ -206,7 +229,7 @@ def _change_tags(data: TrainingData) -> dict[str, str]:
 
 def _tags(config: Config, ranks: Ranks, engine: Engine, peak) -> dict[str, str]:
     device = ranks.device
-    return {
+    return _source_tags() | {
         "git.sha": git_revision(),
         "host": platform.node(),
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU x {os.cpu_count()} cores",
@@ -218,16 +241,32 @@ def _tags(config: Config, ranks: Ranks, engine: Engine, peak) -> dict[str, str]:
     }
 
 
+def _source_tags() -> dict[str, str]:
+    """Return MLflow's own tags for the commit, the branch and the remote of this code."""
+    found = {
+        "commit": _git("rev-parse", "HEAD"),
+        "branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
+        "repoURL": without_secrets(_git("config", "--get", "remote.origin.url")),
+    }
+    return {f"mlflow.source.git.{name}": value for name, value in found.items() if value}
+
+
 @functools.cache
 def git_revision() -> str:
     """Return the commit of this code, with `-dirty` if files differ from it, or `unknown`."""
+    return _git("describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    """Return what git says of this code; nothing if there is no git, or no repository."""
     try:
         run = subprocess.run(
-            ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"],
+            ["git", "-C", Path(__file__).parent, *arguments],
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return run.stdout.strip() or "unknown"
+        return ""
+    return run.stdout.strip()

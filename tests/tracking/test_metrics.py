@@ -141,3 +141,27 @@ def test_memory_sees_an_allocation():
     assert after["perf/memory_rss_gib"] - before["perf/memory_rss_gib"] == pytest.approx(0.25, abs=0.02)
     block.close()
     assert after["perf/memory_peak_rss_gib"] >= 0.99 * after["perf/memory_rss_gib"]
+
+
+def test_a_utilisation_that_cannot_be_true_is_not_reported():
+    def peak(value):
+        return Peak(value, "measured", "test")
+
+    def step(throughput, tokens_per_s):
+        return throughput.step(tokens_per_s, {"perf/step_ms": 1000.0}).get("perf/mfu")
+
+    flops = FlopCount(0, 0, 0, 1.0, 0, 0)
+    datasheet = Throughput(1, flops=flops, peak=peak(30.0))
+    assert [step(datasheet, rate) for rate in (5, 10, 11)] == [0.5, 1.0, None]
+
+    # Something else used the machine when the peak was measured: it is measured again, and only then.
+    later = iter([peak(20.0), peak(45.0), peak(90.0)])
+    measured = Throughput(1, flops=flops, peak=peak(30.0), measure_peak=lambda: next(later))
+    assert step(measured, 5) == 0.5
+    assert step(measured, 11) is None, "the machine is busy still"
+    assert step(measured, 15) == 1.0 and measured.peak.value == 45.0
+    assert step(measured, 16) is None, "not at every step"
+    assert step(measured, 20) == pytest.approx(60 / 90)
+    measurements = []
+    never = Throughput(1, flops=flops, peak=peak(1.0), measure_peak=lambda: measurements.append(1))
+    assert {step(never, 5) for _ in range(10_000)} == {None} and len(measurements) == 13

@@ -10,58 +10,11 @@ import time
 
 import pytest
 
-from gptoss_dist.tracking import mlflow_mirror
-from gptoss_dist.tracking.mlflow_mirror import prepare_environment
-from gptoss_dist.tracking.tracker import Tracker, main, read_metrics, read_resume_steps, sync
+from gptoss_dist.tracking.delivery import shipper
+from gptoss_dist.tracking.tracker import main, read_metrics, read_resume_steps, sync
+from tests.support.tracked import history, runs_of, start
 
 POINTS = 300
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory):
-    """A database with MLflow's tables, made once: creating them takes seconds."""
-    prepare_environment()
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def store(empty_store, tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-@pytest.fixture
-def client(store):
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=store)
-
-
-def start(run_dir, **options):
-    defaults = {
-        "run_name": "unit",
-        "experiment": "tests",
-        "params": {"optim.lr": 3e-4, "odd[key]": True},
-        "tags": {"git.sha": "abc"},
-        "dataset": {"name": "stdlib", "digest": "d" * 64, "source": "data/stdlib"},
-        "interval_s": 0.05,
-    }
-    return Tracker(run_dir, **(defaults | options))
-
-
-def runs_of(client):
-    experiment = client.get_experiment_by_name("tests")
-    return client.search_runs([experiment.experiment_id]) if experiment else []
-
-
-def history(client, run_id, key):
-    return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
 
 
 @pytest.fixture
@@ -146,7 +99,7 @@ def test_server_lost_mid_run_every_point_arrives_once(tmp_path, client, store, m
 
     monkeypatch.setattr(mlflow, "MlflowClient", Flaky)
     monkeypatch.setattr("gptoss_dist.tracking.tracker._MAX_BACKOFF_S", 0.05)
-    monkeypatch.setattr(mlflow_mirror, "_METRICS_PER_REQUEST", 90)
+    monkeypatch.setattr(shipper, "_METRICS_PER_REQUEST", 90)
     run_dir = tmp_path / "run"
     (tmp_path / "run.yaml").write_text("a: 1")
     tracker = start(run_dir)  # no uri: the database in the working directory

@@ -1,0 +1,1 @@
+"""Delivery of a run's local files to MLflow."""

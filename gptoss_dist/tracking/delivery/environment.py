@@ -1,0 +1,161 @@
+"""Where MLflow is, and what its environment variables ask for; mlflow itself is not imported here."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from data_pipeline.secrets import without_secrets
+from gptoss_dist.tracking.delivery.cursor import Cursor
+
+# Read by mlflow at import or per request. Its own defaults block for minutes on a dead server (7 retries, 120 s).
+_MLFLOW_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
+_SQLITE = "sqlite:///"
+
+
+def prepare_environment() -> None:
+    """Have MLflow fail fast and stay quiet, unless the user has set otherwise.
+
+    Call before mlflow is imported.
+    """
+    for key, value in _MLFLOW_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where MLflow keeps runs."""
+
+    uri: str
+    """As the user gave it; for a database file `sqlite:///` and its absolute path, whatever characters that has."""
+    database: Path | None = None
+    """The file of a sqlite URI."""
+    options: str = ""
+    """What follows `?` in a sqlite URI, with the question mark."""
+
+    @classmethod
+    def in_file(cls, database: Path, options: str = "") -> Self:
+        """Return the store in a database file."""
+        return cls(f"{_SQLITE}{database}", database, options)
+
+    def remember(self, cursor: Cursor, run_dir: Path) -> None:
+        """Note in the cursor where the run is sent."""
+        cursor.uri, cursor.database = without_secrets(self.uri), None
+        if self.database is not None:
+            cursor.database = os.path.relpath(self.database, run_dir)
+
+
+def find_store(uri: str | None, cursor: Cursor, run_dir: Path) -> Store:
+    """Return where to send a run: as given, by the environment, as recorded, or a database in this directory.
+
+    A recorded database is looked for beside the run's folder, as it lay when the run began, so that a checkout that was
+    moved or copied goes on in its own database; then where it was.
+    """
+    given = uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    if given:
+        database = sqlite_path(given)
+        question, options = given.partition("?")[1:]
+        return Store(given) if database is None else Store.in_file(database, question + options)
+    if cursor.database is not None:
+        beside = Path(os.path.normpath(run_dir.absolute() / cursor.database))
+        if beside.is_file():
+            return Store.in_file(beside)
+    if cursor.uri is not None:
+        if not cursor.uri.startswith(_SQLITE):
+            return Store(cursor.uri)
+        before = Path(cursor.uri.removeprefix(_SQLITE))
+        if before.is_file():
+            return Store.in_file(before)
+    return Store.in_file(Path.cwd() / "mlflow.db")
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the absolute path of a sqlite URI's file; None for any other URI and for a database in memory."""
+    path = uri.removeprefix(_SQLITE)
+    if path == uri:
+        return None
+    if re.search("[%?]", path):
+        # Options and escapes: what they mean differs between versions of SQLAlchemy, which opens the file.
+        try:
+            from sqlalchemy.engine import make_url
+
+            path = make_url(uri).database or ""
+        except Exception:  # not installed, or a URI that MLflow will refuse
+            return None
+    return Path(path).absolute() if path and not path.startswith((":memory:", "file:")) else None
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What MLflow's own variables ask for, as they do in programs that log to MLflow through other libraries."""
+
+    run_id: str | None = None
+    """MLFLOW_RUN_ID: the run to continue, whatever made it."""
+    experiment: str | None = None
+    """MLFLOW_EXPERIMENT_NAME."""
+    run_name: str | None = None
+    """MLFLOW_RUN_NAME: the run's name in MLflow; its folder is named by `run.name`."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """MLFLOW_TAGS: a JSON object."""
+    system_metrics: bool = False
+    """MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING."""
+
+    @classmethod
+    def read(cls, message: Callable[[str], None]) -> Self:
+        """Read the environment; what makes no sense is left out, and the user is told."""
+        return cls(
+            run_id=_variable("MLFLOW_RUN_ID"),
+            experiment=_variable("MLFLOW_EXPERIMENT_NAME"),
+            run_name=_variable("MLFLOW_RUN_NAME"),
+            tags=_tags(message),
+            system_metrics=_flag("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", message),
+        )
+
+
+def user_tags() -> dict[str, str]:
+    """Return MLflow's own tags for who runs what, by which its pages name a run's user and source."""
+    user = _variable("MLFLOW_TRACKING_USERNAME")
+    if user is None:
+        try:
+            user = getpass.getuser()
+        except (OSError, KeyError, ImportError):  # a container's user without a name
+            user = "unknown"
+    return {"mlflow.user": user, "mlflow.source.name": sys.argv[0] or "<console>", "mlflow.source.type": "LOCAL"}
+
+
+def _variable(name: str) -> str | None:
+    return os.environ.get(name, "").strip() or None
+
+
+def _tags(message: Callable[[str], None]) -> dict[str, str]:
+    text = _variable("MLFLOW_TAGS")
+    if text is None:
+        return {}
+    try:
+        tags = json.loads(text)
+        if not isinstance(tags, dict):
+            raise ValueError(text)
+    except (ValueError, RecursionError):
+        message(f'MLFLOW_TAGS={text[:200]!r} is not a JSON object, such as \'{{"team": "nlp"}}\': no tags are taken')
+        return {}
+    return {key: str(value) for key, value in tags.items()}
+
+
+def _flag(name: str, message: Callable[[str], None]) -> bool:
+    value = (_variable(name) or "false").lower()
+    if value not in ("true", "1", "false", "0"):
+        message(f"{name}={value[:200]!r} is neither true nor false: it is taken for false")
+    return value in ("true", "1")
