@@ -41,6 +41,7 @@ def check_headers(folder: Path, paths: Iterable[Path]) -> None:
     """
     ends: dict[str, list[int]] = {}
     counts: dict[str, int] = {}
+    files: dict[str, list[str]] = {}
     for path in sorted(paths):
         for name, shape, offset in _parts(file_inside(folder, path.name)):
             end = [first + size for first, size in zip(offset, shape)]
@@ -48,10 +49,12 @@ def check_headers(folder: Path, paths: Iterable[Path]) -> None:
                 raise ValueError(f"{path}: {printable(name)} has {len(end)} dimensions, and others in another file")
             ends[name] = list(map(max, ends[name], end))
             counts[name] = counts.get(name, 0) + math.prod(shape)
+            files.setdefault(name, []).append(path.name)
     for name, end in ends.items():
         if counts[name] != math.prod(end):
+            holders = printable(", ".join(files[name][:3]))
             raise ValueError(
-                f"{printable(folder)}: {counts[name]:,} values of {printable(name)} are in the files, its shape {end} "
+                f"{printable(folder)}: {counts[name]:,} values of {printable(name)} are in {holders}, its shape {end} "
                 f"has {math.prod(end):,}; restore the files that belong together"
             )
 

@@ -55,10 +55,7 @@ def _rope_fields(path: Path, values: dict) -> dict:
     """
     found: dict[str, dict] = {}
     for name in ("rope_scaling", "rope_parameters"):
-        given = values.get(name)
-        if given is not None and not isinstance(given, dict):
-            raise ValueError(f"{path}: {name}={given!r} is not supported; it must be an object")
-        for place, rope in _by_layer_type(name, given or {}).items():
+        for place, rope in _by_layer_type(name, values.get(name) or {}).items():
             theta = rope.pop("rope_theta", values.get("rope_theta"))
             scaling = _rope_scaling(path, place, rope, values)
             found[place] = {"rope_scaling": scaling} | ({} if theta is None else {"rope_theta": float(theta)})

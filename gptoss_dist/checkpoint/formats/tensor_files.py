@@ -135,10 +135,9 @@ def stored_tensors(folder: str | Path, message: Callable[[str], None] = lambda l
         stray = [path for path in paths if path.name not in named]
         paths = [path for path in paths if path.name in named]
     check_headers(folder, paths)
-    whole = _whole_tensors(paths)
     if stray:
         message(f"{folder}: {', '.join(path.name for path in stray[:5])} is not in {INDEX} and is not read")
-        tensors = whole
+        tensors = _whole_tensors(paths)  # torch's reader takes all files of a folder
     else:
         tensors = _stored_in_parts(folder)
     if not tensors:
@@ -150,20 +149,14 @@ def stored_tensors(folder: str | Path, message: Callable[[str], None] = lambda l
 
 
 def _whole_tensors(paths: list[Path]) -> dict[str, Stored]:
-    """Return the tensors of files each of which holds all of its tensors' values; others are opened all the same."""
+    """Return the tensors of files that hold the whole of each."""
     tensors: dict[str, Stored] = {}
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
-                if "DCP_SHARDING_INFO" in (file.metadata() or {}):
-                    continue
                 for name in sorted(file.keys()):
                     part = file.get_slice(name)
                     shape = tuple(part.get_shape())
-                    if name in tensors:
-                        raise ValueError(
-                            f"{name} is in {tensors[name].places[0][0].name} and in {path.name} of {path.parent}"
-                        )
                     dtype = part[:0].dtype if shape else file.get_tensor(name).dtype
                     tensors[name] = Stored(shape, dtype)
                     tensors[name].places.append((path, name, (0,) * len(shape), shape))

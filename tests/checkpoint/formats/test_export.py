@@ -123,7 +123,7 @@ def test_a_rotary_embedding_is_read_in_all_its_forms(tmp_path, form):
         ({"rope_parameters": ROPE, "rope_scaling": {**ROPE, "factor": 2.0}}, r"rope_scaling and rope_param.* differ"),
         ({"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, r"partial_rotary_factor"),
         ({"rope_parameters": {"full_attention": {**ROPE, "rope_type": "llama3"}}}, r"rope_type=llama3 is not"),
-        ({"rope_parameters": "yarn"}, r"rope_parameters='yarn' is not supported"),
+        ({"rope_parameters": "yarn"}, r"rope_parameters=\"yarn\" must be"),
         ({"rope_parameters": None}, r"rope_parameters or rope_scaling is empty"),
         ({"rope_parameters": "left out", "rope_scaling": {}}, r"rope_parameters or rope_scaling is empty"),
         ({"rope_parameters": {**ROPE, "factor": 0.5}}, r"factor=0.5"),
@@ -210,15 +210,17 @@ def test_a_file_beside_an_index_is_named_and_not_read(tmp_path):
     assert any("model.safetensors is not in model.safetensors.index.json and is not read" in line for line in said)
     assert torch.equal(logits(opened.build()), logits(model()))
     (tmp_path / "new" / INDEX).unlink()
-    with pytest.raises(ValueError, match=rf"{EMBEDDING} is in model-00001-of.* and in model.safetensors"):
+    with pytest.raises(
+        ValueError, match=rf"values of {EMBEDDING} are in model-00001-of.*, model.safetensors, its shape"
+    ):
         open_pretrained(tmp_path / "new")
 
 
 def test_another_layout_is_refused_on_one_screen(tmp_path):
-    """A mixture of experts with a tensor per expert, of more layers."""
+    """A mixture of experts with a tensor per expert."""
     folder = saved(tmp_path / "new")
     tensors = {f"model.layers.{i}.mlp.experts.{e}.{part}.weight": torch.zeros(2, 2)
-               for i in range(40) for e in range(16) for part in ("w1", "w2", "w3")}  # fmt: skip
+               for i in range(2) for e in range(320) for part in ("w1", "w2", "w3")}  # fmt: skip
     tensors |= {f"extra{chr(97 + i)}.weight": torch.zeros(1) for i in range(20)}
     save_file(tensors, folder / "model.safetensors")
     (folder / FILE).unlink()
@@ -275,7 +277,7 @@ def test_a_template_that_a_run_began_with_goes_out_again(tmp_path):
         settings = {"eos_token_id": ids, "temperature": 0.5}
         (tmp_path / "step_00000003" / "generation_config.json").write_text(json.dumps(settings))
         said, new = [], tmp_path / str(kept)
-        export(open_pretrained(tmp_path / "step_00000003"), new, "hf", message=said.append)
+        export(open_pretrained(tmp_path / "step_00000003", verify=False), new, "hf", message=said.append)
         assert (new / "chat_template.jinja").read_text() == "theirs"
         written = json.loads((new / "generation_config.json").read_text())
         assert (written["eos_token_id"] == ids and written["temperature"] == 0.5) is (kept is not None)
