@@ -4,6 +4,7 @@ A directory with a valid manifest is complete, because it is renamed into place 
 """
 
 import contextlib
+import difflib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ SPLITS = ("train", "validation")
 STORAGES = {"megatron": [dtype.name for dtype in DTYPE_CODES.values()], "raw": list(DTYPES)}  # dtypes of each
 MOST_MANIFEST_BYTES = 256 << 20
 """The largest manifest that is read: one of 10^6 shards is smaller."""
+_TOKEN_SUFFIXES = (".bin", ".idx", ".npy", ".arrow")
 REMEDY = "restore it from a good copy or make the dataset again"
 
 
@@ -189,11 +191,19 @@ def _not_a_dataset(directory: Path, error: OSError) -> ValueError:
     if isinstance(error, FileNotFoundError) and (inside := _datasets_in(directory)):
         others = f", and {len(inside) - 1} more there" if len(inside) > 1 else ""
         return ValueError(f"{directory}: not a prepared dataset itself, but {inside[0]} is one{others}")
-    return ValueError(
-        f"{directory}: not a prepared dataset, {FILE_NAME} cannot be read ({error.strerror}); make one with "
-        f"`python -m data_pipeline.prepare pystdlib --output {directory}`, or write one for token files that "
-        f"are there with `python -m data_pipeline.adopt {directory}`"
-    )
+    here = printable(directory)
+    prepare = f"make one with `python -m data_pipeline.prepare pystdlib --output {here}`"
+    if not directory.exists():
+        beside = {path.name: path for path in _datasets_in(directory.parent)}
+        close = difflib.get_close_matches(directory.name, beside, n=1)
+        meant = f"; did you mean {printable(beside[close[0]])}?" if close else ""
+        return ValueError(f"{here}: not a prepared dataset, there is no such directory{meant}; {prepare}")
+    if not directory.is_dir():
+        of_file = f"make one of it with `python -m data_pipeline.prepare {here} --output DIR`"
+        return ValueError(f"{here}: not a prepared dataset, it is a file; {of_file}")
+    if any(path.suffix in _TOKEN_SUFFIXES for path in directory.iterdir()):
+        prepare += f", or write one for the token files that are there with `python -m data_pipeline.adopt {here}`"
+    return ValueError(f"{here}: not a prepared dataset, {FILE_NAME} cannot be read ({error.strerror}); {prepare}")
 
 
 def _datasets_in(directory: Path) -> list[Path]:

@@ -183,7 +183,7 @@ def test_terminals_get_escapes_as_text(tmp_path, capsys):
     (odd / "a\x07.jsonl").write_text('{"text": 3}\n' + json.dumps({"text": "x"}) + '\n{"\x1b]0;": 1}\n')
     code, out, err = run(odd, "--output", tmp_path / "a", capsys=capsys)
     assert code == 2 and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\udc80-\udcff]", out + err)
-    assert err.count("\n") == 1 and r"in\x1b[31m\udcff\n/a\x07.jsonl, line 1: column 'text' holds int" in err
+    assert err.count("\n") == 1 and r"in\x1b[31m\udcff\x0a/a\x07.jsonl, line 1: column 'text' holds int" in err
     code, out, _ = run(odd, "--max-malformed", 0.9, "--output", tmp_path / "b", capsys=capsys)
     assert code == 0 and "\x1b" not in out
     left = "".join(path.read_text("latin-1") for path in (tmp_path / "b").iterdir())

@@ -167,12 +167,20 @@ def test_what_does_not_fit_together_is_refused(tmp_path, one, two, capsys):
     for directories, message in (
         ((one, builtin), "builtin: its tokenizer is builtin where that of"),
         ((one, one), "given twice"),
-        ((one, tmp_path / "none"), "none: not a prepared dataset"),
+        ((one, tmp_path / "none"), "none: not a prepared dataset, there is no such directory; make one with `python"),
+        (
+            (one, one.with_name("onne")),
+            f"onne: not a prepared dataset, there is no such directory; did you mean {one}?",
+        ),
+        (
+            (one, one.with_suffix(".jsonl")),
+            "one.jsonl: not a prepared dataset, it is a file; make one of it with `python",
+        ),
         ((one, one.parent), f"not a prepared dataset itself, but {one} is one\n"),
     ):
         assert run(merge.main, *directories, "--output", tmp_path / "out") == 2
         err = capsys.readouterr().err
-        assert message in err and err.count("\n") == 1
+        assert message in err and err.count("\n") == 1 and "data_pipeline.adopt" not in err
     data = (builtin / "train-00000.bin").read_bytes()
     (builtin / "train-00000.bin").write_bytes(data[:-2] + b"\0\0")
     for arguments in (
