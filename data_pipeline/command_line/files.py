@@ -39,7 +39,7 @@ def check_lists(value: Any, origin: str = "") -> None:
         item = left.pop()
         if isinstance(item, list) and len(item) > MOST_SECTIONS and isinstance(item[-1], dict):
             raise ValueError(
-                f"a list has {len(item):,} entries with settings of their own; use {MOST_SECTIONS} at most"
+                f"{origin}a list has {len(item):,} entries with settings of their own; use {MOST_SECTIONS} at most"
             )
         inner = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
         left += [part for part in inner if isinstance(part, list | dict)]
