@@ -8,22 +8,26 @@ import re
 
 from data_pipeline.secrets import without_secrets
 
-# Control characters but tab and newline, those that change the direction of text, and lone surrogates, which stand for
-# bytes of file names that are not UTF-8.
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_IN_A_NAME = re.compile("[\t\n]")
+# Control characters, those that change the direction of text, and lone surrogates, which stand for bytes of file names
+# that are not UTF-8.
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def printable(text: str) -> str:
-    r"""Return a text, of one or more lines, in which `\x1b` and the like are written like that."""
-    return _OBEYED.sub(_escaped, text)
+def printable(text: object, *, lines: bool = False) -> str:
+    r"""Return a text from elsewhere as it may be printed, with `\x1b` and the like written like that.
+
+    Args:
+        text: A name or a text, or anything with a `str`.
+        lines: Line breaks and tabs stay.
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        return found[0] if lines and found[0] in "\n\t" else f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+    return _OBEYED.sub(escaped, str(text))
 
 
 def shown(name: str) -> str:
     """Return the name of a file or source in one line, without secrets, as people and files may see it."""
-    return _IN_A_NAME.sub(_escaped, printable(without_secrets(name)))
-
-
-def _escaped(found: re.Match) -> str:
-    code = ord(found[0])
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    return printable(without_secrets(name))

@@ -16,15 +16,23 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_pipeline.command_line import Program, option, positional, ranged, run_verb
+from data_pipeline.command_line import Program, option, positional, print_line, ranged, run_verb
 
 
 @dataclass
-class InspectOptions:
-    """List step, settings, tensors, shapes and sizes."""
+class SourceOptions:
+    """A model."""
 
     source: str = positional("SOURCE")
     """hf:FOLDER, openai:FOLDER (or only FOLDER, if it has a config.json), or the folder of a run or checkpoint."""
+
+
+@dataclass
+class InspectOptions(SourceOptions):
+    """List step, settings, tensors, shapes and sizes, and the tensors with values that are not finite."""
+
+    read_values: bool = True
+    """Look at the values, which reads everything."""
 
 
 @dataclass
@@ -36,12 +44,12 @@ class VerifyOptions:
 
 
 @dataclass
-class ModelOptions(InspectOptions):
+class ModelOptions(SourceOptions):
     """Print the architecture, as a file for --model."""
 
 
 @dataclass
-class ExportOptions(InspectOptions):
+class ExportOptions(SourceOptions):
     """Write a model for other tools."""
 
     output: str = option()
@@ -83,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 def _inspect(options: InspectOptions) -> None:
     from gptoss_dist.checkpoint.formats.inspect import describe
 
-    print(describe(options.source))
+    print_line(describe(options.source, values=options.read_values))
 
 
 def _verify(options: VerifyOptions) -> int:
@@ -93,14 +101,14 @@ def _verify(options: VerifyOptions) -> int:
     format, _, folder = options.source.rpartition(":")
     if has_checksums(folder):
         problems = altered_files(folder)
-        print(f"{folder}: {'; '.join(problems) or 'intact'}")
+        print_line(f"{folder}: {'; '.join(problems) or 'intact'}")
         return 1 if problems else 0
     if format in ("hf", "openai") or (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} carries no {FILE}: there is nothing to compare its files with")
     wrong = 0
     for checkpoint in candidates(options.source):
         problems = verify(checkpoint)
-        print(f"{checkpoint}: {'; '.join(problems) or 'intact'}")
+        print_line(f"{checkpoint}: {'; '.join(problems) or 'intact'}")
         wrong += bool(problems)
     return 1 if wrong else 0
 
@@ -120,7 +128,7 @@ def _export(options: ExportOptions) -> None:
     from gptoss_dist.checkpoint.formats.pretrained import open_pretrained
 
     losses = export(
-        open_pretrained(options.source, message=print, verify=options.verify),
+        open_pretrained(options.source, message=print_line, verify=options.verify),
         options.output,
         options.format,
         dtype=getattr(torch, options.dtype),
@@ -128,10 +136,10 @@ def _export(options: ExportOptions) -> None:
         search=options.search,
         file_bytes=int(options.max_file_gb * 1e9),
         license=options.license,
-        message=print,
+        message=print_line,
     )
     for name, loss in losses.items():
-        print(f"{name}: relative error {loss:.4f}")
+        print_line(f"{name}: relative error {loss:.4f}")
     print(f"done: {options.output}")
 
 

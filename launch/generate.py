@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_pipeline.command_line import Program, check_ranges, option, ranged, run
+from data_pipeline.printable import printable
 from gptoss_dist.inference.interactive import REPL_HELP, repl
 
 
@@ -53,7 +54,7 @@ def _generate(options: GenerateOptions) -> int:
         return repl(session, settings, lambda changed: check_ranges(replace(options, **changed)))
     for prompt in options.prompt:
         print(prompt, end="", flush=True)
-        session.write(prompt, on_text=lambda text: print(text, end="", flush=True), **settings)
+        session.write(prompt, on_text=lambda text: print(printable(text, lines=True), end="", flush=True), **settings)
         print()
     return 0
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
 
-def differences(before: dict, now: dict) -> list[str]:
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return what differs between two mixtures, in words; names and places of the data do not count.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -27,7 +28,7 @@ _REMEDIES = {
 def is_explained(error: BaseException) -> bool:
     """Return whether `in_words` makes a line for a person out of an error, rather than a developer's traceback."""
     known = (ValueError, OSError, MemoryError, OverflowError, RecursionError)
-    return isinstance(error, known) or _is_out_of_memory(error)
+    return isinstance(error, known) or _is_out_of_memory(error) or _is_homeless(error)
 
 
 def in_words(error: BaseException) -> str:
@@ -42,8 +43,10 @@ def in_words(error: BaseException) -> str:
         files = " -> ".join(_name(file) for file in (error.filename, error.filename2) if file is not None)
         text = f"{files + ': ' if files else ''}{error.strerror.lower()}{'; ' + remedy if remedy else ''}"
     elif _is_out_of_memory(error):
-        detail = str(error).partition("\n")[0].partition("] . ")
-        text = f"not enough memory: {detail[2] or detail[0] or 'an allocation failed'}; choose smaller sizes"
+        detail = re.sub(r"^\[enforce fail.*? \w*Allocator: ", "", str(error).partition("\n")[0])
+        text = f"not enough memory: {detail or 'an allocation failed'}; choose smaller sizes"
+    elif _is_homeless(error):
+        text = "the home directory that is meant is not known; set HOME, or give a path without ~"
     elif isinstance(error, RecursionError):
         text = "it is nested too deeply; flatten it"
     elif isinstance(error, OverflowError):
@@ -97,6 +100,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
     # torch has a class for CUDA only; on the CPU its message has to do.
     name, text = type(error).__name__, str(error)
     return isinstance(error, RuntimeError) and (name == "OutOfMemoryError" or "can't allocate memory" in text)
+
+
+def _is_homeless(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and "home directory" in str(error)  # pathlib's
 
 
 def _bytes_shown(error: UnicodeDecodeError) -> str:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import os
 import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from data_pipeline.command_line.files import check_files, config_files, copy_long_lists_once
 from data_pipeline.command_line.mistakes import one_line, suggestion
 from data_pipeline.command_line.options import Option, options_of, with_range
 from data_pipeline.command_line.ranges import check_ranges, ranges_of
 from data_pipeline.command_line.spelling import known_spellings, spell_out, typed_values
-from data_pipeline.foreign import parse_yaml, read_text
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -51,9 +49,11 @@ def parse(kind: type[T], argv: list[str], *, prog: str, epilog: str | None = Non
                 )
     except ValueError as error:
         raise ValueError(f"{error}; see {prog} --help") from None
-    settings = kind(**{option.name: values[option.name] for option in options})
-    check_ranges(settings)
-    return settings
+    given = {option.name: values[option.name] for option in options}
+    unchecked = object.__new__(kind)
+    vars(unchecked).update(given)
+    check_ranges(unchecked)  # each value for itself comes before what the class checks of several
+    return kind(**given)
 
 
 def new_parser(**arguments: Any) -> jsonargparse.ArgumentParser:
@@ -68,7 +68,8 @@ def new_parser(**arguments: Any) -> jsonargparse.ArgumentParser:
     from data_pipeline.command_line.texts import dump_yaml, load_yaml
 
     jsonargparse.set_dumper("yaml", dump_yaml)
-    jsonargparse.set_loader(_TEXTS_STAY, load_yaml, exceptions=(yaml.YAMLError,))
+    copy_long_lists_once()
+    jsonargparse.set_loader(_TEXTS_STAY, load_yaml, exceptions=(yaml.YAMLError, ValueError))
     arguments.setdefault("parser_mode", _TEXTS_STAY)
     # Help texts come from the strings below the fields.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -100,33 +101,14 @@ def parse_with(parser: jsonargparse.ArgumentParser, argv: list[str], sections: C
     import jsonargparse
 
     argv = known_spellings(argv, parser._option_string_actions)
-    files = _config_files(argv)
-    for file in files:
-        _check_sections(file, sections)
+    files = config_files(argv)
+    check_files(argv, sections)
     try:
         return vars(parser.instantiate(parser.parse_args(argv)))
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
         wrong = _file_of_mistake(parser, files, error)
         message = one_line(f"{wrong}: {error}" if wrong else str(error))
         raise ValueError(message + _near_miss(str(error), parser)) from None
-
-
-def _config_files(argv: list[str]) -> list[str]:
-    words = [word for argument in argv for word in argument.split("=", 1)]
-    return [file for name, file in itertools.pairwise(words) if name == "--config"]
-
-
-def _check_sections(file: str, sections: Collection[str]) -> None:
-    """Refuse a file that gives a section something else than its keys, which jsonargparse would take as none at all."""
-    if not os.path.lexists(file):
-        return  # a text of settings, or missing, which jsonargparse says
-    values = parse_yaml(read_text(file), file)
-    for name in sections if isinstance(values, dict) else ():
-        if name in values and not isinstance(values[name], dict | str):
-            raise ValueError(
-                f"{file}: {name}={values[name]} is no section; give it as `{name}:` with its settings below, or leave "
-                "it out"
-            )
 
 
 def _near_miss(message: str, parser: jsonargparse.ArgumentParser) -> str:
@@ -156,7 +138,7 @@ def _parser_of(kind: type, options: list[Option], prog: str, epilog: str | None)
     import jsonargparse
     import yaml
 
-    jsonargparse.set_loader(_KEYS_LIKE_OPTIONS, _load, exceptions=(yaml.YAMLError,))
+    jsonargparse.set_loader(_KEYS_LIKE_OPTIONS, _load, exceptions=(yaml.YAMLError, ValueError))
     shown = {option.name: option.shown for option in options}
 
     class HelpFormat(jsonargparse.DefaultHelpFormatter):

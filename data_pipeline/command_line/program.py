@@ -45,7 +45,7 @@ def print_line(text: str, file: TextIO | None = None) -> None:
     """Print a text for people, at once; what a terminal would obey, or its encoding lacks, is printed as escapes."""
     stream = file or sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    print(printable(text, lines=True).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 def run(program: Program, kind: type[T], action: Callable[[T], int | None], argv: list[str] | None = None) -> int:

@@ -11,6 +11,9 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.command_line.files import check_lists
+from data_pipeline.foreign import check_yaml
+
 _NUMBER_WITHOUT_POINT = re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
 
 
@@ -27,8 +30,14 @@ def dump_yaml(values: Any, *, allow_unicode: bool = True) -> str:
 
 
 def load_yaml(text: str) -> Any:
-    """Return the value of a YAML text; one that YAML takes for nothing, but is not `null`, stays a text."""
+    """Return the value of a YAML text; one that YAML takes for nothing, but is not `null`, stays a text.
+
+    Raises:
+        ValueError: It is beyond the limits of `check_yaml` or `check_lists`.
+    """
     import jsonargparse
 
+    check_yaml(text, "the text")
     value = jsonargparse.get_loader("yaml")(text)
+    check_lists(value)
     return text if value is None and text.strip() != "null" else value

@@ -76,7 +76,7 @@ class Column:
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             inner = type(value[0]).__name__
             return Malformed(where, f"column {self.name!r} holds a list of {inner}, not one of token ids")
-        return ids.astype(np.int64)
+        return ids.astype(np.int64, copy=False)
 
     def check_names(self, names: list[str], where: str) -> None:
         """Check that a table has the column, once.

@@ -4,14 +4,33 @@ DIR/dataset_info.json, DIR/state.json, DIR/data-00000-of-00002.arrow, ...       
 DIR/dataset_dict.json, DIR/train/..., DIR/test/...                               a dataset for each split
 """
 
-import json
 from pathlib import Path
 
+import msgspec
+
 from data_pipeline.corpora.files import File, local_file
+from data_pipeline.foreign import file_inside, read_json
 from data_pipeline.printable import shown
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
-_MOST_BYTES = 16 << 20  # of these files
+_REMEDY = "save the dataset again"
+
+
+class _Splits(msgspec.Struct):
+    """What is read of dataset_dict.json."""
+
+    splits: list[str]
+
+
+class _DataFile(msgspec.Struct):
+    filename: str
+
+
+class _State(msgspec.Struct):
+    """What is read of state.json."""
+
+    files: list[_DataFile] = msgspec.field(name="_data_files")
+    split: str | None = msgspec.field(name="_split", default=None)
 
 
 def is_saved(path: Path) -> bool:
@@ -31,46 +50,24 @@ def saved_files(path: Path, split: str | None) -> tuple[list[File], str]:
     """
     label = f"saved dataset {str(path.absolute())!r}"
     if (path / _SPLITS).is_file():
-        splits = _read(path / _SPLITS).get("splits")
-        if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
-            raise ValueError(f"{shown(str(path / _SPLITS))}: damaged, it lists no splits; save the dataset again")
+        splits = read_json(path / _SPLITS, _Splits, remedy=_REMEDY).splits
         wanted = split or "train"
-        if wanted not in splits or not _is_inside(wanted):
+        if wanted not in splits or Path(wanted).name != wanted or wanted == "..":
             listed = ", ".join(map(repr, splits))
             raise ValueError(f"{shown(str(path))}: no split {wanted!r}, only {listed}; choose one with --split")
         return _arrow_files(path / wanted), f"{label}, split {wanted!r}"
-    own = _read(path / _STATE).get("_split")
+    own = read_json(path / _STATE, _State, remedy=_REMEDY).split
     if split is not None and split != own:
-        raise ValueError(
-            f"{shown(str(path))}: is one split, {own or 'without a name'}, not {split!r}; leave out --split"
-        )
+        its_name = repr(own) if own else "without a name"
+        raise ValueError(f"{shown(str(path))}: is one split, {its_name}, not {split!r}; leave out --split")
     return _arrow_files(path), label
 
 
 def _arrow_files(folder: Path) -> list[File]:
-    state = folder / _STATE
-    listed = _read(state).get("_data_files")
-    files = listed if isinstance(listed, list) and listed else [None]
-    names = [file.get("filename") if isinstance(file, dict) else None for file in files]
-    if not all(isinstance(name, str) and _is_inside(name) for name in names):
-        raise ValueError(f"{shown(str(state))}: damaged, it does not list files beside it; save the dataset again")
+    listed = read_json(folder / _STATE, _State, remedy=_REMEDY).files
+    if not listed:
+        raise ValueError(f"{shown(str(folder / _STATE))}: lists no files; {_REMEDY}")
     try:
-        return [local_file(folder / str(name)) for name in names]
-    except OSError as error:
-        raise ValueError(f"{shown(str(error.filename))}: {error.strerror}; {_STATE} lists it") from error
-
-
-def _is_inside(name: str) -> bool:
-    return Path(name).name == name and name not in (".", "..") and "\0" not in name
-
-
-def _read(path: Path) -> dict:
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"more than {_MOST_BYTES >> 20} MiB")
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{shown(str(path))}: damaged or unreadable: {error}; save the dataset again") from error
-    return value
+        return [local_file(file_inside(folder, file.filename)) for file in listed]
+    except ValueError as error:
+        raise ValueError(f"{error}; {_STATE} lists it, so {_REMEDY}") from error

@@ -193,6 +193,11 @@ def _huggingface(
     which: dict[str, Any] = {"path": path, "name": config_name, "split": split, "revision": revision}
     not_local = ""
     if Path(path).is_dir():
+        if glob.has_magic(path):
+            raise ValueError(
+                f"{_named(spec)}: Hugging Face's library takes `[`, `*` and `?` in the folder's name for a pattern; "
+                f"rename the folder, or leave out --split and --name"
+            )
         content: Any = [[file.path, file.size, file.version] for file in all_files(Path(path))]
     else:
         which["revision"] = content = _resolved(path, revision)

@@ -146,9 +146,9 @@ def _lists(values) -> Iterator:
     """Yield lists of numbers as arrays, which is far faster, and others as lists."""
     import pyarrow
 
-    numbers = pyarrow.types.is_integer(values.type.value_type) and not values.values.null_count
-    for value in values:
-        if not value.is_valid:
-            yield None
-        else:
-            yield value.values.to_numpy() if numbers else value.as_py()
+    if not pyarrow.types.is_integer(values.type.value_type) or values.values.null_count:
+        yield from values.to_pylist()
+        return
+    numbers, places = values.values.to_numpy(zero_copy_only=False), values.offsets.to_pylist()
+    for start, stop, is_there in zip(places, places[1:], values.is_valid().to_pylist()):
+        yield numbers[start:stop] if is_there else None

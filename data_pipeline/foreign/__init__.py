@@ -8,23 +8,22 @@
 
 A file must be a regular one of limited size in UTF-8; what it holds is neither nested without end nor full of aliases
 that multiply; no key is there twice; and what comes out has the types that were asked for. Whatever is wrong is one
-ValueError of one line with file, key, value and remedy. `file_inside` is for names that a file gives to other files,
-`printable` for what reaches a terminal.
+ValueError of one line with file, key, value and remedy. `file_inside` is for names that a file gives to other files.
 """
 
-from data_pipeline.foreign.files import check_regular, file_inside, printable, read_bytes, read_text
+from data_pipeline.foreign.files import check_folder, check_regular, file_inside, read_bytes, read_text
 from data_pipeline.foreign.parsing import check_yaml, parse_json, parse_yaml
 from data_pipeline.foreign.typed import Count, convert, read_json, read_yaml
 
 __all__ = [
     "Count",
+    "check_folder",
     "check_regular",
     "check_yaml",
     "convert",
     "file_inside",
     "parse_json",
     "parse_yaml",
-    "printable",
     "read_bytes",
     "read_json",
     "read_text",

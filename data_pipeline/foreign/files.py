@@ -7,11 +7,11 @@ import re
 import stat
 from pathlib import Path
 
+from data_pipeline.printable import printable
+
 MOST_BYTES = 32 << 20
 """The largest file of JSON or YAML that is read where nothing else is said."""
 
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What moves a terminal's cursor, colours it, or turns the direction of writing; and what cannot be encoded."""
 _KINDS = {
     stat.S_ISDIR: "a folder",
     stat.S_ISFIFO: "a pipe",
@@ -19,20 +19,6 @@ _KINDS = {
     stat.S_ISCHR: "a device",
     stat.S_ISBLK: "a device",
 }
-
-
-def printable(text: object, *, lines: bool = False) -> str:
-    r"""Return a text from elsewhere as it may be printed, with `\x1b` for a control character that Python writes so.
-
-    Args:
-        text: A name or a text, or anything with a `str`.
-        lines: Line breaks and tabs stay.
-    """
-
-    def escaped(found: re.Match[str]) -> str:
-        return found[0] if lines and found[0] in "\n\t" else ascii(found[0])[1:-1]
-
-    return _CONTROLS.sub(escaped, str(text))
 
 
 def check_regular(path: str | Path) -> None:
@@ -117,6 +103,21 @@ def file_inside(folder: str | Path, name: str) -> Path:
             "file in its place if it belongs there"
         )
     return path
+
+
+def check_folder(folder: str | Path) -> None:
+    """Check what a folder from elsewhere holds: apart from folders, nothing but regular files of its own.
+
+    Raises:
+        ValueError: A link leads out of it, or there is a pipe or the like, or no such folder; the message names it.
+    """
+    try:
+        entries = sorted(Path(folder).iterdir())
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+    for path in entries:
+        if not path.is_dir():
+            file_inside(folder, path.name)
 
 
 def _blobs(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from data_pipeline.foreign.files import printable
+from data_pipeline.printable import printable
 
 MOST_DEPTH = 64
 """Levels of lists and objects in each other."""
@@ -44,7 +44,7 @@ def parse_json(text: str, origin: object) -> Any:
         raise _too_deep(origin) from None
     except ValueError as error:
         reason = str(error).partition(";")[0]  # Python would have the limit of digits raised
-        raise ValueError(f"{printable(origin)} is not readable JSON: {reason}; restore or correct it") from None
+        raise ValueError(f"{printable(origin)}: is not readable JSON: {reason}; restore or correct it") from None
     level, depth = [value] if isinstance(value, dict | list) else [], 0
     while level:
         if (depth := depth + 1) > MOST_DEPTH:
@@ -109,7 +109,7 @@ def _too_deep(origin: object) -> ValueError:
 
 def _not_yaml(origin: object, error: Exception) -> ValueError:
     reason = printable(" ".join(str(error).replace(' in "<unicode string>",', ",").split()))
-    return ValueError(f"{printable(origin)} is not readable YAML: {reason}; correct it")
+    return ValueError(f"{printable(origin)}: is not readable YAML: {reason}; correct it")
 
 
 @dataclass

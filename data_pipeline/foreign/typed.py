@@ -10,8 +10,9 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from data_pipeline.foreign.files import MOST_BYTES, printable, read_text
+from data_pipeline.foreign.files import MOST_BYTES, read_text
 from data_pipeline.foreign.parsing import parse_json, parse_yaml
+from data_pipeline.printable import printable
 
 T = TypeVar("T")
 
@@ -99,7 +100,7 @@ def _explained(value: Any, kind: Any, message: str) -> str:
         return f"{printable(full)} is missing" if "missing" in what else f"{printable(full)} is not known here"
     what = re.sub("^Expected (.+), got (.+)$", r"must be \1, not \2", what)
     what = printable(re.sub("^Expected (.+)$", r"must be \1", what))
-    return f"{printable(key)}={_shown(found)} {what}" if place else what.replace("must be", "it must be", 1)
+    return f"{printable(key)}={_shown(found)} {what}" if place else re.sub("^must be", "it must be", what)
 
 
 def _guilty(value: Any, kind: Any, steps: list[str | int], container: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from data_pipeline.corpora.columns import Malformed
 from data_pipeline.corpora.part import Part
 from data_pipeline.disk import write_file_atomically
+from data_pipeline.foreign import Count, read_json
 from data_pipeline.prepare.rules import Rules, apply_rules, load_filter
 from data_pipeline.shards.held_out import is_held_out
 from data_pipeline.shards.manifest import SPLITS, Shard
@@ -60,17 +61,17 @@ class PreparedPart:
     """What `part_key` says of the part."""
     source: str
     """The name of the part."""
-    records: int
+    records: Count
     """How many records were read."""
-    documents: int
+    documents: Count
     """How many documents were kept."""
     shards: dict[str, list[Shard]]
     """The shards of each split."""
-    dropped: dict[str, int]
+    dropped: dict[str, Count]
     """How many texts were dropped, by reason."""
-    irregular: dict[str, int]
+    irregular: dict[str, Count]
     """How many texts the tokenizer had to treat, by reason."""
-    malformed: int
+    malformed: Count
     """How many records hold no text."""
     examples: list[str]
     """The first 1,000 of these, with file and line."""
@@ -81,13 +82,11 @@ class PreparedPart:
     def read(cls, directory: Path, key: str) -> "PreparedPart | None":
         """Return the part of this key if it is complete in `directory`."""
         try:
-            fields = json.loads((directory / f"{key}.json").read_bytes())
-            shards = {split: [Shard(**shard) for shard in fields["shards"][split]] for split in SPLITS}
-            part = cls(**fields | {"shards": shards})
+            part = read_json(directory / f"{key}.json", cls)
             complete = all((directory / name).stat().st_size == size for name, size in part.sizes.items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError):
             return None
-        return part if complete and part.key == key else None
+        return part if complete and part.key == key and part.shards.keys() == set(SPLITS) else None
 
 
 def prepare_part(

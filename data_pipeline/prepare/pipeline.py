@@ -8,19 +8,22 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_pipeline.corpora.part import Part, TextSource
 from data_pipeline.disk import write_file_atomically
+from data_pipeline.foreign import read_json
 from data_pipeline.prepare.dedupe import assemble_splits
 from data_pipeline.prepare.part import HASHES, Preparation, PreparedPart, finished_keys, hashes_path, part_key
 from data_pipeline.prepare.pool import prepare_parts
 from data_pipeline.prepare.progress import Progress
 from data_pipeline.prepare.rules import Rules
 from data_pipeline.prepare.workdir import output_path, publish_dataset, remove_if_finished, working_directory
+from data_pipeline.printable import printable
 from data_pipeline.shards.checksums import check_content, record_content
-from data_pipeline.shards.manifest import FILE_NAME, VERSION, Manifest, Shard, open_shards
+from data_pipeline.shards.manifest import FILE_NAME, MOST_MANIFEST_BYTES, VERSION, Manifest, Shard, open_shards
 from data_pipeline.shards.megatron import token_dtype
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
@@ -208,7 +211,7 @@ def _existing_dataset(output: Path, settings: dict, overwrite: bool) -> Manifest
     if not (output / FILE_NAME).is_file():
         raise ValueError(f"{output}: exists and is not a prepared dataset; choose another output directory")
     try:
-        found = json.loads((output / SETTINGS_FILE_NAME).read_bytes())
+        found = read_json(output / SETTINGS_FILE_NAME, dict[str, Any], most=MOST_MANIFEST_BYTES)
         manifest = Manifest.read(output)
         for split in manifest.splits:
             open_shards(output, manifest, split)
@@ -217,7 +220,7 @@ def _existing_dataset(output: Path, settings: dict, overwrite: bool) -> Manifest
         problem = f"was prepared with other settings ({', '.join(differences)})" if differing else None
         if overwrite and not differing:  # who asks for it may know of damage that sizes do not show
             check_content(output, manifest, always=True)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         problem = f"holds a damaged dataset ({error})"
     if problem is None:
         return manifest
@@ -232,7 +235,7 @@ def _difference(key: str, theirs: object, ours: object) -> str:
         return "another tokenizer"
     if isinstance(theirs, (list, dict)) or isinstance(ours, (list, dict)):
         return f"other {key}"
-    return f"{key} {theirs}, not {ours}"
+    return printable(f"{key} {theirs}, not {ours}")
 
 
 def _prepare_missing_parts(request: _Request, folder: Path) -> list[PreparedPart]:

@@ -16,10 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from data_pipeline.disk import write_file_atomically
-from data_pipeline.shards.manifest import FILE_NAME, REMEDY, Manifest, Shard, open_shard
+from data_pipeline.foreign import read_json
+from data_pipeline.shards.manifest import FILE_NAME, MOST_MANIFEST_BYTES, REMEDY, Manifest, Shard, open_shard
 from data_pipeline.shards.megatron import IndexedReader
 from data_pipeline.shards.raw import RawReader
 from data_pipeline.tokenizer.tokenizer import Tokenizer
@@ -283,7 +285,14 @@ def _is_known(known: dict[str, list[int]], directory: str | Path, manifest: Mani
 
 def _read_stamp(directory: str | Path, manifest: Manifest) -> dict[str, list[int]]:
     try:
-        stamp = json.loads((Path(directory) / STAMP_FILE_NAME).read_bytes())
-        return dict(stamp["files"]) if stamp["content_sha256"] == manifest.content_sha256 else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        stamp = read_json(Path(directory) / STAMP_FILE_NAME, _Stamp, most=MOST_MANIFEST_BYTES)
+    except ValueError:
         return {}
+    return stamp.files if stamp.content_sha256 == manifest.content_sha256 else {}
+
+
+class _Stamp(msgspec.Struct):
+    """What `record_content` writes."""
+
+    content_sha256: str
+    files: dict[str, list[int]]

@@ -4,11 +4,17 @@ A directory with a valid manifest is complete, because it is renamed into place 
 """
 
 import contextlib
+import difflib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import msgspec
+
+from data_pipeline.foreign import Count, convert, parse_json, read_json, read_text
+from data_pipeline.printable import printable
 from data_pipeline.shards.megatron import DTYPE_CODES, IndexedReader
 from data_pipeline.shards.raw import DTYPES, RawReader
 
@@ -17,7 +23,9 @@ FORMAT = "gptoss_dist tokens"
 VERSION = 1
 SPLITS = ("train", "validation")
 STORAGES = {"megatron": [dtype.name for dtype in DTYPE_CODES.values()], "raw": list(DTYPES)}  # dtypes of each
-_SOURCE_KEYS = ("source", "kind")
+MOST_MANIFEST_BYTES = 256 << 20
+"""The largest manifest that is read: one of 10^6 shards is smaller."""
+_TOKEN_SUFFIXES = (".bin", ".idx", ".npy", ".arrow")
 REMEDY = "restore it from a good copy or make the dataset again"
 
 
@@ -26,13 +34,13 @@ class Shard:
     """The files NAME.bin and NAME.idx; in a raw dataset the one file NAME."""
 
     name: str
-    tokens: int
-    documents: int
+    tokens: Count
+    documents: Count
     sha256: str
     """Hash of the file of tokens."""
     index_sha256: str | None = None
     """Hash of the .idx file, if known."""
-    max_token: int | None = None
+    max_token: Count | None = None
     """The largest id, if known."""
     source: str | None = None
     """What the shard was made of, if known."""
@@ -94,67 +102,115 @@ class Manifest:
         """Read a manifest, or raise ValueError that names the file if it is missing, damaged or of another version."""
         path = Path(directory) / FILE_NAME
         try:
-            fields = json.loads(path.read_bytes())
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) and (inside := _datasets_in(Path(directory))):
-                others = f", and {len(inside) - 1} more there" if len(inside) > 1 else ""
-                raise ValueError(
-                    f"{directory}: not a prepared dataset itself, but {inside[0]} is one{others}"
-                ) from error
-            raise ValueError(
-                f"{directory}: not a prepared dataset, {FILE_NAME} cannot be read ({error.strerror}); make one with "
-                f"`python -m data_pipeline.prepare pystdlib --output {directory}`, or write one for token files that "
-                f"are there with `python -m data_pipeline.adopt {directory}`"
-            ) from error
+            values = parse_json(read_text(path, most=MOST_MANIFEST_BYTES), path)
         except ValueError as error:
+            if isinstance(error.__cause__, OSError):
+                raise _not_a_dataset(Path(directory), error.__cause__) from error
             raise ValueError(f"{path}: truncated or damaged: {error}; {REMEDY}") from error
-        try:
-            if fields["format"] != FORMAT or fields["version"] != VERSION:
-                raise ValueError(
-                    f"format {fields['format']!r} version {fields['version']!r} is not {FORMAT!r} version {VERSION}"
-                )
-            splits = {split: [Shard(**shard) for shard in value["shards"]] for split, value in fields["splits"].items()}
-            manifest = cls(
-                splits=splits,
-                **{key: fields[key] for key in cls.__annotations__ if key not in ("splits", "storage")},
-                storage=fields.get("storage", "megatron"),
-            )
-            totals = {split: (value["tokens"], value["documents"]) for split, value in fields["splits"].items()}
-            if totals != {split: (manifest.tokens(split), manifest.documents(split)) for split in splits}:
-                raise ValueError("the totals of a split are not the sums over its shards")
-            if manifest.content_sha256 != fields["content_sha256"]:
-                raise ValueError("content_sha256 does not match the shards it lists")
-            if set(splits) != set(SPLITS):
-                raise ValueError(f"its splits are not {' and '.join(SPLITS)}")
-            names = [shard.name for shards in splits.values() for shard in shards]
-            if any(Path(name).name != name for name in names):
-                raise ValueError("a shard lies outside the directory")
-            if len(set(names)) < len(names):
-                raise ValueError("a shard is listed twice")
-            for value in (
-                manifest.tokenizer["name"],
-                *(source[key] for source in manifest.sources for key in _SOURCE_KEYS),
-            ):
-                if not isinstance(value, str):
-                    raise ValueError(f"{value!r} is not a name")
-            for count in (*manifest.dropped.values(), *manifest.irregular.values()):
-                if not isinstance(count, int):
-                    raise ValueError(f"{count!r} is not a number of documents")
-            if manifest.dtype not in STORAGES[manifest.storage]:
-                raise ValueError(f"dtype {manifest.dtype!r} is none that storage {manifest.storage!r} has")
-            if not 0 <= manifest.tokenizer["eot_id"] < manifest.tokenizer["n_vocab"]:
-                raise ValueError("the end-of-text token is not in the vocabulary")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
-            raise ValueError(f"{path}: damaged manifest: {reason}; {REMEDY}") from error
+        origin = f"{path}: damaged manifest"
+        named = convert(values, _Named, origin, remedy=REMEDY)
+        if (named.format, named.version) != (FORMAT, VERSION):
+            found = f"format {named.format!r} version {named.version!r}"
+            raise ValueError(f"{origin}: {found} is not {FORMAT!r} version {VERSION}; {REMEDY}")
+        fields = convert(values, _Fields, origin, remedy=REMEDY)
+        manifest = cls(
+            tokenizer=values["tokenizer"],
+            dtype=fields.dtype,
+            splits={split: found.shards for split, found in fields.splits.items()},
+            sources=values["sources"],
+            dropped=fields.dropped,
+            irregular=fields.irregular,
+            python_version=fields.python_version,
+            storage=fields.storage,
+        )
+        for problem in manifest._contradictions(fields):
+            raise ValueError(f"{origin}: {printable(problem)}; {REMEDY}")
         return manifest
+
+    def _contradictions(self, fields: "_Fields") -> Iterator[str]:
+        """Yield what cannot be in a manifest that was read as `fields`."""
+        totals = {split: (found.tokens, found.documents) for split, found in fields.splits.items()}
+        if totals != {split: (self.tokens(split), self.documents(split)) for split in self.splits}:
+            yield "the totals of a split are not the sums over its shards"
+        if self.content_sha256 != fields.content_sha256:
+            yield "content_sha256 does not match the shards it lists"
+        if self.splits.keys() != set(SPLITS):
+            yield f"its splits are not {' and '.join(SPLITS)}"
+        names = [shard.name for shards in self.splits.values() for shard in shards]
+        if any(Path(name).name != name or name == ".." or "\0" in name for name in names):
+            yield "a shard lies outside the directory"
+        if len(set(names)) < len(names):
+            yield "a shard is listed twice"
+        if self.dtype not in STORAGES.get(self.storage, ()):
+            yield f"dtype {self.dtype!r} is none that storage {self.storage!r} has"
+        if fields.tokenizer.eot_id >= fields.tokenizer.n_vocab:
+            yield "the end-of-text token is not in the vocabulary"
+
+
+class _Named(msgspec.Struct):
+    format: str
+    version: int
+
+
+class _Tokenizer(msgspec.Struct):
+    name: str
+    sha256: str
+    n_vocab: Count
+    eot_id: Count
+
+
+class _Source(msgspec.Struct):
+    """What every source says; each kind of source adds to it."""
+
+    source: str
+    kind: str
+
+
+class _Split(msgspec.Struct):
+    tokens: Count
+    documents: Count
+    shards: list[Shard]
+
+
+class _Fields(msgspec.Struct):
+    """The content of manifest.json."""
+
+    tokenizer: _Tokenizer
+    dtype: str
+    splits: dict[str, _Split]
+    sources: list[_Source]
+    dropped: dict[str, int]
+    irregular: dict[str, int]
+    python_version: str
+    content_sha256: str
+    storage: str = "megatron"
+
+
+def _not_a_dataset(directory: Path, error: OSError) -> ValueError:
+    """Return the message for a folder whose manifest cannot be read."""
+    if isinstance(error, FileNotFoundError) and (inside := _datasets_in(directory)):
+        others = f", and {len(inside) - 1} more there" if len(inside) > 1 else ""
+        return ValueError(f"{directory}: not a prepared dataset itself, but {inside[0]} is one{others}")
+    here = printable(directory)
+    prepare = f"make one with `python -m data_pipeline.prepare pystdlib --output {here}`"
+    if not directory.exists():
+        beside = {path.name: path for path in _datasets_in(directory.parent)}
+        close = difflib.get_close_matches(directory.name, beside, n=1)
+        meant = f"; did you mean {printable(beside[close[0]])}?" if close else ""
+        return ValueError(f"{here}: not a prepared dataset, there is no such directory{meant}; {prepare}")
+    if not directory.is_dir():
+        of_file = f"make one of it with `python -m data_pipeline.prepare {here} --output DIR`"
+        return ValueError(f"{here}: not a prepared dataset, it is a file; {of_file}")
+    if any(path.suffix in _TOKEN_SUFFIXES for path in directory.iterdir()):
+        prepare += f", or write one for the token files that are there with `python -m data_pipeline.adopt {here}`"
+    return ValueError(f"{here}: not a prepared dataset, {FILE_NAME} cannot be read ({error.strerror}); {prepare}")
 
 
 def _datasets_in(directory: Path) -> list[Path]:
     found = []
     for path in sorted(directory.glob(f"[!.]*/{FILE_NAME}")):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            if json.loads(path.read_bytes())["format"] == FORMAT:
+        with contextlib.suppress(ValueError):
+            if read_json(path, _Named, most=MOST_MANIFEST_BYTES).format == FORMAT:
                 found.append(path.parent)
     return found
 

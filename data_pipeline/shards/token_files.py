@@ -11,6 +11,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from data_pipeline.foreign import check_regular
+
 MAX_OPEN_FILES = 256
 _recently_opened: deque = deque()
 
@@ -131,6 +133,8 @@ def file_status(path: Path) -> os.stat_result:
         ValueError: It is not there; the message names it.
     """
     try:
-        return path.stat()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be opened: {error.strerror or error}") from error
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+    check_regular(path)
+    return status

@@ -81,15 +81,18 @@ def documents_of_ids(ids: np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
     Raises:
         ValueError: An id is none of the tokenizer's.
     """
-    beyond = ids[(ids < 0) | (ids >= tokenizer.n_vocab)]
-    if len(beyond):
-        raise ValueError(
-            f"token id {beyond[0]} is not one of the {tokenizer.n_vocab} ids of tokenizer {tokenizer.name}; name the "
-            f"--tokenizer that made these ids"
-        )
-    if not len(ids) or ids[-1] != tokenizer.eot_id:
+    if not len(ids):
+        return []
+    for number in (int(ids.min()), int(ids.max())):
+        if not 0 <= number < tokenizer.n_vocab:
+            raise ValueError(
+                f"token id {number} is not one of the {tokenizer.n_vocab} ids of tokenizer {tokenizer.name}; name the "
+                f"--tokenizer that made these ids"
+            )
+    if ids[-1] != tokenizer.eot_id:
         ids = np.append(ids, tokenizer.eot_id)
-    parts = np.split(ids, np.flatnonzero(ids == tokenizer.eot_id) + 1)
+    ends = np.flatnonzero(ids == tokenizer.eot_id) + 1
+    parts = [ids] if len(ends) == 1 else np.split(ids, ends)
     return [part for part in parts if len(part) > 1]
 
 

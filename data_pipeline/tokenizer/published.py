@@ -4,8 +4,9 @@ import hashlib
 from importlib import resources
 from pathlib import Path
 
+from data_pipeline.foreign import read_bytes
 from data_pipeline.tokenizer.patterns import PATTERNS
-from data_pipeline.tokenizer.rank_files import SHA256, find_ranks, parse_ranks
+from data_pipeline.tokenizer.rank_files import MOST_RANK_BYTES, SHA256, find_ranks, parse_ranks
 from data_pipeline.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
 
 HARMONY_SPECIALS = (
@@ -75,10 +76,7 @@ def load_tokenizer(
 
 
 def _from_rank_file(path: Path, pattern: str | None) -> Tokenizer:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    data = read_bytes(path, most=MOST_RANK_BYTES)
     ranks = parse_ranks(data, str(path))
     published = {digest: name for name, digest in SHA256.items()}.get(hashlib.sha256(data).hexdigest())
     if pattern is None and published:

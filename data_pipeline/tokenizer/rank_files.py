@@ -33,6 +33,10 @@ SHA256 = {
     "cl100k_base": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
     "r50k_base": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
 }
+MOST_ID = 2**31 - 1
+"""The largest id of a token."""
+MOST_RANK_BYTES = 256 << 20
+"""The largest rank file that is read."""
 _SOCKET_TIMEOUT_SECONDS = 20
 _DOWNLOAD_LIMIT_SECONDS = 300
 
@@ -56,8 +60,8 @@ def parse_ranks(data: bytes, origin: str) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise ValueError(f"{origin}, line {number}: not a tiktoken rank file (lines are `base64 rank`)") from error
-    if len(set(ranks.values())) != len(ranks) or any(rank < 0 for rank in ranks.values()):
-        raise ValueError(f"{origin}: ranks must be distinct and not negative")
+    if len(set(ranks.values())) != len(ranks) or any(not 0 <= rank <= MOST_ID for rank in ranks.values()):
+        raise ValueError(f"{origin}: ranks must be distinct, not negative and below 2^31")
     if any(bytes([byte]) not in ranks for byte in range(256)):
         raise ValueError(f"{origin}: a byte-level vocabulary needs a rank for each of the 256 single bytes")
     return ranks

@@ -4,21 +4,37 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import tiktoken
 
 from data_pipeline.disk import write_file_atomically
+from data_pipeline.foreign import Count, read_bytes, read_json
 from data_pipeline.tokenizer.gigatoken_engine import fast_encoder
 from data_pipeline.tokenizer.patterns import for_fancy_regex
-from data_pipeline.tokenizer.rank_files import format_ranks, parse_ranks
+from data_pipeline.tokenizer.rank_files import MOST_ID, MOST_RANK_BYTES, format_ranks, parse_ranks
 
 END_OF_TEXT = "<|endoftext|>"
 _PROBE = "Word's 123 ,;\t\n \r\n\0\x7f \u00e9\u4e2d\u0301\U0001f600 "
 FILE_NAME = "tokenizer.gptoss.json"
 _RANKS_FILE_NAME = "tokenizer.tiktoken"
 _FORMAT = "gptoss_dist tokenizer"
+
+
+class _Saved(msgspec.Struct):
+    """What `Tokenizer.save` writes."""
+
+    format: str
+    version: int
+    name: str
+    n_vocab: Count
+    pattern: str
+    special_tokens: dict[str, Annotated[int, msgspec.Meta(ge=0, le=MOST_ID)]]
+    eot_token: str
+    ranks_file: str
+    sha256: str
 
 
 class Tokenizer:
@@ -176,18 +192,18 @@ class Tokenizer:
         """
         path = Path(directory) / FILE_NAME
         try:
-            saved = json.loads(path.read_text("utf-8"))
-            if saved["format"] != _FORMAT or saved["version"] != 1:
-                raise ValueError(f"format {saved['format']!r} version {saved['version']!r} is not known")
-            ranks_path = path.with_name(Path(saved["ranks_file"]).name)
-            ranks = parse_ranks(ranks_path.read_bytes(), str(ranks_path))
-            tokenizer = cls(saved["name"], ranks, saved["pattern"], saved["special_tokens"], saved["eot_token"])
-            if tokenizer.sha256 != saved["sha256"]:
-                raise ValueError("its content does not match its own SHA-256")
-        except OSError as error:
-            raise ValueError(f"no tokenizer in {directory}: {error}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: damaged tokenizer: {error}") from error
+            saved = read_json(path, _Saved)
+            if saved.format != _FORMAT or saved.version != 1:
+                raise ValueError(f"format {saved.format!r} version {saved.version!r} is not known")
+            ranks_path = path.with_name(Path(saved.ranks_file).name)
+            ranks = parse_ranks(read_bytes(ranks_path, most=MOST_RANK_BYTES), str(ranks_path))
+            tokenizer = cls(saved.name, ranks, saved.pattern, saved.special_tokens, saved.eot_token)
+            if (tokenizer.n_vocab, tokenizer.sha256) != (saved.n_vocab, saved.sha256):
+                raise ValueError("its content does not match its own n_vocab and SHA-256")
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            if isinstance(error.__cause__, OSError):
+                raise ValueError(f"no tokenizer in {directory}: {error}") from error
+            raise ValueError(f"{path}: damaged tokenizer: {str(error).removeprefix(f'{path}: ')}") from error
         return tokenizer
 
     def _encode_once(self, text: str) -> np.ndarray:

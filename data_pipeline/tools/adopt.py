@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.command_line import MISTAKE, Program, option, positional, print_line, ranged, run
-from data_pipeline.disk import locked, sync_path, write_file_atomically
+from data_pipeline.disk import staging_directory, sync_path, write_file_atomically
 from data_pipeline.printable import shown
 from data_pipeline.shards.checksums import record_content, scan, token_problems
 from data_pipeline.shards.manifest import FILE_NAME, Manifest, Shard
@@ -70,27 +70,28 @@ def adopt(
             nothing was written.
     """
     directory = Path(directory)
-    with _alone_in(directory):
-        manifest = _adopt_files(directory, tokenizer, train, validation, dtype, ids_column, workers)
+    with _alone_in(directory) as staging:
+        manifest = _adopt_files(directory, staging, tokenizer, train, validation, dtype, ids_column, workers)
     _report(directory, manifest, report)
     return manifest
 
 
 @contextlib.contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """Be the one process that adopts files of a folder."""
+def _alone_in(directory: Path) -> Iterator[Path]:
+    """Be the one process that adopts files of a folder, and give a folder in it for what is not yet whole."""
     if not directory.is_dir():
-        raise ValueError(f"{directory}: no such directory; name the one that holds the token files")
+        raise ValueError(f"{directory}: no directory; name the one that holds the token files")
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(locked(directory, optional=True))
-        except BlockingIOError:
+            staging = held.enter_context(staging_directory(directory / "adopted"))
+        except ValueError:
             raise ValueError(f"{directory}: another process is adopting these files; wait until it has ended") from None
-        yield
+        yield staging
 
 
 def _adopt_files(
     directory: Path,
+    staging: Path,
     tokenizer: Tokenizer,
     train: list[str],
     validation: list[str],
@@ -106,7 +107,7 @@ def _adopt_files(
     if any(is_table(Path(name)) for listed in names.values() for name in listed):
         _check_tables(directory, names, dtype)
         tables = {split: [directory / name for name in listed] for split, listed in names.items()}
-        splits = copy_ids(directory, tables, ids_column or "input_ids", tokenizer)
+        splits = copy_ids(directory, staging, tables, ids_column or "input_ids", tokenizer)
         storage, dtype = "megatron", token_dtype(tokenizer.n_vocab).name
     else:
         if ids_column is not None:
@@ -172,7 +173,10 @@ def _matching_names(directory: Path, patterns: list[str]) -> list[str]:
         # A file may have `[1]` in its name.
         exact = (directory / pattern).exists() or index_path(directory / pattern).exists()
         matching = glob.escape(pattern) if exact else pattern
-        found = sorted(directory.glob(matching))
+        try:
+            found = sorted(directory.glob(matching))
+        except (ValueError, IndexError, NotImplementedError) as error:
+            raise ValueError(f"{pattern!r}: is no pattern of names in {directory}: {error}") from error
         files = [path for path in found if path.is_file() and path.suffix != ".idx"]
         prefixes = [path.name.removesuffix(".bin") for path in files]
         found_names = [

@@ -14,7 +14,7 @@ from data_pipeline.corpora.columns import Column, Malformed
 from data_pipeline.corpora.kinds import TABLE_SUFFIXES
 from data_pipeline.corpora.saved import is_saved, saved_files
 from data_pipeline.corpora.tables import read_arrow, read_parquet
-from data_pipeline.disk import move, staging_directory
+from data_pipeline.disk import move
 from data_pipeline.printable import shown
 from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.megatron import data_path, index_path, token_dtype
@@ -35,12 +35,13 @@ def tables_in(path: Path) -> list[Path]:
 
 
 def copy_ids(
-    directory: Path, tables: dict[str, list[Path]], column: str, tokenizer: Tokenizer
+    directory: Path, staging: Path, tables: dict[str, list[Path]], column: str, tokenizer: Tokenizer
 ) -> dict[str, list[Shard]]:
     """Write the ids of tables as shards SPLIT-00000, ... in `directory`, all of them or none.
 
     Args:
         directory: Where the shards go.
+        staging: Where they are until all are whole, on the same file system.
         tables: The tables of each split, in order.
         column: The column that holds lists of ids.
         tokenizer: What made them.
@@ -51,25 +52,24 @@ def copy_ids(
     Raises:
         ValueError: A row holds no ids of the tokenizer, a table cannot be read, or another file has a shard's name.
     """
-    with staging_directory(directory / "adopted") as staging:
-        splits = {}
-        for split, paths in tables.items():
-            writer = SplitWriter(staging, split, token_dtype(tokenizer.n_vocab), _SHARD_TOKENS)
-            for path in paths:
-                for documents in _documents(path, column, tokenizer):
-                    lengths = [len(document) for document in documents]
-                    writer.add_documents(np.concatenate(documents), lengths)
-            splits[split] = writer.close()
-        if not splits["train"]:
-            raise ValueError(f"{directory}: no document for training in column {column!r} of its tables")
-        shards = [shard for listed in splits.values() for shard in listed]
-        files = [of(shard.name).name for shard in shards for of in (data_path, index_path)]
-        for name in files:
-            # What an adoption that was killed here left is the same.
-            if (directory / name).exists() and not filecmp.cmp(staging / name, directory / name, shallow=False):
-                raise ValueError(f"{directory / name}: is in the way of a shard; move it away")
-        for name in files:
-            move(staging / name, directory / name)
+    splits = {}
+    for split, paths in tables.items():
+        writer = SplitWriter(staging, split, token_dtype(tokenizer.n_vocab), _SHARD_TOKENS)
+        for path in paths:
+            for documents in _documents(path, column, tokenizer):
+                lengths = [len(document) for document in documents]
+                writer.add_documents(np.concatenate(documents), lengths)
+        splits[split] = writer.close()
+    if not splits["train"]:
+        raise ValueError(f"{directory}: no document for training in column {column!r} of its tables")
+    shards = [shard for listed in splits.values() for shard in listed]
+    files = [of(shard.name).name for shard in shards for of in (data_path, index_path)]
+    for name in files:
+        # What an adoption that was killed here left is the same.
+        if (directory / name).exists() and not filecmp.cmp(staging / name, directory / name, shallow=False):
+            raise ValueError(f"{directory / name}: is in the way of a shard; move it away")
+    for name in files:
+        move(staging / name, directory / name)
     return splits
 
 

@@ -187,7 +187,7 @@ class InspectOptions:
     """Which of the splits."""
     document: int | None = option(None, metavar="N", at_least=0)
     """Print the text of one document, counted from 0."""
-    sample: int | None = option(None, metavar="N", at_least=0)
+    sample: int | None = option(None, metavar="N", at_least=0, at_most=1 << 62)
     """Print what training reads at position N, counted from 0."""
     seq_len: int = ranged(512, at_least=1)
     """Tokens of a sample."""
@@ -208,9 +208,26 @@ class InspectOptions:
             raise ValueError("--weights: are those of a mixture; give several directories")
         if one_thing and several:
             raise ValueError("--document and --sample: are those of one dataset; give one directory")
-        if self.packing != "contiguous" and not one_thing and not several:
-            raise ValueError("--packing: is that of a sample; give --sample N")
+        self._check_used(several)
         self.numbers()
+
+    def _check_used(self, several: bool) -> None:
+        """Check that what is given means something for what is printed.
+
+        Raises:
+            ValueError: It does not; the message names the option.
+        """
+        of_sample = self.sample is not None
+        of_samples = "is that of a sample; give --sample N"
+        for name, is_used, remedy in (
+            ("seed", of_sample, of_samples),
+            ("seq_len", of_sample or several, of_samples),
+            ("packing", of_sample or several, of_samples),
+            ("split", of_sample or several or self.document is not None, "give --document N or --sample N with it"),
+            ("at", several, "is about a mixture; give several directories"),
+        ):
+            if not is_used and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"--{name.replace('_', '-')}: {remedy}")
 
     def numbers(self) -> list[float] | None:
         """Return the weights as numbers."""

@@ -66,6 +66,7 @@ def merge(
             f"{int(np.argmax(mask))} of {directory / name}; leave them out of training with --drop-leaked"
         )
     with staging_directory(output) as staging:
+        new_output(output)  # another process may have finished meanwhile
         splits = {split: _place_split(datasets, split, staging, leaked, link) for split in SPLITS}
         if not splits["train"]:
             raise ValueError("nothing is left to train on: every training document is in a validation split as well")

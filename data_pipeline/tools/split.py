@@ -53,6 +53,7 @@ def split_by_hash(
         raise ValueError(f"validation_fraction {validation_fraction}: must be at least 0 and less than 1")
     manifest, tokenizer, output = _open_input(directory, output, shard_tokens)
     with staging_directory(output) as staging:
+        new_output(output)  # another process may have finished meanwhile
         writers = _writers(staging, tokenizer, shard_tokens)
         for split in manifest.splits:
             for tokens, lengths in _documents(directory, manifest, split):
@@ -103,6 +104,7 @@ def split_into_parts(
         raise ValueError(too_many)
     written = []
     with staging_directory(output) as staging:
+        new_output(output)  # another process may have finished meanwhile
         names = [f"part-{i:05d}" for i in range(parts)]
         writers = []
         for name in names:

@@ -126,6 +126,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(options: TrainBpeOptions) -> None:
     sources = [open_source(spec, text_column=options.text_column) for spec in options.sources]
+    for source in sources:
+        if source.left_out:
+            print_line(f"{source.spec}: left out: {source.left_out}")
     documents = (text for source in sources for text in source.documents())
     try:
         ranks = train(documents, options.vocab_size, PATTERNS.get(options.pattern, options.pattern))

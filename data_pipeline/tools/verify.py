@@ -14,6 +14,14 @@ from data_pipeline.shards.checksums import problems, record_content
 from data_pipeline.shards.manifest import FILE_NAME, Manifest
 
 
+class DamageError(ValueError):
+    """A dataset has problems; the message is one line for each of them."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
 def verify(directory: str | Path, *, workers: int = 1, report: Callable[[str], None] = print) -> str:
     """Read a whole dataset, and note in verified.json that it is sound.
 
@@ -26,12 +34,13 @@ def verify(directory: str | Path, *, workers: int = 1, report: Callable[[str], N
         A line about the dataset.
 
     Raises:
-        ValueError: The dataset has problems. The message is one line for each of them.
+        DamageError: The dataset has problems.
+        ValueError: There is no dataset, or its manifest is damaged.
     """
     manifest = Manifest.read(directory)
     start = time.perf_counter()
     if found := list(problems(directory, manifest, workers=workers, report=report)):
-        raise ValueError("\nerror: ".join(found))
+        raise DamageError(found)
     seconds = time.perf_counter() - start
     record_content(directory, manifest)
     shards = [shard for shards in manifest.splits.values() for shard in shards]
@@ -68,5 +77,10 @@ def _verify(options: VerifyOptions) -> int | None:
         except ValueError as error:
             _PROGRAM.report(error)
             return MISTAKE
-    print_line(verify(options.directory, workers=options.workers, report=print_line))
+    try:
+        print_line(verify(options.directory, workers=options.workers, report=print_line))
+    except DamageError as damage:
+        for problem in damage.problems:
+            _PROGRAM.report(problem)
+        return _PROGRAM.failed
     return None

@@ -15,11 +15,92 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+import msgspec
+
+from data_pipeline.foreign import Count, convert, read_json
+from data_pipeline.printable import printable
+from gptoss_dist.model.config import ModelConfig
 
 INFO = "checkpoint.json"
 FORMAT = 2
 """The number of the format that this version writes, and the only one that it reads."""
+_REMEDY = "no training run wrote it so; restore the checkpoint from a good copy, or take another one"
+
+
+class SourceState(TypedDict):
+    """A source of a mixture, as `MixtureDataset.state` describes it."""
+
+    name: str
+    content_sha256: str
+    weight: float | None
+    max_epochs: float | None
+
+
+class StageState(TypedDict):
+    """A change of weights in a mixture."""
+
+    position: int
+    weights: dict[str, float]
+
+
+class MixtureState(TypedDict):
+    """`MixtureDataset.state()`, and `start_step`, `history` and `read` as `TrainingData.place` adds them."""
+
+    start: Count
+    start_step: Count
+    consumed: dict[str, Count]
+    sources: list[SourceState]
+    stages: list[StageState]
+    read: dict[str, Count]
+    history: list[dict[str, Any]]
+
+
+class StoredFile(msgspec.Struct):
+    """What `checkpoint.json` says of another file of the checkpoint."""
+
+    bytes: Count
+    sha256: str
+
+
+class _Stored(msgspec.Struct):
+    """The keys that the store writes, whatever it is given."""
+
+    step: Count
+    files: dict[str, StoredFile] = {}
+
+
+class _Data(msgspec.Struct):
+    """The key `data` in all versions of it."""
+
+    content_sha256: str
+    path: str | None = None
+    versions: dict[str, int] = {}
+    mixture: MixtureState | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Run(msgspec.Struct):
+    """What every training run writes, in all versions."""
+
+    step: Count
+    samples_consumed: Count
+    config: dict[str, Any]
+    data: _Data
+
+
+class _DataSettings(msgspec.Struct):
+    seq_len: Count
+
+
+class _Settings(msgspec.Struct):
+    data: _DataSettings
+
+
+class _SampleLength(msgspec.Struct):
+    """Where the length of a sample is, which older versions did not multiply."""
+
+    config: _Settings
 
 
 @dataclass(frozen=True)
@@ -32,24 +113,23 @@ class DataPlace:
     """Identity of the data's content, of all sources together."""
     versions: dict[str, int]
     """Version numbers of the code that decides which samples come when; a name that is missing has version 1."""
-    mixture: dict[str, Any]
-    """`MixtureDataset.state()`, and `start_step`, `history` and `read` as `TrainingData.place` adds them."""
+    mixture: MixtureState
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
     """What a training run records with its tensors. The fields are keys of `checkpoint.json`."""
 
-    step: int
+    step: Count
     """Optimizer steps done."""
-    samples_consumed: int
+    samples_consumed: Count
     """Samples read by all ranks together: the place in the order of the data."""
     config: dict[str, Any]
     """The whole configuration of the run, as `Config.to_dict` gives it."""
     data: DataPlace
-    tokens: int
+    tokens: Count
     """Tokens trained on."""
-    skipped_steps: int = 0
+    skipped_steps: Count = 0
     """Steps whose gradients were not finite, so that no weight changed."""
     validation_loss: float | None = None
     """Loss of a validation right before the save, or None."""
@@ -58,7 +138,7 @@ class CheckpointInfo:
     """The revision of the code."""
     layout: str | None = None
     """The engine and its device layout, in words."""
-    world_size: int | None = None
+    world_size: Count | None = None
     """Number of ranks that wrote it. `read` fills this field and the next two; the store writes them."""
     torch: str | None = None
     """The version of torch that wrote it."""
@@ -72,18 +152,26 @@ class CheckpointInfo:
         Raises:
             ValueError: As `read_info`, or a key that every training run writes is missing.
         """
-        values = read_info(checkpoint)
-        try:
-            data = values["data"]
-            mixture = data["mixture"] if "mixture" in data else _single_source(values)
-            place = DataPlace(data.get("path"), data["content_sha256"], data.get("versions", {}), mixture)
-            tokens = values.get("tokens", values["samples_consumed"] * values["config"]["data"]["seq_len"])
-            required = {key: values[key] for key in ("step", "samples_consumed", "config")}
-        except KeyError as error:
-            raise ValueError(f"{Path(checkpoint) / INFO} lacks {error}: no training run wrote it") from None
-        optional = {f.name for f in dataclasses.fields(cls)} - {*required, "data", "tokens"}
-        given = {key: values[key] for key in optional if key in values}
-        return cls(**required, data=place, tokens=tokens, **given)
+        values, origin = read_info(checkpoint), Path(checkpoint) / INFO
+        run = convert(values, _Run, origin, remedy=_REMEDY)
+        if "tokens" not in values:
+            seq_len = convert(values, _SampleLength, origin, remedy=_REMEDY).config.data.seq_len
+            values["tokens"] = run.samples_consumed * seq_len
+        mixture = _single_source(run, origin) if run.data.mixture is msgspec.UNSET else run.data.mixture
+        for stage in mixture["stages"]:
+            if unknown := stage["weights"].keys() - {source["name"] for source in mixture["sources"]}:
+                raise ValueError(f"{origin}: data.mixture.stages name {printable(min(unknown))}, no source; {_REMEDY}")
+        place = {"path": run.data.path, "content_sha256": run.data.content_sha256, "versions": run.data.versions}
+        return convert(values | {"data": place | {"mixture": mixture}}, cls, origin, remedy=_REMEDY)
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture that the run trains.
+
+        Raises:
+            ValueError: The configuration has none, or an impossible one.
+        """
+        return ModelConfig.from_dict(self.config.get("model"), f"{INFO}: config.model")
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON values to hand to `Saver.save`, which adds `format`, `world_size`, `torch` and `files`."""
@@ -93,11 +181,13 @@ class CheckpointInfo:
         return values
 
 
-def _single_source(values: dict[str, Any]) -> dict[str, Any]:
+def _single_source(run: _Run, origin: Path) -> MixtureState:
     """Return the mixture of a checkpoint from before there were mixtures, whose data are one source."""
-    sha, name = values["data"]["content_sha256"], Path(values["data"]["path"]).name
-    only = {"name": name, "content_sha256": sha, "weight": 1.0, "max_epochs": None}
-    read = {sha: values["samples_consumed"]}
+    if run.data.path is None:
+        raise ValueError(f"{origin}: data.path is missing; {_REMEDY}")
+    sha, name = run.data.content_sha256, Path(run.data.path).name
+    only = SourceState(name=name, content_sha256=sha, weight=1.0, max_epochs=None)
+    read = {sha: run.samples_consumed}
     return {"start": 0, "start_step": 0, "consumed": {}, "sources": [only], "stages": [], "read": read, "history": []}
 
 
@@ -105,25 +195,47 @@ def read_info(checkpoint: str | Path) -> dict[str, Any]:
     """Return the JSON values stored with a checkpoint, without their seal.
 
     Raises:
-        ValueError: It is not a checkpoint, of another format, or not what was written.
+        ValueError: It is not a checkpoint, of another format, not what was written, or names files outside of its
+            folder; one line.
     """
     path = Path(checkpoint) / INFO
     if not path.is_file():
         raise ValueError(f"{INFO} is missing: it was not finished")
-    try:
-        values = json.loads(path.read_text())
-        recorded = values.pop("sha256", None)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from None
+    values = read_json(path, dict[str, Any], remedy=_REMEDY)
+    recorded = values.pop("sha256", None)
     if (number := values.get("format")) != FORMAT:
         newer = isinstance(number, int) and number > FORMAT
         remedy = (
             "update gptoss_dist to a version that does" if newer else "use the version of gptoss_dist that wrote it"
         )
-        raise ValueError(f"{path} has format {number}, this version reads {FORMAT}; {remedy}")
+        shown = printable(str(number)[:20])
+        raise ValueError(f"{printable(path)} has format {shown}, this version reads {FORMAT}; {remedy}")
     if recorded != _digest(values):
-        raise ValueError(f"{path} is not what was written (SHA-256)")
+        raise ValueError(f"{printable(path)} is not what was written (SHA-256)")
+    values.setdefault("files", {})
+    for name in convert(values, _Stored, path, remedy=_REMEDY).files:
+        if Path(name).name != name or name in ("..", INFO) or "\0" in name:
+            raise ValueError(f"{printable(path)}: files: {printable(name)!r} is no file of this folder; {_REMEDY}")
     return values
+
+
+class _Architecture(msgspec.Struct):
+    model: dict[str, Any]
+
+
+class _WithModel(msgspec.Struct):
+    config: _Architecture
+
+
+def read_model(checkpoint: str | Path) -> ModelConfig:
+    """Return the architecture of the model that a checkpoint holds, whatever else it says.
+
+    Raises:
+        ValueError: As `read_info`, or it says none, or an impossible one.
+    """
+    origin = Path(checkpoint) / INFO
+    found = convert(read_info(checkpoint), _WithModel, origin, remedy=_REMEDY)
+    return ModelConfig.from_dict(found.config.model, f"{printable(origin)}: config.model")
 
 
 def sealed(values: dict[str, Any]) -> str:

@@ -31,7 +31,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data_pipeline.disk import move, sync_path, write_synced
+from data_pipeline.foreign import file_inside
+from data_pipeline.printable import printable
 from gptoss_dist.checkpoint.boxes import Box
+from gptoss_dist.checkpoint.formats.headers import check_headers
 from gptoss_dist.checkpoint.formats.tensor_files import write_boxes
 from gptoss_dist.checkpoint.info import FORMAT, INFO, read_info, sealed
 from gptoss_dist.distributed.collectives import (
@@ -43,6 +46,17 @@ from gptoss_dist.distributed.collectives import (
 )
 
 log = logging.getLogger(__name__)
+
+_READ_ON_RESUME = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "rng_*.json",
+    "tokenizer.gptoss.json",
+    "tokenizer.tiktoken",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+"""What is read from the folder of a checkpoint, in a resume and by `open_pretrained`, whether or not it is listed."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +282,8 @@ def resolve(path: str | Path, message: Callable[[str], None] = log.warning) -> P
 def verify(checkpoint: str | Path) -> list[str]:
     """Return what is wrong with a checkpoint, a phrase for each file; collective where there are ranks.
 
-    The size and SHA-256 of every file must be those that were written.
+    The size and SHA-256 of every file must be those that were written, and whatever a resume would read must be among
+    these files.
     """
     checkpoint, together = Path(checkpoint), dist.is_initialized() and dist.get_world_size() > 1
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
@@ -277,23 +292,33 @@ def verify(checkpoint: str | Path) -> list[str]:
     except ValueError as error:
         problems = [str(error)]
     else:
-        named = re.fullmatch(r"step_(\d+)", checkpoint.name)
-        problems = [f"{INFO} is of step {info['step']}"] if named and int(named[1]) != info["step"] else []
-        strange = {path.name for path in checkpoint.glob("*.safetensors")} - info["files"].keys()
-        problems += [f"{name} does not belong to it" for name in sorted(strange)]
+        problems = _listing_problems(checkpoint, info)
         for name, expected in sorted(info["files"].items())[rank::ranks]:
-            path = checkpoint / name
             try:
-                if not path.is_file():
+                if not os.path.lexists(checkpoint / name):
                     problems.append(f"{name} is missing")
-                elif path.stat().st_size != expected["bytes"]:
+                    continue
+                path = file_inside(checkpoint, name)
+                if path.stat().st_size != expected["bytes"]:
                     problems.append(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
                 elif fingerprint(path) != expected:
                     problems.append(f"{name} is not what was written (SHA-256)")
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 problems.append(f"{name} cannot be read ({error})")
     if together:
         problems = sorted({problem for share in all_gather_objects(problems) for problem in share})
+    return problems
+
+
+def _listing_problems(checkpoint: Path, info: dict) -> list[str]:
+    """Return what is wrong with the step of a checkpoint and the list of its files, without a look into them."""
+    named, files = re.fullmatch(r"step_(\d+)", checkpoint.name), info["files"]
+    problems = [f"{INFO} is of step {info['step']}"] if named and int(named[1]) != info["step"] else []
+    found = {path.name for pattern in _READ_ON_RESUME for path in checkpoint.glob(pattern)}
+    problems += [f"{printable(name)} does not belong to it" for name in sorted(found - files.keys())]
+    generators = sum(re.fullmatch(r"rng_\d{5,}\.json", name) is not None for name in files)
+    if isinstance(ranks := info.get("world_size"), int) and generators != ranks:
+        problems.append(f"{INFO} lists {generators} files rng_*.json of {ranks} ranks")
     return problems
 
 
@@ -303,6 +328,7 @@ def load_state(checkpoint: str | Path, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: Names or shapes differ, or a file is damaged.
     """
+    check_headers(Path(checkpoint), Path(checkpoint).glob("*.safetensors"))
     try:
         reader = HuggingFaceStorageReader(str(checkpoint))
         stored = reader.read_metadata().state_dict_metadata

@@ -7,15 +7,15 @@ model/config.py. What two fields must have in common is in checks.py.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.command_line import check_ranges
-from data_pipeline.command_line.mistakes import in_words
 from data_pipeline.command_line.texts import dump_yaml
 from data_pipeline.disk import write_file_atomically
+from data_pipeline.foreign import read_json
 from data_pipeline.secrets import without_secrets
 from gptoss_dist.config import checks
 from gptoss_dist.config.data import DataConfig
@@ -63,6 +63,7 @@ class Config:
             self.data.path = "data/pystdlib"
         if self.optim.warmup_steps is None:
             self.optim.warmup_steps = min(100, self.train.steps // 10)
+        checks.check_init(self.init)
         self.init = {"from": self.init["from"], "other_tokenizer": self.init.get("other_tokenizer", False)}
         self.engine.deepspeed = _read_deepspeed_settings(self.engine.deepspeed)
         self.check()
@@ -112,11 +113,7 @@ def _read_deepspeed_settings(given: str | dict | None) -> dict | None:
     """Return the contents of a file in the place of its name: what is saved with the run then needs no other file."""
     if not isinstance(given, str):
         return given
-    path = Path(given)
     try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"engine.deepspeed={path} is not a readable JSON file: {in_words(error)}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"engine.deepspeed={path} must hold one JSON object")
-    return settings
+        return read_json(given, dict[str, Any], finite=True)
+    except ValueError as error:
+        raise ValueError(f"engine.deepspeed: {error}") from None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.printable import printable
+
 if TYPE_CHECKING:
     from gptoss_dist.inference.session import Session
 
@@ -46,7 +48,13 @@ def repl(session: Session, settings: dict[str, Any], check: Callable[[dict[str, 
                 print(REPL_HELP)
             elif line:
                 print(line, end="", flush=True)
-                session.write(line, on_text=lambda text: print(text, end="", flush=True), **settings)
+                session.write(
+                    line, on_text=lambda text: print(printable(text, lines=True), end="", flush=True), **settings
+                )
                 print()
         except ValueError as error:
             print(f"could not: {error}")
+
+
+def _print(text: str) -> None:
+    print(printable(text, lines=True), end="", flush=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from data_pipeline.command_line import check_ranges, ranged
+from data_pipeline.foreign import check_yaml, convert, read_text
+from data_pipeline.printable import printable
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -168,6 +170,7 @@ class ModelConfig:
 
         if not Path(path).is_file():
             raise ValueError(f"model config {path} does not exist; see configs/model/ for the shipped ones")
+        check_yaml(read_text(path), path)
         parser = jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls)
         try:
@@ -181,20 +184,22 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> ModelConfig:
+    def from_dict(cls, values: Any, origin: object = "model config") -> ModelConfig:
         """Return the configuration that `to_dict` gave as values.
 
+        Args:
+            values: The values, perhaps from a file.
+            origin: What messages call them.
+
         Raises:
-            ValueError: A key is not a field.
+            ValueError: A key is not a field, or a value is impossible.
         """
-
-        def made(kind: type, given: dict):
-            unknown = sorted(set(given) - {f.name for f in dataclasses.fields(kind)})
-            _require(not unknown, f"model config has unknown keys {unknown}")
-            return kind(**given)
-
+        config = convert(values, cls, origin, finite=True, remedy="use the version of gptoss_dist that wrote it")
         scaling = values.get("rope_scaling")
-        return made(cls, values | ({"rope_scaling": made(RopeScaling, scaling)} if isinstance(scaling, dict) else {}))
+        for kind, given in ((cls, values), (RopeScaling, scaling or {})):
+            unknown = sorted(set(given) - {f.name for f in dataclasses.fields(kind)})
+            _require(not unknown, f"{origin} has unknown keys {printable(unknown)}")
+        return config
 
 
 def _require(condition: bool, message: str) -> None:

@@ -8,13 +8,18 @@ A checkpoint of step 20 of a run of 20 steps, resumed with `--train.steps 40`, g
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from gptoss_dist.config import Config, OptimConfig
+from data_pipeline.command_line import check_ranges
+from data_pipeline.command_line.mistakes import naming
+from data_pipeline.foreign import convert
+from gptoss_dist.checkpoint.info import INFO
+from gptoss_dist.config import Config, OptimConfig, TrainConfig
 from gptoss_dist.engine.schedule import learning_rate
 from gptoss_dist.train.start import Start
+
+T = TypeVar("T")
 
 _PLACES = ("run.name", "run.dir", "checkpoint.dir", "resume", "engine.kind")
 """Settings that say where and how a run is kept, not what it computes: they are not listed."""
@@ -68,9 +73,8 @@ def _change(key: str, old: object, new: object) -> str:
 
 def _learning_rate(before: Mapping[str, Any], config: Config, step: int) -> Iterator[str]:
     """Yield a line if the next step has another learning rate than it would have had."""
-    names = {field.name for field in dataclasses.fields(OptimConfig)}
-    optim = OptimConfig(**{name: value for name, value in before["optim"].items() if name in names})
-    steps, last = before["train"]["steps"], config.train.steps
+    optim, train = _section(before, "optim", OptimConfig), _section(before, "train", TrainConfig)
+    steps, last = train.steps, config.train.steps
     if step >= last:
         return
     now = learning_rate(step, last, config.optim)
@@ -84,16 +88,29 @@ def _learning_rate(before: Mapping[str, Any], config: Config, step: int) -> Iter
 
 def _batch(before: Mapping[str, Any], config: Config, processes: tuple[int | None, int]) -> Iterator[str]:
     """Yield a line if a step has another number of samples."""
-    train = before["train"]
     if processes[0] is None:
         return
-    old = train["micro_batch_size"] * train["gradient_accumulation"] * processes[0]
+    train = _section(before, "train", TrainConfig)
+    old = train.micro_batch_size * train.gradient_accumulation * processes[0]
     new = config.train.micro_batch_size * config.train.gradient_accumulation * processes[1]
-    if old != new:
+    if old and old != new:
         yield (
             f"a step has {new} samples instead of {old}: the learning rate may need to change with it, and the rest of "
             f"the run reads {new / old:.3g} times as much data"
         )
+
+
+def _section(before: Mapping[str, Any], name: str, kind: type[T]) -> T:
+    """Return a section of the configuration that a checkpoint records.
+
+    Raises:
+        ValueError: A value in it is none that the section can have.
+    """
+    remedy = "resume it with the version of gptoss_dist that wrote it"
+    section = convert(before.get(name), kind, f"{INFO}: config.{name}", finite=True, remedy=remedy)
+    with naming(INFO):
+        check_ranges(section, f"config.{name}.")
+    return section
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,18 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import msgspec
 import torch
 
 from data_pipeline.disk import owned
+from data_pipeline.foreign import convert
+from data_pipeline.printable import printable
 from gptoss_dist import checkpoint
 from gptoss_dist.checkpoint import CheckpointInfo
 from gptoss_dist.checkpoint.formats.pretrained import Pretrained
+from gptoss_dist.checkpoint.info import INFO
 from gptoss_dist.config import Config
 from gptoss_dist.distributed import launchers
 from gptoss_dist.distributed.collectives import broadcast_object
 from gptoss_dist.distributed.processes import seed_everything
 from gptoss_dist.engine import Engine, EngineSettings
-from gptoss_dist.model.config import SHAPING, ModelConfig
+from gptoss_dist.model.config import SHAPING
 
 log = logging.getLogger(__name__)
 
@@ -83,29 +87,51 @@ def check_resumable(config: Config, path: Path, info: CheckpointInfo) -> None:
     Raises:
         ValueError: They would not fit. The message names the setting that was changed, and how to undo that.
     """
-    before = info.config
     try:
-        old_model = ModelConfig.from_dict(before["model"])
+        old_model = info.model
     except ValueError as error:
         raise ValueError(f"{path}: {error}; resume it with the version of gptoss_dist that wrote it") from None
     for key in SHAPING:
         if (old := getattr(old_model, key)) != (new := getattr(config.model, key)):
             raise ValueError(f"{path} was trained with model.{key}={old}, now it is {new}; undo the change")
+    origin = f"{Path(path) / INFO}: config"
+    before = convert(info.config, _Before, origin, remedy="resume it with the version of gptoss_dist that wrote it")
     for key, old, new in (
-        ("data.seq_len", before["data"]["seq_len"], config.data.seq_len),
-        ("data.packing", before["data"].get("packing", "contiguous"), config.data.packing),
-        ("run.seed", before["run"]["seed"], config.run.seed),
+        ("data.seq_len", before.data.seq_len, config.data.seq_len),
+        ("data.packing", before.data.packing, config.data.packing),
+        ("run.seed", before.run.seed, config.run.seed),
     ):
         if old != new:
             raise ValueError(
-                f"{path} was trained with {key} {old}, now it is {new}: its place in the data is lost; give it as "
-                f"before, --{key} {old}"
+                f"{path} was trained with {key} {printable(old)}, now it is {new}: its place in the data is lost; give "
+                f"it as before, --{key} {printable(old)}"
             )
-    if before["optim"]["freeze"] != config.optim.freeze:
+    if before.optim.freeze != config.optim.freeze:
         raise ValueError(
-            f"{path} was trained with optim.freeze={before['optim']['freeze']}, now it is {config.optim.freeze}: the "
+            f"{path} was trained with optim.freeze={before.optim.freeze}, now it is {config.optim.freeze}: the "
             f"optimizer's state does not fit; undo the change, or start a new run with --init.from {path}"
         )
+
+
+class _Data(msgspec.Struct):
+    seq_len: int
+    packing: str = "contiguous"
+
+
+class _Seed(msgspec.Struct):
+    seed: int
+
+
+class _Frozen(msgspec.Struct):
+    freeze: list[str]
+
+
+class _Before(msgspec.Struct):
+    """What a resumed run must have in common with the one that wrote the checkpoint."""
+
+    data: _Data
+    run: _Seed
+    optim: _Frozen
 
 
 def open_initial_weights(config: Config, start: Start) -> Pretrained | None:
@@ -228,4 +254,4 @@ def open_folder(config: Config, lock: RunLock) -> None:
 def print_message(text: str) -> None:
     """Tell the user something before there is a log; only rank 0 prints it."""
     if torch.distributed.get_rank() == 0:
-        print(f"{launchers.program()}: {text}", file=sys.stderr)
+        print(f"{launchers.program()}: {printable(text)}", file=sys.stderr)

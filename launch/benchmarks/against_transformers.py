@@ -2,7 +2,7 @@
 """Measure training speed against transformers, side by side.
 
     python launch/benchmark.py train --precision bf16 --seq-len 512 --batch-size 4
-    python launch/benchmark.py moe
+    python launch/benchmark.py moe [--quick]
 
 `train` times whole training steps, `moe` the forward and backward pass of one mixture-of-experts layer. Every
 implementation lives in a process of its own, which takes turns of a few steps; see protocol.py. It runs on the CPU,
@@ -24,44 +24,57 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.benchmarks.protocol import Spread, environment
+from launch.benchmarks.arguments import Parser, whole
+from launch.benchmarks.protocol import Spread, add_quick, environment, progress, rounds
 
 # The first word of a worker's name says what it builds, further words are variants of it.
 OURS, PEER, LOOP, GEMM = "gptoss_dist", "transformers", "loop", "gemm"
 COMPILED, ROUTING = " compiled", " routing"
 GEMM_FP32 = "gemm float32"
+QUICK = {
+    "train": {"batch_size": 1, "seq_len": 256, "rounds": 2, "steps": 1},
+    "moe": {
+        "precision": "bf16",
+        "tokens": 512,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "rounds": 2,
+        "steps": 1,
+    },
+}
+"""Sizes for `--quick`: without instructions for bf16, a step of the others takes a hundred times as long as here."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def build_parser(argv: list[str]) -> argparse.ArgumentParser:
+    parser = Parser(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="whole training steps: forward, loss, backward, clipping, AdamW")
-    train.add_argument("--seq-len", type=int, default=512, help="tokens per sample (512)")
-    train.add_argument("--batch-size", type=int, default=4, help="samples per step (4)")
+    train.add_argument("--seq-len", type=whole, default=512, help="tokens per sample (512)")
+    train.add_argument("--batch-size", type=whole, default=4, help="samples per step (4)")
     train.add_argument("--compile", action="store_true", help="measure both sides under torch.compile as well")
     train.add_argument("--experts", choices=["megablocks", "plain"], default="megablocks")
     moe = commands.add_parser("moe", help="one layer, router and experts: forward and backward")
-    moe.add_argument("--tokens", type=int, default=4096, help="tokens per step (4096)")
-    moe.add_argument("--batches", type=int, default=1, help="different inputs, so different routings, in turn (1)")
+    moe.add_argument("--tokens", type=whole, default=4096, help="tokens per step (4096)")
+    moe.add_argument("--batches", type=whole, default=1, help="different inputs, so different routings, in turn (1)")
     train_sizes = {"layers": 4, "heads": 8, "kv-heads": 4, "head-dim": 32, "vocab-size": 8192}
     for command, precision, sizes in (
         (train, "fp32", {"hidden-size": 256, "intermediate-size": 512, "num-experts": 8, "top-k": 2, **train_sizes}),
         (moe, "both", {"hidden-size": 512, "intermediate-size": 512, "num-experts": 32, "top-k": 4}),
     ):
         command.add_argument("--precision", choices=["fp32", "bf16", "both"], default=precision, help=f"({precision})")
-        command.add_argument("--threads", type=int, default=2, help="CPU threads of each process (2)")
-        command.add_argument("--rounds", type=int, default=7, help="turns of each process (7)")
-        command.add_argument("--steps", type=int, default=2, help="steps per turn (2)")
+        command.add_argument("--threads", type=whole, default=2, help="CPU threads of each process (2)")
+        command.add_argument("--rounds", type=whole, default=7, help="turns of each process (7)")
+        command.add_argument("--steps", type=whole, default=2, help="steps per turn (2)")
         command.add_argument("--worker", help=argparse.SUPPRESS)
         for name, value in sizes.items():
-            command.add_argument(f"--{name}", type=int, default=value, help=f"({value})")
+            command.add_argument(f"--{name}", type=whole, default=value, help=f"({value})")
+    for command, name in ((train, "train"), (moe, "moe")):
+        add_quick(command, argv, **QUICK[name])
     return parser
 
 
 def main(argv: list[str]) -> int:
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser(argv).parse_args(argv)
     if arguments.worker:
         work(arguments)
         return 0
@@ -76,15 +89,32 @@ def main(argv: list[str]) -> int:
         for precision in precisions:
             for name in [*names, GEMM, *([GEMM_FP32] if precision == "bf16" else [])]:
                 workers[precision, name] = start_worker(argv, precision, name, arguments.threads)
-        rounds = []
-        for _ in range(arguments.rounds + 1):
-            rounds.append({key: turn(worker, arguments.steps) for key, worker in workers.items()})
+        progress(f"{len(workers)} processes; each imports what it needs at its first turn")
+        done = take_turns(arguments, workers)
         for precision in precisions:  # the first round warms up
-            report(arguments, precision, [{n: t for (p, n), t in r.items() if p == precision} for r in rounds[1:]])
+            report(arguments, precision, [{n: t for (p, n), t in r.items() if p == precision} for r in done[1:]])
     finally:
         for worker in workers.values():
             worker.kill()
     return 0
+
+
+def take_turns(arguments: argparse.Namespace, workers: dict[tuple[str, str], subprocess.Popen]) -> list[dict]:
+    """Return what each round found, the one that warms up first; those that are whole if the user has had enough."""
+    done: list[dict] = []
+    try:
+        for _ in rounds(arguments.rounds + 1):
+            found = {}
+            for (precision, name), worker in workers.items():
+                found[precision, name] = turn(worker, arguments.steps)
+                warms_up = " (warms up)" if not done else ""
+                progress(f"{precision} {name}: {found[precision, name]['s_per_step']:.3g} s per step{warms_up}")
+            done.append(found)
+    except KeyboardInterrupt:
+        if len(done) < 2:
+            raise SystemExit("benchmark.py: interrupted before the first round was done") from None
+        progress(f"interrupted: of {len(done) - 1} whole rounds")
+    return done
 
 
 def start_worker(argv: list[str], precision: str, name: str, threads: int) -> subprocess.Popen:

@@ -16,30 +16,42 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.benchmarks.protocol import QUICKSTART, Spread, environment, run_worker, torchrun
+from launch.benchmarks.arguments import Parser, whole
+from launch.benchmarks.protocol import (
+    QUICKSTART,
+    Spread,
+    add_quick,
+    environment,
+    progress,
+    rounds,
+    run_worker,
+    torchrun,
+)
 
 KINDS = ("never", "asynchronous", "synchronous")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser(argv: list[str]) -> argparse.ArgumentParser:
+    parser = Parser(
         prog="benchmark_checkpoints.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, default=2, help="(2)")
-    parser.add_argument("--every", type=int, default=10, help="steps between saves (10)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each kind (7)")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="samples of 256 tokens per process (4)")
+    parser.add_argument("--processes", type=whole, default=2, help="(2)")
+    parser.add_argument("--every", type=whole, default=10, help="steps between saves (10)")
+    parser.add_argument("--rounds", type=whole, default=7, help="turns of each kind (7)")
+    parser.add_argument("--micro-batch-size", type=whole, default=4, help="samples of 256 tokens per process (4)")
     parser.add_argument("--folder", help="where to write the checkpoints (a temporary folder)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_quick(parser, argv, every=4, rounds=2, micro_batch_size=1)
     return parser
 
 
 def main(argv: list[str]) -> int:
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser(argv).parse_args(argv)
     if arguments.worker:
         return work(arguments)
     threads = max(1, (os.cpu_count() or 1) // arguments.processes)
@@ -59,6 +71,11 @@ def main(argv: list[str]) -> int:
             f"{pause.median:.2f} % of the time ({pause.range('.2f')})"
         )
     return 0
+
+
+def counted(count: int, says: bool) -> Iterator[int]:
+    """Count turns from -1, which is not counted; one process of the launch says how far it is."""
+    return (turn - 1 for turn in (rounds(count + 1) if says else range(count + 1)))
 
 
 def work(arguments: argparse.Namespace) -> int:
@@ -87,7 +104,7 @@ def work(arguments: argparse.Namespace) -> int:
     }
     seconds, pause = {kind: [] for kind in KINDS}, {kind: [] for kind in KINDS}
     step = 0
-    for turn in range(-1, arguments.rounds):  # the first is not counted
+    for turn in counted(arguments.rounds, ranks.is_main):
         for place in range(len(KINDS)):
             kind = KINDS[(turn + place) % len(KINDS)]
             torch.distributed.barrier()
@@ -104,6 +121,8 @@ def work(arguments: argparse.Namespace) -> int:
             if turn >= 0:
                 seconds[kind].append(time.perf_counter() - begin)
                 pause[kind].append(savers[kind].pause_s if kind != "never" else 0.0)
+                if ranks.is_main:
+                    progress(f"{kind}: {seconds[kind][-1]:.3g} s, of which {pause[kind][-1]:.3g} s held up")
     if ranks.is_main:
         newest = max((Path(arguments.folder) / "asynchronous").glob("step_*"))
         found = {"seconds": seconds, "pause": pause, "bytes": sum(p.stat().st_size for p in newest.iterdir())}

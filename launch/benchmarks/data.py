@@ -32,7 +32,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.benchmarks.protocol import Spread, run_worker
+from launch.benchmarks.arguments import Parser, amount, whole
+from launch.benchmarks.protocol import Spread, add_quick, progress, rounds, run_worker
 
 PARTS = 10
 """Parts of an epoch that is timed; what else the machine does shows as the difference between them."""
@@ -244,11 +245,14 @@ def prepare_benchmark(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         corpus = Path(folder) / "corpus.jsonl"
         size = make_corpus(corpus, arguments.megabytes)
+        progress(f"{size / 1e6:.0f} MB of text are written")
         results: dict[str, list[dict]] = {name: [] for name in names}
-        for round_ in range(arguments.rounds):
+        for round_ in rounds(arguments.rounds):
             for name in names if round_ % 2 == 0 else reversed(names):
                 command = [sys.executable, __file__, "prepare", "--only", name, "--corpus", str(corpus)]
-                results[name].append(run_worker(name, [*command, "--tokenizer", arguments.tokenizer]))
+                found = run_worker(name, [*command, "--tokenizer", arguments.tokenizer])
+                results[name].append(found)
+                progress(f"{COMPETITORS[name]}: {found['tokens'] / found['seconds'] / 1e6:.2f} M tokens/s")
     print(f"{size / 1e6:.0f} MB of text, tokenizer {arguments.tokenizer}, {arguments.rounds} rounds; medians")
     report_prepare(results)
 
@@ -352,7 +356,8 @@ def load_benchmark(arguments: argparse.Namespace) -> None:
         tokenizer = load_tokenizer("builtin")
         large, many = Path(folder) / "large", Path(folder) / "many"
         write_dataset(large, tokenizer, document_lengths(round(arguments.gigabytes * 1e9 / 2 / 800)), 8)
-        write_dataset(many, tokenizer, document_lengths(10_000_000), 128, holes=True)
+        write_dataset(many, tokenizer, document_lengths(arguments.documents), 128, holes=True)
+        progress("both datasets are written")
         epochs = []
         # Micro-batches of about 16,000 tokens.
         for packing, micro_batch_size, options in (
@@ -365,11 +370,12 @@ def load_benchmark(arguments: argparse.Namespace) -> None:
             for prefetch in (0, 2):
                 name = packing + (", document_mask" if options else "") + (", read ahead" if prefetch else "")
                 epochs.append(time_epoch(name, dataset, micro_batch_size, prefetch=prefetch, **options))
+                progress(f"{name}: {Spread.of(part.rate for part in epochs[-1].parts):.0f} M tokens/s")
         cores += [part.core_after for epoch in epochs for part in epoch.parts]
         report_epochs(epochs, cores, sum(path.stat().st_size for path in large.glob("*.bin")))
         for packing in ("contiguous", "best_fit", "varlen"):
             seconds = Spread.of(time_first_batch(many, packing) for _ in range(3))
-            print(f"  first batch, 10,000,000 documents, {packing}: {seconds:.2f} s", flush=True)
+            print(f"  first batch, {arguments.documents:,} documents, {packing}: {seconds:.2f} s", flush=True)
 
 
 def document_lengths(count: int) -> np.ndarray:
@@ -439,15 +445,17 @@ def report_epochs(epochs: list[Epoch], cores: list[float], size: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["prepare", "load"])
     parser.add_argument("--tokenizer", default="builtin")
-    parser.add_argument("--megabytes", type=int, default=200)
-    parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--megabytes", type=whole, default=200)
+    parser.add_argument("--gigabytes", type=amount, default=1.0)
+    parser.add_argument("--documents", type=whole, default=10_000_000)
+    parser.add_argument("--rounds", type=whole, default=3)
     parser.add_argument("--directory", help="where to put the corpus and the results (a temporary folder)")
     parser.add_argument("--only", choices=list(COMPETITORS), help=argparse.SUPPRESS)
     parser.add_argument("--corpus", help=argparse.SUPPRESS)
+    add_quick(parser, sys.argv, megabytes=5, gigabytes=0.05, documents=200_000, rounds=1)
     arguments = parser.parse_args()
     if arguments.only:
         compete(arguments)

@@ -22,7 +22,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.benchmarks.protocol import QUICKSTART, Spread, environment, run_worker, torchrun
+from launch.benchmarks.arguments import Parser, whole
+from launch.benchmarks.protocol import (
+    QUICKSTART,
+    Spread,
+    add_quick,
+    environment,
+    progress,
+    rounds,
+    run_worker,
+    torchrun,
+)
 
 ENGINES = {
     "fsdp": {"engine.kind": "fsdp"},
@@ -33,33 +43,36 @@ ENGINES = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser(argv: list[str]) -> argparse.ArgumentParser:
+    parser = Parser(
         prog="benchmark_engines.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="process counts to measure (2 4)")
-    parser.add_argument("--expert-parallel", type=int, default=1, help="processes over which experts are spread (1)")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step (1)")
-    parser.add_argument("--samples", type=int, default=4, help="samples per micro-batch of all processes (4)")
-    parser.add_argument("--seq-len", type=int, default=128, help="tokens per sample (128)")
-    parser.add_argument("--hidden-size", type=int, default=512, help="(512); experts are twice as wide")
-    parser.add_argument("--experts", type=int, default=16, help="experts per layer (16)")
+    parser.add_argument("--processes", type=whole, nargs="+", default=[2, 4], help="process counts to measure (2 4)")
+    parser.add_argument("--expert-parallel", type=whole, default=1, help="processes over which experts are spread (1)")
+    parser.add_argument("--accumulation", type=whole, default=1, help="micro-batches per step (1)")
+    parser.add_argument("--samples", type=whole, default=4, help="samples per micro-batch of all processes (4)")
+    parser.add_argument("--seq-len", type=whole, default=128, help="tokens per sample (128)")
+    parser.add_argument("--hidden-size", type=whole, default=512, help="(512); experts are twice as wide")
+    parser.add_argument("--experts", type=whole, default=16, help="experts per layer (16)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="(fp32)")
-    parser.add_argument("--steps", type=int, default=4, help="steps per turn, the first not timed (4)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each engine (3)")
+    parser.add_argument("--steps", type=whole, default=4, help="steps per turn, the first not timed (4)")
+    parser.add_argument("--rounds", type=whole, default=3, help="turns of each engine (3)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    add_quick(parser, argv, samples=2, seq_len=64, hidden_size=128, experts=8, steps=2, rounds=1)
     return parser
 
 
 def main(argv: list[str]) -> int:
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser(argv).parse_args(argv)
     if arguments.worker:
         return work(arguments)
     for processes in arguments.processes:
         results = {name: [] for name in ENGINES}
-        for _ in range(arguments.rounds):
+        for _ in rounds(arguments.rounds):
             for name, found in results.items():
                 found.append(launch(name, processes, argv))
+                held, seconds = found[-1]["held"] / 2**20, found[-1]["seconds"]
+                progress(f"{processes} processes, {name}: {seconds:.3g} s per step, {held:.0f} MiB held")
         print(
             f"{processes} processes, experts over {arguments.expert_parallel}, {arguments.precision}, "
             f"{arguments.samples} x {arguments.seq_len} tokens, accumulation {arguments.accumulation}; "

@@ -4,14 +4,21 @@ What is compared takes turns, so that all of it meets the same machine; rounds r
 over the rounds, and a comparison is the median of the ratios within each round, each given with the least and the most
 that were seen. Every turn, or at least everything that is compared, has processes of its own, so that none inherits
 another's memory. A worker process prints what it found as JSON, on the last line of its output.
+
+Each turn says on standard error what it found, as soon as it has; results are on standard output, at the end. Every
+benchmark has `--quick`, sizes that end in minutes on any CPU.
 """
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +62,44 @@ def environment(threads: int, **others: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(threads), **others}
 
 
+def add_quick(parser: argparse.ArgumentParser, argv: list[str], **sizes: float | str) -> None:
+    """Give a parser the option `--quick`, which changes the defaults of others.
+
+    Args:
+        parser: It has the options already.
+        argv: The command line that will be parsed.
+        **sizes: The defaults that `--quick` sets, by the options' names.
+    """
+    listed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
+    parser.add_argument("--quick", action="store_true", help=f"rougher, in minutes on any CPU: {listed}")
+    if "--quick" in argv:
+        parser.set_defaults(**sizes)
+
+
+def progress(text: str) -> None:
+    """Say on standard error what is known by now; also from a worker, whose line `run_worker` passes on."""
+    print(f"{_PROGRESS}{text}", file=sys.stderr, flush=True)
+
+
+_PROGRESS = "benchmark: "
+
+
+def rounds(count: int) -> Iterator[int]:
+    """Count rounds from 0, and say after each how long the others will take if they are like it."""
+    begin = time.perf_counter()
+    before = begin
+    for done in range(1, count + 1):
+        yield done - 1
+        now = time.perf_counter()
+        # The first one starts processes and warms up: the others take less.
+        bound = "at most" if done == 1 else "about"
+        left = f"; {bound} {(now - before) * (count - done):.0f} s to go" if done < count else ""
+        progress(f"{done} of {count} rounds after {now - begin:.0f} s{left}")
+        before = now
+
+
 def run_worker(name: str, command: list[str], env: dict[str, str] | None = None) -> dict:
-    """Run a command to its end, and return what it found.
+    """Run a command to its end, and return what it found. Its lines of progress are passed on as they come.
 
     Args:
         name: What is measured, for the error.
@@ -66,7 +109,20 @@ def run_worker(name: str, command: list[str], env: dict[str, str] | None = None)
     Raises:
         SystemExit: The command failed. The end of its errors is in the message.
     """
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    errors: deque[str] = deque(maxlen=60)
+
+    def read_errors() -> None:
+        for line in process.stderr:
+            if line.startswith(_PROGRESS):
+                print(line, end="", file=sys.stderr, flush=True)
+            else:
+                errors.append(line)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        reader = threading.Thread(target=read_errors)
+        reader.start()
+        output = process.stdout.read()
+        reader.join()
+    if process.returncode:
+        raise SystemExit(f"{name} failed:\n{''.join(errors)[-3000:]}")
+    return json.loads(output.splitlines()[-1])

@@ -94,7 +94,7 @@ def test_a_key_that_is_unknown_is_ignored_and_one_that_is_needed_is_named(tmp_pa
     values = read_info(EARLIER)
     assert CheckpointInfo.read(rewritten(tmp_path, values | {"later": 1})) == CheckpointInfo.read(EARLIER)
     del values["samples_consumed"]
-    with pytest.raises(ValueError, match=r"checkpoint\.json lacks 'samples_consumed'"):
+    with pytest.raises(ValueError, match=r"checkpoint\.json: samples_consumed is missing"):
         CheckpointInfo.read(rewritten(tmp_path, values))
 
 

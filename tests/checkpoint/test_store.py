@@ -301,11 +301,11 @@ def test_damage_is_one_clear_error(tmp_path):
     done = save(tmp_path, 1)
     (shard,) = done.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot be read|is damaged"):
         checkpoint.load_state(done, blank())
     (done / "checkpoint.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(ValueError, match="format 99"):
         checkpoint.read_info(done)
     (done / "checkpoint.json").write_text("{")
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"checkpoint\.json: is not readable JSON"):
         checkpoint.read_info(done)

@@ -1,12 +1,13 @@
 """The command line that all commands share: what people type, files, mistakes, help, exit codes."""
 
 import dataclasses
+import io
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
-from data_pipeline.command_line import Program, option, parse, positional, ranged, run, run_verb
+from data_pipeline.command_line import Program, option, parse, positional, print_line, ranged, run, run_verb
 from data_pipeline.prepare.settings import PrepareConfig
 from gptoss_dist.config import parse_arguments
 
@@ -259,3 +260,21 @@ def test_verbs(capsys):
 def test_deepspeeds_own_option_points_to_ours(option):
     with pytest.raises(ValueError, match=r"here it is --engine.deepspeed FILE"):
         parse_arguments(["--config", "configs/quickstart.yaml", option, "zero.json"])
+
+
+def test_a_printed_line_is_safe_for_terminals_and_fits_their_encoding():
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    print_line("\xdf\n\x1b[31m \udc80", stream)
+    stream.seek(0)
+    assert stream.read() == "\\xdf\n\\x1b[31m \\udc80\n"
+    with pytest.raises(ValueError, match="--filter: may stand on the command line only"):
+        parse(Typed, ["--config", '{"filter": ["x"]}', "--filter", "x"], prog="do")
+    assert parse(Typed, ["--filter", "x", "--filter=null"], prog="do").filter == ["x", "null"]
+
+
+@dataclass
+class Typed:
+    """Do something."""
+
+    filter: list[str] = option(default_factory=list, typed_only=True)
+    """Only on the command line."""

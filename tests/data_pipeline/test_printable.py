@@ -19,8 +19,8 @@ from data_pipeline.printable import printable, shown
     ],
 )
 def test_control_characters_are_escapes(text, safe):
-    assert printable(text) == safe
-    assert printable(safe) == safe
+    assert printable(text, lines=True) == safe
+    assert printable(safe, lines=True) == safe
 
 
 def test_a_name_is_one_line_without_secrets():

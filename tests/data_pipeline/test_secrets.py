@@ -2,6 +2,7 @@
 
 import pytest
 
+from data_pipeline.printable import shown
 from data_pipeline.secrets import without_secrets
 
 
@@ -9,6 +10,7 @@ from data_pipeline.secrets import without_secrets
     ("text", "shown"),
     [
         ("https://ann:S@h/a.jsonl?X-Amz-Signature=S&part=S", "https://***@h/a.jsonl?X-Amz-Signature=***&part=***"),
+        ("exceeded with url: /a/b?token=S/api&x=S (Caused by", "exceeded with url: /a/b?token=***&x=*** (Caused by"),
         ("postgresql://u:S/S@host/db", "postgresql://***@host/db"),
         ("postgresql://u:S@S@host:5432/db?sslmode=S", "postgresql://***@host:5432/db?sslmode=***"),
         ("mysql+pymysql://u:S?S#S@host/db", "mysql+pymysql://***@host/db"),
@@ -47,3 +49,7 @@ def test_secrets_of_urls_are_hidden(text, shown):
 )
 def test_what_is_no_secret_stays(text):
     assert without_secrets(text) == text
+
+
+def test_a_name_is_shown_in_one_line_without_secrets():
+    assert shown("https://u:pw@h/a\n\x1b[31m") == r"https://***@h/a\x0a\x1b[31m"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.benchmarks import against_transformers, checkpoints, engines
 from launch.benchmarks.protocol import QUICKSTART, Spread, run_worker
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -32,3 +33,67 @@ def test_what_a_worker_found_is_on_its_last_line():
     assert run_worker("x", [sys.executable, "-c", program]) == {"seconds": 2}
     with pytest.raises(SystemExit, match=r"(?s)x failed:.*no such thing"):
         run_worker("x", [sys.executable, "-c", "raise ValueError('no such thing')"])
+
+
+def test_what_a_worker_says_meanwhile_is_passed_on(capsys):
+    program = (
+        "from launch.benchmarks.protocol import progress; import sys; progress('one of two turns'); "
+        "print('a warning', file=sys.stderr); print('{}')"
+    )
+    assert run_worker("x", [sys.executable, "-c", program], {"PYTHONPATH": str(LAUNCH.parent)}) == {}
+    assert capsys.readouterr().err == "benchmark: one of two turns\n"
+
+
+def take_turns(monkeypatch, words: list[str], turn) -> list[dict]:
+    """The rounds of two workers that a function stands in for."""
+    monkeypatch.setattr(against_transformers, "turn", lambda worker, steps: turn(worker))
+    arguments = against_transformers.build_parser(words).parse_args(words)
+    return against_transformers.take_turns(arguments, {("fp32", name): name for name in ("ours", "theirs")})
+
+
+def test_each_turn_is_said_before_the_next_begins(monkeypatch, capsys):
+    said = []
+
+    def turn(worker):
+        said.append(capsys.readouterr().err)
+        return {"s_per_step": 2.0 if worker == "ours" else 0.25}
+
+    assert len(take_turns(monkeypatch, ["moe", "--rounds", "1"], turn)) == 2
+    assert said[:2] == ["", "benchmark: fp32 ours: 2 s per step (warms up)\n"]
+    assert said[2].startswith(
+        "benchmark: fp32 theirs: 0.25 s per step (warms up)\nbenchmark: 1 of 2 rounds after 0 s; "
+    )
+    assert said[3] == "benchmark: fp32 ours: 2 s per step\n"
+
+
+def test_an_interrupted_benchmark_reports_its_whole_rounds(monkeypatch, capsys):
+    turns = iter(range(100))
+
+    def turn(worker):
+        if next(turns) == 7:
+            raise KeyboardInterrupt
+        return {"s_per_step": 1.0}
+
+    assert len(take_turns(monkeypatch, ["moe"], turn)) == 3
+    assert capsys.readouterr().err.endswith("benchmark: interrupted: of 2 whole rounds\n")
+    turns = iter(range(6, 100))
+    with pytest.raises(SystemExit, match="interrupted before the first round was done"):
+        take_turns(monkeypatch, ["moe"], turn)
+
+
+@pytest.mark.parametrize(
+    "module, command, size",
+    [
+        (against_transformers, ["moe"], "tokens"),
+        (against_transformers, ["train"], "seq_len"),
+        (checkpoints, [], "every"),
+        (engines, [], "hidden_size"),
+    ],
+)
+def test_a_quick_size_that_single_options_overrule(module, command, size):
+    def parsed(*words):
+        return vars(module.build_parser([*command, *words]).parse_args([*command, *words]))
+
+    usual, quick = parsed(), parsed("--quick")
+    assert quick["rounds"] < usual["rounds"] and quick[size] < usual[size]
+    assert parsed("--quick", f"--{size.replace('_', '-')}", "77") == quick | {size: 77}

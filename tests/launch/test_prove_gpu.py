@@ -1,5 +1,6 @@
 """launch/prove_gpu.sh: its report is there and true however the proof ends; its items run here at tiny size."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.tracking.metrics import StepTimer
-from launch.benchmarks.prove_gpu import driver, environment, kernels, probe, syncs
+from launch.benchmarks.prove_gpu import driver, environment, probe
+from launch.benchmarks.prove_gpu.checks import kernels, steps, syncs
+from launch.benchmarks.prove_gpu.checks.commands import run_command
 from launch.benchmarks.prove_gpu.driver import judge
 from launch.benchmarks.prove_gpu.environment import Python
 from launch.benchmarks.prove_gpu.findings import Findings, read_findings
 from launch.benchmarks.prove_gpu.items import ITEMS
-from launch.benchmarks.prove_gpu.steps import head_of_table
 from tests.support.proofs import HANG, fake, proof_of
 from tests.support.ranks import run
 
@@ -248,24 +251,38 @@ def test_the_head_of_a_profile_names_kernels_and_their_own_time():
 -----  ---
 Self CUDA time total: 2.5ms
 """
-    assert [line.split("  ")[0] for line in head_of_table(table).splitlines()] == [
+    assert [line.split("  ")[0] for line in steps.head_of_table(table).splitlines()] == [
         "Name",
         "void kernel<a, b>(int)",
         "aten::mm",
     ]
-    assert head_of_table(table).splitlines()[1].split()[-3:] == ["1.500ms", "60.00%", "12"]
+    assert steps.head_of_table(table).splitlines()[1].split()[-3:] == ["1.500ms", "60.00%", "12"]
 
 
-def assert_passes(name: str, path: Path, code: int = 0) -> list[dict]:
+def test_the_sizes_are_those_that_the_report_names(tmp_path):
+    """The models at full size, which no test can train here."""
+    findings = Findings(tmp_path / "found", rehearse=False)
+    of_20b = dataclasses.asdict(ModelConfig.from_yaml(ROOT / "configs/model/gptoss_20b.yaml"))
+    part, run_502m = steps.run_20b_slice(findings), steps.run_502m(findings, {"train.compile": True})
+    layers = {"num_hidden_layers": 2, "layer_types": of_20b["layer_types"][:2]}
+    assert dataclasses.asdict(part.model) == of_20b | layers
+    assert run_502m.model == ModelConfig.from_yaml(ROOT / "configs/model/gptoss_502m.yaml") and run_502m.train.compile
+    for config, samples in ((part, 4), (run_502m, 8)):
+        train = config.train
+        assert (train.micro_batch_size, config.data.seq_len, train.gradient_accumulation) == (samples, 4096, 1)
+        assert train.precision == "bf16"
+
+
+def assert_passes(path: Path) -> list[dict]:
     found = read_findings(path)
-    assert judge(ITEM_OF[name], code, 600.0, found, path) == ("PASS", ""), found
+    assert judge(0, 60.0, 60.0, found, path) == ("PASS", ""), found
     return found
 
 
-@pytest.mark.parametrize("name, item", [("attention", kernels.attention), ("grouped-gemm", kernels.grouped_gemm)])
-def test_kernels_are_rehearsed(tmp_path, name, item):
+@pytest.mark.parametrize("item", [kernels.attention, kernels.grouped_gemm])
+def test_kernels_are_rehearsed(tmp_path, item):
     item(Findings(tmp_path / "found", rehearse=True), tmp_path)
-    assert len([f for f in assert_passes(name, tmp_path / "found") if f["kind"] == "check"]) >= 8
+    assert len([f for f in assert_passes(tmp_path / "found") if f["kind"] == "check"]) >= 8
 
 
 def test_a_wrong_kernel_is_found(tmp_path, monkeypatch):
@@ -276,16 +293,31 @@ def test_a_wrong_kernel_is_found(tmp_path, monkeypatch):
 
     monkeypatch.setattr(kernels, "sink_attention", without_sinks)
     kernels.attention(Findings(tmp_path / "found", rehearse=True), tmp_path)
-    result, reason = judge(ITEM_OF["attention"], 0, 600.0, read_findings(tmp_path / "found"), tmp_path / "found")
-    assert result == "FAIL" and "flash, bfloat16, 20B, full: off by" in reason
+    result, reason = judge(0, 60.0, 60.0, read_findings(tmp_path / "found"), tmp_path / "found")
+    assert result == "FAIL" and "flash, bfloat16, 20B, full, T=96: off by" in reason
+
+
+def test_a_kernel_that_breaks_is_one_finding_and_the_others_are_checked(tmp_path, monkeypatch):
+    right = kernels.sink_attention
+
+    def breaks_within_documents(*inputs, backend, documents=None, **options):
+        if documents is not None and backend == "flash":
+            raise RuntimeError("CUDA error:\n  no kernel image")
+        return right(*inputs, backend=backend, documents=documents, **options)
+
+    monkeypatch.setattr(kernels, "sink_attention", breaks_within_documents)
+    kernels.attention(Findings(tmp_path / "found", rehearse=True), tmp_path)
+    checks = [f for f in read_findings(tmp_path / "found") if f["kind"] == "check"]
+    wrong = [check["detail"] for check in checks if not check["right"]]
+    assert len(checks) == 12 and wrong == 2 * ["RuntimeError: CUDA error: no kernel image"]
 
 
 def rehearse(work: Path, name: str) -> list[dict]:
     module = ITEM_OF[name].words[1].rpartition(".")[2]
     found = work / f"{name}.jsonl"
     options = ["--rehearse", "--findings", str(found), "--work", str(work)]
-    run(f"launch/benchmarks/prove_gpu/{module}.py", name, *options, cwd=ROOT)
-    return assert_passes(name, found)
+    run(f"launch/benchmarks/prove_gpu/checks/{module}.py", name, *options, cwd=ROOT)
+    return assert_passes(found)
 
 
 @pytest.mark.distributed
@@ -309,3 +341,21 @@ def test_the_whole_rehearsal(tmp_path):
     assert done.returncode == 0 and content["rehearsal"] and "the figures mean nothing" in content["note"]
     assert "the figures mean nothing" in (tmp_path / "out/report.md").read_text()
     assert content["versions"]["torch"] and content["code"]["commit"] and content["machine"]["cpu"]
+
+
+def test_the_documents_name_every_item_and_no_other():
+    status, page = ((ROOT / "docs" / name).read_text() for name in ("status.md", "prove_gpu.md"))
+    proven = status[status.index("## Needs a GPU: kernels") : status.index("## Needs several GPUs")]
+    last_cells = " ".join(re.findall(r"\| ([^|]*) \|$", proven, re.MULTILINE))
+    assert set(re.findall(r"`([^`]+)`", last_cells)) == set(ITEM_OF)
+    limits = dict(re.findall(r"^\| `([\w-]+)` \|.*\| (\d+) s \|$", page, re.MULTILINE))
+    assert limits == {item.name: f"{item.limit_s:.0f}" for item in ITEMS}
+
+
+def test_a_command_that_fails_is_named(tmp_path, capfd):
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint('to', sys.argv[1])\nsys.exit(int(sys.argv[2]))\n")
+    assert run_command([str(script), "read", "0"], fork=False) == "to read\n"
+    with pytest.raises(SystemExit, match=r"script\.py ended with exit code 3; its error is above"):
+        run_command([str(script), "read", "3"], fork=False)
+    assert capfd.readouterr().out.count("to read") == 2

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data_pipeline.disk import write_synced
+from data_pipeline.foreign import check_folder, read_text
 from gptoss_dist.checkpoint.store import fingerprint
 from gptoss_dist.distributed.collectives import all_gather_objects
 
@@ -36,6 +37,7 @@ def altered_files(folder: str | Path) -> list[str]:
     Raises:
         ValueError: There are no checksums, or they are not readable.
     """
+    check_folder(folder)
     folder, together = Path(folder), dist.is_initialized() and dist.get_world_size() > 1
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     expected = _read(folder / FILE)
@@ -58,9 +60,9 @@ def altered_files(folder: str | Path) -> list[str]:
 def _read(path: Path) -> dict[str, str]:
     """Return {file: SHA-256}; names with a folder are refused, since nothing outside of the folder belongs to it."""
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not readable: {error}") from None
+        lines = read_text(path).splitlines()
+    except ValueError as error:
+        raise ValueError(f"{error}; restore it, or delete it if the files are to be read unchecked") from None
     found = {}
     for number, line in enumerate(lines, 1):
         entry = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\\0]+)", line)

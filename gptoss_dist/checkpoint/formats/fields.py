@@ -6,9 +6,14 @@ For example `num_local_experts` has that name in Hugging Face's configuration to
 
 from __future__ import annotations
 
+import typing
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
+from data_pipeline.foreign import Count, convert
 from gptoss_dist.model.config import ModelConfig
 
 
@@ -98,3 +103,59 @@ def fixed_by_servers(config: ModelConfig) -> list[str]:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_types(values: dict[str, Any], format: Literal["hf", "openai"], path: Path) -> None:
+    """Check that the fields of another tool's configuration are of the types that `ModelConfig` wants.
+
+    Args:
+        values: The contents of the file. Of Hugging Face's each may be null or missing.
+        format: The format.
+        path: The file, for the message.
+
+    Raises:
+        ValueError: A field is missing or of another type, or some number is not finite; one line that names it.
+    """
+    kinds = typing.get_type_hints(ModelConfig)
+    if format == "hf":
+        listed: list[Any] = [(name, kinds[field] | None, None) for field, name in names("hf").items()]
+        rope = dict.fromkeys(("rope_scaling", "rope_parameters"), _Rope | None) | {"rope_theta": float | None}
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), Count | list[Count] | None)
+        listed += [(name, kind, None) for name, kind in (rope | ids).items()]
+    else:
+        listed = [(name, kinds[field]) for field, name in names("openai").items()]
+        numbers = ("rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta")
+        listed += [("initial_context_length", int), *((name, float) for name in numbers)]
+    remedy = f"correct it to what a GPT-OSS model of {_MAKERS[format]} has"
+    convert(values, msgspec.defstruct("Fields", listed, kw_only=True), path, finite=True, remedy=remedy)
+
+
+def model_config(fields: dict[str, Any], path: Path) -> ModelConfig:
+    """Return the architecture of these fields.
+
+    Raises:
+        ValueError: A value is impossible; the message names the file.
+    """
+    try:
+        return ModelConfig(**fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+_MAKERS = {"hf": "transformers", "openai": "OpenAI"}
+
+
+class _Rope(msgspec.Struct):
+    """What transformers says of the rotary embedding; in version 5 perhaps once for each type of layer."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: float | None = None
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    truncate: bool | None = None
+    partial_rotary_factor: float | None = None
+    sliding_attention: _Rope | None = None
+    full_attention: _Rope | None = None

@@ -6,13 +6,15 @@ Names and shapes are the model's own. In the published form the experts' weights
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from gptoss_dist.checkpoint.formats.fields import lost_fields, names
+from data_pipeline import foreign
+from data_pipeline.printable import printable
+from gptoss_dist.checkpoint.formats.fields import check_types, lost_fields, model_config, names
 from gptoss_dist.checkpoint.formats.tensor_files import LazyTensor, Output, stored_tensors
 from gptoss_dist.checkpoint.formats.views import Losses, Packed, Transposed, packed, plain
 from gptoss_dist.model.config import ModelConfig, RopeScaling
@@ -31,13 +33,14 @@ def read_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     values = read_json(path)
     if values.get("model_type") != "gpt_oss":
-        raise ValueError(f"{path}: model_type={values.get('model_type')} is not gpt_oss")
+        raise ValueError(f"{path}: model_type={printable(values.get('model_type'))[:60]} is not gpt_oss")
+    check_types(values, "hf", path)
     for key, only in (("hidden_act", "silu"), ("attention_dropout", 0)):
         if values.get(key, only) != only:
-            raise ValueError(f"{path}: {key}={values[key]} is not supported; GPT-OSS has {only}")
+            raise ValueError(f"{path}: {key}={printable(values[key])[:60]} is not supported; GPT-OSS has {only}")
     fields = {key: values[key] for key in names("hf") if values.get(key) is not None}
     fields |= _rope_fields(path, values)
-    return ModelConfig(**fields)
+    return model_config(fields, path)
 
 
 def _rope_fields(path: Path, values: dict) -> dict:
@@ -111,7 +114,7 @@ def _rope_scaling(path: Path, place: str, rope: dict, values: dict) -> RopeScali
         return None
     known = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
     if kind != "yarn" or (unknown := sorted(rope.keys() - known)):
-        wrong = f"rope_type={kind}" if kind != "yarn" else f"{unknown} of the rotary embedding"
+        wrong = f"rope_type={printable(kind)[:60]}" if kind != "yarn" else f"{unknown} of the rotary embedding"
         raise ValueError(f"{path}: {wrong} is not supported; use yarn with {', '.join(sorted(known))}, or default")
     if "factor" not in rope:
         raise ValueError(f"{path}: yarn needs a factor")
@@ -127,13 +130,7 @@ def read_json(path: Path) -> dict:
     Raises:
         ValueError: The file is missing or damaged, or holds something else.
     """
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable JSON file: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return values
+    return foreign.read_json(foreign.file_inside(path.parent, path.name), dict[str, Any])
 
 
 def read_tensors(folder: str | Path, message: Callable[[str], None]) -> dict[str, LazyTensor]:
@@ -156,7 +153,7 @@ def read_tensors(folder: str | Path, message: Callable[[str], None]) -> dict[str
         elif stem == name:
             result[name] = tensor
         elif stem + SCALES in found:
-            result[stem] = checked(Packed(tensor, found[stem + SCALES]), name, folder)
+            result[stem] = checked(tensor, found[stem + SCALES], name, folder)
         elif tensor.dtype.is_floating_point:
             dense.append(name)  # what transformers 5.23 saves of an MXFP4 model that it has unpacked
             result[stem] = tensor
@@ -167,27 +164,28 @@ def read_tensors(folder: str | Path, message: Callable[[str], None]) -> dict[str
     return result
 
 
-def checked(tensor: Packed, name: str, folder: str | Path) -> Packed:
-    """Return `tensor` if its blocks and scales fit each other.
+def checked(blocks: LazyTensor, scales: LazyTensor, name: str, folder: str | Path) -> Packed:
+    """Return MXFP4 blocks and their scales as one tensor.
 
     Args:
+        blocks: The blocks.
+        scales: The scales.
         name: The name of the blocks, for messages.
         folder: The folder that they are in, for messages.
 
     Raises:
         ValueError: They do not fit each other.
     """
-    blocks, scales = tensor.blocks, tensor.scales
     if (
         {blocks.dtype, scales.dtype} != {torch.uint8}
-        or blocks.shape[3:] != (16,)
-        or tuple(blocks.shape[:3]) != tuple(scales.shape)
+        or len(scales.shape) != 3
+        or tuple(blocks.shape) != (*scales.shape, 16)
     ):
         raise ValueError(
             f"{folder}: {name} {tuple(blocks.shape)} and its scales {tuple(scales.shape)} are not MXFP4: uint8 "
             "[experts, outputs, groups, 16] and [experts, outputs, groups] are"
         )
-    return tensor
+    return Packed(blocks, scales)
 
 
 def inexpressible(config: ModelConfig) -> list[str]:

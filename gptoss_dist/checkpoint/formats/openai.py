@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from gptoss_dist.checkpoint.formats.fields import lost_fields, names
+from gptoss_dist.checkpoint.formats.fields import check_types, lost_fields, model_config, names
 from gptoss_dist.checkpoint.formats.huggingface import EXPERTS, checked, read_json
 from gptoss_dist.checkpoint.formats.tensor_files import LazyTensor, Output, stored_tensors
-from gptoss_dist.checkpoint.formats.views import Concatenated, Losses, Packed, Rows, Transposed, packed, plain
+from gptoss_dist.checkpoint.formats.views import Concatenated, Losses, Rows, Transposed, packed, plain
 from gptoss_dist.model.config import ModelConfig, RopeScaling
 
 TOP = {
@@ -47,19 +47,17 @@ def read_config(folder: str | Path) -> ModelConfig:
     """
     path = Path(folder) / "config.json"
     values = read_json(path)
-    try:
-        fields = {ours: values[theirs] for ours, theirs in names("openai").items()}
-        context, factor = values["initial_context_length"], float(values["rope_scaling_factor"])
-        scaling = RopeScaling(
-            factor=factor,
-            original_max_position_embeddings=context,
-            beta_slow=float(values["rope_ntk_alpha"]),
-            beta_fast=float(values["rope_ntk_beta"]),
-        )
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error}, which OpenAI's config.json of a GPT-OSS model has") from None
-    fields["rope_scaling"] = scaling if factor > 1 else None
-    return ModelConfig(**fields, max_position_embeddings=int(context * factor))
+    check_types(values, "openai", path)
+    fields = {ours: values[theirs] for ours, theirs in names("openai").items()}
+    context, factor = values["initial_context_length"], float(values["rope_scaling_factor"])
+    scaling = RopeScaling(
+        factor=factor,
+        original_max_position_embeddings=context,
+        beta_slow=float(values["rope_ntk_alpha"]),
+        beta_fast=float(values["rope_ntk_beta"]),
+    )
+    fields["rope_scaling"] = scaling if factor != 1 else None
+    return model_config(fields | {"max_position_embeddings": int(context * factor)}, path)
 
 
 def read_tensors(folder: str | Path, message: Callable[[str], None]) -> dict[str, LazyTensor]:
@@ -89,14 +87,16 @@ def read_tensors(folder: str | Path, message: Callable[[str], None]) -> dict[str
             scales = name.removesuffix("blocks") + "scales"
             if scales not in found:
                 raise ValueError(f"{folder}: {name} has no {scales} beside it")
-            result[prefix + layer.get(stem, stem)] = checked(Packed(tensor, found[scales]), name, folder)
+            result[prefix + layer.get(stem, stem)] = checked(tensor, found[scales], name, folder)
         elif stem == "attn.qkv":
-            if tensor.shape[0] != borders[-1]:
-                raise ValueError(f"{folder}: {name} has {tensor.shape[0]} rows, config.json means {borders[-1]}")
+            if tuple(tensor.shape[:1]) != borders[-1:]:
+                raise ValueError(f"{folder}: {name} is {list(tensor.shape)}, config.json means {borders[-1]} rows")
             for projection, start, stop in zip(QKV, borders, borders[1:]):
                 result[f"{prefix}self_attn.{projection}.{form}"] = Rows(tensor, start, stop)
         else:
             ours = (layer if block else top).get(rest, rest)
+            if ours.endswith(EXPERTS) and len(tensor.shape) != 3:
+                raise ValueError(f"{folder}: {name} is {list(tensor.shape)}, not [experts, outputs, inputs]")
             result[prefix + ours] = Transposed(tensor) if ours.endswith(EXPERTS) else tensor
     return result
 

@@ -29,11 +29,13 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from data_pipeline.foreign import check_folder
 from gptoss_dist.checkpoint.formats import huggingface, openai
 from gptoss_dist.checkpoint.formats.checksums import FILE as CHECKSUMS
 from gptoss_dist.checkpoint.formats.checksums import altered_files, has_checksums
+from gptoss_dist.checkpoint.formats.headers import check_sizes
 from gptoss_dist.checkpoint.formats.tensor_files import LazyTensor, stored_tensors
-from gptoss_dist.checkpoint.info import read_info
+from gptoss_dist.checkpoint.info import INFO, read_model
 from gptoss_dist.checkpoint.store import candidates, misfits, resolve
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
@@ -86,12 +88,13 @@ def open_pretrained(
         ValueError: There is nothing of that kind, or it is damaged.
     """
     format, _, folder = str(where).partition(":")
-    if (Path(where) / "config.json").is_file():
+    if (Path(where) / "config.json").is_file() and not (Path(where) / INFO).is_file():
         format = "hf" if "model_type" in huggingface.read_json(Path(where) / "config.json") else "openai"
         folder = str(where)
     if format in FORMATS and folder:
         if not Path(folder).is_dir():
             raise ValueError(f"{where}: there is no folder {folder}")
+        check_folder(folder)
         _refuse_adapter(Path(folder))
         if verify and has_checksums(folder):
             _refuse_altered(Path(folder), message)
@@ -104,15 +107,19 @@ def open_pretrained(
                     "that to false there, or take the tensor out"
                 )
             del tensors[HEAD]
+        check_sizes(config, {name: tensor.shape for name, tensor in tensors.items()}, Path(folder) / "config.json")
         return Pretrained(format, Path(folder), config, tensors)
     if re.fullmatch(r"[a-z]{2,}", format) and folder:
         raise ValueError(f"{where}: {format} is no known format; use {', '.join(f'{name}:FOLDER' for name in FORMATS)}")
     _refuse_adapter(Path(where))
     checkpoint = resolve(where, message) if verify else candidates(where)[-1]
+    check_folder(checkpoint)
+    config = read_model(checkpoint)
     stored: dict[str, LazyTensor] = {
         n.removeprefix("model."): t for n, t in stored_tensors(checkpoint).items() if n.startswith("model.")
     }
-    return Pretrained("run", checkpoint, ModelConfig.from_dict(read_info(checkpoint)["config"]["model"]), stored)
+    check_sizes(config, {name: tensor.shape for name, tensor in stored.items()}, checkpoint / INFO)
+    return Pretrained("run", checkpoint, config, stored)
 
 
 def check_architecture(pretrained: Pretrained, config: ModelConfig) -> Pretrained:

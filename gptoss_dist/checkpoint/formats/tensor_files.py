@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -16,7 +18,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data_pipeline.disk import sync_file
+from data_pipeline.foreign import file_inside, read_json
 from gptoss_dist.checkpoint.boxes import Box
+from gptoss_dist.checkpoint.formats.headers import check_headers
 
 INDEX = "model.safetensors.index.json"
 PART_BYTES = 32 << 20
@@ -130,6 +134,7 @@ def stored_tensors(folder: str | Path, message: Callable[[str], None] = lambda l
     if named := set(listed.values()):
         stray = [path for path in paths if path.name not in named]
         paths = [path for path in paths if path.name in named]
+    check_headers(folder, paths)
     whole = _whole_tensors(paths)
     if stray:
         message(f"{folder}: {', '.join(path.name for path in stray[:5])} is not in {INDEX} and is not read")
@@ -186,12 +191,16 @@ def _stored_in_parts(folder: Path) -> dict[str, Stored]:
 def _indexed_files(folder: Path) -> dict[str, str]:
     """Return {tensor: file} of the index, empty if there is no index."""
     path = folder / INDEX
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
-    try:
-        return dict(json.loads(path.read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a readable index: {error}") from None
+    listed = read_json(file_inside(folder, INDEX), _Index).weight_map
+    for file in set(listed.values()):
+        file_inside(folder, file)
+    return listed
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
 
 
 class Output(NamedTuple):

@@ -31,6 +31,8 @@ from launch.benchmarks.prove_gpu.report import FAIL, PASS, SKIPPED, SLOW, Report
 ENVIRONMENT = "environment"
 INSTALL_SHARE = 0.6
 """The most of the time that an installation may take: a proof of nothing would be the end of it."""
+REHEARSAL_PATIENCE = 5
+"""Times the limits of the items: a rehearsal shares slow cores with others, and what is slow is not its subject."""
 RESERVE_S = 2.0
 """Kept for the last words of the report."""
 
@@ -104,7 +106,8 @@ def main(argv: Sequence[str]) -> int:
     names = {ENVIRONMENT: "a Python with all that is needed"} | {item.name: item.what for item in items}
     report = Report(output.absolute(), names, rehearsal=arguments.rehearse, minutes=arguments.minutes)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _stop)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
     with tempfile.TemporaryDirectory(prefix="prove_gpu-", ignore_cleanup_errors=True) as work:
         env = _environment(arguments.rehearse)
         proof = Proof(report, Path(work), began + 60 * arguments.minutes, env, arguments.rehearse)
@@ -166,7 +169,8 @@ def prove(proof: Proof, item: Item, python: str) -> None:
         reason = f"no time: {max(left, 0.0):.0f} s are left, and it needs {item.least_s:.0f} s"
         _say_end(report.end(item.name, SKIPPED, reason, []))
         return
-    seconds = min(item.limit_s, left)
+    limit = item.limit_s * (REHEARSAL_PATIENCE if proof.rehearse else 1)
+    seconds = min(limit, left)
     findings = proof.work / f"{item.name}.jsonl"
     command = [python, *item.words, "--findings", str(findings), "--work", str(proof.work)]
     command += ["--rehearse"] if proof.rehearse else []
@@ -180,16 +184,16 @@ def prove(proof: Proof, item: Item, python: str) -> None:
         report.end(item.name, SKIPPED, f"stopped by {stopped} while it ran", read_findings(findings))
         raise
     found = read_findings(findings)
-    _say_end(report.end(item.name, *judge(item, code, seconds, found, log), found))
+    _say_end(report.end(item.name, *judge(code, seconds, limit, found, log), found))
 
 
-def judge(item: Item, code: int | None, seconds: float, findings: list[dict], log: Path) -> tuple[str, str]:
+def judge(code: int | None, seconds: float, limit: float, findings: list[dict], log: Path) -> tuple[str, str]:
     """Return the result of an item and the reason for it.
 
     Args:
-        item: The item.
         code: Its exit code; None if it was killed because its time was up.
         seconds: The time it was given.
+        limit: The time it would have been given, had there been more.
         findings: What it said.
         log: What it printed.
     """
@@ -199,7 +203,7 @@ def judge(item: Item, code: int | None, seconds: float, findings: list[dict], lo
     done = f"{len(checks)} checks were done" if checks else "nothing was checked"
     if wrong:
         return FAIL, f"wrong: {'; '.join(wrong)}"
-    if code is None and seconds < item.limit_s:
+    if code is None and seconds < limit:
         return SKIPPED, f"no time: the proof's time was up after {seconds:.0f} s of it; {done} by then, none wrong"
     if code is None:
         return FAIL, f"not done in its time limit of {seconds:.0f} s; {done} by then, none wrong"

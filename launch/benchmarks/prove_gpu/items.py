@@ -6,7 +6,7 @@ it had found by then. This file needs the standard library only.
 
 from dataclasses import dataclass
 
-PACKAGE = "launch.benchmarks.prove_gpu"
+CHECKS = "launch.benchmarks.prove_gpu.checks"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Item:
 
 
 def _item(name: str, what: str, module: str, limit_s: float, least_s: float) -> Item:
-    return Item(name, what, ("-m", f"{PACKAGE}.{module}", name), limit_s, least_s)
+    return Item(name, what, ("-m", f"{CHECKS}.{module}", name), limit_s, least_s)
 
 
 ITEMS = (

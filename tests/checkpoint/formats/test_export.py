@@ -18,6 +18,7 @@ from data_pipeline import disk
 from gptoss_dist.checkpoint.formats import export as export_module
 from gptoss_dist.checkpoint.formats import huggingface
 from gptoss_dist.checkpoint.formats.checksums import FILE, altered_files
+from gptoss_dist.checkpoint.formats.companions import companions_to_carry
 from gptoss_dist.checkpoint.formats.export import export
 from gptoss_dist.checkpoint.formats.pretrained import check_architecture, open_pretrained
 from gptoss_dist.checkpoint.formats.tensor_files import INDEX
@@ -286,6 +287,17 @@ def convert():
     sys.modules["convert"] = module  # where dataclasses look for the types of their fields
     spec.loader.exec_module(module)
     return lambda *argv: module.main([str(argument) for argument in argv])
+
+
+def test_a_link_that_leads_out_of_a_model_is_not_followed(tmp_path):
+    (tmp_path / "secret").write_text("{}")
+    folder = saved(tmp_path / "new")
+    (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"chat_template.jinja is a link that leads out of its folder"):
+        export(open_pretrained(folder), tmp_path / "again", "hf")
+    with pytest.raises(ValueError, match=r"chat_template.jinja is a link that leads out of its folder"):
+        companions_to_carry(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "secret"]
 
 
 def test_an_export_carries_checksums_that_are_checked(tmp_path, convert, capsys):

@@ -193,7 +193,7 @@ def test_everything_wrong_is_listed(published, tmp_path):
     (folder_with_index := tmp_path / "indexed").mkdir()
     shutil.copytree(folder, folder_with_index, dirs_exist_ok=True)
     sorted(folder_with_index.glob("*.safetensors"))[1].unlink()
-    with pytest.raises(ValueError, match="are not in the files it names"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00004.safetensors cannot be read: No such file"):
         open_pretrained(f"hf:{folder_with_index}")
     with open(first, "r+b") as file:
         file.truncate(1000)

@@ -66,6 +66,8 @@ def test_names_that_are_not_utf8_or_have_brackets_are_as_others(tmp_path, monkey
     (tmp_path / odd).mkdir()
     (tmp_path / odd / os.fsdecode(b"\xfe.txt")).write_text("x")
     (tmp_path / odd / "bad.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match="rename the folder, or leave out --split"):
+        open_source(odd, split="train")
     for spec in (odd, f"{odd}/*", f"{odd}/**", f"{odd}/**/*"):
         source = open_source(spec)
         assert len(source.parts) == 2

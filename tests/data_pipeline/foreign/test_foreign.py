@@ -15,7 +15,6 @@ from data_pipeline.foreign import (
     file_inside,
     parse_json,
     parse_yaml,
-    printable,
     read_json,
     read_text,
     read_yaml,
@@ -209,8 +208,3 @@ def test_links_of_the_hub_cache(tmp_path):
     assert file_inside(snapshot, "config.json").read_text() == "x"
     with pytest.raises(ValueError, match="leads out"):
         file_inside(snapshot, "stolen.json")
-
-
-def test_printable():
-    assert printable("a\x1b[31m\r\n\u202eb\udcff\x9b") == r"a\x1b[31m\r\n\u202eb\udcff\x9b"
-    assert printable("ä\tb\nc\x1b", lines=True) == "ä\tb\nc\\x1b"

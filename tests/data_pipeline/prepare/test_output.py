@@ -108,3 +108,13 @@ def test_replacing_loses_nothing_at_any_moment(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("data_pipeline.prepare.pipeline.assemble_splits", appear)
     code, _, err = run(old, "--output", tmp_path / "late", "--overwrite", capsys=capsys)
     assert code == 2 and "not a prepared dataset" in err and contents(tmp_path / "late") == {"notes.txt": b"x"}
+
+
+def test_the_umask_decides_the_modes(tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert run("synthetic:documents=20", "--output", tmp_path / "data") == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "data").iterdir()}
+    assert len(modes) > 5 and set(modes.values()) == {0o640} and (tmp_path / "data").stat().st_mode & 0o777 == 0o750

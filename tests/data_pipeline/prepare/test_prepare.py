@@ -285,7 +285,7 @@ def test_recipes(tmp_path, corpus, capsys):
         ("workers: many", "\"workers\": Expected a <class 'int'>. Got value: many"),
         ("normalization: NFX", "Given value: NFX"),
         ("sources: x", "\"sources\": Expected a <class 'list'>. Got value: x"),
-        ("a: [", "Problems parsing config"),
+        ("a: [", "is not readable YAML"),
     ):
         recipe.write_text(line + "\n")
         code, _, err = run("--config", recipe, "--output", tmp_path / "c", capsys=capsys)

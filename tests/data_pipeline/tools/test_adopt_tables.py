@@ -9,6 +9,7 @@ import pytest
 
 from data_pipeline import Manifest, load_tokenizer
 from data_pipeline.corpora.sources import open_source
+from data_pipeline.disk import staging_directory
 from data_pipeline.prepare.__main__ import main as prepare
 from data_pipeline.shards.manifest import open_shards
 from data_pipeline.tools.adopt import main as adopt
@@ -62,13 +63,19 @@ def test_texts_of_a_saved_dataset(folder):
     [
         ("texts", "tset", {}, "no split 'tset', only 'train', 'test'; choose one with --split"),
         ("texts", None, {"splits": ["../.."]}, r"no split 'train', only '\.\./\.\.'"),
-        ("texts", "..", {"splits": [".."]}, "damaged|no split"),
-        ("texts", None, {"splits": 3}, "dataset_dict.json: damaged, it lists no splits"),
+        ("texts", "..", {"splits": [".."]}, "no split"),
+        ("texts", None, {"splits": 3}, "dataset_dict.json: splits=3 must be `array`.*save the dataset again"),
         ("one", "train", {}, "is one split, without a name, not 'train'; leave out --split"),
-        ("one", None, {"_data_files": [{"filename": "../texts/x"}]}, "state.json: damaged, it does not list files"),
-        ("one", None, {"_data_files": [{"filename": "x.arrow"}]}, "x.arrow: No such file or directory; state.json"),
-        ("one", None, {"_data_files": 3}, "state.json: damaged"),
-        ("one", None, [], "state.json: damaged or unreadable: no JSON object"),
+        ("one", None, {"_data_files": [{"filename": "../texts/x"}]}, "is no name of a file in this folder; state.json"),
+        (
+            "one",
+            None,
+            {"_data_files": [{"filename": "x.arrow"}]},
+            "x.arrow cannot be read: No such file .*; state.json",
+        ),
+        ("one", None, {"_data_files": []}, "state.json: lists no files"),
+        ("one", None, {"_data_files": 3}, "state.json: _data_files=3 must be"),
+        ("one", None, [], "state.json: .*must be `object`"),
     ],
 )
 def test_a_damaged_saved_dataset_is_one_line(folder, name, split, change, message):
@@ -133,6 +140,7 @@ def test_adopt_copies_the_ids_beside_the_tables(folder, capsys):
         (["--train", "*.arrow", "--ids-column", "x"], "no column 'x', only 'input_ids', 'attention_mask'; choose one"),
         (["--train", "*.arrow", "--ids-column", "text"], "no column 'text'"),
         (["--train", "nowhere"], "nowhere: matches no file"),
+        (["--train", "a**"], "'a**': is no pattern of names in"),
     ],
 )
 def test_what_cannot_be_adopted_leaves_nothing(folder, capsys, arguments, message):
@@ -153,3 +161,16 @@ def test_a_file_in_the_way_of_a_shard_stays(folder, capsys):
     assert run(adopt, *options) == 0
     (folder / "ids/train/manifest.json").unlink()
     assert run(adopt, *options) == 0, "what an adoption that was killed left is the same"
+
+
+def test_of_two_adoptions_of_one_folder_the_second_is_refused(folder, capsys):
+    before = sorted(folder.rglob("*"))
+    for place, pattern in ((folder / "ids", "train"), (folder / "ids/train", "*.arrow")):
+        options = (place, "--tokenizer", "bytes", "--train", pattern)
+        with staging_directory(place / "adopted"):  # as the first does
+            assert run(adopt, *options) == 2
+        err = capsys.readouterr().err
+        assert err == f"error: {place}: another process is adopting these files; wait until it has ended\n"
+        assert sorted(folder.rglob("*")) == before
+        assert run(adopt, *options) == 0
+        before = sorted(folder.rglob("*"))

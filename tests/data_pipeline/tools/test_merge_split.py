@@ -1,5 +1,6 @@
 """Datasets put together, divided, and looked into: no document lost, doubled or on both sides."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import Manifest, load_tokenizer, open_dataset
+from data_pipeline.disk import staging_directory
 from data_pipeline.prepare.__main__ import main as prepare
 from data_pipeline.shards.manifest import open_shards
 from data_pipeline.tools import inspect, merge, split
@@ -80,6 +82,36 @@ def test_merged_is_one_after_the_other(tmp_path, one, two, options, capsys):
     assert "exists; choose another" in capsys.readouterr().err and not left_behind(tmp_path)
 
 
+def test_of_two_that_write_one_dataset_the_second_is_refused(tmp_path, one, two, capsys):
+    for number, arguments in enumerate(
+        ((merge.main, one, two), (split.main, one, "--parts", 2), (split.main, one, "--validation-fraction", 0.1))
+    ):
+        output = tmp_path / str(number)
+        with staging_directory(output):  # as the first does
+            assert run(*arguments, "--output", output) == 2
+        err = capsys.readouterr().err
+        assert f"{output} is being written by another process; wait until it has ended" in err and err.count("\n") == 1
+        assert list(tmp_path.glob(f"*{number}*")) == [] and not left_behind(tmp_path)
+        assert run(*arguments, "--output", output) == 0
+
+
+def test_what_another_process_has_finished_meanwhile_is_not_written_over(tmp_path, one, two, capsys, monkeypatch):
+    @contextlib.contextmanager
+    def after_another(output):
+        (output / "its").mkdir(parents=True)
+        with staging_directory(output) as staging:
+            yield staging
+
+    for module in (merge, split):
+        monkeypatch.setattr(module, "staging_directory", after_another)
+    for number, arguments in enumerate(
+        ((merge.main, one, two), (split.main, one, "--parts", 2), (split.main, one, "--validation-fraction", 0.1))
+    ):
+        assert run(*arguments, "--output", tmp_path / str(number)) == 2
+        assert f"{tmp_path / str(number)}: exists; choose another output directory\n" in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / str(number)).iterdir()] == ["its"] and not left_behind(tmp_path)
+
+
 def test_leaked_documents_are_counted_or_dropped(tmp_path, one, capsys):
     """Half of the documents of `one`, divided by another fraction: some train documents here are validation there."""
     other = make(tmp_path / "other", texts(1, 100)[:50] + texts(3, 30), "--validation-fraction", 0.6)
@@ -135,12 +167,20 @@ def test_what_does_not_fit_together_is_refused(tmp_path, one, two, capsys):
     for directories, message in (
         ((one, builtin), "builtin: its tokenizer is builtin where that of"),
         ((one, one), "given twice"),
-        ((one, tmp_path / "none"), "none: not a prepared dataset"),
+        ((one, tmp_path / "none"), "none: not a prepared dataset, there is no such directory; make one with `python"),
+        (
+            (one, one.with_name("onne")),
+            f"onne: not a prepared dataset, there is no such directory; did you mean {one}?",
+        ),
+        (
+            (one, one.with_suffix(".jsonl")),
+            "one.jsonl: not a prepared dataset, it is a file; make one of it with `python",
+        ),
         ((one, one.parent), f"not a prepared dataset itself, but {one} is one\n"),
     ):
         assert run(merge.main, *directories, "--output", tmp_path / "out") == 2
         err = capsys.readouterr().err
-        assert message in err and err.count("\n") == 1
+        assert message in err and err.count("\n") == 1 and "data_pipeline.adopt" not in err
     data = (builtin / "train-00000.bin").read_bytes()
     (builtin / "train-00000.bin").write_bytes(data[:-2] + b"\0\0")
     for arguments in (
@@ -251,6 +291,16 @@ def test_inspect_shows_packed_samples_and_mixtures(one, tmp_path, capsys):
     assert "15,000 samples, 960,000 tokens, 75.000% of them" in capsys.readouterr().out
     assert run(inspect.main, one, "--weights", "3,1") == 2
     assert "--weights: are those of a mixture" in capsys.readouterr().err
+    for option, value in (
+        ("--seed", 3),
+        ("--seq-len", 7),
+        ("--split", "validation"),
+        ("--at", 5),
+        ("--packing", "varlen"),
+    ):
+        assert run(inspect.main, one, option, value) == 2
+        assert f"error: {option}: " in (err := capsys.readouterr().err) and "give " in err and err.count("\n") == 1
+    assert run(inspect.main, one, "--sample", 10**20) == 2 and "sample=1" in capsys.readouterr().err
     for options in ((tmp_path / "b", "--sample", 3), (tmp_path / "b", "--document", 3), ("--packing", "varlen")):
         assert run(inspect.main, one, *options) == 2
         assert "give one directory" in (err := capsys.readouterr().err) or "give --sample N" in err

@@ -66,6 +66,29 @@ def forward_backward(function: Callable[..., Tensor], operands: list[Tensor], d_
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
 
+def check(
+    findings: Findings,
+    name: str,
+    fast: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    operands: list[Tensor],
+    d_out: Tensor,
+) -> None:
+    """Check the output and all gradients of a function against its reference in float64.
+
+    An error that it raises is a finding too: what comes next is checked all the same.
+    """
+    limit = LIMITS[d_out.dtype]
+    try:
+        actual = forward_backward(fast, operands, d_out)
+        expected = forward_backward(reference, [x.double() for x in operands], d_out.double())
+        error = off(actual, expected)
+    except Exception as error:
+        findings.check(name, False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    else:
+        findings.check(name, error <= limit, f"off by {error:.1e} of {limit:.0e}")
+
+
 def attention_operands(B: int, T: int, H: int, K: int, D: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     q, d_out = (random(B, T, H, D, dtype=dtype, seed=seed).transpose(1, 2) for seed in (0, 3))
     k, v = (random(B, T, K, D, dtype=dtype, seed=seed).transpose(1, 2) for seed in (1, 2))
@@ -93,12 +116,8 @@ def attention(findings: Findings, work: Path) -> None:
                 def exact(*inputs: Tensor, options: dict = options) -> Tensor:
                     return sink_attention(*inputs, backend="reference", **options)
 
-                error = off(
-                    forward_backward(run, operands, d_out),
-                    forward_backward(exact, [x.double() for x in operands], d_out.double()),
-                )
                 name = f"{backend}, {str(dtype).removeprefix('torch.')}, {model}, {label}"
-                findings.check(name, error <= LIMITS[dtype], f"off by {error:.1e} of {LIMITS[dtype]:.0e}, T={T}")
+                check(findings, f"{name}, T={T}", run, exact, operands, d_out)
     time_attention(findings, models["20B"], window)
 
 
@@ -155,12 +174,8 @@ def grouped_gemm(findings: Findings, work: Path) -> None:
             continue
         for label, counts in row_counts(N, E).items():
             operands, d_out = expert_operands(sum(counts), E, D, I, dtype)
-            error = off(
-                forward_backward(experts(backend, counts), operands, d_out),
-                forward_backward(experts("loop", counts), [x.double() for x in operands], d_out.double()),
-            )
-            detail = f"off by {error:.1e} of {LIMITS[dtype]:.0e}, {sum(counts)} rows of {D}"
-            findings.check(f"{backend}, {type_name}, {label}", error <= LIMITS[dtype], detail)
+            name = f"{backend}, {type_name}, {label}, {sum(counts)} rows of {D}"
+            check(findings, name, experts(backend, counts), experts("loop", counts), operands, d_out)
     time_grouped_gemm(findings, E, D, I)
 
 

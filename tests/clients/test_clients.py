@@ -1,0 +1,87 @@
+"""An export in the programs that people use: vLLM and llama.cpp serve it, TRL trains it, and it comes back.
+
+docs/proofs.md has the commands by hand, and what they gave.
+"""
+
+import shutil
+
+import pytest
+import torch
+
+import gptoss_dist
+from data_pipeline import Tokenizer
+from tests.support.clients import ask, interpreter
+from tests.support.ranks import ROOT, run
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+PROMPTS = ["def ", "import os\n", "class A:\n    def __init__(self, value=None):\n        self.value = value\n" * 5]
+TOKENS = 16
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def exported(request, tmp_path_factory):
+    """A model of the quickstart's shape after a few steps, as an export in float32."""
+    folder = tmp_path_factory.mktemp("tied" if request.param else "untied")
+    data = folder / "data"
+    from data_pipeline.prepare.__main__ import main
+
+    assert main(["synthetic", "--output", str(data), "--tokenizer", "builtin", "--max-documents", "200"]) == 0
+    run("launch/train.py", "--config", str(ROOT / "configs/quickstart.yaml"), "--data.path", str(data),
+        "--data.seq_len", "64", "--run.dir", str(folder / "run"),
+        "--model.tie_word_embeddings", str(request.param).lower(), "--train.steps", "12",
+        "--optim.warmup_steps", "2", "--validation.every", "0", "--sampling.prompts", "[]",
+        "--checkpoint.every", "12", "--tracking.mlflow", "false", "--tracking.plots", "false")  # fmt: skip
+    run("launch/convert.py", "export", str(folder / "run"), "--output", str(folder / "export"), "--dtype", "float32")
+    return folder / "export"
+
+
+def check(folder, found: dict) -> None:
+    """Compare what a program made of the prompts with what this project makes of them, in float32."""
+    assert found["prompts"] == [Tokenizer.load(folder).encode(prompt).tolist() for prompt in PROMPTS]
+    model = gptoss_dist.load_pretrained(folder)
+    for ids, continued, scores in zip(found["prompts"], found["ids"], found["scores"], strict=True):
+        prompt = torch.tensor([ids])
+        assert model.generate(prompt, max_new_tokens=TOKENS, temperature=0.0)[0, len(ids) :].tolist() == continued
+        with torch.no_grad():
+            ours = model(prompt)[0, :-1].log_softmax(-1).gather(1, prompt[0, 1:, None])[:, 0]
+        assert (ours - torch.tensor(scores)).abs().max() < 1e-4
+
+
+def test_vllm_serves_it(exported):
+    found = ask("vllm", "vllm_greedy.py", exported, PROMPTS, TOKENS)
+    check(exported, found)
+    tokenizer = Tokenizer.load(exported)
+    special = tokenizer.special_tokens
+    assert found["chat"] == [special["<|start|>"], *tokenizer.encode("user"), special["<|message|>"],
+                             *tokenizer.encode("hi"), special["<|end|>"], special["<|start|>"],
+                             *tokenizer.encode("assistant")]  # fmt: skip
+    assert found["stops"] == [special["<|return|>"], special["<|endoftext|>"], special["<|call|>"]]
+
+
+def test_llama_cpp_serves_it(exported, tmp_path):
+    found = ask("llama_cpp", "llama_cpp_greedy.py", exported, PROMPTS, TOKENS, tmp_path / "model.gguf")
+    check(exported, found)
+    assert "<|channel|>final<|message|>" in found["template"]
+
+
+def test_trl_trains_it_and_it_comes_back(exported, tmp_path):
+    """The chat template is not written here; PEFT's adapters are refused by name before they are merged."""
+    interpreter("trl")
+    found = ask("trl", "trl_sft.py", exported, tmp_path / "sft", 3)
+    talk = "<|start|>user<|message|>What is 0 + 1?<|end|><|start|>assistant<|channel|>final<|message|>1<|return|>"
+    assert found["text"] == talk
+    assert len(found["losses"]) == 3 and found["losses"][-1] < found["losses"][0]
+    assert (tmp_path / "sft" / "chat_template.jinja").read_text() == (exported / "chat_template.jinja").read_text()
+    tie = "--model.tie_word_embeddings", "false"
+    run("launch/train.py", "--config", str(ROOT / "configs/quickstart.yaml"), "--init.from", f"hf:{tmp_path / 'sft'}",
+        "--data.path", str(exported.parent / "data"), "--data.seq_len", "64", "--run.dir", str(tmp_path / "run"), *tie,
+        "--train.steps", "1", "--optim.lr", "0", "--optim.warmup_steps", "0", "--optim.min_lr_ratio", "0",
+        "--validation.every", "0", "--sampling.prompts", "[]", "--tracking.mlflow", "false",
+        "--tracking.plots", "false")  # fmt: skip
+    run("launch/convert.py", "export", str(tmp_path / "run"), "--output", str(tmp_path / "again"), "--dtype", "float32")
+    one, two = (gptoss_dist.load_pretrained(tmp_path / name).state_dict() for name in ("sft", "again"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    for name in ("chat_template.jinja",):
+        assert (tmp_path / "again" / name).read_text() == (exported / name).read_text()
+    shutil.rmtree(tmp_path / "sft")

@@ -1,0 +1,43 @@
+"""Wrong command lines of the benchmarks: one line that names option, value and remedy, before anything starts."""
+
+import sys
+
+import pytest
+
+from launch.benchmarks import against_transformers, checkpoints, data, engines
+
+NUMBERS = ("0", "-1", "x", "1.5", "nan", "inf", "1e400", "", "9" * 5000, str(2**64))
+WRONG = {
+    (against_transformers, "moe"): [
+        [f"--{name}={n}"] for name in ("rounds", "steps", "tokens", "top-k") for n in NUMBERS
+    ],
+    (against_transformers, "train"): [
+        ["--precision", "fp16"],
+        ["--seq-len"],
+        ["--seqlen=5"],
+        ["--experts", ""],
+        ["more"],
+    ],
+    (checkpoints, None): [[f"--{name}={n}"] for name in ("processes", "every", "rounds") for n in NUMBERS],
+    (engines, None): [["--processes", n] for n in NUMBERS] + [["--precision", "both"], ["--step=3"]],
+    (data, "load"): [[f"--gigabytes={n}"] for n in ("0", "-1", "x", "nan", "inf", "1e400")] + [["--only", "x"]],
+}
+
+
+@pytest.mark.parametrize(("program", "verb"), WRONG)
+def test_wrong_command_lines(monkeypatch, capsys, program, verb):
+    for words in WRONG[program, verb]:
+        argv = [*([verb] if verb else []), *words]
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *argv])
+        with pytest.raises(SystemExit) as end:
+            program.main() if program is data else program.main(argv)
+        out, err = capsys.readouterr()
+        assert end.value.code == 2 and not out and err.count("\n") == 1 and len(err) < 900, (argv, err)
+        assert words[0].partition("=")[0] in err, (argv, err)
+
+
+def test_what_was_meant(capsys):
+    for argv, meant in ((["moe", "--round=3"], "--rounds"), (["train", "--seqlen=3"], "--seq-len")):
+        with pytest.raises(SystemExit):
+            against_transformers.main(argv)
+        assert f"did you mean {meant}?" in capsys.readouterr().err
