@@ -17,7 +17,9 @@ _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>(?:[^\s'\"<>`
 # USER:PASSWORD@ or TOKEN@. SQLAlchemy takes a password with a slash in it, so one is looked for beyond the first slash
 # where the text after the colon is no port.
 _USER = re.compile(r"^(?:[^/?#]*|[^/?#:@]*:(?!\d*(?:[/?#]|$))[^?#]*|[^/?#:@]*:(?!\d*(?:[/?#]|$))[^@]*)@")
-_VALUE = re.compile(r"=[^&;#]*")
+_VALUE = re.compile(r"=(?!\*\*\*)[^&;#]*")
+_QUERY = re.compile(r"(?<=[\w/])\?(?=[\w.-]+=)[^\s'\"<>`]*")
+"""The query of a URL without its host, as libraries print it: `url: /path?token=abc`."""
 _WEB = ("http", "https")
 _SENTENCE = ".,:;!)"  # what follows a URL in a sentence
 
@@ -28,7 +30,8 @@ def without_secrets(text: str) -> str:
     Args:
         text: A URL, several of them as fsspec chains them (`zip://a.txt::https://...`), or a sentence that holds some.
     """
-    return _URL.sub(_hidden, text) if "://" in text else text
+    text = _URL.sub(_hidden, text) if "://" in text else text
+    return _QUERY.sub(lambda query: _VALUE.sub(f"={_HIDDEN}", query[0]), text)
 
 
 def _hidden(url: re.Match) -> str:

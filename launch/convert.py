@@ -31,7 +31,7 @@ class SourceOptions:
 class InspectOptions(SourceOptions):
     """List step, settings, tensors, shapes and sizes, and the tensors with values that are not finite."""
 
-    values: bool = True
+    read_values: bool = True
     """Look at the values, which reads everything."""
 
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 def _inspect(options: InspectOptions) -> None:
     from gptoss_dist.checkpoint.formats.inspect import describe
 
-    print_line(describe(options.source, values=options.values))
+    print_line(describe(options.source, values=options.read_values))
 
 
 def _verify(options: VerifyOptions) -> int:

@@ -63,8 +63,8 @@ def check_files(argv: list[str], sections: Collection[str] = ()) -> None:
             one line that names it.
     """
     for name, value in _pairs(argv):
-        if name == "--config" and _is_there(value):
-            values = parse_yaml(read_text(value), value)
+        if name == "--config":
+            values = _settings(value)
             check_lists(values, f"{value}: ")
             for section in sections if isinstance(values, dict) else ():
                 if section in values and not isinstance(values[section], dict | str):
@@ -75,6 +75,16 @@ def check_files(argv: list[str], sections: Collection[str] = ()) -> None:
                 _check_section_file(values.get(section), Path(value).parent)
         elif name.removeprefix("--") in sections and name.startswith("--"):
             _check_section_file(value, Path())
+
+
+def _settings(given: str) -> Any:
+    """Return what a file holds, or settings that are given in its place; None for what jsonargparse refuses."""
+    if _is_there(given):
+        return parse_yaml(read_text(given), given)
+    try:
+        return parse_yaml(given, given)
+    except ValueError:
+        return None
 
 
 def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -42,8 +43,8 @@ def in_words(error: BaseException) -> str:
         files = " -> ".join(_name(file) for file in (error.filename, error.filename2) if file is not None)
         text = f"{files + ': ' if files else ''}{error.strerror.lower()}{'; ' + remedy if remedy else ''}"
     elif _is_out_of_memory(error):
-        detail = str(error).partition("\n")[0].partition("] . ")
-        text = f"not enough memory: {detail[2] or detail[0] or 'an allocation failed'}; choose smaller sizes"
+        detail = re.sub(r"^\[enforce fail.*? \w*Allocator: ", "", str(error).partition("\n")[0])
+        text = f"not enough memory: {detail or 'an allocation failed'}; choose smaller sizes"
     elif _is_homeless(error):
         text = "the home directory that is meant is not known; set HOME, or give a path without ~"
     elif isinstance(error, RecursionError):

@@ -49,9 +49,11 @@ def parse(kind: type[T], argv: list[str], *, prog: str, epilog: str | None = Non
                 )
     except ValueError as error:
         raise ValueError(f"{error}; see {prog} --help") from None
-    settings = kind(**{option.name: values[option.name] for option in options})
-    check_ranges(settings)
-    return settings
+    given = {option.name: values[option.name] for option in options}
+    unchecked = object.__new__(kind)
+    vars(unchecked).update(given)
+    check_ranges(unchecked)  # each value for itself comes before what the class checks of several
+    return kind(**given)
 
 
 def new_parser(**arguments: Any) -> jsonargparse.ArgumentParser:

@@ -15,6 +15,7 @@ infinite, is in values.py, and needs no declaration.
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass
@@ -121,8 +122,11 @@ def check_ranges(section: Any, prefix: str = "") -> None:
     Raises:
         ValueError: A value makes no sense or is outside its range; the message names the first one.
     """
+    hints = typing.get_type_hints(type(section))
     for field in dataclasses.fields(section):
         key, value = f"{prefix}{field.name}", getattr(section, field.name)
+        if value is None and field.name in hints and not is_optional(hints[field.name]):
+            raise ValueError(f"{key}=null is no value; give one, or leave it out")
         check_sense(key, value, may_be_empty=field.metadata.get("may_be_empty", False))
         if limits := field.metadata.get("range"):
             limits.check(key, value)
@@ -143,3 +147,12 @@ def ranges_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Range]]:
             yield key, limits
         if dataclasses.is_dataclass(hints[field.name]):
             yield from ranges_of(hints[field.name], f"{key}.")
+
+
+def is_optional(hint: Any) -> bool:
+    """Return whether a type has None among its values."""
+    return hint in (None, type(None), Any) or any(is_optional(part) for part in _union_parts(hint))
+
+
+def _union_parts(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()

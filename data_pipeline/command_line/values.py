@@ -27,6 +27,8 @@ def check_sense(key: str, value: Any, *, may_be_empty: bool = False) -> None:
     """
     if isinstance(value, dict):
         for name, item in value.items():
+            if not isinstance(name, str):
+                raise ValueError(f"{key}: the name {name!r} must be a text; put it in quotation marks")
             check_sense(f"{key} of {name}", item, may_be_empty=True)
     elif isinstance(value, list | tuple):
         for item in value:

@@ -212,6 +212,7 @@ def read_info(checkpoint: str | Path) -> dict[str, Any]:
         raise ValueError(f"{printable(path)} has format {shown}, this version reads {FORMAT}; {remedy}")
     if recorded != _digest(values):
         raise ValueError(f"{printable(path)} is not what was written (SHA-256)")
+    values.setdefault("files", {})
     for name in convert(values, _Stored, path, remedy=_REMEDY).files:
         if Path(name).name != name or name in ("..", INFO) or "\0" in name:
             raise ValueError(f"{printable(path)}: files: {printable(name)!r} is no file of this folder; {_REMEDY}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from gptoss_dist.config.data import DataConfig, SourceConfig, StageConfig
 from gptoss_dist.config.sections import (
     CheckpointConfig,
+    Init,
     LossConfig,
     OptimConfig,
     RunConfig,
@@ -70,6 +71,16 @@ def check_schedule(optim: OptimConfig, train: TrainConfig) -> None:
             f"optim.decay_steps={decay} has no meaning with optim.schedule={optim.schedule}, which is not wsd; leave "
             "it out, or set --optim.schedule wsd",
         )
+
+
+def check_init(init: Init) -> None:
+    """Refuse what is no name of weights; jsonargparse does not look into a dictionary that is typed as a whole."""
+    where, other = init.get("from"), init.get("other_tokenizer", False)
+    _require(
+        where is None or (isinstance(where, str) and where),
+        f"init.from={where!r} is no place of weights; give hf:FOLDER, openai:FOLDER, or the folder of a run",
+    )
+    _require(isinstance(other, bool), f"init.other_tokenizer={other!r} must be true or false")
 
 
 def check_name(run: RunConfig) -> None:
@@ -167,6 +178,10 @@ def _check_weights(sources: tuple[SourceConfig, ...]) -> None:
     weights = {source.label: source.weight for source in sources}
     missing = [weight is None for weight in weights.values()]
     _require(
+        not weights or any(weight is None or weight > 0 for weight in weights.values()),
+        f"data.sources={weights} leave nothing to read; give one a weight of more than 0",
+    )
+    _require(
         all(missing) or not any(missing),
         f"data.sources={weights} give a weight to some only; give one to all, or to none for shares by tokens",
     )
@@ -181,6 +196,10 @@ def _check_stages(stages: tuple[StageConfig, ...], names: list[str]) -> None:
             "sources",
         )
         last = stage.from_step
+        _require(
+            any(stage.weights.values()),
+            f"data.stages: {stage.label} weights={stage.weights} leave nothing to read; give one more than 0",
+        )
         for name, weight in stage.weights.items():
             _require(
                 name in names,

@@ -45,7 +45,7 @@ def parse_arguments(argv: list[str], parser: jsonargparse.ArgumentParser | None 
                 "--engine.deepspeed FILE"
             )
     kinds = typing.get_type_hints(Config)
-    sections = [name for name, kind in kinds.items() if dataclasses.is_dataclass(kind)]
+    sections = [name for name, kind in kinds.items() if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)]
     values = parse_with(parser or build_parser(), argv, sections)
     names = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{name: values[name] for name in names})

@@ -79,7 +79,7 @@ class OptimConfig:
     freeze: list[str] = field(default_factory=list)
     """Patterns of the names of parameters that stay as they are, such as "*.router.*" or "model.layers.[0-3].*": no
     gradient, no optimizer state, no part in the gradient norm."""
-    lr_scale: dict[str, float] = field(default_factory=dict)
+    lr_scale: dict[str, float] = ranged(default_factory=dict, at_least=0)
     """Factors of the learning rate by such patterns; the last that matches counts."""
 
 

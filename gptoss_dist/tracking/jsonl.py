@@ -35,7 +35,7 @@ class JsonLinesWriter:
             self._file = open(descriptor, "ab", buffering=0)  # noqa: SIM115 -- lives as long as the tracker
             self._torn = not _ends_with_newline(path)
         except OSError as error:
-            self._warn(str(error))
+            self._warn(error.strerror or str(error))
 
     def append(self, record: dict) -> None:
         """Write one record as a whole line."""
@@ -50,7 +50,7 @@ class JsonLinesWriter:
             if self._torn:
                 self._warn(f"only {written} of {len(data)} bytes were written")
         except OSError as error:
-            self._warn(str(error))
+            self._warn(error.strerror or str(error))
 
     def close(self) -> None:
         """Close the file; nothing can be appended any more."""

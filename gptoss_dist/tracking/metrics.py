@@ -27,8 +27,8 @@ from gptoss_dist.planner.hardware import Peak
 
 PERPLEXITY_LOSS_CAP = 20.0
 _GIB = 2**30
-_MEASUREMENTS = 10
-"""Of a peak in one run, each of about 0.3 s."""
+_LAST_MEASUREMENT = 2**13
+"""Steps faster than the peak after which it is not measured any more, each time for about 0.3 s."""
 
 
 def perplexity(loss: float) -> float:
@@ -134,7 +134,7 @@ class Throughput:
         self.tokens, self.peak = tokens, peak
         self._devices = devices
         self._flops, self._measure_peak = flops, measure_peak
-        self._measurements = 0
+        self._impossible = 0  # steps that were faster than the peak
 
     def step(self, tokens: int, timing: dict[str, float]) -> dict[str, float]:
         """Count one step's tokens, all ranks together.
@@ -156,14 +156,15 @@ class Throughput:
     def _utilisation(self, rate: float) -> float | None:
         if self._flops is None or self.peak is None:
             return None
-        while (share := mfu(self._flops, rate, self.peak)) > 1:
-            if self._measure_peak is None or self._measurements == _MEASUREMENTS:
-                break
-            self._measurements += 1
-            again = self._measure_peak()
-            if again is None or again.value <= self.peak.value:
-                break
-            self.peak = again
+        share = mfu(self._flops, rate, self.peak)
+        if share > 1 and self._measure_peak is not None:
+            self._impossible += 1
+            # Twice as long between two measurements each time: what keeps the machine busy may last.
+            if self._impossible.bit_count() == 1 and self._impossible < _LAST_MEASUREMENT:
+                again = self._measure_peak()
+                if again is not None and again.value > self.peak.value:
+                    self.peak = again
+                    share = mfu(self._flops, rate, again)
         return share
 
 

@@ -86,9 +86,8 @@ def test_commands_refuse_what_is_outside(kind):
     for name, limits in ranges.items():
         assert texts[name].endswith(f"({limits})")
         below = next(outside(limits))
-        more = ["--parts=1"] if (kind, name) == (SplitOptions, "shard_tokens") else []
         with pytest.raises(ValueError, match=f"^{name}={below}") as error:
-            parse(kind, [*COMMANDS[kind], *more, f"{spelled[name]}={below}"], prog="command")
+            parse(kind, [*COMMANDS[kind], f"{spelled[name]}={below}"], prog="command")
         assert " must be " in str(error.value)
 
 

@@ -10,6 +10,7 @@ from data_pipeline.secrets import without_secrets
     ("text", "shown"),
     [
         ("https://ann:S@h/a.jsonl?X-Amz-Signature=S&part=S", "https://***@h/a.jsonl?X-Amz-Signature=***&part=***"),
+        ("exceeded with url: /a/b?token=S/api&x=S (Caused by", "exceeded with url: /a/b?token=***&x=*** (Caused by"),
         ("postgresql://u:S/S@host/db", "postgresql://***@host/db"),
         ("postgresql://u:S@S@host:5432/db?sslmode=S", "postgresql://***@host:5432/db?sslmode=***"),
         ("mysql+pymysql://u:S?S#S@host/db", "mysql+pymysql://***@host/db"),

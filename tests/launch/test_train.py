@@ -233,6 +233,21 @@ def test_the_death_of_a_process_is_called_that(settings, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_password_is_in_nothing_that_a_run_leaves(settings, tmp_path):
+    folder = tmp_path / "secret"
+    uri = "http://ann:hush-hush@127.0.0.1:9/mlflow?token=mum-mum"
+    done = run("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "2",
+               "--tracking.mlflow", "true", "--tracking.uri", uri, cwd=tmp_path, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
+               MLFLOW_HTTP_REQUEST_TIMEOUT="1")  # fmt: skip
+    left = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    left["the terminal"] = (done.stdout + done.stderr).encode()
+    assert not [name for name, text in left.items() for word in (b"hush", b"mum", b"ann:") if word in text]
+    assert b"127.0.0.1:9" in left[str(folder / "config.yaml")]
+    again = run("launch/train.py", "--config", str(folder / "config.yaml"), "--resume", "auto", expect=2)
+    assert "tracking.uri=http://***@127.0.0.1:9/mlflow?token=*** has its secrets hidden" in again.stderr
+    assert "--tracking.uri" in again.stderr and "Traceback" not in again.stderr
+
+
 MISTAKES = {
     "wrong key": (["--train.stepz", "3"], "stepz"),
     "wrong type": (["--train.steps", "many"], "train.steps"),

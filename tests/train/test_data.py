@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ import torch.distributed as dist
 import yaml
 
 from data_pipeline import Manifest
+from data_pipeline.tokenizer.published import load_tokenizer
 from gptoss_dist.checkpoint import CheckpointInfo, DataPlace
 from gptoss_dist.checkpoint.info import FORMAT, sealed
 from gptoss_dist.config import Config, SourceConfig, StageConfig, load_config
 from gptoss_dist.distributed.processes import init_distributed
 from gptoss_dist.model.config import ModelConfig
-from gptoss_dist.train.data import open_training_data, open_validation, verify
+from gptoss_dist.train import data as data_module
+from gptoss_dist.train.data import check_tokenizer, open_training_data, open_validation, verify
 from gptoss_dist.train.dry_run import describe
 from gptoss_dist.train.start import Start, check_resumable
 from tests.support.ranks import run
@@ -336,3 +339,23 @@ def test_every_copy_of_the_data_is_verified(tmp_path):
             assert f"{case}/{rank}/{name}: " in found[case][0]
     assert found["sound"][0] == "sound"
     assert all("is not the same dataset for all ranks" in text for text in found["other"])
+
+
+def test_weights_of_another_tokenizer_are_refused_unless_that_is_meant(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(data_module, "print_message", told.append)
+    config = load_config("configs/quickstart.yaml", overrides={"init.from": str(tmp_path)})
+    ours = load_tokenizer("bytes")
+    data = SimpleNamespace(training=SimpleNamespace(mixture=SimpleNamespace(tokenizer=ours)))
+    weights = SimpleNamespace(folder=tmp_path)
+    check_tokenizer(config, None, data)
+    check_tokenizer(config, weights, data)
+    assert len(told) == 1 and "has no tokenizer beside it" in told[0]
+    ours.save(tmp_path)
+    check_tokenizer(config, weights, data)
+    load_tokenizer("builtin").save(tmp_path)
+    with pytest.raises(ValueError, match=r"^init.from=.* tokenizer bytes .*builtin.*--init.other_tokenizer true"):
+        check_tokenizer(config, weights, data)
+    config.init["other_tokenizer"] = True
+    check_tokenizer(config, weights, data)
+    assert len(told) == 1

@@ -10,20 +10,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from data_pipeline import Tokenizer
 from data_pipeline.disk import write_synced
-from data_pipeline.foreign import file_inside, read_bytes
+from data_pipeline.foreign import Count, convert, file_inside, read_bytes, read_json
 from data_pipeline.tokenizer.harmony import chat_template, has_harmony
 from data_pipeline.tokenizer.huggingface import huggingface_files
 from gptoss_dist.checkpoint.formats import huggingface
 from gptoss_dist.checkpoint.formats.checksums import FILE as CHECKSUMS
 from gptoss_dist.checkpoint.formats.pretrained import Pretrained
-from gptoss_dist.checkpoint.info import read_info
+from gptoss_dist.checkpoint.info import INFO, read_info
 
 TEMPLATE, GENERATION, CARD = "chat_template.jinja", "generation_config.json", "README.md"
 COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -32,6 +33,9 @@ COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.j
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PUBLISHED_IDS = {"eos_token_id": [200002, 199999, 200012], "pad_token_id": 199999}
 """Those of the published models, whose vocabulary no other has."""
+
+MOST_BYTES = 256 << 20
+"""The largest file of this kind; the published tokenizer.json has 28 MB."""
 
 Message = Callable[[str], None]
 
@@ -53,10 +57,8 @@ def write_companions(pretrained: Pretrained, folder: Path, format: str, message:
     if pretrained.format == "run":
         return _write_those_of_a_run(pretrained, folder, format, message)
     if pretrained.format == format:
-        for pattern in COPIED:
-            for path in pretrained.folder.glob(pattern):
-                if not path.is_dir():
-                    shutil.copyfile(file_inside(pretrained.folder, path.name), folder / path.name)
+        for name in {path.name for pattern in COPIED for path in pretrained.folder.glob(pattern) if not path.is_dir()}:
+            (folder / name).write_bytes(_companion(pretrained.folder, name))
         _name_what_is_left(pretrained, folder, message)
         values = huggingface.read_json(pretrained.folder / "config.json")
         return {key: values[key] for key in IDS if values.get(key) is not None}
@@ -87,13 +89,26 @@ def _write_those_of_a_run(pretrained: Pretrained, folder: Path, format: str, mes
     for name, values in files.items():
         _write_json(folder / name, values)
     if (pretrained.folder / TEMPLATE).is_file():
-        shutil.copyfile(file_inside(pretrained.folder, TEMPLATE), folder / TEMPLATE)
+        (folder / TEMPLATE).write_bytes(_companion(pretrained.folder, TEMPLATE))
         message(f"{TEMPLATE} is that of the weights which the run began with")
     elif has_harmony(tokenizer):
         write_synced(folder / TEMPLATE, chat_template())
     else:
         message(f"no chat template: tokenizer {tokenizer.name} lacks Harmony's special tokens")
     return {key: files[GENERATION][key] for key in IDS if key in files[GENERATION]}
+
+
+def _companion(folder: Path, name: str) -> bytes:
+    """Return the content of a file that goes with a model.
+
+    Raises:
+        ValueError: It leads out of the folder, is larger than such files are, or is called JSON and is not.
+    """
+    path = file_inside(folder, name)
+    data = read_bytes(path, most=MOST_BYTES)
+    if path.suffix == ".json":
+        read_json(path, dict[str, Any], most=MOST_BYTES)
+    return data
 
 
 def companions_to_carry(folder: Path) -> dict[str, bytes]:
@@ -103,7 +118,7 @@ def companions_to_carry(folder: Path) -> dict[str, bytes]:
         ValueError: One of them is a link that leads out of the folder, or cannot be read.
     """
     names = [name for name in (TEMPLATE, GENERATION) if os.path.lexists(folder / name)]
-    found = {name: read_bytes(file_inside(folder, name)) for name in names}
+    found = {name: _companion(folder, name) for name in names}
     settings = folder / "tokenizer_config.json"
     if TEMPLATE not in found and settings.is_file():
         template = huggingface.read_json(settings).get("chat_template")  # where transformers 4 kept it
@@ -203,7 +218,8 @@ def _size(shape: tuple[int, ...]) -> int:
 
 def _title(pretrained: Pretrained) -> str:
     if pretrained.format == "run":
-        return _plain(read_info(pretrained.folder).get("config", {}).get("run", {}).get("name") or "model")
+        told = convert(read_info(pretrained.folder), _Told, pretrained.folder / INFO)
+        return _plain(told.config.run.name or "model")
     return _plain(pretrained.folder.name or "model")
 
 
@@ -212,21 +228,60 @@ def _history(pretrained: Pretrained) -> list[tuple[str, str]]:
     if pretrained.format != "run":
         return []
     info = read_info(pretrained.folder)
+    told = convert(info, _Told, pretrained.folder / INFO)
     rows = [("trained steps", f"{info['step']:,}")]
-    if isinstance(tokens := info.get("tokens"), int):
-        rows.append(("trained tokens", f"{tokens:,}"))
-    data, config = info.get("data") or {}, info.get("config") or {}
-    sources = (data.get("mixture") or {}).get("sources") or []
-    named = [f"{_plain(s['name'])} (weight {s.get('weight')})" for s in sources if s.get("name")]
+    if told.tokens is not None:
+        rows.append(("trained tokens", f"{told.tokens:,}"))
+    named = [f"{_plain(source.name)} (weight {source.weight})" for source in told.data.mixture.sources]
     if named:
         rows.append(("data", ", ".join(named)))
-    if data.get("content_sha256"):
-        rows.append(("data SHA-256", str(data["content_sha256"])))
-    if precision := (config.get("train") or {}).get("precision"):
-        rows.append(("trained in", str(precision)))
-    if begun := (config.get("init") or {}).get("from"):
-        rows.append(("began with", _plain(Path(str(begun)).name)))
+    if told.data.content_sha256:
+        rows.append(("data SHA-256", _plain(told.data.content_sha256)))
+    if told.config.train.precision:
+        rows.append(("trained in", _plain(told.config.train.precision)))
+    if told.config.init.begun:
+        rows.append(("began with", _plain(Path(told.config.init.begun).name)))
     return rows
+
+
+class _Source(msgspec.Struct):
+    name: str
+    weight: float | None = None
+
+
+class _Mixture(msgspec.Struct):
+    sources: list[_Source] = []
+
+
+class _Data(msgspec.Struct):
+    content_sha256: str | None = None
+    mixture: _Mixture = msgspec.field(default_factory=_Mixture)
+
+
+class _Train(msgspec.Struct):
+    precision: str | None = None
+
+
+class _Init(msgspec.Struct):
+    begun: str | None = msgspec.field(default=None, name="from")
+
+
+class _Run(msgspec.Struct):
+    name: str = "model"
+
+
+class _Config(msgspec.Struct):
+    run: _Run = msgspec.field(default_factory=_Run)
+    train: _Train = msgspec.field(default_factory=_Train)
+    init: _Init = msgspec.field(default_factory=_Init)
+
+
+class _Told(msgspec.Struct):
+    """What a checkpoint says of the run that wrote it, as far as it says something."""
+
+    tokens: Count | None = None
+    data: _Data = msgspec.field(default_factory=_Data)
+    config: _Config = msgspec.field(default_factory=_Config)
 
 
 def _plain(text: object) -> str:

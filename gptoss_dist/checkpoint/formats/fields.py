@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from data_pipeline.foreign import convert
+from data_pipeline.foreign import Count, convert
 from gptoss_dist.model.config import ModelConfig
 
 
@@ -120,7 +120,7 @@ def check_types(values: dict[str, Any], format: Literal["hf", "openai"], path: P
     if format == "hf":
         listed: list[Any] = [(name, kinds[field] | None, None) for field, name in names("hf").items()]
         rope = dict.fromkeys(("rope_scaling", "rope_parameters"), _Rope | None) | {"rope_theta": float | None}
-        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), int | list[int] | None)
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), Count | list[Count] | None)
         listed += [(name, kind, None) for name, kind in (rope | ids).items()]
     else:
         listed = [(name, kinds[field]) for field, name in names("openai").items()]

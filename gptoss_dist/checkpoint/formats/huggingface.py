@@ -114,7 +114,7 @@ def _rope_scaling(path: Path, place: str, rope: dict, values: dict) -> RopeScali
         return None
     known = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
     if kind != "yarn" or (unknown := sorted(rope.keys() - known)):
-        wrong = f"rope_type={kind}" if kind != "yarn" else f"{unknown} of the rotary embedding"
+        wrong = f"rope_type={printable(kind)[:60]}" if kind != "yarn" else f"{unknown} of the rotary embedding"
         raise ValueError(f"{path}: {wrong} is not supported; use yarn with {', '.join(sorted(known))}, or default")
     if "factor" not in rope:
         raise ValueError(f"{path}: yarn needs a factor")

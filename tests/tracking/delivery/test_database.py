@@ -4,6 +4,7 @@ import contextlib
 import logging
 import shutil
 import sqlite3
+import threading
 
 import pytest
 
@@ -57,6 +58,32 @@ def test_an_empty_file_is_made(tmp_path, quick_making, empty_store):
     (tmp_path / "mlflow.db").touch()
     Database(tmp_path / "mlflow.db").prepare(pytest.fail)
     assert (tmp_path / "mlflow.db").read_bytes() == empty_store.read_bytes()
+
+
+def test_a_run_that_ends_before_the_making_leaves_nothing_half_and_names_the_command(
+    tmp_path, quick_making, monkeypatch
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    begun, goes_on = threading.Event(), threading.Event()
+
+    class Slow(quick_making):
+        def __init__(self, uri, artifacts):
+            super().__init__(uri, artifacts)
+            begun.set()
+            goes_on.wait(60)
+
+    monkeypatch.setattr("mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore", Slow)
+    said = []
+    tracker = start("run", message=said.append)
+    tracker.log(1, {"loss/train": 1.0})
+    assert begun.wait(60)
+    tracker.close(timeout=0)
+    assert names(tmp_path) == ["mlflow.db.lock", "run"]
+    assert said and "nothing is lost" in said[0] and "python -m gptoss_dist.tracking sync run" in said[0]
+    goes_on.set()  # a process would be gone by now
+    tracker._thread.join(60)
+    assert names(tmp_path) == ["mlflow.db.lock", "run"] and len(said) == 1
 
 
 def half_made(path, empty_store, version, *, run=False):

@@ -34,7 +34,7 @@ TINY = {
     "validation.samples": 4,
     "sampling.max_new_tokens": 4,
 }
-QUIET = {"validation.every": 0, "sampling.prompts": "[]", "checkpoint.every": 0}
+QUIET = {"optim.warmup_steps": 0, "validation.every": 0, "sampling.prompts": "[]", "checkpoint.every": 0}
 ZERO_TOLERANCE = 1e-3
 """By how much losses of two engines may differ in float32 after twenty steps, as a share."""
 
@@ -93,7 +93,13 @@ def report_speed(findings: Findings, name: str, folder: Path) -> None:
 def quickstart(findings: Findings, work: Path) -> None:
     """Go the way of `launch/quickstart.sh`, with fewer steps."""
     steps = 8 if findings.rehearse else 300
-    short = {"train.steps": steps, "validation.every": steps, "sampling.every": steps, "checkpoint.every": steps}
+    short = {
+        "train.steps": steps,
+        "optim.warmup_steps": min(30, steps // 10),
+        "validation.every": steps,
+        "sampling.every": steps,
+        "checkpoint.every": steps,
+    }
     folder = train(findings, work, "quickstart", short)
     check_device(findings, "quickstart", folder)
     losses, validation = values(folder, "loss/train"), values(folder, "loss/val")

@@ -71,7 +71,7 @@ class SyncCounter:
 def _stack() -> str:
     """Return the innermost frames of the caller, the project's own ones at least, one a line."""
     frames = [f for f in traceback.extract_stack()[:-2] if "/warnings.py" not in f.filename]
-    ours = [frame for frame in frames if frame.filename.startswith(str(ROOT))]
+    ours = [f for f in frames if f.filename.startswith(str(ROOT)) and "site-packages" not in f.filename]
     chosen = [frame for frame in frames if frame in ours[-FRAMES:] or frame in frames[-2:]]
     return "\n".join(
         f"{frame.filename.removeprefix(f'{ROOT}/')}:{frame.lineno} {frame.name}: {frame.line}" for frame in chosen
