@@ -93,7 +93,7 @@ def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _check_section_file(section: str, value: Any, folder: Path) -> None:
-    if isinstance(value, str) and _is_there(folder / value):
+    if isinstance(value, str) and value and _is_there(folder / value):
         path = folder / value
         with naming(f"{section}={value}"):
             check_yaml(read_text(path), path)
