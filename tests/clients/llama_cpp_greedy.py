@@ -1,18 +1,16 @@
 """Convert a model for llama.cpp and continue prompts.
 
-    python llama_cpp_greedy.py FOLDER '["prompt", ...]' TOKENS GGUF
+    python llama_cpp_greedy.py FOLDER '["prompt", ...]' TOKENS GGUF [f32|bf16]
 
 The converter knows tokenizers by a hash of what they make of a text, and refuses all others. Ours cut text as GPT-OSS's
 does, which the converter calls "gpt-4o"; that name is put in its mouth. `LLAMA_CPP_SOURCE` is the folder of
-convert_hf_to_gguf.py: `vendor/llama.cpp` in the source package of llama-cpp-python.
+convert_hf_to_gguf.py: `vendor/llama.cpp` in the source package of llama-cpp-python. xllamacpp is llama.cpp's own server
+as a wheel.
 """
 
 import json
 import os
 import sys
-from itertools import islice
-
-GGML_TYPE_F32 = 0
 
 
 def convert(folder: str, output: str, kind: str) -> None:
@@ -29,24 +27,24 @@ def convert(folder: str, output: str, kind: str) -> None:
 def main() -> None:
     folder, prompts, tokens, output = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     convert(folder, output, sys.argv[5] if len(sys.argv) > 5 else "f32")
-    import llama_cpp
-    import torch
+    import xllamacpp
 
-    model = llama_cpp.Llama(
-        output, n_ctx=256, n_threads=1, type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, flash_attn=False,
-        logits_all=True, verbose=False,
-    )  # fmt: skip
-    found = {"ids": [], "prompts": [], "scores": [], "template": model.metadata.get("tokenizer.chat_template")}
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel, settings.warmup = output, 512, 1, False
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(settings)
+    found = {"ids": [], "scores": [], "lengths": []}
     for prompt in prompts:
-        ids = model.tokenize(prompt.encode(), add_bos=False, special=False)
-        model.reset()
-        model.eval(ids)
-        scores = torch.from_numpy(model.scores[: len(ids) - 1].copy()).log_softmax(-1)
-        found["scores"].append(scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist())
-        model.reset()
-        found["prompts"].append(ids)
-        found["ids"].append(list(islice(model.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0), tokens)))
-    print("\n" + json.dumps(found))
+        asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+        answer = server.handle_completions(asked)
+        chosen = answer["choices"][0]["logprobs"]["content"]
+        found["ids"].append([token["id"] for token in chosen])
+        found["scores"].append([token["logprob"] for token in chosen])
+        found["lengths"].append(answer["usage"]["prompt_tokens"])
+    print("\n" + json.dumps(found), flush=True)
+    os._exit(0)  # its threads need not end
 
 
 if __name__ == "__main__":

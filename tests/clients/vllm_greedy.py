@@ -17,17 +17,15 @@ if __name__ == "__main__":
     folder, prompts, tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
     dtype = sys.argv[4] if len(sys.argv) > 4 else "float32"
     model = LLM(model=folder, dtype=dtype, enforce_eager=True, max_model_len=256, max_num_seqs=len(prompts))
-    settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0)
     outputs = model.generate(prompts, settings)
-    # The logarithm of the probability of each id of the prompts after the first.
-    scored = model.generate(prompts, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
     asked = model.chat([{"role": "user", "content": "hi"}], SamplingParams(temperature=0, max_tokens=1))
     found = {
         "ids": [list(output.outputs[0].token_ids) for output in outputs],
         "prompts": [list(output.prompt_token_ids) for output in outputs],
         "scores": [
-            [row[i].logprob for row, i in zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:])]
-            for output in scored
+            [row[i].logprob for row, i in zip(output.outputs[0].logprobs, output.outputs[0].token_ids)]
+            for output in outputs
         ],
         "chat": list(asked[0].prompt_token_ids),
         "stops": model.model_config.try_get_generation_config()["eos_token_id"],

@@ -63,9 +63,15 @@ def _rope_fields(path: Path, values: dict) -> dict:
             scaling = _rope_scaling(path, place, rope, values)
             found[place] = {"rope_scaling": scaling} | ({} if theta is None else {"rope_theta": float(theta)})
     if not found:
+        # In transformers 4 null says that there is none; transformers 5 takes an empty mapping for GPT-OSS's own.
+        if "rope_parameters" in values or values.get("rope_scaling") is not None:
+            raise ValueError(
+                f"{path}: rope_parameters or rope_scaling is empty; give rope_type default or yarn, or leave both out, "
+                "which means GPT-OSS's own YaRN"
+            )
         theta = values.get("rope_theta")
         fields = {} if theta is None else {"rope_theta": float(theta)}
-        return fields | ({"rope_scaling": None} if {"rope_scaling", "rope_parameters"} & values.keys() else {})
+        return fields | ({"rope_scaling": None} if "rope_scaling" in values else {})
     (first, fields), *others = found.items()
     for place, other in others:
         if any(fields[key] != other[key] for key in fields.keys() & other.keys()):
@@ -121,7 +127,10 @@ def _rope_scaling(path: Path, place: str, rope: dict, values: dict) -> RopeScali
     if rope["factor"] == 1:
         return None
     longest = values.get("max_position_embeddings", ModelConfig().max_position_embeddings)
-    return RopeScaling(**{"original_max_position_embeddings": longest, "truncate": True, **rope})
+    try:
+        return RopeScaling(**{"original_max_position_embeddings": longest, "truncate": True, **rope})
+    except ValueError as error:
+        raise ValueError(f"{path}: {place}: {error}") from None
 
 
 def read_json(path: Path) -> dict:

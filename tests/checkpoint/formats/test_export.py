@@ -124,6 +124,9 @@ def test_a_rotary_embedding_is_read_in_all_its_forms(tmp_path, form):
         ({"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, r"partial_rotary_factor"),
         ({"rope_parameters": {"full_attention": {**ROPE, "rope_type": "llama3"}}}, r"rope_type=llama3 is not"),
         ({"rope_parameters": "yarn"}, r"rope_parameters='yarn' is not supported"),
+        ({"rope_parameters": None}, r"rope_parameters or rope_scaling is empty"),
+        ({"rope_parameters": "left out", "rope_scaling": {}}, r"rope_parameters or rope_scaling is empty"),
+        ({"rope_parameters": {**ROPE, "factor": 0.5}}, r"factor=0.5"),
     ],
 )  # fmt: skip
 def test_a_rotary_embedding_is_never_dropped(tmp_path, form, message):
