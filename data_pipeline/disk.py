@@ -10,9 +10,9 @@ import fcntl
 import glob
 import os
 import platform
+import re
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,25 +44,17 @@ def write_synced(path: Path, text: str) -> None:
         sync_file(file)
 
 
-def umask() -> int:
-    """Return the permissions that the user takes away from new files; `tempfile` does not ask for them."""
-    # os.umask would have to change it, for all threads, to read it.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next((line.split()[1] for line in lines if line.startswith("Umask:")), "022"), 8)
-
-
 def write_file_atomically(path: Path, data: bytes) -> None:
     """Write a file durably; after a crash at any moment it is either as before or complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = _beside(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             sync_file(file)
-        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -78,16 +70,26 @@ def finish(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file to write to, which then replaces `path` at once; it is not flushed to the disk."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
+    """Give a temporary path to write to, which then replaces `path` at once; it is not flushed to the disk."""
+    temporary = _beside(path)
     try:
-        yield Path(temporary)
-        os.chmod(temporary, 0o666 & ~umask())
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def _beside(path: Path) -> Path:
+    """Return a hidden name that nobody else has, for what is going to be `path`."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed writers have left in a folder. Only who owns the folder may call this."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if re.fullmatch(r"\..+\.[0-9a-f]{16}", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def link(source: Path, target: Path) -> None:

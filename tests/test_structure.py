@@ -193,6 +193,35 @@ def test_other_ways_to_disk_would_be_found(line, call):
     assert not list(durable_calls(ast.parse(harmless)))
 
 
+READ_ELSEWHERE = {"data_pipeline.corpora.records", "gptoss_dist.tracking.jsonl"}
+"""Modules that read lines of JSON as they come, of which a damaged one is counted and passed over."""
+
+
+def readings(tree: ast.Module) -> Iterator[str]:
+    """Calls that read JSON or YAML from disk past `data_pipeline.foreign`, which has the limits."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        name = ast.unparse(node.func)
+        given = "".join(map(ast.unparse, node.args))
+        if name in ("json.load", "yaml.load", "yaml.safe_load", "yaml.full_load", "msgspec.json.decode") or (
+            name in ("json.loads", "orjson.loads") and any(word in given for word in ("read_", "open(", ".read("))
+        ):
+            yield name
+
+
+def test_json_and_yaml_from_disk_go_through_one_reader():
+    found = {name: sorted(readings(tree)) for name, tree in sources().items() if "benchmarks" not in name}
+    assert "yaml.load" in found.pop("data_pipeline.foreign.parsing")
+    assert not {name: calls for name, calls in found.items() if calls and name not in READ_ELSEWHERE}
+
+
+@pytest.mark.parametrize("line", ["json.load(file)", "json.loads(path.read_text())", "yaml.safe_load(open(path))"])
+def test_another_reader_would_be_found(line):
+    assert list(readings(ast.parse(line)))
+    assert not list(readings(ast.parse("json.loads(json.dumps(x)); json.loads(line)")))
+
+
 def test_folders_are_neither_crowded_nor_empty():
     counts = {}
     for path in files("*.py"):

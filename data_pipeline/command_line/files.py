@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.command_line.mistakes import naming
 from data_pipeline.foreign import check_yaml, parse_yaml, read_text
 
 MOST_SECTIONS = 4096
@@ -39,7 +40,7 @@ def check_lists(value: Any, origin: str = "") -> None:
         item = left.pop()
         if isinstance(item, list) and len(item) > MOST_SECTIONS and isinstance(item[-1], dict):
             raise ValueError(
-                f"a list has {len(item):,} entries with settings of their own; use {MOST_SECTIONS} at most"
+                f"{origin}a list has {len(item):,} entries with settings of their own; use {MOST_SECTIONS} at most"
             )
         inner = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
         left += [part for part in inner if isinstance(part, list | dict)]
@@ -72,9 +73,9 @@ def check_files(argv: list[str], sections: Collection[str] = ()) -> None:
                         f"{value}: {section}={values[section]} is no section; give it as `{section}:` with its "
                         "settings below, or leave it out"
                     )
-                _check_section_file(values.get(section), Path(value).parent)
+                _check_section_file(section, values.get(section), Path(value).parent)
         elif name.removeprefix("--") in sections and name.startswith("--"):
-            _check_section_file(value, Path())
+            _check_section_file(name.removeprefix("--"), value, Path())
 
 
 def _settings(given: str) -> Any:
@@ -91,10 +92,11 @@ def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:
     return itertools.pairwise(word for argument in argv for word in argument.split("=", 1))
 
 
-def _check_section_file(value: Any, folder: Path) -> None:
-    if isinstance(value, str) and _is_there(folder / value):
+def _check_section_file(section: str, value: Any, folder: Path) -> None:
+    if isinstance(value, str) and value and _is_there(folder / value):
         path = folder / value
-        check_yaml(read_text(path), path)
+        with naming(f"{section}={value}"):
+            check_yaml(read_text(path), path)
 
 
 def _is_there(path: str | Path) -> bool:

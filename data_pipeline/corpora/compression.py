@@ -5,7 +5,8 @@ import gzip
 import io
 import lzma
 import zlib
-from typing import BinaryIO
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -16,6 +17,8 @@ ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 # Text shrinks to a third or a tenth, text that repeats itself to a hundredth. 113 KiB of a .zst can become 3 GB.
 MOST_EXPANSION = 200
 _EXPANDS_FREELY = 256 << 20  # bytes
+
+_CUT_SHORT = "compressed file ended before the end-of-stream marker was reached"
 
 # Of so many compressed bytes zstandard makes at most 64 MiB at once: 4 bytes can stand for 128 KiB.
 _ZSTD_INPUT = 2048
@@ -29,9 +32,9 @@ def decompressed(file: BinaryIO, suffix: str) -> io.BufferedReader:
     if suffix == ".gz":
         stream: io.BufferedIOBase | io.RawIOBase = gzip.GzipFile(fileobj=file)
     elif suffix == ".xz":
-        stream = lzma.LZMAFile(file)  # noqa: SIM115 (the reader that is returned closes it)
+        stream = _Members(file, lzma.LZMADecompressor)
     elif suffix == ".bz2":
-        stream = bz2.BZ2File(file)
+        stream = _Members(file, bz2.BZ2Decompressor)
     else:
         stream = _ZstdStream(file)
     return io.BufferedReader(_Limited(file, stream), 1 << 17)
@@ -62,6 +65,46 @@ class _Limited(io.RawIOBase):
         super().close()
 
 
+class _Members(io.RawIOBase):
+    """A reader of every member of an .xz or .bz2 file.
+
+    Unlike with Python's own readers, what follows a member and is no other one is an error, not the end.
+    """
+
+    def __init__(self, file: BinaryIO, new: Callable[[], Any]):
+        self._file, self._new = file, new
+        self._member: Any = None
+        self._input = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while True:
+            if self._member is None:
+                if not self._find_member():
+                    return 0
+                self._member = self._new()
+            if self._member.needs_input and not self._input:
+                self._input = self._file.read(1 << 17)
+                if not self._input:
+                    raise EOFError(_CUT_SHORT)
+            data = self._member.decompress(self._input, len(buffer))
+            self._input = b""
+            if self._member.eof:
+                self._member, self._input = None, self._member.unused_data
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
+
+    def _find_member(self) -> bool:
+        """Go to where the next member begins, if there is one: those of .xz may be padded with zeros."""
+        self._input = self._input.lstrip(b"\0")
+        while not self._input and (more := self._file.read(1 << 17)):
+            self._input = more.lstrip(b"\0")
+        return bool(self._input)
+
+
 class _ZstdStream(io.RawIOBase):
     """A reader of every frame of a .zst file.
 
@@ -85,7 +128,7 @@ class _ZstdStream(io.RawIOBase):
                 self._block = memoryview(self._file.read(1 << 17))
             if not self._block:
                 if self._inside_frame:
-                    raise EOFError("compressed file ended before the end-of-stream marker was reached")
+                    raise EOFError(_CUT_SHORT)
                 return 0
             part = self._block[:_ZSTD_INPUT]
             self._inside_frame = True

@@ -103,8 +103,8 @@ def _matching(pattern: Path, left_out: LeftOut) -> Iterator[Path]:
     at = pattern.parts.index("**")
     beginning, rest = Path(*pattern.parts[:at]), Path(*pattern.parts[at + 1 :])
     ignored = LeftOut()  # folders match on the way to files
-    for root in sorted(glob.glob(str(beginning))):
-        for folder in _folders_below(Path(root), left_out):
+    for root in filter(Path.is_dir, map(Path, sorted(glob.glob(str(beginning))))):
+        for folder in _folders_below(root, left_out):
             if rest.parts:
                 inside = _matching(Path(glob.escape(str(folder))) / rest, ignored)
             else:

@@ -118,27 +118,29 @@ def _documents(values, column: Column, path: str, before: int) -> Iterator[str |
     for row, value in enumerate(_python_values(values), before + 1):
         if isinstance(value, UnicodeDecodeError):
             yield Malformed(f"{path}, row {row}", f"not UTF-8 text (byte {value.start}: {value.reason})")
+        elif isinstance(value, Exception):
+            yield Malformed(f"{path}, row {row}", f"column {column.name!r} holds {values.type}, not text")
         else:
             document = column.checked(value, "")
             yield Malformed(f"{path}, row {row}", document.reason) if isinstance(document, Malformed) else document
 
 
 def _python_values(values) -> list:
-    """Return the values of an array, and in place of a text that is not UTF-8 the error."""
+    """Return the values of an array, and errors in place of those that Python cannot hold: text that is not UTF-8."""
     import pyarrow
 
     if pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
         return list(_lists(values))
     try:
         return values.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
         return [_python_value(value) for value in values]
 
 
 def _python_value(value) -> object:
     try:
         return value.as_py()
-    except UnicodeDecodeError as error:
+    except (ValueError, OverflowError) as error:
         return error
 
 

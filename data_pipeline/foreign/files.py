@@ -74,7 +74,7 @@ def read_text(path: str | Path, *, most: int = MOST_BYTES) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{printable(path)} is not UTF-8: byte {error.start:,} is 0x{data[error.start]:02x}; save it as UTF-8, or "
+            f"{printable(path)}: is not UTF-8: byte {error.start:,} is 0x{data[error.start]:02x}; save it as UTF-8, or "
             "restore it"
         ) from None
 

@@ -104,7 +104,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _too_deep(origin: object) -> ValueError:
-    return ValueError(f"{printable(origin)} is nested more than {MOST_DEPTH} levels deep; no file of this kind is")
+    return ValueError(f"{printable(origin)}: is nested more than {MOST_DEPTH} levels deep; no file of this kind is")
 
 
 def _not_yaml(origin: object, error: Exception) -> ValueError:

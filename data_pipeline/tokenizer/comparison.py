@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
-from data_pipeline.command_line.mistakes import naming
+import msgspec
+
+from data_pipeline.foreign import convert, parse_json, read_text
 from data_pipeline.tokenizer.huggingface import spelled
+from data_pipeline.tokenizer.rank_files import MOST_RANK_BYTES
 from data_pipeline.tokenizer.tokenizer import FILE_NAME, Tokenizer
+
+
+class _Model(msgspec.Struct):
+    vocab: dict[str, Any] | list[Any]
+
+
+class _File(msgspec.Struct):
+    """The part of tokenizer.json that says which text has which id."""
+
+    model: _Model
 
 
 def difference(folder: str | Path, tokenizer: Tokenizer) -> str | None:
@@ -30,11 +43,11 @@ def difference(folder: str | Path, tokenizer: Tokenizer) -> str | None:
         return "" if alike else f"it was trained with tokenizer {found.name} ({found.n_vocab} ids)"
     if not theirs.is_file():
         return None
-    with naming(theirs):
-        try:
-            vocabulary = dict(json.loads(theirs.read_text("utf-8"))["model"]["vocab"])
-        except (KeyError, TypeError):
-            return None  # a model of another kind, whose ids are no ranks
+    values = parse_json(read_text(theirs, most=MOST_RANK_BYTES), theirs)
+    try:
+        vocabulary = dict(convert(values, _File, theirs).model.vocab)
+    except (TypeError, ValueError):
+        return None  # a model of another kind, whose ids are no ranks
     expected = spelled(tokenizer.ranks)
     other = sum(vocabulary.get(text) != tokenizer.ranks[token] for token, text in expected.items())
     extra = len(vocabulary.keys() - set(expected.values()) - set(tokenizer.special_tokens))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.command_line import new_parser, parse_with, show_ranges
+from data_pipeline.foreign import parse_yaml, read_text
 from gptoss_dist.config.tree import Config
+from gptoss_dist.model.config import ModelConfig
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -46,10 +49,46 @@ def parse_arguments(argv: list[str], parser: jsonargparse.ArgumentParser | None 
             )
     kinds = typing.get_type_hints(Config)
     sections = [name for name, kind in kinds.items() if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)]
-    values = parse_with(parser or build_parser(), argv, sections)
+    values = parse_with(parser or build_parser(), _with_whole_models(argv), sections)
     names = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{name: values[name] for name in names})
     return config, {name: value for name, value in values.items() if name not in names | {"config"}}
+
+
+def _with_whole_models(argv: list[str]) -> list[str]:
+    """Return a command line in which the file of a model replaces a model that was named before.
+
+    jsonargparse would keep those fields of the former that the latter's file leaves at their defaults, and make a
+    mixture of both. So all fields are given of a model that `--model FILE` or a further `--config FILE` names.
+    """
+    result, is_second, words = [], False, iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        result.append(word)
+        if name in ("--config", "--model"):
+            if not equals:
+                result.append(value := next(words, ""))
+            if is_second and (fields := _fields(_model_of(value) if name == "--config" else value)):
+                result.append(f"--model={json.dumps(fields)}")
+        is_second |= name == "--config" or name.partition(".")[0] == "--model"
+    return result
+
+
+def _model_of(file: str) -> str | None:
+    """Return the path of the file that a file of settings names as its model, if it does."""
+    try:
+        model = parse_yaml(read_text(file), file)["model"]
+    except (ValueError, KeyError, TypeError):  # which the parser will say
+        return None
+    return str(Path(file).parent / model) if isinstance(model, str) else None
+
+
+def _fields(file: str | None) -> dict[str, Any] | None:
+    """Return all fields of the model in a file; None where it is none, or needs further options to be one."""
+    try:
+        return ModelConfig.from_yaml(file).to_dict() if file and Path(file).is_file() else None
+    except (ValueError, OSError):
+        return None
 
 
 def load_config(*paths: str | Path, overrides: dict[str, object] | None = None) -> Config:

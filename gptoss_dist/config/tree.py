@@ -116,4 +116,4 @@ def _read_deepspeed_settings(given: str | dict | None) -> dict | None:
     try:
         return read_json(given, dict[str, Any], finite=True)
     except ValueError as error:
-        raise ValueError(f"engine.deepspeed: {error}") from None
+        raise ValueError(f"engine.deepspeed={error}") from None

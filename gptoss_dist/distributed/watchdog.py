@@ -72,7 +72,7 @@ def _is_launcher(process: int) -> bool:
 def _stat(process: int) -> list[str] | None:
     """Return the fields of /proc/PID/stat behind the name, or None if the process has ended."""
     try:
-        fields = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields

@@ -7,12 +7,14 @@ because it would change what is computed without the training loop's knowledge. 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import psutil
 import torch
 import torch.distributed as dist
 
+from data_pipeline.foreign import Count, convert
 from gptoss_dist.config import EngineConfig, ParallelConfig
 from gptoss_dist.engine.base import EngineSettings
 from gptoss_dist.parallel.mesh import DeviceLayout, ranks_per_node
@@ -75,6 +77,77 @@ _REFUSED_ZERO = {
     "mics_hierarchical_params_gather": "use engine.kind=fsdp with parallel.replicate",
     "zenflow": "its updates are late, which the training loop does not expect",
 }
+
+_Size = Annotated[float, msgspec.Meta(ge=0)]
+"""A number of bytes or values, which DeepSpeed's own examples write as 5e8."""
+
+
+class _Offload(msgspec.Struct):
+    """The sections `offload_optimizer` and `offload_param`, as far as their types are known here."""
+
+    device: Literal["none", "cpu", "nvme"] | None = None
+    nvme_path: str | None = None
+    pin_memory: bool = False
+    fast_init: bool = False
+    pipeline: bool = False
+    pipeline_read: bool = False
+    pipeline_write: bool = False
+    super_offload: bool = False
+    buffer_count: Count = 0
+    buffer_size: _Size = 0
+    max_in_cpu: _Size = 0
+    ratio: _Size = 1
+
+
+class _Zero(msgspec.Struct):
+    """The section `zero_optimization`, as far as its types are known here."""
+
+    offload_optimizer: _Offload | None = None
+    offload_param: _Offload | None = None
+    overlap_comm: bool | None = None
+    contiguous_gradients: bool = True
+    reduce_scatter: bool = True
+    allgather_partitions: bool = True
+    zero_quantized_weights: bool = False
+    zero_quantized_gradients: bool = False
+    zero_quantized_nontrainable_weights: bool = False
+    zero_hpz_partition_size: Count = 1
+    reduce_bucket_size: _Size | None = None
+    allgather_bucket_size: _Size | None = None
+    sub_group_size: _Size | None = None
+    stage3_max_live_parameters: _Size | None = None
+    stage3_max_reuse_distance: _Size | None = None
+    stage3_prefetch_bucket_size: _Size | None = None
+    stage3_param_persistence_threshold: _Size | None = None
+
+
+class _Aio(msgspec.Struct):
+    """The section `aio`."""
+
+    block_size: Count = 0
+    queue_depth: Count = 0
+    thread_count: Count = 0
+    intra_op_parallelism: Count = 0
+    single_submit: bool = False
+    overlap_events: bool = False
+    use_gds: bool = False
+
+
+class _Sections(msgspec.Struct):
+    """What is handed on, as far as its types are known here."""
+
+    zero_optimization: _Zero
+    aio: _Aio | None = None
+    comms_logger: dict[str, Any] | None = None
+    flops_profiler: dict[str, Any] | None = None
+    tensorboard: dict[str, Any] | None = None
+    csv_monitor: dict[str, Any] | None = None
+    comet: dict[str, Any] | None = None
+    wandb: dict[str, Any] | None = None
+    steps_per_print: Count | None = None
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    dump_state: bool = False
 
 
 def zero_stage(engine: EngineConfig) -> int:
@@ -145,6 +218,8 @@ def deepspeed_settings(settings: EngineSettings, layout: DeviceLayout) -> dict[s
     if problems:  # together: a file that was made for another program has many
         raise ValueError(f"engine.deepspeed: {'; '.join(problems)}")
     given = _without_gaps(given)
+    remedy = "give it as DeepSpeed's documentation says, or leave it out"
+    convert(given, _Sections, "engine.deepspeed", finite=True, remedy=remedy)
     zero = given["zero_optimization"]
     _check_distributed_experts(zero, layout)
     zero.setdefault("reduce_bucket_size", BUCKET_ELEMENTS)
@@ -322,11 +397,7 @@ def _offloaded_bytes(settings: dict[str, Any]) -> int:
     compute = 2 if settings["bf16"]["enabled"] else 4
     for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         section = zero.get(key) or {}
-        if not isinstance(section, dict):
-            raise ValueError(
-                f'engine.deepspeed: zero_optimization.{key}={section!r} must be an object: {{"device": "cpu"}}'
-            )
-        device = section.get("device", "none")
+        device = section.get("device") or "none"
         if device == "none":
             continue
         if zero["stage"] not in stages:

@@ -168,7 +168,7 @@ class ModelConfig:
         """
         import jsonargparse
 
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise ValueError(f"model config {path} does not exist; see configs/model/ for the shipped ones")
         check_yaml(read_text(path), path)
         parser = jsonargparse.ArgumentParser(exit_on_error=False)

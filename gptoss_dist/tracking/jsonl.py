@@ -75,11 +75,14 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict, int]]:
     """
     if not path.is_file():
         return
-    with open(path, "rb") as file:
-        file.seek(offset)
-        for line, length in _complete_lines(file):
-            offset += length
-            yield _parse(line), offset
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            for line, length in _complete_lines(file):
+                offset += length
+                yield _parse(line), offset
+    except OSError as error:  # that of a read does not say which file
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def is_line_start(path: Path, offset: int) -> bool:

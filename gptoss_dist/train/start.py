@@ -13,7 +13,7 @@ from typing import Self
 import msgspec
 import torch
 
-from data_pipeline.disk import owned
+from data_pipeline.disk import owned, remove_unfinished
 from data_pipeline.foreign import convert
 from data_pipeline.printable import printable
 from gptoss_dist import checkpoint
@@ -237,6 +237,8 @@ def open_folder(config: Config, lock: RunLock) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.mkdir(parents=True, exist_ok=True)
         new = lock.take()
+        for inside in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+            remove_unfinished(inside)
         if any(checkpoints.resolve().is_relative_to(taken) for taken in new) and checkpoint.checkpoints(checkpoints):
             raise ValueError(f"{checkpoints}: another start has written checkpoints there meanwhile; start again")
         config.save(folder / "config.yaml")

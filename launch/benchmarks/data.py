@@ -74,7 +74,7 @@ def loop_speed() -> float:
 
 
 def read_texts(path: Path) -> list[str]:
-    with open(path) as lines:
+    with open(path, encoding="utf-8") as lines:
         return [json.loads(line)["text"] for line in lines]
 
 
@@ -156,7 +156,7 @@ def run_megatron(path: Path, output: Path, tokenizer) -> tuple[int, np.ndarray]:
     start = clocks()
     dtype, lengths = token_dtype(tokenizer.n_vocab), []
     pool = multiprocessing.get_context("fork").Pool(2)
-    with pool, open(path) as lines, open(output / "text_document.bin", "wb") as file:
+    with pool, open(path, encoding="utf-8") as lines, open(output / "text_document.bin", "wb") as file:
         for ids, sizes, _ in pool.imap(_encode_line, lines, 32):
             file.write(np.array(ids["text"], dtype).tobytes(order="C"))
             lengths.extend(sizes["text"])
@@ -223,7 +223,7 @@ def make_corpus(path: Path, megabytes: int) -> int:
     from data_pipeline.corpora.sources import open_source
 
     seen, size = set(), 0
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for text in open_source("installed").documents():
             if text not in seen and "\ufffd" not in text:
                 seen.add(text)
@@ -385,7 +385,7 @@ def document_lengths(count: int) -> np.ndarray:
 
 def memory_mib() -> float:
     """Return the resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 2**20
 
 
 def time_epoch(name: str, dataset, micro_batch_size: int, **options) -> Epoch:

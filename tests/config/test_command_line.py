@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,8 @@ import pytest
 
 from data_pipeline.command_line import Program, option, parse, positional, print_line, ranged, run, run_verb
 from data_pipeline.prepare.settings import PrepareConfig
-from gptoss_dist.config import parse_arguments
+from gptoss_dist.config import ModelConfig, load_config, parse_arguments
+from tests.support.ranks import ROOT
 
 
 @dataclass
@@ -278,3 +280,17 @@ class Typed:
 
     filter: list[str] = option(default_factory=list, typed_only=True)
     """Only on the command line."""
+
+
+def test_a_second_model_is_that_model_and_no_mixture_of_both(tmp_path):
+    """configs/pretrain_502m_a100.yaml names a model that is tied, with silu and without biases."""
+    file, base = ROOT / "configs/model/gptoss_20b.yaml", ROOT / "configs/pretrain_502m_a100.yaml"
+    assert load_config(base).model.tie_word_embeddings
+    expected = ModelConfig.from_yaml(file)
+    other = tmp_path / "other.yaml"
+    other.write_text(f"model: {os.path.relpath(file, tmp_path)}\n")
+    assert load_config(base, overrides={"model": file}).model == expected
+    assert load_config(base, other).model == expected
+    assert load_config(other, base).model == load_config(base).model
+    later = load_config(base, overrides={"model.hidden_size": 1024, "model": file, "model.num_local_experts": 16}).model
+    assert later == dataclasses.replace(expected, num_local_experts=16)

@@ -17,10 +17,6 @@ TINY = "model: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, n
         ("train: {steps: 1, steps: 2}", "line 2: key 'steps' is there twice"),
         ("optim: {freeze: " + "[" * 1000, "nested more than 64"),
         ("optim:\n  freeze: &a [*a]", "inside of its own anchor"),
-        (
-            "a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*{'a' if not i else f'b{i - 1}'}, *a, *a]\n" for i in range(1)),
-            "b0",
-        ),
         ("run: !!python/object/apply:os.getcwd []", "is not known"),
         ("run: {name: \x1b[31m}", "is not readable YAML"),
         (b"run: {name: \xff}", "not UTF-8"),

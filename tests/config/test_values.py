@@ -183,7 +183,7 @@ def test_what_was_meant_in_files_and_commands(tmp_path, capsys):
 def test_files_in_other_encodings_are_named(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"run: {name: '\xff'}")
-    assert refused("--config", str(path)).startswith(f"{path} is not UTF-8: byte 13 is 0xff")
+    assert refused("--config", str(path)).startswith(f"{path}: is not UTF-8: byte 13 is 0xff")
 
 
 TEXTS = [

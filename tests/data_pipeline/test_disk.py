@@ -4,6 +4,8 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -72,6 +74,20 @@ def test_the_user_decides_who_may_read_what_is_written(tmp_path):
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     assert modes == {"file": 0o640, "replaced": 0o640, "folder": 0o750}
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
+    """os._exit in the middle of both ways to replace a file is as good as a kill."""
+    for way in ("disk.write_file_atomically(path, b'x')", "disk.replacing(path).__enter__().write_text('x')"):
+        end = f"""
+import os; from pathlib import Path; from data_pipeline import disk
+disk.os.replace = disk.sync_file = lambda *_: os._exit(3)
+path = Path({str(tmp_path / "cursor.json")!r}); {way}; os._exit(3)"""
+        assert subprocess.run([sys.executable, "-c", end]).returncode == 3
+    (tmp_path / ".cursor.json.mine").write_text("x")
+    assert len(list(tmp_path.iterdir())) == 3
+    disk.remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".cursor.json.mine"]
 
 
 def test_a_replacement_that_fails_leaves_everything_as_it_was(tmp_path):

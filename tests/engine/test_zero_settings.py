@@ -164,7 +164,7 @@ def test_unreadable_file(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"engine.deepspeed.*{path}"):
             load_config("configs/quickstart.yaml", overrides={"engine.deepspeed": str(path)})
-    with pytest.raises(ValueError, match=r"engine.deepspeed=nowhere.json is not a readable JSON file"):
+    with pytest.raises(ValueError, match=r"engine.deepspeed=nowhere.json cannot be read: No such file"):
         load_config("configs/quickstart.yaml", overrides={"engine.deepspeed": "nowhere.json"})
 
 
@@ -180,7 +180,7 @@ def test_offload_needs_memory():
         check(2, both, parameters=10)
     with pytest.raises(ValueError, match=r"offload_optimizer.device=nvme is not possible"):
         check(3, {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}, parameters=10)
-    with pytest.raises(ValueError, match=r"offload_optimizer='cpu' must be an object"):
+    with pytest.raises(ValueError, match=r"offload_optimizer=\"cpu\" must be .object"):
         check(2, {"offload_optimizer": "cpu"}, parameters=10)
     with pytest.raises(ValueError, match=r"offload_optimizer.ratio=0.5 is not possible"):
         check(3, {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, parameters=10)

@@ -28,6 +28,8 @@ class Cursor:
     """Where MLflow is, without a password."""
     database: str | None = None
     """Path of the database file of a sqlite URI from the run's folder, which a moved or copied checkout keeps."""
+    folder: str | None = None
+    """Where the run's folder was."""
     run_id: str | None = None
     metrics_offset: Count = 0
     journal_offset: Count = 0

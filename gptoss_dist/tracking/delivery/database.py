@@ -69,8 +69,9 @@ class Database:
         lock = self.path.with_name(f"{self.path.name}.lock")
         lock.touch()
         with locked(lock, _WAIT_S, optional=True):
-            if self.path.is_dir():
-                raise DatabaseUnusable(f"{self.path} is a folder, where MLflow's database belongs; rename it")
+            if self.path.exists() and not self.path.is_file():
+                what = "a folder" if self.path.is_dir() else "no regular file"
+                raise DatabaseUnusable(f"{self.path} is {what}, where MLflow's database belongs; rename it")
             if _size(self.path) and not self._is_whole():
                 aside = _free_name(self.path.with_name(f"{self.path.name}.half-made"))
                 move(self.path, aside)
@@ -110,16 +111,17 @@ class Database:
     def _make(self) -> None:
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-        with staging_directory(self.path) as staging:
+        target = self.path.resolve()  # a link may lead to a larger disk
+        with staging_directory(target) as staging:
             self._staging = staging
             new = Database(staging / "mlflow.db")
             SqlAlchemyStore(new.uri, self.artifacts).engine.dispose()
             sync_path(new.path)
-            if self.path.exists():  # an empty file
-                move(new.path, self.path)
+            if target.exists():  # an empty file
+                move(new.path, target)
             else:
-                _give_name(new.path, self.path)
-            sync_path(self.path.parent)
+                _give_name(new.path, target)
+            sync_path(target.parent)
         self._staging = None
 
     def undo(self) -> None:

@@ -53,7 +53,7 @@ class Store:
 
     def remember(self, cursor: Cursor, run_dir: Path) -> None:
         """Note in the cursor where the run is sent."""
-        cursor.uri, cursor.database = without_secrets(self.uri), None
+        cursor.uri, cursor.database, cursor.folder = without_secrets(self.uri), None, str(run_dir.absolute())
         if self.database is not None:
             cursor.database = os.path.relpath(self.database, run_dir)
 
@@ -62,7 +62,8 @@ def find_store(uri: str | None, cursor: Cursor, run_dir: Path) -> Store:
     """Return where to send a run: as given, by the environment, as recorded, or a database in this directory.
 
     A recorded database is looked for beside the run's folder, as it lay when the run began, so that a checkout that was
-    moved or copied goes on in its own database; then where it was.
+    moved or copied goes on in its own database. It is looked for where it was only if the run's folder is not there any
+    more: a copy must not write into the original's run.
     """
     given = uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if given:
@@ -71,13 +72,14 @@ def find_store(uri: str | None, cursor: Cursor, run_dir: Path) -> Store:
         return Store(given) if database is None else Store.in_file(database, question + options)
     if cursor.database is not None:
         beside = Path(os.path.normpath(run_dir.absolute() / cursor.database))
-        if beside.is_file():
+        if os.path.lexists(beside):
             return Store.in_file(beside)
     if cursor.uri is not None:
         if not cursor.uri.startswith(_SQLITE):
             return Store(cursor.uri)
         before = Path(cursor.uri.removeprefix(_SQLITE))
-        if before.is_file():
+        is_copy = cursor.folder not in (None, str(run_dir.absolute())) and Path(str(cursor.folder)).exists()
+        if before.is_file() and not is_copy:
             return Store.in_file(before)
     return Store.in_file(Path.cwd() / "mlflow.db")
 

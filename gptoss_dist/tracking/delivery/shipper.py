@@ -358,7 +358,9 @@ class Shipper:
             self.cursor.save(self._run_dir)
         except OSError as error:  # it stands in memory: only a later process sends again what this one has sent
             if not self._unsaved:
-                self._message(f"{self._run_dir / 'tracking'} cannot be written ({error}): delivery goes on without it")
+                self._message(
+                    f"{self._run_dir / 'tracking'} cannot be written ({error.strerror}): delivery goes on without it"
+                )
             self._unsaved = True
 
 

@@ -226,7 +226,7 @@ def _say_end(item: dict) -> None:
 
 
 def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1][:400] if len(lines) > 1 else "it printed nothing"
 
 

@@ -51,7 +51,9 @@ class Findings:
         self._append({"kind": "text", "name": name, "text": text})
 
     def _append(self, finding: dict) -> None:
-        with open(self.path, "a") as file:  # one write of a whole line: a kill leaves none that is torn
+        with open(
+            self.path, "a", encoding="utf-8"
+        ) as file:  # one write of a whole line: a kill leaves none that is torn
             file.write(json.dumps(finding) + "\n")
         print(*(f"{value}" for value in finding.values()), flush=True)
 
@@ -59,7 +61,7 @@ class Findings:
 def read_findings(path: Path) -> list[dict]:
     """Return what an item has said so far; a line that a full disk tore is left out."""
     findings = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             findings.append(json.loads(line))
         except ValueError:

@@ -58,6 +58,8 @@ def test_links_are_followed_once(folder, tmp_path):
         assert "4 links to what is there already" in source.left_out
     assert sorted(open_source("corpus/**/*.txt").documents()) == ["a.txt", "other"]
     assert sorted(open_source("corpus/**/b.md").documents()) == ["sub/b.md"]
+    nested = open_source("corpus/**/*/**")
+    assert "cannot be read" not in nested.left_out and {"other", "sub/b.md"} <= set(nested.documents())
 
 
 def test_names_that_are_not_utf8_or_have_brackets_are_as_others(tmp_path, monkeypatch):

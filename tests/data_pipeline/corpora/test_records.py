@@ -68,6 +68,19 @@ def test_xz_and_bz2(tmp_path):
             read(tmp_path / f"b.txt{suffix}")
 
 
+@pytest.mark.parametrize(("suffix", "pack"), [("xz", lzma.compress), ("bz2", bz2.compress)])
+def test_what_follows_a_compressed_member_is_another_one_or_an_error(tmp_path, suffix, pack):
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(pack(b"") + pack(JSONL.encode()) + bytes(300_000) + pack(JSONL.encode()) + bytes(8))
+    assert read(path) == TEXTS * 2
+    for junk in (b"junk", pack(JSONL.encode())[1:], bytes(8) + b"x" * 50):
+        path.write_bytes(pack(JSONL.encode()) + junk)
+        with pytest.raises(ValueError, match=rf"a.jsonl.{suffix}: cannot be read: "):
+            read(path)
+    path.write_bytes(pack(("x" * (3 << 20) + JSONL).encode()))
+    assert len(all_records(path)) == 3, "more than one buffer comes out of a member"
+
+
 def test_a_window_of_2_gib_is_read(tmp_path):
     parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31, enable_ldm=True)
     packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
@@ -184,6 +197,12 @@ def test_a_parquet_file_that_expands_is_refused_before_it_does(tmp_path, monkeyp
     with pytest.raises(ValueError, match=r"a.parquet: column 'text' becomes more than 200 times"):
         read(tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet", text_column="fine") == []
+
+
+def test_values_that_python_cannot_hold_are_malformed(tmp_path):
+    write_arrow(tmp_path / "a.arrow", pyarrow.table({"text": pyarrow.array([2**62], pyarrow.timestamp("s"))}))
+    (found,) = all_records(tmp_path / "a.arrow")
+    assert found == f"{tmp_path}/a.arrow, row 1: column 'text' holds timestamp[s], not text"
 
 
 def test_damaged_arrow_files_are_one_line(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import shutil
 import sqlite3
 import threading
@@ -129,10 +130,22 @@ def test_a_damaged_file_stays_and_the_remedy_is_named(tmp_path, content):
     assert path.read_bytes() == content
 
 
-def test_a_folder_in_its_place_is_named(tmp_path):
-    (tmp_path / "mlflow.db").mkdir()
-    with pytest.raises(DatabaseUnusable, match="is a folder"):
-        Database(tmp_path / "mlflow.db").prepare(pytest.fail)
+def test_what_is_no_file_stays_in_its_place_and_is_named(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name, what in (("folder", "a folder"), ("pipe", "no regular file"), ("device", "no regular file")):
+        with pytest.raises(DatabaseUnusable, match=f"{name} is {what}.*rename it"):
+            Database(tmp_path / name).prepare(pytest.fail)
+        assert not (tmp_path / name).is_file()
+
+
+def test_a_link_to_another_disk_is_followed_when_the_database_is_made(tmp_path, quick_making, empty_store):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "mlflow.db").symlink_to(tmp_path / "disk" / "big.db")
+    Database(tmp_path / "mlflow.db").prepare(pytest.fail)
+    assert (tmp_path / "mlflow.db").is_symlink() and names(tmp_path / "disk") == ["big.db"]
+    assert (tmp_path / "disk" / "big.db").read_bytes() == empty_store.read_bytes()
 
 
 def test_the_user_is_told_in_the_terminal_and_can_send_the_rest(tmp_path, store):
@@ -144,7 +157,7 @@ def test_the_user_is_told_in_the_terminal_and_can_send_the_rest(tmp_path, store)
     assert "mlflow.db is damaged" in said[-1] and f"gptoss_dist.tracking sync {tmp_path / 'run'}" in said[-1]
 
 
-@pytest.mark.parametrize("name", ["what?", "a%20b", "50%", "x#y", "it's: [1]&;", "ö ü", "a\tb", "q?mode=memory"])
+@pytest.mark.parametrize("name", ["q?mode=memory", "a%20b 50%", "it's: [1]#&;\tö"])
 def test_the_database_is_in_the_working_directory_whatever_its_name(tmp_path, store, empty_store, monkeypatch, name):
     from mlflow import MlflowClient
 
@@ -202,6 +215,30 @@ def test_a_moved_or_copied_checkout_goes_on_in_its_own_database(tmp_path, store,
     assert {item.path for item in client.list_artifacts(first.run_id)} == {"note.txt", "again"}
     assert [item.path for item in client.list_artifacts(other.run_id)] == ["note.txt"]
     assert (new / "mlartifacts" / first.run_id / "artifacts" / "again" / "note.txt").is_file()
+
+
+def test_a_copy_without_a_database_does_not_write_into_the_original(tmp_path, store, empty_store, monkeypatch):
+    old, copies, here = tmp_path / "old", tmp_path / "copies", tmp_path / "here"
+    for folder in (old, here):
+        folder.mkdir()
+        shutil.copy(empty_store, folder)
+    monkeypatch.chdir(old)
+    first = start("runs/a")
+    first.close()
+    shutil.copytree(old / "runs", copies / "runs")
+    before = (old / "mlflow.db").read_bytes()
+    monkeypatch.chdir(here)
+    copy = start(copies / "runs" / "a", resumed_step=1)
+    copy.close()
+    assert (old / "mlflow.db").read_bytes() == before
+    assert copy.run_id not in (None, first.run_id)
+
+    # A run that was moved away from its database goes on there: the original is no more.
+    shutil.move(old / "runs" / "a", tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    moved = start("a", resumed_step=1)
+    moved.close()
+    assert moved.run_id == first.run_id
 
 
 def test_artifacts_in_a_place_of_the_users_stay_there(tmp_path, client, store):

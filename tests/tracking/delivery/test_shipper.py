@@ -7,6 +7,7 @@ import time
 import pytest
 
 from gptoss_dist.tracking.delivery import requests
+from gptoss_dist.tracking.delivery.cursor import Cursor
 from gptoss_dist.tracking.tracker import main, sync
 from tests.support.tracked import history, runs_of, start
 
@@ -98,11 +99,28 @@ def test_a_clock_that_jumps_back_does_not_end_a_run_before_it_began(tmp_path, cl
 METRICS = [{"step": step, "time": 100.0, "metrics": {"loss/train": float(step)}} for step in range(1, 21)]
 
 
-@pytest.mark.parametrize("cursor", [
+DAMAGED_CURSORS = [
     "", "{", "[]", "null", '"a"', "\0\0\0", '{"metrics_offset": "5"}', '{"metrics_offset": -5}',
     '{"metrics_offset": 1e400}', '{"metrics_offset": 99999999}', '{"metrics_offset": 7}', '{"journal_offset": 3}',
-    '{"run_id": 5}', '{"run_id": "nonsense"}', '{"uri": 5}', '{"unknown": 1}', "[" * 100_000,
-])  # fmt: skip
+    '{"journal_offset": true}', '{"run_id": 5}', '{"uri": 5}', '{"database": []}', "[" * 100_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED_CURSORS, ids=range(len(DAMAGED_CURSORS)))
+def test_a_damaged_cursor_begins_anew_and_is_told(tmp_path, text):
+    (tmp_path / "tracking").mkdir()
+    for name in ("metrics.jsonl", "tracking/journal.jsonl"):
+        (tmp_path / name).write_text('{"a": 1}\n' * 5)
+    said = []
+    assert Cursor.load(tmp_path, said.append) == Cursor() and not said
+    (tmp_path / "tracking" / "cursor.json").write_text('{"metrics_offset": 9, "journal_offset": 45, "newer": 1}')
+    assert Cursor.load(tmp_path, pytest.fail) == Cursor(metrics_offset=9, journal_offset=45)
+    (tmp_path / "tracking" / "cursor.json").write_text(text)
+    assert Cursor.load(tmp_path, said.append) == Cursor()
+    assert len(said) == 1 and "cursor.json" in said[0] and "whole run again" in said[0]
+
+
+@pytest.mark.parametrize("cursor", ["{", '{"metrics_offset": 7}', '{"run_id": "nonsense"}'])
 def test_a_damaged_cursor_or_line_costs_nothing_but_itself(tmp_path, client, store, cursor):
     run_dir = tmp_path / "run"
     tracker = start(run_dir)
