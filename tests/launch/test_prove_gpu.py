@@ -324,7 +324,7 @@ def rehearse(work: Path, name: str) -> list[dict]:
 def test_training_items_are_rehearsed(tmp_path):
     checks = [f["name"] for f in rehearse(tmp_path, "resume") if f["kind"] == "check"]
     assert "the last checkpoint is equal bit for bit" in checks
-    rehearse(tmp_path, "502m")
+    rehearse(tmp_path, "variants")
     found = rehearse(tmp_path, "syncs")
     assert [f["value"] for f in found if f["kind"] == "figure" and "synchronisations" in f["name"]] == [None, None]
 

@@ -205,11 +205,12 @@ def zero_2(findings: Findings, work: Path) -> None:
 
 def variants(findings: Findings, work: Path) -> None:
     """Train a few steps in ways that no CPU shows; in a rehearsal none of them compiles."""
-    steps, on = (3, "false") if findings.rehearse else (20, "true")
+    steps, compiled = (3, {}) if findings.rehearse else (20, {"train.compile": "true"})
+    graphs = compiled and compiled | {"train.compile_mode": "reduce-overhead"}
     for name, settings in {
-        "compiled": {"train.compile": on},
-        "replay": {"train.routing": "replay", "train.compile": on, "train.compile_mode": "reduce-overhead"},
-        "varlen": {"data.packing": "varlen", "train.compile": on},
+        "compiled": compiled,
+        "replay": {"train.routing": "replay"} | graphs,
+        "varlen": {"data.packing": "varlen"} | compiled,
     }.items():
         try:
             folder = train(findings, work, name, QUIET | {"train.steps": steps} | settings)
