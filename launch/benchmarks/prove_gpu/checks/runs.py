@@ -34,7 +34,13 @@ TINY = {
     "validation.samples": 4,
     "sampling.max_new_tokens": 4,
 }
-QUIET = {"optim.warmup_steps": 0, "validation.every": 0, "sampling.prompts": "[]", "checkpoint.every": 0}
+QUIET = {
+    "optim.warmup_steps": 0,
+    "optim.lr": 3e-4,  # a few steps without a warm-up, whose losses are to be compared
+    "validation.every": 0,
+    "sampling.prompts": "[]",
+    "checkpoint.every": 0,
+}
 ZERO_TOLERANCE = 1e-3
 """By how much losses of two engines may differ in float32 after twenty steps, as a share."""
 
