@@ -34,6 +34,11 @@ def without_secrets(text: str) -> str:
     return _QUERY.sub(lambda query: _VALUE.sub(f"={_HIDDEN}", query[0]), text)
 
 
+def has_hidden(url: str | None) -> bool:
+    """Return whether `without_secrets` has hidden something in a URL, so that it leads nowhere."""
+    return url is not None and _HIDDEN in url
+
+
 def _hidden(url: re.Match) -> str:
     # A chain of fsspec is several URLs; each hides its own.
     rest = url["rest"].rstrip(_SENTENCE)

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from data_pipeline.printable import printable
+
 MOST_CHARACTERS = 800
 """A longer message is cut in its middle: what was given may be a file of any size."""
 
@@ -85,7 +87,7 @@ def one_line(text: str) -> str:
     if len(words) > MOST_CHARACTERS:
         half = MOST_CHARACTERS // 2
         words = f"{words[:half]} [...] {words[-half:]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    return printable(words)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

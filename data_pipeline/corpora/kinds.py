@@ -51,7 +51,8 @@ def why_left_out(name: str) -> str | None:
     """Return why a file that was found, not named, is left out, as `LeftOut` counts it; None where it is taken."""
     if name.startswith("."):
         return HIDDEN
-    if _CARD.fullmatch(name) or name in DATASET_FILES:
+    is_prose = suffixes_of(name)[0] not in (*LINES_SUFFIXES, ".json", *TABLE_SUFFIXES)
+    if (is_prose and _CARD.fullmatch(name)) or name in DATASET_FILES:
         return CARDS
     if is_known(name):
         return None

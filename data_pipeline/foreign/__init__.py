@@ -1,4 +1,7 @@
-"""Files that somebody else may have written, read strictly, in one way: the only readers of JSON and YAML on disk.
+"""JSON and YAML files that somebody else may have written, read strictly, in one way.
+
+Lines of JSON, of corpora and metrics, are read by `corpora/records.py` and `tracking/jsonl.py`. Files of settings are
+read by jsonargparse, after `command_line/files.py` has checked them here.
 
     class Entry(msgspec.Struct):
         bytes: Count

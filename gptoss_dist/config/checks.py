@@ -5,6 +5,7 @@ The range of a single setting is declared beside it, with `ranged`.
 
 from __future__ import annotations
 
+from data_pipeline.secrets import has_hidden
 from gptoss_dist.config.data import DataConfig, SourceConfig, StageConfig
 from gptoss_dist.config.sections import (
     CheckpointConfig,
@@ -145,7 +146,7 @@ def check_what_is_unused(train: TrainConfig, checkpoint: CheckpointConfig, valid
 def check_uri(tracking: TrackingConfig) -> None:
     """Refuse an address that was read from a run's settings, where its secrets are hidden."""
     _require(
-        "***" not in (tracking.uri or ""),
+        not has_hidden(tracking.uri),
         f"tracking.uri={tracking.uri} has its secrets hidden, as all that a run writes; give it anew with "
         "--tracking.uri, or add --tracking.uri null and set MLFLOW_TRACKING_URI",
     )

@@ -82,6 +82,10 @@ class OptimConfig:
     lr_scale: dict[str, float] = ranged(default_factory=dict, at_least=0)
     """Factors of the learning rate by such patterns; the last that matches counts."""
 
+    def warmup(self, steps: int) -> int:
+        """Return the steps of warm-up in a run of `steps` steps."""
+        return min(100, steps // 10) if self.warmup_steps is None else self.warmup_steps
+
 
 @dataclass
 class LossConfig:

@@ -12,15 +12,28 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-def is_peer_loss(error: BaseException) -> bool:
+_SIGNS_OF_PEER_LOSS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection was likely closed",
+    "Broken pipe",
+    "Timed out waiting",
+    "wait timeout",
+    "remote process exited",
+    "ncclRemoteError",
+)
+"""What gloo, NCCL and the store write when another process has ended or does not answer."""
+
+
+def is_peer_loss(error: BaseException | None) -> bool:
     """Return whether a collective failed because another process of the run has ended or does not answer."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Timed out",
-             "timed out", "Connection was likely closed")  # fmt: skip
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-        causes.append(cause)
-    failed = [e for e in causes if isinstance(e, (dist.DistError, RuntimeError))]
-    return any(isinstance(e, dist.DistError) or any(sign in str(e) for sign in signs) for e in failed)
+    while error is not None:
+        if isinstance(error, dist.DistNetworkError):
+            return True
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_PEER_LOSS):
+            return True
+        error = error.__cause__
+    return False
 
 
 class LocalError(ValueError):

@@ -71,7 +71,7 @@ def init_distributed(timeout_s: float = 1800.0) -> Ranks:
         _tune_cpu_memory()
     dist.init_process_group(
         backend,
-        store=rendezvous.open_store(rank, world_size),
+        store=rendezvous.open_store(rank, world_size, timeout_s),
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout_s),

@@ -21,7 +21,7 @@ from gptoss_dist.distributed.collectives import LocalError
 
 PATIENCE_S = 600.0
 """How long a rank waits for the others, unless RENDEZVOUS_TIMEOUT gives other seconds."""
-_SAY_AFTER_S = 5.0
+_MESSAGE_AFTER_S = 5.0
 _REPEAT_S = 60.0
 
 
@@ -59,8 +59,13 @@ def _number(env: Mapping[str, str], name: str, default: str | None = None) -> in
     return int(text)
 
 
-def open_store(rank: int, world_size: int) -> dist.Store | None:
+def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store | None:
     """Return the store of all ranks once they are all there; None where torchrun has one already.
+
+    Args:
+        rank: This rank.
+        world_size: How many ranks there are.
+        timeout_s: How long the run may wait for a value in the store later on.
 
     Raises:
         LocalError: Some did not come in time, the port is taken, or two processes have the same rank.
@@ -79,6 +84,7 @@ def open_store(rank: int, world_size: int) -> dist.Store | None:
         store.set("all here", "yes")
     else:
         _await_rank_0(store, place, deadline)
+    store.set_timeout(datetime.timedelta(seconds=timeout_s))  # so far it had the patience of the meeting
     return dist.PrefixStore("run", store)
 
 
@@ -96,7 +102,7 @@ def _patience_s() -> float:
 def _connect(rank: int, world_size: int, place: str, deadline: float) -> dist.Store:
     patience = datetime.timedelta(seconds=max(1.0, deadline - time.monotonic()))
     try:
-        with _said_later(f"rank {rank} waits for rank 0 at {place}"):
+        with _message_if_slow(f"rank {rank} waits for rank 0 at {place}"):
             return dist.TCPStore(
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
@@ -117,14 +123,14 @@ def _connect(rank: int, world_size: int, place: str, deadline: float) -> dist.St
 
 def _await_all(store: dist.Store, world_size: int, place: str, deadline: float) -> None:
     """Wait on rank 0 until all have signed, and say who is missing."""
-    missing, say_at = list(range(world_size)), time.monotonic() + _SAY_AFTER_S
+    missing, message_at = list(range(world_size)), time.monotonic() + _MESSAGE_AFTER_S
     while missing := [rank for rank in missing if not store.check([f"arrived/{rank}"])]:
         now, ranks = time.monotonic(), f"{len(missing)} of {world_size} ranks ({_listed(missing)})"
         if now > deadline:
             raise LocalError(f"{ranks} did not come to {place} in time; start them, or correct WORLD_SIZE")
-        if now > say_at:
-            _say(f"rank 0 waits at {place} for {ranks}")
-            say_at = now + _REPEAT_S
+        if now > message_at:
+            _message(f"rank 0 waits at {place} for {ranks}")
+            message_at = now + _REPEAT_S
         time.sleep(0.05)
 
 
@@ -142,9 +148,9 @@ def _listed(ranks: list[int]) -> str:
 
 
 @contextlib.contextmanager
-def _said_later(text: str) -> Iterator[None]:
-    """Say something if what is done here takes long."""
-    timer = threading.Timer(_SAY_AFTER_S, _say, [text])
+def _message_if_slow(text: str) -> Iterator[None]:
+    """Print a line if what is done in this context is not done soon."""
+    timer = threading.Timer(_MESSAGE_AFTER_S, _message, [text])
     timer.daemon = True
     timer.start()
     try:
@@ -153,5 +159,5 @@ def _said_later(text: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _say(text: str) -> None:
+def _message(text: str) -> None:
     print(f"{launchers.program()}: {text}", file=sys.stderr, flush=True)

@@ -24,10 +24,16 @@ from pathlib import Path
 from gptoss_dist.distributed import launchers
 
 GRACE_S = 30.0
-"""Seconds between SIGTERM and SIGKILL, which are torchrun's own."""
+"""Seconds between SIGTERM and SIGKILL, unless torchrun's variable TORCH_ELASTIC_SHUTDOWN_TIMEOUT gives others."""
 _INTERVAL_S = 0.5
-_LAUNCHERS = {"torchrun", "deepspeed", "torch.distributed.run", "torch.distributed.launch",
-              "deepspeed.launcher.launch", "deepspeed.launcher.runner"}  # fmt: skip
+_LAUNCHERS = {
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "deepspeed",
+    "deepspeed.launcher.launch",
+    "deepspeed.launcher.runner",
+}
 _NAMES_AT = 8
 """A launcher's name is among the first so many words of its command line: `python -u -m torch.distributed.run`."""
 
@@ -46,8 +52,15 @@ def _watch(chain: list[tuple[int, str]]) -> None:
         with contextlib.suppress(OSError):  # whoever reads it may be gone as well
             print(text, file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE_S)
+    time.sleep(_grace_s())
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _grace_s() -> float:
+    try:
+        return max(0.0, float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE_S)))
+    except ValueError:
+        return GRACE_S
 
 
 def _ancestors_to_launcher() -> list[tuple[int, str]]:

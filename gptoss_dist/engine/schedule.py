@@ -13,7 +13,7 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     Linear warm-up reaches the peak at step `warmup_steps`; cosine and wsd end at `min_lr_ratio` times the peak at the
     last step. wsd decays as 1 - sqrt (arXiv:2405.18392, the form that article found best).
     """
-    warmup = config.warmup_steps or 0
+    warmup = config.warmup(steps)
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     floor = config.min_lr_ratio

@@ -48,9 +48,7 @@ def repl(session: Session, settings: dict[str, Any], check: Callable[[dict[str, 
                 print(REPL_HELP)
             elif line:
                 print(line, end="", flush=True)
-                session.write(
-                    line, on_text=lambda text: print(printable(text, lines=True), end="", flush=True), **settings
-                )
+                session.write(line, on_text=_print, **settings)
                 print()
         except ValueError as error:
             print(f"could not: {error}")

@@ -34,7 +34,7 @@ from typing import Literal
 
 from data_pipeline.command_line import Program, positional, run_verb
 from data_pipeline.disk import move
-from data_pipeline.secrets import without_secrets
+from data_pipeline.secrets import has_hidden, without_secrets
 from gptoss_dist.tracking.delivery.cursor import Cursor
 from gptoss_dist.tracking.delivery.database import DatabaseUnusable
 from gptoss_dist.tracking.delivery.environment import (
@@ -199,6 +199,7 @@ class Tracker:
             self._message(
                 f"MLflow has not received everything{self._problem}; nothing is lost. Send the rest with:\n"
                 f"    python -m gptoss_dist.tracking sync {shlex.quote(str(self._run_dir))}"
+                f"{' --uri URI' if has_hidden(self._shipper.cursor.uri) else ''}"
             )
 
     def _make_room(self, resumed: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import time
@@ -29,15 +31,23 @@ class FolderWatch:
         if self.lost is not None or time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + self._interval_s
-        self.lost = next((folder for folder, inode in self._inodes.items() if _inode(folder) != inode), None)
+        with contextlib.suppress(OSError):
+            self.lost = next((folder for folder, inode in self._inodes.items() if _inode(folder) != inode), None)
         return self.lost is not None
 
 
 def _inode(folder: Path) -> tuple[int, int] | None:
+    """Return what identifies a folder, or None if it is gone.
+
+    Raises:
+        OSError: That cannot be told at the moment.
+    """
     try:
         status = os.stat(folder)
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):  # the last is NFS's, of what others deleted
+            return None
+        raise
     return status.st_dev, status.st_ino
 
 

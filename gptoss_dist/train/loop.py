@@ -59,7 +59,7 @@ def run(config: Config) -> int:
             log.exception("a collective failed")
             launchers.report_error_once(
                 f"rank {os.environ.get('RANK', 0)} lost another process of the run, which has ended or hangs (see its "
-                f"message): {' '.join(str(error).split())[:200]}; go on with --resume auto",
+                f"message): {' '.join(str(error).split())[-400:]}; go on with --resume auto",
                 alone=True,
             )
             return 1
@@ -89,6 +89,7 @@ def train(config: Config, ranks: Ranks) -> None:
         data = open_data(config, ranks.world_size, start)
         weights = open_initial_weights(config, start)
         check_tokenizer(config, weights, data)
+        carried = files_to_carry(start, weights)
         on_rank_zero(lambda: check_folder(config))
         group = long_timeout_group()
         verify(config.data, print_message, group)
@@ -96,7 +97,7 @@ def train(config: Config, ranks: Ranks) -> None:
         engine = build_engine(engine_settings(config), ranks, next_token_prediction)
         restore(engine, start, weights, seed=config.run.seed, rank=ranks.rank)
         on_rank_zero(lambda: open_folder(config, lock))  # only now: a run that is refused writes nothing
-        with Run(config, ranks, engine, data, start, group, files_to_carry(start, weights)) as open_run:
+        with Run(config, ranks, engine, data, start, group, carried) as open_run:
             open_run.announce(start, weights)
             train_steps(open_run, start.step)
 

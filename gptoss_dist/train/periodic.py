@@ -70,39 +70,42 @@ def validate(run: Run, step: int, findings: Findings) -> None:
 
 
 def write_samples(run: Run, step: int, findings: Findings) -> None:
-    """Let the model continue the prompts. What goes wrong on that is reported, and the run goes on."""
+    """Let the model continue the prompts. What goes wrong with that is reported, and the run goes on.
+
+    Only a failure in the middle of a model that several ranks share ends the run: it may be one rank's, for which the
+    others wait.
+    """
+    tokenizer, is_collective = run.data.training.mixture.tokenizer, False
     try:
-        texts = _continue_prompts(run)
-    except torch.OutOfMemoryError:
-        if run.ranks.world_size > 1:  # of one rank perhaps, and then the others wait for it in the middle of a layer
-            raise
-        run.message(f"step {step}: no sample, the memory of {run.ranks.device} is full")
-    except Exception as error:
-        log.exception("samples of step %d", step)
-        run.message(f"step {step}: no sample, {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    else:
+        prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.eot_id] for prompt in run.config.sampling.prompts]
+        is_collective = run.ranks.world_size > 1
+        outputs = [_continue(run, ids, run.config.run.seed + index) for index, ids in enumerate(prompts)]
+        is_collective = False
+        texts = [tokenizer.decode(ids) for ids in outputs]
         if run.report:
             run.report.samples(step, texts)
+    except Exception as error:
+        if is_collective:
+            raise
+        log.exception("samples of step %d", step)
+        run.message(f"step {step}: no sample, {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def _continue_prompts(run: Run) -> list[str]:
-    """Return continuations; all ranks write them, in step, since each holds only a part of the weights."""
-    texts, tokenizer, settings = [], run.data.training.mixture.tokenizer, run.config.sampling
-    for index, prompt in enumerate(settings.prompts):
-        ids = torch.tensor([tokenizer.encode(prompt).tolist() or [tokenizer.eot_id]], device=run.ranks.device)
-        # Compiled blocks would be compiled anew for the cache, the prompt and one token, until the compiler gives up.
-        with torch.compiler.set_stance("force_eager"):
-            output = generate(
-                run.engine.model,
-                ids,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                vocab_size=tokenizer.n_vocab,
-                generator=torch.Generator().manual_seed(run.config.run.seed + index),
-            )
-        texts.append(tokenizer.decode(output[0].tolist()))
-    return texts
+def _continue(run: Run, ids: list[int], seed: int) -> list[int]:
+    """Return a prompt and its continuation; all ranks do, in step, since each holds only a part of the weights."""
+    settings = run.config.sampling
+    # Compiled blocks would be compiled anew for the cache, the prompt and one token, until the compiler gives up.
+    with torch.compiler.set_stance("force_eager"):
+        output = generate(
+            run.engine.model,
+            torch.tensor([ids], device=run.ranks.device),
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            vocab_size=run.data.training.mixture.tokenizer.n_vocab,
+            generator=torch.Generator().manual_seed(seed),
+        )
+    return output[0].tolist()
 
 
 def save_checkpoint(run: Run, step: int, findings: Findings) -> None:

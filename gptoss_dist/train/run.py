@@ -61,7 +61,7 @@ class Run:
             group=group,
         )
         self.timer, self.stop = StepTimer(ranks.device), StopRequest()
-        self.watch = FolderWatch([config.folder, config.checkpoint_folder])
+        self.watch = FolderWatch([config.folder, config.checkpoint_folder] if ranks.is_main else [])
         self.guard = SkipGuard(config.train.max_skipped_steps, start.skipped_steps)
         self.last_saved_step = start.step
         self.carried = carried or {}
@@ -103,8 +103,11 @@ class Run:
         config, engine, message = self.config, self.engine, self.report.message
         if start.checkpoint is not None:
             message(f"resumed {start.checkpoint} at step {start.step}")
-            for line in changes_of(start, config, self.ranks.world_size):
-                message(line)
+            try:
+                for line in changes_of(start, config, self.ranks.world_size):
+                    message(line)
+            except ValueError as error:  # settings of another version; what is resumed was checked before
+                message(f"what the run does otherwise than before cannot be told: {error}")
         else:
             message(f"training {config.run.name} in {config.folder}")
         if weights is not None:

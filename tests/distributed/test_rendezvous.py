@@ -50,14 +50,14 @@ def meet(monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    monkeypatch.setattr(rendezvous, "_SAY_AFTER_S", 0.3)
+    monkeypatch.setattr(rendezvous, "_MESSAGE_AFTER_S", 0.3)
 
     def run(ranks: list[int], world_size: int) -> list[str | None]:
         stores, results = {}, {}
 
         def work(index: int) -> None:
             try:
-                stores[index] = open_store(ranks[index], world_size)  # kept: rank 0's serves the others
+                stores[index] = open_store(ranks[index], world_size, 60.0)  # kept: rank 0's serves the others
                 results[index] = None
             except LocalError as error:
                 results[index] = str(error)

@@ -140,6 +140,17 @@ def test_samples_compile_nothing_and_validation_little(ranks):
     assert graphs[0] > 0 and graphs == graphs[:1] * 3
 
 
+def test_a_sample_that_fails_inside_a_shared_model_ends_the_run(ranks):
+    config = settings(num_hidden_layers=2)
+    config.sampling.prompts = ["a"]
+    tokenizer = SimpleNamespace(encode=lambda text: np.arange(len(text)), n_vocab=90)
+    data = SimpleNamespace(training=SimpleNamespace(mixture=SimpleNamespace(tokenizer=tokenizer)))
+    several = SimpleNamespace(world_size=2, device=ranks.device)
+    run = SimpleNamespace(config=config, ranks=several, data=data, engine=SimpleNamespace(model=None))
+    with pytest.raises(AttributeError):
+        write_samples(run, 3, {})
+
+
 def test_samples_that_fail_do_not_end_a_run(ranks):
     def encode(text):
         raise UnicodeEncodeError("ascii", text, 0, 1, "ordinal not in range(128)")

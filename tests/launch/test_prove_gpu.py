@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from gptoss_dist.config import parse_arguments
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.tracking.metrics import StepTimer
 from launch.benchmarks.prove_gpu import driver, environment, probe
-from launch.benchmarks.prove_gpu.checks import kernels, steps, syncs
+from launch.benchmarks.prove_gpu.checks import kernels, runs, steps, syncs
 from launch.benchmarks.prove_gpu.checks.commands import run_command
 from launch.benchmarks.prove_gpu.driver import judge
 from launch.benchmarks.prove_gpu.environment import Python
@@ -324,7 +325,7 @@ def rehearse(work: Path, name: str) -> list[dict]:
 def test_training_items_are_rehearsed(tmp_path):
     checks = [f["name"] for f in rehearse(tmp_path, "resume") if f["kind"] == "check"]
     assert "the last checkpoint is equal bit for bit" in checks
-    rehearse(tmp_path, "502m")
+    rehearse(tmp_path, "variants")
     found = rehearse(tmp_path, "syncs")
     assert [f["value"] for f in found if f["kind"] == "figure" and "synchronisations" in f["name"]] == [None, None]
 
@@ -359,3 +360,29 @@ def test_a_command_that_fails_is_named(tmp_path, capfd):
     with pytest.raises(SystemExit, match=r"script\.py ended with exit code 3; its error is above"):
         run_command([str(script), "read", "3"], fork=False)
     assert capfd.readouterr().out.count("to read") == 2
+
+
+def test_the_settings_of_the_real_runs_are_accepted(tmp_path, monkeypatch):
+    """Those that only a GPU sees: a refusal that is new must not be found out there."""
+    accepted = []
+
+    def only_parse(words, *, fork):
+        if words[0].endswith("train.py"):
+            accepted.append(parse_arguments(words[1:])[0])
+            raise SystemExit("parsed")
+        return ""
+
+    monkeypatch.setattr(runs, "run_command", only_parse)
+    findings = Findings(tmp_path / "found", rehearse=False)
+    runs.variants(findings, tmp_path)
+    for item in (runs.quickstart, runs.resume, runs.zero_2):
+        with pytest.raises(SystemExit, match="parsed"):
+            item(findings, tmp_path)
+    assert [config.run.name for config in accepted] == [
+        "compiled",
+        "replay",
+        "varlen",
+        "quickstart",
+        "straight",
+        "fsdp",
+    ]

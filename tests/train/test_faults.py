@@ -1,9 +1,11 @@
+import errno
 import os
 import signal
 
 import pytest
 
 from gptoss_dist.distributed.signals import STOPPING, StopRequest
+from gptoss_dist.train import faults
 from gptoss_dist.train.faults import FolderWatch, SkipGuard, TrainingError
 
 
@@ -49,6 +51,17 @@ def test_a_folder_that_is_gone_is_noticed_once(tmp_path, how):
         checkpoints.mkdir()
     assert watch.look() and watch.lost == checkpoints
     assert not watch.look()
+
+
+@pytest.mark.parametrize(("number", "is_gone"), [(errno.ESTALE, True), (errno.EIO, False)])
+def test_a_network_file_system_that_stutters_is_no_loss(tmp_path, monkeypatch, number, is_gone):
+    watch = FolderWatch([tmp_path], interval_s=0)
+
+    def stat(path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(faults.os, "stat", stat)
+    assert watch.look() is is_gone
 
 
 def test_only_steps_in_a_row_are_fatal():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.disk import locked
-from data_pipeline.secrets import without_secrets
+from data_pipeline.secrets import has_hidden, without_secrets
 from gptoss_dist.tracking.delivery.cursor import Cursor
 from gptoss_dist.tracking.delivery.database import Database
 from gptoss_dist.tracking.delivery.environment import Store, Wishes
@@ -126,8 +126,14 @@ class Shipper:
 
         Raises:
             MlflowMissing: There is no mlflow.
+            DeliveryRefused: Only the user can help; the message says how.
             Exception: Whatever MLflow raises; try again later.
         """
+        if has_hidden(self._store.uri):
+            raise DeliveryRefused(
+                f"the address of the MLflow server was recorded without its secrets, {self._store.uri}: give it anew "
+                "with --tracking.uri (or --uri of sync), or set MLFLOW_TRACKING_URI"
+            )
         if self._client is not None and not self.pending():
             return  # but look at the server once: it may not be the one that the cursor speaks of
         try:

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from data_pipeline import open_source
+from data_pipeline.corpora.kinds import CARDS, why_left_out
 
 
 @pytest.fixture
@@ -108,3 +109,10 @@ def test_a_prepared_dataset_in_a_folder_is_no_text(folder):
         (folder / "prepared" / name).write_text("{}")
     source = open_source("corpus")
     assert set(source.documents()) == TEXTS and "1 prepared datasets" in source.left_out
+
+
+def test_only_prose_is_a_card():
+    cards = ("README", "readme.md", "LICENSE", "LICENCE.txt", "README-zh.md", "license.html", "README.md.gz")
+    assert all(why_left_out(name) == CARDS for name in cards)
+    corpora = ("readme_corpus.parquet", "license-plates.jsonl", "LICENSE_texts.jsonl.zst", "readmes.txt", "README.json")
+    assert not any(why_left_out(name) for name in corpora)

@@ -34,7 +34,13 @@ TINY = {
     "validation.samples": 4,
     "sampling.max_new_tokens": 4,
 }
-QUIET = {"optim.warmup_steps": 0, "validation.every": 0, "sampling.prompts": "[]", "checkpoint.every": 0}
+QUIET = {
+    "optim.warmup_steps": 0,
+    "optim.lr": 3e-4,  # a few steps without a warm-up, whose losses are to be compared
+    "validation.every": 0,
+    "sampling.prompts": "[]",
+    "checkpoint.every": 0,
+}
 ZERO_TOLERANCE = 1e-3
 """By how much losses of two engines may differ in float32 after twenty steps, as a share."""
 
@@ -205,11 +211,12 @@ def zero_2(findings: Findings, work: Path) -> None:
 
 def variants(findings: Findings, work: Path) -> None:
     """Train a few steps in ways that no CPU shows; in a rehearsal none of them compiles."""
-    steps, on = (3, "false") if findings.rehearse else (20, "true")
+    steps, compiled = (3, {}) if findings.rehearse else (20, {"train.compile": "true"})
+    graphs = compiled and compiled | {"train.compile_mode": "reduce-overhead"}
     for name, settings in {
-        "compiled": {"train.compile": on},
-        "replay": {"train.routing": "replay", "train.compile": on, "train.compile_mode": "reduce-overhead"},
-        "varlen": {"data.packing": "varlen", "train.compile": on},
+        "compiled": compiled,
+        "replay": {"train.routing": "replay"} | graphs,
+        "varlen": {"data.packing": "varlen"} | compiled,
     }.items():
         try:
             folder = train(findings, work, name, QUIET | {"train.steps": steps} | settings)

@@ -64,7 +64,6 @@ def run_502m(findings: Findings, overrides: dict[str, object]) -> Config:
 
 def run_20b_slice(findings: Findings) -> Config:
     """Return a run of two layers of gpt-oss-20b."""
-    # On top of no other run: a model of a second file keeps what only the first one names.
     overrides = {"model": ROOT / "configs/model/gptoss_20b.yaml", "model.num_hidden_layers": 2}
     overrides |= {"data.seq_len": 4096, "train.micro_batch_size": 4}
     return load_config(overrides=overrides | (TINY if findings.rehearse else {}))
