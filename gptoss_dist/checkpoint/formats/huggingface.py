@@ -84,6 +84,8 @@ def _by_layer_type(name: str, rope: dict) -> dict[str, dict]:
     """Return {place: mapping} of a mapping that is for all layers, or of those for each type of layer in it."""
 
     def said(mapping: dict) -> dict:
+        if "truncate" in mapping:  # transformers takes null for false there, not for its default
+            mapping = mapping | {"truncate": bool(mapping["truncate"])}
         return {key: value for key, value in mapping.items() if value is not None and not isinstance(value, dict)}
 
     common, nested = said(rope), {key: value for key, value in rope.items() if isinstance(value, dict)}

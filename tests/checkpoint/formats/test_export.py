@@ -102,8 +102,9 @@ NESTED = {"full_attention": ROPE, "sliding_attention": ROPE}
         {"rope_parameters": {"rope_theta": 1e4, **{kind: {**ROPE, "rope_theta": None} for kind in NESTED}}},
         {"rope_parameters": NESTED, "rope_scaling": {**ROPE, "rope_theta": None}, "rope_theta": 1e4},
         {"rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}},
+        {"rope_parameters": {**ROPE, "truncate": None}},
     ],
-    ids=["flat", "nested", "nested with a common theta", "twice", "all dimensions"],
+    ids=["flat", "nested", "nested with a common theta", "twice", "all dimensions", "null for false"],
 )
 def test_a_rotary_embedding_is_read_in_all_its_forms(tmp_path, form):
     folder = saved(tmp_path / "new")
