@@ -50,7 +50,7 @@ def check_length_of_samples(data: DataConfig, model: ModelConfig) -> None:
 
 def check_schedule(optim: OptimConfig, train: TrainConfig) -> None:
     """Refuse a warm-up and a final decay that are longer than the run or overlap, and a decay that is not used."""
-    warmup, decay, steps = optim.warmup_steps or 0, optim.decay_steps, train.steps
+    warmup, decay, steps = optim.warmup(train.steps), optim.decay_steps, train.steps
     _require(
         warmup <= steps,
         f"optim.warmup_steps={warmup} is more than train.steps={steps}, so the run would end before its peak; set "

@@ -61,8 +61,6 @@ class Config:
     def __post_init__(self) -> None:
         if self.data.path is None and not self.data.sources:
             self.data.path = "data/pystdlib"
-        if self.optim.warmup_steps is None:
-            self.optim.warmup_steps = self.optim.warmup(self.train.steps)
         checks.check_init(self.init)
         self.init = {"from": self.init["from"], "other_tokenizer": self.init.get("other_tokenizer", False)}
         self.engine.deepspeed = _read_deepspeed_settings(self.engine.deepspeed)

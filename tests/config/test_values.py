@@ -140,7 +140,7 @@ def test_settings_that_contradict_each_other(argv, message):
 
 def test_the_default_warm_up_fits_the_run():
     assert [
-        load_config(overrides={"model.hidden_size": 64, "train.steps": steps}).optim.warmup_steps
+        load_config(overrides={"model.hidden_size": 64, "train.steps": steps}).optim.warmup(steps)
         for steps in (5, 20, 999, 1000, 50000)
     ] == [0, 2, 99, 100, 100]
 

@@ -73,7 +73,9 @@ def test_curves_bands_validation_and_resume_marker(tmp_path, monkeypatch):
     figures = {}
     save = Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda self, path, **kw: (figures.update({path.stem: self}), save(self, path, **kw))
+        Figure,
+        "savefig",
+        lambda self, path, **kw: (figures.update({path.name.split(".")[1]: self}), save(self, path, **kw)),
     )
     plot_run(full_run(tmp_path / "run"))
     billions = 131_072 / 1e9
@@ -115,7 +117,9 @@ def test_expert_tokens_are_a_map_of_the_newest_row(tmp_path, monkeypatch):
     figures = {}
     save = Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda self, path, **kw: (figures.update({path.stem: self}), save(self, path, **kw))
+        Figure,
+        "savefig",
+        lambda self, path, **kw: (figures.update({path.name.split(".")[1]: self}), save(self, path, **kw)),
     )
     run = write_run(tmp_path / "run", [{"step": 200, "time": 1.0, "metrics": {"loss/train": 4.0}}])
     rows = [

@@ -9,8 +9,15 @@ from gptoss_dist.train import faults
 from gptoss_dist.train.faults import FolderWatch, SkipGuard, TrainingError
 
 
+@pytest.fixture
+def not_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", STOPPING)
-def test_signals_become_a_flag_and_a_second_ctrl_c_stops(number):
+def test_signals_become_a_flag_and_a_second_ctrl_c_stops(number, not_under_nohup):
     before = signal.getsignal(signal.SIGTERM)
     stop = StopRequest()
     try:
