@@ -47,15 +47,9 @@ def write_synced(path: Path, text: str) -> None:
 def write_file_atomically(path: Path, data: bytes) -> None:
     """Write a file durably; after a crash at any moment it is either as before or complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            sync_file(file)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, open(temporary, "xb") as file:
+        file.write(data)
+        sync_file(file)
 
 
 def unfinished(path: Path) -> Path:
