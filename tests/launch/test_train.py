@@ -161,14 +161,21 @@ def test_layout_does_not_change_the_losses(settings, tmp_path):
         assert max(abs(a[step] - b[step]) for step in a) <= 1e-5, name
 
 
+def start_training(settings, folder, *options: str):
+    """Start a run of two processes without an end, and return it when it has taken some steps."""
+    process = start("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000",
+                    "--checkpoint.every", "0", "--validation.every", "0", *options, processes=2)  # fmt: skip
+    deadline = time.time() + 240
+    while not ((folder / "metrics.jsonl").is_file() and len(losses(folder)) > 3):
+        assert time.time() < deadline and process.is_running()
+        time.sleep(0.1)
+    return process
+
+
 @pytest.mark.parametrize("engine", [[], ["--engine.zero_stage", "3"]], ids=["fsdp", "zero-3"])
 def test_sigterm_saves_and_leaves(settings, tmp_path, engine):
     folder = tmp_path / "stopped"
-    process = start("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000",
-                    "--checkpoint.every", "0", "--validation.every", "0", *engine, processes=2)  # fmt: skip
-    metrics, deadline = folder / "metrics.jsonl", time.time() + 120
-    while time.time() < deadline and not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
-        time.sleep(0.2)
+    process = start_training(settings, folder, *engine)
     process.send(signal.SIGTERM, ranks=[1])  # one of them is enough
     assert process.wait().returncode == 0
     (saved,) = checkpoints(folder / "checkpoints")
@@ -202,11 +209,7 @@ def test_weights_that_are_not_finite_are_not_saved(settings, tmp_path):
 
 def test_a_run_whose_folder_is_deleted_saves_and_says_so(settings, tmp_path):
     folder = tmp_path / "deleted"
-    process = start("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000",
-                    "--checkpoint.every", "0", "--validation.every", "0", processes=2)  # fmt: skip
-    deadline = time.time() + 120
-    while time.time() < deadline and not ((folder / "metrics.jsonl").is_file() and len(losses(folder)) > 3):
-        time.sleep(0.2)
+    process = start_training(settings, folder)
     shutil.rmtree(folder)
     done = process.wait()
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
@@ -219,13 +222,11 @@ def test_a_run_whose_folder_is_deleted_saves_and_says_so(settings, tmp_path):
 
 def test_the_death_of_a_process_is_called_that(settings, tmp_path):
     folder = tmp_path / "bereft"
-    process = start("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000",
-                    "--checkpoint.every", "0", "--validation.every", "0", processes=2)  # fmt: skip
-    deadline = time.time() + 240
-    while time.time() < deadline and not ((folder / "metrics.jsonl").is_file() and len(losses(folder)) > 3):
-        time.sleep(0.2)
+    process = start_training(settings, folder)
     process.send(signal.SIGKILL, ranks=[1])
-    while time.time() < deadline and process.is_running(0):
+    deadline = time.time() + 240
+    while process.is_running(0):
+        assert time.time() < deadline
         time.sleep(0.1)
     done = process.wait()
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
