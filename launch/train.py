@@ -26,7 +26,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print parameters, tokens, memory and layout, and exit")
     try:
         launchers.complete()
-        config, flags = parse_arguments(launchers.without_local_rank(argv), parser)
+        argv = launchers.without_local_rank(argv)
+        config, flags = parse_arguments(argv, parser)
+        if not any(argument.startswith(("--config", "--model")) for argument in argv):
+            raise ValueError(
+                "no run is named, and the model's defaults are gpt-oss-20b; give --config FILE, such as "
+                "configs/quickstart.yaml, or --model FILE"
+            )
         if flags["dry_run"]:
             from gptoss_dist.train.dry_run import describe
 

@@ -70,6 +70,7 @@ def new_parser(**arguments: Any) -> jsonargparse.ArgumentParser:
     jsonargparse.set_dumper("yaml", dump_yaml)
     copy_long_lists_once()
     jsonargparse.set_loader(_TEXTS_STAY, load_yaml, exceptions=(yaml.YAMLError, ValueError))
+    arguments.setdefault("allow_abbrev", False)
     arguments.setdefault("parser_mode", _TEXTS_STAY)
     # Help texts come from the strings below the fields.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -64,13 +64,13 @@ def open_source(
         return _huggingface(spec, str(path.resolve()), column, split, config_name, revision)
     if path.exists() or glob.has_magic(spec):
         return _files(spec, column)
-    if "/" in spec and Path(path.parts[0]).is_dir():  # a mistake more often than a name on the hub
+    is_path = spec.startswith((".", "/", "~"))
+    if "/" in spec and not is_path and Path(path.parts[0]).is_dir():  # a mistake more often than a name on the hub
         raise ValueError(
             f"{_named(spec)}: no such file or directory in {path.parts[0]!r}; for a Hugging Face dataset of "
             f"that name run where there is no such directory"
         )
-    looks_like_path = spec.startswith((".", "/", "~")) or suffixes_of(path.name)[0] in (*SUFFIXES, ".csv")
-    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
+    if is_path or suffixes_of(path.name)[0] in (*SUFFIXES, ".csv") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
         raise ValueError(f"{_named(spec)}: no such file or directory")
     return _huggingface(spec, spec, column, split, config_name, revision)
 

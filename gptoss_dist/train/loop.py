@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 
 import torch
 
@@ -38,6 +39,9 @@ from gptoss_dist.train.start import (
 
 log = logging.getLogger(__name__)
 
+PEER_PATIENCE_S = 5.0
+"""How long a rank that has lost another waits before it reports that. A launcher ends it sooner."""
+
 
 def run(config: Config) -> int:
     """Train as `config` says, in every process of a launch.
@@ -57,6 +61,7 @@ def run(config: Config) -> int:
     except Exception as error:
         if isinstance(error, RuntimeError) and not isinstance(error, TrainingError) and is_peer_loss(error):
             log.exception("a collective failed")
+            time.sleep(PEER_PATIENCE_S)
             launchers.report_error_once(
                 f"rank {os.environ.get('RANK', 0)} lost another process of the run, which has ended or hangs (see its "
                 f"message): {' '.join(str(error).split())[-400:]}; go on with --resume auto",

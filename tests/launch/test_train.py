@@ -252,6 +252,7 @@ def test_a_password_is_in_nothing_that_a_run_leaves(settings, tmp_path):
 MISTAKES = {
     "wrong key": (["--train.stepz", "3"], "stepz"),
     "wrong type": (["--train.steps", "many"], "train.steps"),
+    "shortened option": (["--train.step", "3"], "did you mean --train.steps"),
     "impossible value": (["--train.steps", "-1"], "train.steps=-1"),
     "missing data": (["--data.path", "nowhere/at/all"], "nowhere/at/all"),
     "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -293,6 +294,13 @@ MISTAKES = {
     "two kinds of data": (["--data.sources", "[{path: a}]"], "and data.sources are both given"),
     "impossible sampling": (["--sampling.temperature", "-1"], "sampling.temperature=-1"),
 }
+
+
+def test_no_run_is_named():
+    """The defaults of the model are gpt-oss-20b's, which would fill the memory of most machines before any word."""
+    done = run("launch/train.py", "--train.steps", "2", expect=2)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train.py: no run is named") and "give --config FILE" in line
 
 
 @pytest.mark.parametrize("name", MISTAKES)

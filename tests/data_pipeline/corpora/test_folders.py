@@ -116,3 +116,9 @@ def test_only_prose_is_a_card():
     assert all(why_left_out(name) == CARDS for name in cards)
     corpora = ("readme_corpus.parquet", "license-plates.jsonl", "LICENSE_texts.jsonl.zst", "readmes.txt", "README.json")
     assert not any(why_left_out(name) for name in corpora)
+
+
+@pytest.mark.parametrize("spec", ["/no/such/folder/x", "./no-such-folder/x", "../no-such-folder"])
+def test_a_path_where_nothing_is_is_no_name_on_the_hub(spec):
+    with pytest.raises(ValueError, match=f"source '{spec}': no such file or directory$"):
+        open_source(spec)
