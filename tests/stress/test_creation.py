@@ -7,6 +7,7 @@ times.
 
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -70,12 +71,14 @@ def steps_in_mlflow(here: Path) -> list[int]:
     sync(here / "run", f"sqlite:///{here / 'mlflow.db'}")  # a busy machine may not be done when the run ends
     client = MlflowClient(f"sqlite:///{here / 'mlflow.db'}")
     (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
-    (found,) = client.search_runs([experiment.experiment_id])
-    assert found.info.status == "FINISHED"
-    return sorted(metric.step for metric in client.get_metric_history(found.info.run_id, "loss/train"))
+    runs = client.search_runs([experiment.experiment_id])  # one that began again at step 0 is a new run there
+    (found,) = [run for run in runs if run.info.status == "FINISHED"]
+    # A step that was taken again after the kill is there twice, at two times.
+    return sorted({metric.step for metric in client.get_metric_history(found.info.run_id, "loss/train")})
 
 
 def names(here: Path) -> set[str]:
-    """Return the paths of all files, but for MLflow's own and names that the run may or may not need."""
+    """Return the paths of all files, but for MLflow's artifacts and what a run that begins again sets aside."""
     found = {str(path.relative_to(here)) for path in here.rglob("*") if path.is_file()}
-    return {name for name in found if not name.startswith("mlruns/") and "mlartifacts" not in name}
+    aside = re.compile(r"run/(metrics|expert_tokens|tracking)\.1\b")
+    return {name for name in found if not name.startswith("mlruns/") and not aside.match(name)}
