@@ -31,3 +31,10 @@ def printable(text: object, *, lines: bool = False) -> str:
 def shown(name: str) -> str:
     """Return the name of a file or source in one line, without secrets, as people and files may see it."""
     return printable(without_secrets(name))
+
+
+def shortened(text: object, most: int = 60) -> str:
+    """Return a text of at most `most` characters, of which dots stand for those that were cut out of its middle."""
+    text = str(text)
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[: most - 3 - half]}...{text[-half:]}"

@@ -16,7 +16,7 @@ ValueError of one line with file, key, value and remedy. `file_inside` is for na
 
 from data_pipeline.foreign.files import check_folder, check_regular, file_inside, read_bytes, read_text
 from data_pipeline.foreign.parsing import check_yaml, parse_json, parse_yaml
-from data_pipeline.foreign.typed import Count, convert, read_json, read_yaml
+from data_pipeline.foreign.typed import Count, convert, read_json
 
 __all__ = [
     "Count",
@@ -30,5 +30,4 @@ __all__ = [
     "read_bytes",
     "read_json",
     "read_text",
-    "read_yaml",
 ]

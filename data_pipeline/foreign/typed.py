@@ -11,14 +11,13 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from data_pipeline.foreign.files import MOST_BYTES, read_text
-from data_pipeline.foreign.parsing import parse_json, parse_yaml
-from data_pipeline.printable import printable
+from data_pipeline.foreign.parsing import parse_json
+from data_pipeline.printable import printable, shortened
 
 T = TypeVar("T")
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 """A number of things: not negative, and no larger than 64 bits hold."""
-_MOST_SHOWN = 60
 
 
 def read_json(
@@ -43,22 +42,6 @@ def read_json(
             cause is the OSError where there was one.
     """
     return convert(parse_json(read_text(path, most=most), path), kind, path, finite=finite, remedy=remedy)
-
-
-def read_yaml(
-    path: str | Path,
-    kind: type[T],
-    *,
-    most: int = MOST_BYTES,
-    finite: bool = False,
-    remedy: str = "correct it",
-) -> T:
-    """Return what a YAML file holds; all else is as with `read_json`.
-
-    Raises:
-        ValueError: As `read_json`.
-    """
-    return convert(parse_yaml(read_text(path, most=most), path), kind, path, finite=finite, remedy=remedy)
 
 
 def convert(value: Any, kind: type[T], origin: object, *, finite: bool = False, remedy: str = "correct it") -> T:
@@ -139,5 +122,4 @@ def _shown(value: Any) -> str:
     """Return a value, shortened."""
     if isinstance(value, list | dict):
         return "[...]" if isinstance(value, list) else "{...}"
-    text = json.dumps(value)
-    return printable(text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "...")
+    return printable(shortened(json.dumps(value)))

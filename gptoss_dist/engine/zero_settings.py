@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.foreign import Count, convert
+from data_pipeline.printable import shortened
 from gptoss_dist.config import EngineConfig, ParallelConfig
 from gptoss_dist.engine.base import EngineSettings
 from gptoss_dist.parallel.mesh import DeviceLayout, ranks_per_node
@@ -241,10 +242,10 @@ def _take_out_replaced_keys(given: dict[str, Any]) -> list[str]:
     for key in [key for key in given if key in _REFUSED]:
         value = given.pop(key)
         if not _asks_for_nothing(key, value):
-            problems.append(f"{key}={_shown(value)} has no place here: {_REFUSED[key]}")
+            problems.append(f"{key}={shortened(repr(value))} has no place here: {_REFUSED[key]}")
     for key, value in _section(given, "zero_optimization").items():
         if key in _REFUSED_ZERO and value and value != "auto":
-            problems.append(f"zero_optimization.{key}={_shown(value)} has no place here: {_REFUSED_ZERO[key]}")
+            problems.append(f"zero_optimization.{key}={shortened(repr(value))} has no place here: {_REFUSED_ZERO[key]}")
     return problems
 
 
@@ -253,11 +254,6 @@ def _asks_for_nothing(key: str, value: Any) -> bool:
     if isinstance(value, dict):
         return not value or value.get("enabled", True) in (False, "auto")
     return value in (None, False, "auto") or value == _NEUTRAL.get(key)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _without_gaps(settings: dict[str, Any]) -> dict[str, Any]:
@@ -307,7 +303,7 @@ def _fill_in(settings: dict[str, Any], key: str, value: Any, origin: str) -> lis
         section = section.setdefault(part, _section(section, part))
     found = section.get(name, "auto")  # the word that Hugging Face's configurations leave gaps with
     if found != "auto" and found != value:
-        return [f"{key}={_shown(found)} contradicts {origin}, which gives {value!r}; leave {key} out"]
+        return [f"{key}={shortened(repr(found))} contradicts {origin}, which gives {value!r}; leave {key} out"]
     section[name] = value
     return []
 
@@ -316,14 +312,14 @@ def _other_keys(settings: dict[str, Any], ours: dict[str, tuple[Any, str]]) -> l
     """Return a phrase for each key that DeepSpeed does not have, and of a section of which only a few are handed on."""
     known = _PASSED | {key.split(".")[0] for key in ours}
     problems = [
-        f"{key}={_shown(value)} is not a setting of DeepSpeed that is known here"
+        f"{key}={shortened(repr(value))} is not a setting of DeepSpeed that is known here"
         for key, value in settings.items()
         if key not in known
     ]
     for part, allowed in _ONLY.items():
         problems += [
-            f"{part}.{key}={_shown(settings[part][key])} has no place here: master weights, optimizer state and "
-            "buffers stay float32"
+            f"{part}.{key}={shortened(repr(settings[part][key]))} has no place here: master weights, optimizer state "
+            "and buffers stay float32"
             for key in sorted(settings[part].keys() - allowed)
             if settings[part][key] != "auto"
         ]

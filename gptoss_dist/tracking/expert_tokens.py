@@ -148,7 +148,7 @@ def read_expert_tokens(run_dir: str | Path, message: Callable[[str], None] = log
             rows.append(record)
         else:
             damage.lines += 1
-    damage.tell(message)
+    damage.report(message)
     return rows
 
 

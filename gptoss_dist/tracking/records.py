@@ -99,7 +99,7 @@ class Damage:
     lines: int = 0
     _told: int = field(default=0, repr=False)
 
-    def tell(self, message: Callable[[str], None]) -> None:
+    def report(self, message: Callable[[str], None]) -> None:
         """Report the count, if it has grown since the last call."""
         if self.lines > self._told:
             self._told = self.lines

@@ -338,7 +338,7 @@ def _read_records(run_dir: str | Path, message: Callable[[str], None]) -> Iterat
         raise ValueError(f"{path} does not exist; give the folder of a run")
     damage = Damage(path)
     yield from metrics_records(path, damage)
-    damage.tell(message)
+    damage.report(message)
 
 
 def _now() -> float:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from data_pipeline.command_line import check_ranges
 from data_pipeline.command_line.mistakes import naming
 from data_pipeline.foreign import convert
+from data_pipeline.printable import shortened
 from gptoss_dist.checkpoint.info import INFO
 from gptoss_dist.config import Config, OptimConfig, TrainConfig
 from gptoss_dist.engine.schedule import learning_rate
@@ -126,7 +127,4 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _shown(value: object) -> str:
-    text = repr(value) if isinstance(value, str) else str(value)
-    return (
-        text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS // 2]}...{text[-_MOST_CHARACTERS // 2 :]}"
-    )
+    return shortened(repr(value) if isinstance(value, str) else value, _MOST_CHARACTERS)

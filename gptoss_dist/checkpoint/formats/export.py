@@ -100,7 +100,7 @@ def export(
         message(f"{pretrained.folder}: step {read_info(pretrained.folder)['step']}")
     if format != "safetensors":
         pretrained = _with_head(pretrained, message)
-    _say_who_reads_it(pretrained.config, format, pack, message)
+    _report_readers(pretrained.config, format, pack, message)
     with staging_directory(folder.absolute()) as partial:
         losses = _write(pretrained, partial, format, dtype, pack, search, file_bytes, message)
         license = write_card(
@@ -211,7 +211,7 @@ def _with_head(pretrained: Pretrained, message: Callable[[str], None]) -> Pretra
     return pretrained._replace(config=_untied(pretrained.config), tensors=tensors)
 
 
-def _say_who_reads_it(config: ModelConfig, format: Format, pack: bool, message: Callable[[str], None]) -> None:
+def _report_readers(config: ModelConfig, format: Format, pack: bool, message: Callable[[str], None]) -> None:
     """Say which tools cannot read what is going to be written, where some can."""
     if format == "hf":
         for line in fixed_by_servers(config):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from data_pipeline.foreign import Count, convert
+from data_pipeline.printable import shortened
 from gptoss_dist.model.config import ModelConfig
 
 
@@ -93,16 +94,11 @@ def fixed_by_servers(config: ModelConfig) -> list[str]:
     """Return a line about each field whose value vLLM or llama.cpp would silently replace by their own."""
     own = ModelConfig(num_hidden_layers=config.num_hidden_layers)
     return [
-        f"transformers only: {field}={_short(getattr(config, field))}, which vLLM or llama.cpp do not read ({theirs}): "
-        "they would give wrong logits, or not load it"
+        f"transformers only: {field}={shortened(getattr(config, field))}, which vLLM or llama.cpp do not read "
+        f"({theirs}): they would give wrong logits, or not load it"
         for field, theirs in SERVERS.items()
         if getattr(config, field) != getattr(own, field)
     ]
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_types(values: dict[str, Any], format: Literal["hf", "openai"], path: Path) -> None:

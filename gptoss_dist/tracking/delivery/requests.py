@@ -56,7 +56,7 @@ class Requests:
     def log_metrics(self, metrics: list[Metric]) -> None:
         """Send finite values of metrics."""
         refused = self._send(metrics, lambda part: self._client.log_batch(self._run_id, metrics=part, synchronous=True))
-        self._tell("left out", "metrics", [metric.key for metric, _ in refused], refused)
+        self._report("left out", "metrics", [metric.key for metric, _ in refused], refused)
 
     def log_params(self, params: dict[str, str]) -> None:
         """Set parameters that the run does not have yet."""
@@ -99,8 +99,8 @@ class Requests:
             shorter = ((key, value[:limit]) for limit in _SHORTER if len(value) > limit)
             # `any` stops at the first that is taken.
             (cut if any(not self._send([item], send) for item in shorter) else left_out).append(key)
-        self._tell("cut", what, cut, refused)
-        self._tell("left out", what, left_out, refused)
+        self._report("cut", what, cut, refused)
+        self._report("left out", what, left_out, refused)
 
     def _send(self, items: Sequence[Item], send: Callable[[Sequence[Item]], object]) -> list[tuple[Item, Exception]]:
         """Send items together, or by halves where that is refused; return those that are refused on their own.
@@ -122,7 +122,7 @@ class Requests:
             return self._send(items[:half], send) + self._send(items[half:], send)
         return []
 
-    def _tell(self, done: str, what: str, keys: list[str], refused: Sequence[tuple[Any, Exception]]) -> None:
+    def _report(self, done: str, what: str, keys: list[str], refused: Sequence[tuple[Any, Exception]]) -> None:
         if keys:
             named = ", ".join(dict.fromkeys(keys[:_NAMED])) + (", ..." if len(keys) > _NAMED else "")
             reason = one_line(refused[0][1])

@@ -150,7 +150,7 @@ class Shipper:
             raise
         finally:
             for damage in self._damage.values():
-                damage.tell(self._message)
+                damage.report(self._message)
 
     def _connect(self) -> None:
         try:

@@ -158,7 +158,7 @@ def prepare(proof: Proof, install: bool) -> Python | None:
         if python.cuda is not None:
             report.content["machine"]["torch's GPU"] = ", ".join(f"{k} {v}" for k, v in python.cuda.items())
     whole = python is not None and python.why_not(proof.rehearse) is None
-    _say_end(report.end(ENVIRONMENT, PASS if whole else FAIL, how, []))
+    _print_end(report.end(ENVIRONMENT, PASS if whole else FAIL, how, []))
     return python
 
 
@@ -167,7 +167,7 @@ def prove(proof: Proof, item: Item, python: str) -> None:
     report, left = proof.report, proof.left_s
     if left < item.least_s:
         reason = f"no time: {max(left, 0.0):.0f} s are left, and it needs {item.least_s:.0f} s"
-        _say_end(report.end(item.name, SKIPPED, reason, []))
+        _print_end(report.end(item.name, SKIPPED, reason, []))
         return
     limit = item.limit_s * (REHEARSAL_PATIENCE if proof.rehearse else 1)
     seconds = min(limit, left)
@@ -184,7 +184,7 @@ def prove(proof: Proof, item: Item, python: str) -> None:
         report.end(item.name, SKIPPED, f"stopped by {stopped} while it ran", read_findings(findings))
         raise
     found = read_findings(findings)
-    _say_end(report.end(item.name, *judge(code, seconds, limit, found, log), found))
+    _print_end(report.end(item.name, *judge(code, seconds, limit, found, log), found))
 
 
 def judge(code: int | None, seconds: float, limit: float, findings: list[dict], log: Path) -> tuple[str, str]:
@@ -220,7 +220,7 @@ def message(text: str) -> None:
     print(f"prove_gpu: {text}", file=sys.stderr, flush=True)
 
 
-def _say_end(item: dict) -> None:
+def _print_end(item: dict) -> None:
     seconds = "" if item["seconds"] is None else f" after {item['seconds']:g} s"
     message(f"{item['name']}: {item['result']}{seconds}{': ' if item['reason'] else ''}{item['reason']}")
 

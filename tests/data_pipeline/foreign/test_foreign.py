@@ -15,9 +15,9 @@ from data_pipeline.foreign import (
     file_inside,
     parse_json,
     parse_yaml,
+    read_bytes,
     read_json,
     read_text,
-    read_yaml,
 )
 from data_pipeline.foreign.parsing import MOST_DEPTH
 
@@ -132,7 +132,11 @@ def test_what_is_right_is_read(tmp_path):
     values = {"step": 3, "place": {"path": "x", "sizes": {"a": 1}}, "loss": 2, "newer": []}
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(values).encode())
     (tmp_path / "a.yaml").write_text(json.dumps(values))
-    read = [read_json(tmp_path / "a.json", Entry), read_yaml(tmp_path / "a.yaml", Entry), convert(values, Entry, "x")]
+    read = [
+        read_json(tmp_path / "a.json", Entry),
+        convert(parse_yaml(read_text(tmp_path / "a.yaml"), "a"), Entry, "a"),
+        convert(values, Entry, "x"),
+    ]
     assert read == [Entry(3, Place("x", {"a": 1}), 2.0)] * 3
 
 
@@ -156,7 +160,7 @@ def test_only_regular_files(tmp_path, make, words):
     refused = []
 
     def read():
-        for reader, kind in ((read_text, ()), (read_json, (dict,)), (read_yaml, (dict,)), (check_regular, ())):
+        for reader, kind in ((read_bytes, ()), (read_text, ()), (read_json, (dict,)), (check_regular, ())):
             with pytest.raises(ValueError) as error:
                 reader(path, *kind)
             refused.append(str(error.value))
