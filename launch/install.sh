@@ -174,6 +174,15 @@ is_installed() {
     [ "$(head -n 1 "$stamp" 2>/dev/null)" = "$(digest)" ] && { [ -z "$extras" ] || grep -qxF "$extras" "$stamp"; }
 }
 
+# Python compiles a package when it is first imported and keeps the result, except where this variable forbids it, as in
+# many containers: there every start of a process would compile torch again, for seconds. Some packages hold files that
+# are no valid Python, which is not an error of ours.
+compile_packages() {
+    [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || return 0
+    say "compiling the packages, since PYTHONDONTWRITEBYTECODE keeps Python from doing so later (a minute)"
+    "$python" -m compileall -q -j 0 "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" >/dev/null 2>&1 || true
+}
+
 # The digest of what is installed, then the sets of extras installed under it.
 write_stamp() {
     [ "$(head -n 1 "$stamp" 2>/dev/null)" = "$(digest)" ] || digest >"$stamp"
@@ -208,5 +217,6 @@ else
 fi
 "$python" -c 'from gptoss_dist.parallel.megablocks_compat import load_megablocks; load_megablocks()' ||
     die "everything is installed but does not import; see the message above"
+compile_packages
 write_stamp
 say "done: . $venv/bin/activate"
