@@ -7,7 +7,7 @@
 #   sh launch/test.sh tests/model -k rope  what pytest's arguments select
 #
 # Two processes of pytest run side by side: tests that start processes and compile nothing, and all others. The report
-# of the former comes last.
+# of the former comes last. --fast spreads its tests over all cores.
 # Options for both halves: PYTEST_ADDOPTS. What the groups are: docs/testing.md.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -19,7 +19,12 @@ cores=$(nproc)
 export OMP_NUM_THREADS=$(((cores + 1) / 2))
 
 case ${1-} in
-    --fast) shift; exec "$venv/bin/python" -m pytest -m "not slow and not distributed and not compiled" "$@" ;;
+    --fast)
+        shift
+        export OMP_NUM_THREADS=1
+        exec "$venv/bin/python" -m pytest -n "$cores" --dist worksteal \
+            -m "not slow and not distributed and not compiled" "$@"
+        ;;
     --slow) shift; group="" ;;
     *) group=" and not slow" ;;
 esac

@@ -65,6 +65,8 @@ def check_files(argv: list[str], sections: Collection[str] = ()) -> None:
     """
     for name, value in _pairs(argv):
         if name == "--config":
+            if not _is_there(value) and Path(value).suffix in (".yaml", ".yml", ".json"):
+                raise ValueError(f"--config {value}: there is no such file")
             values = _settings(value)
             check_lists(values, f"{value}: ")
             for section in sections if isinstance(values, dict) else ():

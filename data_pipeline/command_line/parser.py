@@ -48,7 +48,7 @@ def parse(kind: type[T], argv: list[str], *, prog: str, epilog: str | None = Non
                     f"{option.spelling}: may stand on the command line only, not in a file that --config names"
                 )
     except ValueError as error:
-        raise ValueError(f"{error}; see {prog} --help") from None
+        raise ValueError(f"{_as_typed(str(error), options)}; see {prog} --help") from None
     given = {option.name: values[option.name] for option in options}
     unchecked = object.__new__(kind)
     vars(unchecked).update(given)
@@ -77,6 +77,13 @@ def new_parser(**arguments: Any) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(exit_on_error=False, **arguments)
     parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
     return parser
+
+
+def _as_typed(message: str, options: list[Option]) -> str:
+    """Return a message of jsonargparse with the arguments that are missing as a person types them."""
+    head, sign, names = message.partition("arguments are required: ")
+    shown = {option.name: option.shown for option in options}
+    return head + sign + ", ".join(shown.get(name, name) for name in names.split(", "))
 
 
 def show_ranges(parser: jsonargparse.ArgumentParser, kind: type) -> None:

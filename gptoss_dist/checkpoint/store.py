@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from data_pipeline.command_line.mistakes import suggestion
 from data_pipeline.disk import move, sync_path, write_synced
 from data_pipeline.foreign import file_inside
 from data_pipeline.printable import printable
@@ -251,6 +252,10 @@ def candidates(path: str | Path) -> list[Path]:
     """
     path = Path(path)
     found = [path] if (path / INFO).is_file() else _directories(path) or _directories(path / "checkpoints")
+    if not found and not path.exists():
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = suggestion(path.name, beside)
+        raise ValueError(f"no complete checkpoint in {path}: there is no such folder{close}")
     if not found:
         raise ValueError(f"no complete checkpoint in {path}; expected step_*/{INFO} in it or in its checkpoints/")
     return found

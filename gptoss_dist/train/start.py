@@ -94,6 +94,11 @@ def check_resumable(config: Config, path: Path, info: CheckpointInfo) -> None:
     for key in SHAPING:
         if (old := getattr(old_model, key)) != (new := getattr(config.model, key)):
             raise ValueError(f"{path} was trained with model.{key}={old}, now it is {new}; undo the change")
+    if info.step > config.train.steps:
+        raise ValueError(
+            f"{path} is at step {info.step} and train.steps={config.train.steps}: nothing is left to train; raise "
+            "--train.steps, or resume an earlier checkpoint"
+        )
     origin = f"{Path(path) / INFO}: config"
     before = convert(info.config, _Before, origin, remedy="resume it with the version of gptoss_dist that wrote it")
     for key, old, new in (

@@ -1,5 +1,6 @@
 """launch/test.sh: what it exits with and prints, with stand-ins for the installation and for pytest."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -36,6 +37,15 @@ def test_both_halves_decide(project, failing, code):
         "ran -m pytest -m (compiled or not distributed) and not slow",
         "ran -m pytest -m distributed and not compiled and not slow",
     ]
+
+
+def test_fast_uses_all_cores(project):
+    environment = {"VIRTUAL_ENV": str(project / "venv"), "FAILING": "neither", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        ["sh", "launch/test.sh", "--fast", "-x"], cwd=project, env=environment, capture_output=True, text=True
+    )
+    spread = f"-n {len(os.sched_getaffinity(0))} --dist worksteal -m not slow and not distributed and not compiled"
+    assert (done.returncode, done.stdout) == (0, f"ran -m pytest {spread} -x\n")
 
 
 def test_arguments_run_one_pytest(project):

@@ -103,6 +103,7 @@ def test_resuming_on_other_data_is_refused(settings):
     changes = {
         "--data.seq_len": ("32", lost),
         "--run.seed": ("5", lost),
+        "--train.steps": ("1", "is at step 2 and train.steps=1: nothing is left to train"),
         "--model.intermediate_size": ("16", "was trained with model.intermediate_size=32, now it is 16; undo"),
     }
     for option, (value, message) in changes.items():

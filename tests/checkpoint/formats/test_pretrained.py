@@ -200,7 +200,7 @@ def test_everything_wrong_is_listed(published, tmp_path):
     with pytest.raises(ValueError, match=first.name):
         open_pretrained(f"hf:{broken}")
     for where, message in (("hf:nowhere", "no folder nowhere"), ("gguf:x", "gguf is no known format"),
-                           ("nowhere", "no complete checkpoint in nowhere")):  # fmt: skip
+                           ("nowhere", "no complete checkpoint in nowhere: there is no such folder")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             open_pretrained(where)
 
