@@ -192,7 +192,7 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):
 
 def test_one_word_where_one_is_expected(capsys):
     assert parse(One, ["b"], prog="do").name == "b"
-    for argv, message in ((["c"], "Got value: c"), (["a", "b"], "unrecognized arguments: b"), ([], r"required: \{a,b\}")):
+    for argv, message in ((["c"], "Got value: c"), (["a", "b"], "unrecognized arguments: b"), ([], r"required: \{a")):
         with pytest.raises(ValueError, match=message):
             parse(One, argv, prog="do")
 
