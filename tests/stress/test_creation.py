@@ -81,4 +81,4 @@ def names(here: Path) -> set[str]:
     """Return the paths of all files, but for MLflow's artifacts and what a run that begins again sets aside."""
     found = {str(path.relative_to(here)) for path in here.rglob("*") if path.is_file()}
     aside = re.compile(r"run/(metrics|expert_tokens|tracking)\.1\b")
-    return {name for name in found if not name.startswith("mlruns/") and not aside.match(name)}
+    return {name for name in found if not name.startswith("mlartifacts/") and not aside.match(name)}
