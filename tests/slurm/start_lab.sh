@@ -21,8 +21,8 @@ done
 umask 022
 mkdir -p "$folder"/{munge,state,log,run,spool,dev}
 folder=$(cd "$folder" && pwd)
-chmod 711 "$folder/munge" # munged asks for it
-name=lab$(printf '%s' "$folder" | cksum | cut -d ' ' -f 1)
+chmod 711 "$folder" "$folder/munge" # munged asks for it
+name=slurm$(printf '%s' "$folder" | cksum | cut -d ' ' -f 1)
 echo "$name" >"$folder/name"
 
 write_settings() {
