@@ -23,7 +23,12 @@ LEVELS = (
     {"train"},
     {"launch"},
 )
-ONLY = {"ops": set(), "distributed": set(), "data_pipeline": set(), "cluster": {"config", "distributed", "data_pipeline"}}
+ONLY = {
+    "ops": set(),
+    "distributed": set(),
+    "data_pipeline": set(),
+    "cluster": {"config", "distributed", "data_pipeline"},
+}
 """Rooms that may import these and no others, whatever their level."""
 WITHOUT_RANKS = ("data_pipeline", "gptoss_dist/ops", "gptoss_dist/model")
 

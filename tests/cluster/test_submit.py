@@ -96,7 +96,9 @@ def test_options_win_over_the_site_and_words_are_quoted(submit, tmp_path):
     code, script = submit("--site", "site.yaml", "--partition", "fast", "--container", "my image.sif", "--dry-run")
     assert code == 0 and "--partition=fast" in script and "slow" not in script
     assert "CONTAINER_IMAGE='my image.sif'" in script
-    said = subprocess.run(["bash"], input=script.replace("exec bash", 'printf %s "$NOTE" #'), capture_output=True, text=True)
+    said = subprocess.run(
+        ["bash"], input=script.replace("exec bash", 'printf %s "$NOTE" #'), capture_output=True, text=True
+    )
     assert said.stdout == "it's $HOME; rm x", said.stderr
 
 
@@ -151,7 +153,7 @@ def test_mistakes_are_one_line_and_nothing_is_submitted(submit, tmp_path, words,
 @pytest.mark.parametrize(
     "site, message",
     [
-        ({"partiton": "x"}, "partition"),
+        ({"queue": "x"}, "queue"),
         ({"sbatch": ["exclusive"]}, "sbatch='exclusive' is no option of sbatch; give it with its dashes"),
         ({"environment": {"A B": "1"}}, "environment='A B' is no name of a variable"),
         ({"container_image": "x"}, "container_image=x needs container_runtime"),
@@ -190,7 +192,9 @@ def test_the_log_is_followed_to_the_end(submit, tmp_path):
 def test_a_patch_makes_the_commit_into_what_ran(tmp_path, monkeypatch):
     def git(*words: str) -> str:
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        return subprocess.run(["git", *who, *words], cwd=tmp_path / "code", capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", *who, *words], cwd=tmp_path / "code", capture_output=True, text=True, check=True
+        ).stdout
 
     code = tmp_path / "code"
     code.mkdir()
