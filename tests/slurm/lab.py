@@ -94,20 +94,22 @@ class Lab:
     def await_restart(self, run: Path, job: str, start: int) -> None:
         """Wait until a job has begun its start of that number (0 is the first), as soon as SLURM can be hurried to.
 
-        A requeued job waits two minutes. SLURM takes no other time while the old start is not cleaned up: ask again.
+        A requeued job waits two minutes. A node does not start it in the second in which it has killed the former
+        start ("Job credential revoked"): it is hurried once it has been pending for some seconds.
         """
-
-        ended_at = time.monotonic()
+        pending_since, ended_at = None, None
 
         def begun() -> bool:
-            nonlocal ended_at
+            nonlocal pending_since, ended_at
             if started(run) > start:
                 return True
+            now, states = time.monotonic(), set(self.states(job))
+            pending_since = (pending_since or now) if "PENDING" in states else None
+            if pending_since and now > pending_since + 3:
+                self("scontrol", "update", f"jobid={job}", "starttime=now", code=None)
             # A job that is about to be requeued has such a state for a moment.
-            if not {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"} & set(self.states(job)):
-                ended_at = time.monotonic()
-            assert time.monotonic() < ended_at + 20, f"job {job} has ended\n{self.everything()}"
-            self("scontrol", "update", f"jobid={job}", "starttime=now", code=None)
+            ended_at = (ended_at or now) if states & {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"} else None
+            assert not ended_at or now < ended_at + 20, f"job {job} has ended\n{self.everything()}"
             return False
 
         self.await_(begun, f"start {start} of job {job}")
