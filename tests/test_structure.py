@@ -17,13 +17,18 @@ PACKAGES = ("data_pipeline", "gptoss_dist", "launch")
 LEVELS = (
     {"data_pipeline", "ops", "distributed"},
     {"model", "config"},
-    {"parallel", "checkpoint"},
+    {"parallel", "checkpoint", "cluster"},
     {"engine", "inference"},
     {"tracking", "planner", "evaluation"},
     {"train"},
     {"launch"},
 )
-ONLY = {"ops": set(), "distributed": set(), "data_pipeline": set(), "cluster": {"config", "distributed"}}
+ONLY = {
+    "ops": set(),
+    "distributed": set(),
+    "data_pipeline": set(),
+    "cluster": {"config", "distributed", "data_pipeline"},
+}
 """Rooms that may import these and no others, whatever their level."""
 WITHOUT_RANKS = ("data_pipeline", "gptoss_dist/ops", "gptoss_dist/model")
 
@@ -99,7 +104,7 @@ def circle(graph: set[tuple[str, str]]) -> list[str]:
 
 
 def test_imports_point_down():
-    level = {name: number for number, names in enumerate(LEVELS) for name in names} | {"cluster": 2}
+    level = {name: number for number, names in enumerate(LEVELS) for name in names}
     assert len(arrows()) > 200
     wrong = [
         f"{importer} imports {imported}"

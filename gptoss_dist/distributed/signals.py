@@ -11,12 +11,14 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signa
 class StopRequest:
     """A flag that the signals `STOPPING` set, so that the step is finished and saved.
 
-    A second Ctrl-C stops at once. A signal that this process was started to ignore (SIGHUP under nohup) stays ignored.
+    A second Ctrl-C stops at once. SIGHUP stays ignored if this process was started to ignore it, under nohup. The
+    others are heard even so: a batch script has launchers ignore SIGUSR1, of which they would die, and what they start
+    inherits that.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        heard = [n for n in STOPPING if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+        heard = [n for n in STOPPING if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._handle) for number in heard}
 
     def _handle(self, number: int, _frame) -> None:

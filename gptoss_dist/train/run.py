@@ -25,6 +25,7 @@ from gptoss_dist.tracking.profiling import profiled
 from gptoss_dist.train.changes import changes_of
 from gptoss_dist.train.data import RunData
 from gptoss_dist.train.faults import FolderWatch, SkipGuard, TrainingError
+from gptoss_dist.train.markers import StopFile, clear, mark_done, mark_stopped
 from gptoss_dist.train.report import LaunchedStep, Report
 from gptoss_dist.train.start import Start
 
@@ -63,6 +64,9 @@ class Run:
         self.timer, self.stop = StepTimer(ranks.device), StopRequest()
         self.watch = FolderWatch([config.folder, config.checkpoint_folder] if ranks.is_main else [])
         self.guard = SkipGuard(config.train.max_skipped_steps, start.skipped_steps)
+        self.stop_file = StopFile(config.folder)
+        if ranks.is_main:
+            clear(config.folder)
         self.last_saved_step = start.step
         self.carried = carried or {}
         self._status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
@@ -150,6 +154,8 @@ class Run:
         if self.report and self.watch.look():
             self.message(f"{self.watch.lost} was deleted or renamed: saving what there is, and stopping")
             self.stop.requested = True
+        if self.report and self.stop_file.requested():
+            self.stop.requested = True
         return bool(result.stop)
 
     def report_failed_saves(self) -> None:
@@ -223,5 +229,7 @@ class Run:
                 f"{self.config.checkpoint_folder}, to go on with --resume auto"
             )
         self._status = "FINISHED" if step >= self.config.train.steps else "KILLED"
+        if self.report:
+            (mark_done if self._status == "FINISHED" else mark_stopped)(self.config.folder, step)
         end = "finished" if self._status == "FINISHED" else "stopped as asked"
         self.message(f"{end} at step {step}; checkpoint in {self.config.checkpoint_folder}")

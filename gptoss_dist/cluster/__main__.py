@@ -1,0 +1,35 @@
+"""Print the folder of a run and that of its checkpoints, a line each: for job scripts, which know only its arguments.
+
+    python -m gptoss_dist.cluster --config configs/quickstart.yaml --run.name mine
+
+The settings are checked as launch/train.py checks them. So wrong ones end a job on one node, before its ranks start.
+"""
+
+import sys
+
+from data_pipeline.command_line import MISTAKE, Program
+from data_pipeline.command_line.mistakes import in_words, is_explained
+from data_pipeline.command_line.process import accept_any_text
+from gptoss_dist.config import parse_arguments
+
+
+def main(argv: list[str]) -> int:
+    """Print both folders; return the exit code."""
+    try:
+        config, _ = parse_arguments(argv)
+        if not any(argument.startswith(("--config", "--model")) for argument in argv):
+            raise ValueError("no run is named; give --config FILE, such as configs/quickstart.yaml")
+        if "\n" in f"{config.folder}{config.checkpoint_folder}":
+            raise ValueError(f"run.dir={str(config.folder)!r} has a line break in it; give another")
+    except Exception as error:
+        if not is_explained(error):
+            raise
+        Program("gptoss_dist.cluster", prefix="job").report(in_words(error))
+        return MISTAKE
+    print(config.folder, config.checkpoint_folder, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    accept_any_text(restart=True)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,89 @@
+"""Handing a script to SLURM, and following a job's log."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+}
+"""States that a job does not leave any more. A job that requeues itself is PENDING again."""
+
+
+def submit(script: Path) -> str:
+    """Submit a script, and return the job's id.
+
+    Raises:
+        ValueError: There is no SLURM here, or it refuses the job.
+    """
+    return _ask("sbatch", "--parsable", str(script)).split(";")[0].strip()
+
+
+def follow(job: str, log: Path, write: Callable[[str], None], interval_s: float = 2.0) -> str:
+    """Hand over what is added to a job's log until the job has ended for good, and return its last state.
+
+    Args:
+        job: The job's id.
+        log: Its log, which appears when the job starts.
+        write: Takes each new part of the log.
+        interval_s: Seconds between two looks.
+
+    Raises:
+        ValueError: SLURM does not answer.
+    """
+    offset, state = 0, "PENDING"
+    while True:
+        found = state_of(job)
+        ended = found is None or found in _ENDED  # asked before the log is read: nothing comes after that
+        state = found or state
+        if log.is_file():
+            with open(log, "rb") as file:
+                file.seek(offset)
+                part = file.read()
+            offset += len(part)
+            if part:
+                write(part.decode(errors="backslashreplace"))
+        if ended:
+            return state
+        time.sleep(interval_s)
+
+
+def state_of(job: str) -> str | None:
+    """Return the state of a job, such as RUNNING, or None if SLURM has forgotten it.
+
+    Raises:
+        ValueError: SLURM does not answer.
+    """
+    try:
+        return _ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip() or None
+    except ValueError as error:
+        if "Invalid job id" in str(error):
+            return None
+        raise
+
+
+def _ask(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{command[0]} is not on this machine; run this on a login node of the cluster, or add --dry-run"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{command[0]} did not answer within 120 s; try again") from None
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise ValueError(f"{command[0]} refused: {said.removeprefix(f'{command[0]}: error: ')}")
+    return done.stdout
