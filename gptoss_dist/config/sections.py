@@ -74,6 +74,8 @@ class SpikesConfig:
     """A single loss above this many times the median is a spike too."""
     before: int = ranged(1, at_least=0)
     """Steps before the first high loss whose samples are skipped too: the last update before it may be the cause."""
+    after: int = ranged(2, at_least=0)
+    """Steps after the spike whose samples are skipped too: what came with it may not have ended."""
     margin: int = ranged(10, at_least=0)
     """Steps, at least, between the checkpoint that a run goes back to and the first high loss."""
 

@@ -207,10 +207,9 @@ class Run:
     def _skip(self, spike: Spike, start: Start) -> TrainingData:
         """Record that the samples of a spike are skipped; return the data without them."""
         training = self.data.training
-        first = max(spike.samples[0], start.samples_consumed)
         entry = SkippedSamples(
-            first=first,
-            end=spike.samples[1],
+            first=max(spike.samples[0], start.samples_consumed),
+            end=spike.samples[1] + self.config.spikes.after * self.loader.samples_per_step,
             order=training.order_id,
             step=spike.first_step,
             rewound_to=start.step,
