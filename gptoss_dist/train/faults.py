@@ -148,7 +148,8 @@ class SpikeGuard:
 
         Args:
             step: The step.
-            loss: Its mean token loss in nats; None or not finite is above all limits.
+            loss: Its mean token loss in nats. None, for a step that was skipped, and what is not finite are above all
+                limits.
             end: The place in the order of the data after it.
         """
         if not self.config.max_rewinds:

@@ -160,7 +160,7 @@ class Run:
         step, result = launched.step, launched.result.wait()
         loss = float(result.loss)
         self.guard.observe(step, bool(result.skipped), loss, float(result.grad_norm))
-        self.spikes.observe(step, loss, launched.samples_consumed)
+        self.spikes.observe(step, None if result.skipped else loss, launched.samples_consumed)
         if self.report:
             self.report.step(launched, self.guard.total)
         if self.spikes.found is None:

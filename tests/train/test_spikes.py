@@ -138,11 +138,11 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 def test_it_goes_back_skips_and_ends_as_if_nothing_had_been(settings, corpus, poisoned, tmp_path):
     """Two ranks; MLflow shows it; and one rank that resumes any checkpoint reads the same samples."""
     data, whole, spiked, disturbed = poisoned(22, 23), tmp_path / "whole", tmp_path / "spiked", tmp_path / "disturbed"
-    more = {"micro_batch_size": 2, "validation.every": 30, "validation.samples": 64}
+    more = {"micro_batch_size": 2, "validation.every": 45, "validation.samples": 64, "checkpoint.keep": 0}
     mlflow = {"tracking.mlflow": "true", "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
-    run("launch/train.py", *options(settings, corpus, whole, 60, **more), processes=2)
-    run("launch/train.py", *options(settings, data, disturbed, 60, **(more | {"spikes.max_rewinds": 0})), processes=2)
-    done = run(OBSERVED, *options(settings, data, spiked, 60, **more, **mlflow), processes=2,
+    run("launch/train.py", *options(settings, corpus, whole, 45, **more), processes=2)
+    run("launch/train.py", *options(settings, data, disturbed, 45, **(more | {"spikes.max_rewinds": 0})), processes=2)
+    done = run(OBSERVED, *options(settings, data, spiked, 45, **more, **mlflow), processes=2,
                ROWS=str(tmp_path / "two"))  # fmt: skip
     (entry,) = read_skipped(spiked / "checkpoints")
     first, end = SAMPLES * 20, SAMPLES * 24  # one step before the spike, and two after the one that showed it
@@ -154,9 +154,10 @@ def test_it_goes_back_skips_and_ends_as_if_nothing_had_been(settings, corpus, po
     assert losses(spiked, "faults/skipped_samples") == {15: end - first}
 
     # As good as undisturbed, which is more than can be said of the run that went on.
-    final = {folder.name: losses(folder, "loss/val")[60] for folder in (whole, spiked, disturbed)}
+    final = {folder.name: losses(folder, "loss/val")[45] for folder in (whole, spiked, disturbed)}
+    assert final["disturbed"] > 1.02 * final["whole"], final
     assert final["spiked"] == pytest.approx(final["whole"], rel=0.02), final
-    assert len(losses(spiked)) == 60 and max(list(losses(spiked).values())[8:]) < 4 < max(
+    assert len(losses(spiked)) == 45 and max(list(losses(spiked).values())[8:]) < 4 < max(
         list(losses(disturbed).values())[8:]
     )
 
@@ -176,24 +177,29 @@ def test_it_goes_back_skips_and_ends_as_if_nothing_had_been(settings, corpus, po
         positions = np.array(kept[SAMPLES * number : SAMPLES * (number + 1)])
         assert rows == dataset.micro_batch(dataset.order(positions))["input_ids"].tolist(), number
         assert place == positions[-1] + 1
+    # That checkpoint does not name the range, but the file beside it does.
     before = spiked / "checkpoints" / "step_00000015"
-    if not before.exists():  # retention: the same from the oldest that is there
-        before = checkpoints(spiked / "checkpoints")[0]
-    step = CheckpointInfo.read(before).step
+    assert (
+        CheckpointInfo.read(before).data.skipped
+        == []
+        != CheckpointInfo.read(before.with_name("step_00000025")).data.skipped
+    )
     for size, accumulation in ((4, 2), (3, 1)):
         prefix = tmp_path / f"one-{size}"
         more = {"train.gradient_accumulation": accumulation, "resume": before}
-        run(OBSERVED, *options(settings, data, tmp_path / prefix.name, step + 4, size, **more), ROWS=str(prefix))
-        found = [row for _, rows in rows_read(prefix, 1)[:4] for row in rows]
-        expected = [row for _, rows in branch[step - 15 :] for row in rows]
-        assert len(found) == 4 * size * accumulation and found == expected[: len(found)]
+        run(OBSERVED, *options(settings, data, tmp_path / prefix.name, 31, size, **more), ROWS=str(prefix))
+        read = rows_read(prefix, 1)[:16]
+        found, expected = ([row for _, rows in steps for row in rows] for steps in (read, branch))
+        assert len(found) == 16 * size * accumulation and found == expected[: len(found)]
+        assert read[-1][0] > end, "it has come past the range"
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("engine", "moments"),
     [
-        pytest.param({}, ("recorded", "restored", "trained"), id="fsdp"),
+        pytest.param({}, ("recorded", "trained"), id="fsdp"),
+        pytest.param({}, ("restored",), id="fsdp-restored", marks=pytest.mark.slow),
         pytest.param({"engine.zero_stage": 2}, ("recorded",), id="zero-2"),
         pytest.param({"engine.zero_stage": 3}, ("recorded",), id="zero-3", marks=pytest.mark.slow),
     ],
