@@ -15,6 +15,7 @@ import torch
 
 from data_pipeline.batches.order import step_positions
 from data_pipeline.batches.reading import IGNORED_LABEL, ReadPlan, Samples
+from data_pipeline.batches.skipping import SkippedPositions
 
 MicroBatch = dict[str, torch.Tensor]
 _PLANNED_AT_ONCE = 1 << 23, 1 << 14
@@ -31,9 +32,9 @@ class BatchLoader:
     A micro-batch is a dict of int64 CPU tensors `input_ids`, `labels` and, with `document_mask` or where the packing
     needs it, `document_ids`; see `micro_batch` of the dataset. Memory is pinned when CUDA is available.
 
-    A step consumes W * A * B consecutive positions of the dataset's global order, the same ones on any number of ranks
-    (see `order.step_positions`). `samples_consumed` is the only state: the position after the last step that was
-    handed out, whatever was read ahead.
+    A step consumes the next W * A * B positions of the dataset's global order that are not `skipped`, the same ones on
+    any number of ranks (see `order.step_positions`). `samples_consumed` is the only state: the position after the last
+    one of the last step that was handed out, whatever was read ahead.
 
     Args:
         dataset: What is read.
@@ -42,6 +43,7 @@ class BatchLoader:
         rank: This rank.
         world_size: Number of ranks, W.
         samples_consumed: The position to begin at.
+        skipped: Positions that are passed over; by default none.
         document_mask: Give `document_ids` also where the packing does not need them.
         prefetch: Steps to read ahead; 0 reads when asked.
         workers: Threads that read ahead; 0 reads when asked. The order does not depend on them. Their errors are raised
@@ -60,6 +62,7 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
         samples_consumed: int = 0,
+        skipped: SkippedPositions | None = None,
         document_mask: bool = False,
         prefetch: int = 2,
         workers: int = 1,
@@ -70,6 +73,7 @@ class BatchLoader:
                 raise ValueError(f"{name} {value}: must not be negative")
         self.samples_per_step = world_size * accumulation * micro_batch_size
         self._samples_consumed = samples_consumed
+        self._skipped = skipped or SkippedPositions()
         self._dataset = dataset
         # What a thread runs must not hold this object, or it would never be collected.
         self._read = partial(_read_step, dataset, document_mask, torch.cuda.is_available())
@@ -79,9 +83,10 @@ class BatchLoader:
             "rank": rank,
             "world_size": world_size,
         }
-        self._positions_AB = step_positions(0, **share)  # of every step, relative to its first sample
+        self._positions_AB = step_positions(0, **share)  # of every step, relative to its first read
         self._planned: deque[Sequence[ReadPlan]] = deque()
-        self._next_position = samples_consumed
+        # From here on positions are counted as reads, which leaves out the skipped ones.
+        self._reads = self._next_read = self._skipped.reads_before(samples_consumed)
         self._steps_at_once = 1  # until it is known how much a step holds
         self._ahead = prefetch if workers else 0
         self._reading: deque[Future] = deque()
@@ -91,7 +96,7 @@ class BatchLoader:
 
     @property
     def samples_consumed(self) -> int:
-        """The number of positions of the data order that all steps so far have read; the only state."""
+        """The place in the data order: all positions before it were read, or passed over; the only state."""
         return self._samples_consumed
 
     def __iter__(self) -> BatchLoader:
@@ -109,7 +114,8 @@ class BatchLoader:
         except BaseException as error:  # whatever it is, the steps after it must not be handed out
             self._failure = error
             raise
-        self._samples_consumed += self.samples_per_step
+        self._reads += self.samples_per_step
+        self._samples_consumed = int(self._skipped.positions(np.array(self._reads - 1))) + 1
         return step
 
     def close(self) -> None:
@@ -141,28 +147,34 @@ class BatchLoader:
             self._reading.append(self._threads.submit(self._read, self._next_read_plans()))
         return step
 
+    def _end(self) -> int | None:
+        """Return how many reads there are in all, or None if they never end."""
+        end = self._dataset.positions_total
+        return None if end is None else self._skipped.reads_before(end)
+
     def _has_next(self) -> bool:
-        end, start = self._dataset.positions_total, self._next_position - len(self._planned) * self.samples_per_step
+        end, start = self._end(), self._next_read - len(self._planned) * self.samples_per_step
         return end is None or start + self.samples_per_step <= end
 
     def _next_read_plans(self) -> Sequence[ReadPlan]:
         """Return the read plans of the next step's A micro-batches."""
         if not self._planned:
-            steps, end = self._steps_at_once, self._dataset.positions_total
+            steps, end = self._steps_at_once, self._end()
             if end is not None:
-                steps = min(steps, (end - self._next_position) // self.samples_per_step)
+                steps = min(steps, (end - self._next_read) // self.samples_per_step)
                 if steps < 1:
                     raise StopIteration
-            starts = self._next_position + np.arange(steps, dtype=np.int64) * self.samples_per_step
+            starts = self._next_read + np.arange(steps, dtype=np.int64) * self.samples_per_step
             accumulation, size = self._positions_AB.shape
-            indices = self._dataset.order(starts[:, None, None] + self._positions_AB).reshape(-1)
+            positions = self._skipped.positions(starts[:, None, None] + self._positions_AB)
+            indices = self._dataset.order(positions).reshape(-1)
             read_plans = self._dataset.read_plans(indices, [size] * (steps * accumulation))
             self._planned.extend(read_plans[i : i + accumulation] for i in range(0, len(read_plans), accumulation))
             places, pieces = _PLANNED_AT_ONCE
             found = sum(len(read_plan.reads_R4) for read_plan in read_plans)
             most = min(places // (accumulation * size * self._dataset.seq_len), pieces * steps // max(found, 1))
             self._steps_at_once = max(1, most)
-            self._next_position += steps * self.samples_per_step
+            self._next_read += steps * self.samples_per_step
         return self._planned.popleft()
 
 

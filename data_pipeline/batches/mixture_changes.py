@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,3 +41,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         )
         found.append(f"stages were {was}, now {are}")
     return found
+
+
+def order_id(state: Mapping[str, Any]) -> str:
+    """Return a hash of what decides which sample of which content comes at a position, whatever the sources' names.
+
+    Args:
+        state: `MixtureDataset.state`.
+    """
+    content = {source["name"]: source["content_sha256"] for source in state["sources"]}
+    decisive = {
+        "start": state["start"],
+        "consumed": {sha: state["consumed"].get(sha, 0) for sha in content.values()},
+        "sources": sorted([s["content_sha256"], s["weight"], s["max_epochs"]] for s in state["sources"]),
+        "stages": [[t["position"], {content[n]: w for n, w in t["weights"].items()}] for t in state["stages"]],
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]

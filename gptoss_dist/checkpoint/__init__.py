@@ -4,9 +4,10 @@ from gptoss_dist.checkpoint.boxes import not_finite
 from gptoss_dist.checkpoint.formats.companions import companions_to_carry
 from gptoss_dist.checkpoint.formats.export import export, save_pretrained
 from gptoss_dist.checkpoint.formats.pretrained import check_architecture, load_into, load_pretrained, open_pretrained
-from gptoss_dist.checkpoint.info import CheckpointInfo, DataPlace, read_info
+from gptoss_dist.checkpoint.info import CheckpointInfo, DataPlace, SkippedSamples, StepLoss, read_info
 from gptoss_dist.checkpoint.rng import restore_rng
 from gptoss_dist.checkpoint.saver import Saver, save
+from gptoss_dist.checkpoint.skipped import merge_skipped, read_skipped, write_skipped
 from gptoss_dist.checkpoint.store import (
     Retention,
     candidates,
@@ -14,6 +15,7 @@ from gptoss_dist.checkpoint.store import (
     load_state,
     resolve,
     set_aside,
+    step_of,
     verify,
 )
 
@@ -26,6 +28,8 @@ __all__ = [
     "Keep",
     "Retention",
     "Saver",
+    "SkippedSamples",
+    "StepLoss",
     "candidates",
     "check_architecture",
     "checkpoints",
@@ -34,13 +38,17 @@ __all__ = [
     "load_into",
     "load_pretrained",
     "load_state",
+    "merge_skipped",
     "not_finite",
     "open_pretrained",
     "read_info",
+    "read_skipped",
     "resolve",
     "restore_rng",
     "save",
     "save_pretrained",
     "set_aside",
+    "step_of",
     "verify",
+    "write_skipped",
 ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -57,6 +58,23 @@ class MixtureState(TypedDict):
     history: list[dict[str, Any]]
 
 
+class SkippedSamples(TypedDict):
+    """Positions of a data order that the run passes over, because the loss rose when it had read them."""
+
+    first: Count
+    """The first position."""
+    end: Count
+    """The one after the last."""
+    order: str
+    """Which order the positions are of, as `order_id` gives it."""
+    step: Count
+    """The first step whose loss was high."""
+    rewound_to: Count
+    """The step that the run went back to."""
+    reason: str
+    """What was seen, in words."""
+
+
 class StoredFile(msgspec.Struct):
     """What `checkpoint.json` says of another file of the checkpoint."""
 
@@ -77,6 +95,7 @@ class _Data(msgspec.Struct):
     content_sha256: str
     path: str | None = None
     versions: dict[str, int] = {}
+    skipped: list[SkippedSamples] = []
     mixture: MixtureState | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -103,6 +122,10 @@ class _SampleLength(msgspec.Struct):
     config: _Settings
 
 
+StepLoss = tuple[Count, float | None, Count]
+"""A step, its loss in nats (None if that was not finite), and the place in the order of the data after it."""
+
+
 @dataclass(frozen=True)
 class DataPlace:
     """The data of a run, and how far it has read them."""
@@ -114,6 +137,9 @@ class DataPlace:
     versions: dict[str, int]
     """Version numbers of the code that decides which samples come when; a name that is missing has version 1."""
     mixture: MixtureState
+    skipped: list[SkippedSamples] = field(default_factory=list)
+    """What the run skips. A reader that overlooks it reads these samples, if they are still to come, and all others as
+    they are."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +149,7 @@ class CheckpointInfo:
     step: Count
     """Optimizer steps done."""
     samples_consumed: Count
-    """Samples read by all ranks together: the place in the order of the data."""
+    """The place in the order of the data: all samples before it were read by all ranks together, or skipped."""
     config: dict[str, Any]
     """The whole configuration of the run, as `Config.to_dict` gives it."""
     data: DataPlace
@@ -133,6 +159,8 @@ class CheckpointInfo:
     """Steps whose gradients were not finite, so that no weight changed."""
     validation_loss: float | None = None
     """Loss of a validation right before the save, or None."""
+    recent_losses: list[StepLoss] = field(default_factory=list)
+    """The steps that the next one's loss is compared with, if the run looks for spikes."""
     mlflow_run_id: str | None = None
     code: str | None = None
     """The revision of the code."""
@@ -161,8 +189,10 @@ class CheckpointInfo:
         for stage in mixture["stages"]:
             if unknown := stage["weights"].keys() - {source["name"] for source in mixture["sources"]}:
                 raise ValueError(f"{origin}: data.mixture.stages name {printable(min(unknown))}, no source; {_REMEDY}")
+        check_skipped(run.data.skipped, origin, remedy=_REMEDY)
         place = {"path": run.data.path, "content_sha256": run.data.content_sha256, "versions": run.data.versions}
-        return convert(values | {"data": place | {"mixture": mixture}}, cls, origin, remedy=_REMEDY)
+        known = {"mixture": mixture, "skipped": run.data.skipped}
+        return convert(values | {"data": place | known}, cls, origin, remedy=_REMEDY)
 
     @property
     def model(self) -> ModelConfig:
@@ -179,6 +209,13 @@ class CheckpointInfo:
         for key in ("world_size", "torch", "files"):
             del values[key]
         return values
+
+
+def check_skipped(skipped: Sequence[SkippedSamples], origin: Path, *, remedy: str) -> None:
+    """Raise ValueError, with the file `origin` and the remedy, if what is said to be skipped is no range."""
+    for entry in skipped:
+        if entry["first"] >= entry["end"]:
+            raise ValueError(f"{origin}: skipped: {entry['first']} to {entry['end']} is no range of samples; {remedy}")
 
 
 def _single_source(run: _Run, origin: Path) -> MixtureState:
@@ -202,7 +239,8 @@ def read_info(checkpoint: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{INFO} is missing: it was not finished")
     values = read_json(path, dict[str, Any], remedy=_REMEDY)
-    recorded = values.pop("sha256", None)
+    intact = is_sealed(values)
+    values.pop("sha256", None)
     if (number := values.get("format")) != FORMAT:
         newer = isinstance(number, int) and number > FORMAT
         remedy = (
@@ -210,7 +248,7 @@ def read_info(checkpoint: str | Path) -> dict[str, Any]:
         )
         shown = printable(str(number)[:20])
         raise ValueError(f"{printable(path)} has format {shown}, this version reads {FORMAT}; {remedy}")
-    if recorded != _digest(values):
+    if not intact:
         raise ValueError(f"{printable(path)} is not what was written (SHA-256)")
     values.setdefault("files", {})
     for name in convert(values, _Stored, path, remedy=_REMEDY).files:
@@ -241,6 +279,12 @@ def read_model(checkpoint: str | Path) -> ModelConfig:
 def sealed(values: dict[str, Any]) -> str:
     """Return the text of a `checkpoint.json` that holds `values` and their seal."""
     return json.dumps({**values, "sha256": _digest(values)}, indent=1)
+
+
+def is_sealed(values: dict[str, Any]) -> bool:
+    """Return whether values that were read, their seal among them, are those that were sealed."""
+    unsealed = {key: value for key, value in values.items() if key != "sha256"}
+    return values.get("sha256") == _digest(unsealed)
 
 
 def _digest(values: dict[str, Any]) -> str:

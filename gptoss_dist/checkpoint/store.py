@@ -38,6 +38,7 @@ from gptoss_dist.checkpoint.boxes import Box
 from gptoss_dist.checkpoint.formats.headers import check_headers
 from gptoss_dist.checkpoint.formats.tensor_files import write_boxes
 from gptoss_dist.checkpoint.info import FORMAT, INFO, read_info, sealed
+from gptoss_dist.checkpoint.skipped import read_skipped, was_left
 from gptoss_dist.distributed.collectives import (
     all_gather_objects,
     broadcast_object,
@@ -194,7 +195,7 @@ def prune(folder: str | Path, keep: Retention) -> None:
     finite = {path: loss for path, loss in losses.items() if loss is not None and math.isfinite(loss)}
     best = min(finite, key=finite.__getitem__, default=None)
     for path in found[: -keep.newest]:
-        if path != best and not (keep.every and _step(path) % keep.every == 0):
+        if path != best and not (keep.every and step_of(path) % keep.every == 0):
             doomed = path.with_name(path.name + ".tmp.old")  # it never looks complete on the way
             move(path, doomed)
             shutil.rmtree(doomed)
@@ -207,7 +208,8 @@ def _validation_loss(checkpoint: Path) -> float | None:
         return None
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """Return the step that the name of a checkpoint says."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
@@ -219,7 +221,7 @@ def set_aside(folder: str | Path, after: int) -> list[Path]:
     Returns:
         The new paths.
     """
-    return [_set_aside(path) for path in _directories(folder) if _step(path) > after]
+    return [_set_aside(path) for path in _directories(folder) if step_of(path) > after]
 
 
 def _set_aside(path: Path) -> Path:
@@ -245,13 +247,17 @@ def candidates(path: str | Path) -> list[Path]:
     """Return the directories that may be meant by `path`, oldest first.
 
     If `path` is a checkpoint, it is the only one. Otherwise they are the directories named like checkpoints in it, or
-    in its folder `checkpoints/`.
+    in its folder `checkpoints/`, without those of a branch that the run left when it went back to an earlier one.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or the record of what the run skips is damaged.
     """
     path = Path(path)
-    found = [path] if (path / INFO).is_file() else _directories(path) or _directories(path / "checkpoints")
+    if (path / INFO).is_file():
+        return [path]
+    if found := _directories(path) or _directories(path / "checkpoints"):
+        skipped = read_skipped(found[0].parent)
+        found = [checkpoint for checkpoint in found if not was_left(checkpoint, skipped)]
     if not found and not path.exists():
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         close = suggestion(path.name, beside)

@@ -13,6 +13,7 @@ from gptoss_dist.config.sections import (
     LossConfig,
     OptimConfig,
     RunConfig,
+    SpikesConfig,
     TrackingConfig,
     TrainConfig,
     ValidationConfig,
@@ -140,6 +141,19 @@ def check_what_is_unused(train: TrainConfig, checkpoint: CheckpointConfig, valid
     _require(
         not checkpoint.keep_best or validation.every,
         "checkpoint.keep_best=True goes by the validation loss; set --validation.every, or leave it out",
+    )
+
+
+def check_spikes(spikes: SpikesConfig, checkpoint: CheckpointConfig) -> None:
+    """Refuse to go back where there will be nothing to go back to."""
+    _require(
+        not spikes.max_rewinds or checkpoint.every,
+        f"spikes.max_rewinds={spikes.max_rewinds} needs checkpoints to go back to; set --checkpoint.every",
+    )
+    _require(
+        spikes.before < spikes.window,
+        f"spikes.before={spikes.before} must be less than spikes.window={spikes.window}, the steps that are kept in "
+        "mind; give a smaller one",
     )
 
 

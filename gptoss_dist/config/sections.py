@@ -55,6 +55,32 @@ class TrainConfig:
 
 
 @dataclass
+class SpikesConfig:
+    """Spikes of the loss: the run goes back to a checkpoint from before one, and skips the samples that came with it.
+
+    It is off by default, because a loss may also rise for good reasons, such as a new stage of a mixture.
+    """
+
+    max_rewinds: int = ranged(0, at_least=0)
+    """How often a run goes back in all; the next spike ends it. 0 looks for no spikes."""
+    window: int = ranged(64, at_least=8, at_most=4096)
+    """Steps without a high loss that a step is compared with; no loss is high before there are so many."""
+    deviations: float = ranged(8.0, above=0)
+    """A loss is high from this many standard deviations above the median on (estimated by the median absolute
+    deviation, and at least 0.5 % of the median)."""
+    steps: int = ranged(3, above=0)
+    """High losses in a row that are a spike."""
+    factor: float = ranged(2.0, above=1)
+    """A single loss above this many times the median is a spike too."""
+    before: int = ranged(1, at_least=0)
+    """Steps before the first high loss whose samples are skipped too: the last update before it may be the cause."""
+    after: int = ranged(2, at_least=0)
+    """Steps after the spike whose samples are skipped too: what came with it may not have ended."""
+    margin: int = ranged(10, at_least=0)
+    """Steps, at least, between the checkpoint that a run goes back to and the first high loss."""
+
+
+@dataclass
 class OptimConfig:
     """AdamW and its schedule. Norms, biases, sinks and embeddings are not decayed."""
 

@@ -27,6 +27,7 @@ from gptoss_dist.config.sections import (
     OptimConfig,
     RunConfig,
     SamplingConfig,
+    SpikesConfig,
     TrackingConfig,
     TrainConfig,
     ValidationConfig,
@@ -43,6 +44,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -82,6 +84,7 @@ class Config:
         checks.check_what_is_unused(self.train, self.checkpoint, self.validation)
         checks.check_texts(self.to_dict())
         checks.check_uri(self.tracking)
+        checks.check_spikes(self.spikes, self.checkpoint)
 
     @property
     def folder(self) -> Path:

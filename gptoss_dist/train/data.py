@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch.distributed as dist
 
 from data_pipeline import Manifest, MixtureDataset, Stage, WeightedDataset, open_dataset
-from data_pipeline.batches.mixture_changes import differences
+from data_pipeline.batches.mixture_changes import differences, order_id
+from data_pipeline.batches.skipping import SkippedPositions
 from data_pipeline.batches.token_split import TokenSplit
 from data_pipeline.shards.checksums import check_content, copy_id, record_content, unread_shards
 from data_pipeline.tokenizer.comparison import difference
-from gptoss_dist.checkpoint import DataPlace
+from gptoss_dist.checkpoint import DataPlace, SkippedSamples
 from gptoss_dist.checkpoint.formats.pretrained import Pretrained
 from gptoss_dist.config import Config, DataConfig, SourceConfig, StageConfig
 from gptoss_dist.distributed.collectives import all_gather_objects, raise_on_every_rank
@@ -41,6 +43,22 @@ class TrainingData:
 
     path: str | None = None
     """`data.path`, if there is only that."""
+    skipped: tuple[SkippedSamples, ...] = ()
+    """All that the run skips, in the order in which it went back for it; also what was skipped of earlier mixtures."""
+
+    @cached_property
+    def order_id(self) -> str:
+        """What tells the order of this mixture from others."""
+        return order_id(self.mixture.state())
+
+    @cached_property
+    def skipped_positions(self) -> SkippedPositions:
+        """What is skipped of this mixture; positions of another one are other samples."""
+        return SkippedPositions((s["first"], s["end"]) for s in self.skipped if s["order"] == self.order_id)
+
+    def samples_between(self, position: int, later: int) -> int:
+        """Return how many positions are read from `position` on before `later`."""
+        return self.skipped_positions.reads_before(later) - self.skipped_positions.reads_before(position)
 
     def place(self, position: int) -> DataPlace:
         """Return what a checkpoint keeps: all that is needed to go on from `position`, with this mixture or another."""
@@ -50,6 +68,7 @@ class TrainingData:
             content_sha256=self.mixture.content_sha256,
             versions=_versions(self.mixture.sources[0].dataset),
             mixture=self.mixture.state() | state,
+            skipped=list(self.skipped),
         )
 
 
@@ -90,8 +109,9 @@ def open_training_data(config: Config, samples_per_step: int, start: Start | Non
         data = TrainingData(mixing.begin(0, 0, None), 0, [])
     else:
         data = _continued(mixing, start, may_change=config.data.change_mixture)
-    _check_length(data.mixture, start, config.train.steps, samples_per_step)
-    return dataclasses.replace(data, path=config.data.path)
+    data = dataclasses.replace(data, path=config.data.path, skipped=start.skipped)
+    check_length(data, start, config.train.steps, samples_per_step)
+    return data
 
 
 @dataclass(frozen=True)
@@ -138,15 +158,23 @@ def _continued(mixing: _Mixing, start: Start, *, may_change: bool) -> TrainingDa
     return TrainingData(mixture, start.step, [*before["history"], change])
 
 
-def _check_length(mixture: MixtureDataset, start: Start, steps: int, samples_per_step: int) -> None:
-    """Refuse data that end before a run of `steps` steps does."""
-    end = mixture.positions_total
-    needed = start.samples_consumed + max(steps - start.step, 0) * samples_per_step
-    if end is not None and needed > end:
-        possible = start.step + (end - start.samples_consumed) // samples_per_step
+def check_length(data: TrainingData, start: Start, steps: int, samples_per_step: int) -> None:
+    """Refuse data that end before a run of `steps` steps does.
+
+    Raises:
+        ValueError: They do, without the samples that are skipped.
+    """
+    end = data.mixture.positions_total
+    if end is None:
+        return
+    left = data.samples_between(start.samples_consumed, max(end, start.samples_consumed))
+    if left < max(steps - start.step, 0) * samples_per_step:
+        needed = start.samples_consumed + (steps - start.step) * samples_per_step
+        skipped = data.skipped_positions.total
+        but = f", of which {skipped:,} are skipped" if skipped else ""
         raise ValueError(
-            f"train.steps={steps} needs {needed:,} samples, but the data end after {end:,}; allow more "
-            f"max_epochs, or set --train.steps {possible}"
+            f"train.steps={steps} needs {needed:,} samples, but the data end after {end:,}{but}; allow more "
+            f"max_epochs, or set --train.steps {start.step + left // samples_per_step}"
         )
 
 

@@ -5,10 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+
+from gptoss_dist.checkpoint import StepLoss
+from gptoss_dist.config import SpikesConfig
 
 log = logging.getLogger(__name__)
 
@@ -79,3 +87,102 @@ class SkipGuard:
                 f"{self.in_a_row} steps in a row had a non-finite loss or gradient (last: step {step}, loss {loss}); "
                 "the last checkpoint is intact: lower optim.lr, or inspect the data"
             )
+
+
+@dataclass(frozen=True)
+class Spike:
+    """High losses that a run goes back for."""
+
+    first_step: int
+    """The first step whose loss was high."""
+    last_step: int
+    """The step whose loss made it a spike."""
+    loss: float
+    """The loss of that step in nats; infinite if it was not finite."""
+    limit: float
+    """The loss above which a step was high."""
+    samples: tuple[int, int]
+    """The positions that came with it: the first, and the one after the last."""
+
+    def __str__(self) -> str:
+        steps = f"step {self.first_step}"
+        if self.last_step > self.first_step:
+            steps = f"steps {self.first_step} to {self.last_step}"
+        return f"the loss rose above {self.limit:.4g} in {steps}, to {self.loss:.4g}"
+
+
+class SpikeGuard:
+    """A look-out for spikes of the loss, the same on all ranks: it sees the loss of the global batch alone.
+
+    What it has in mind is `recent`, which a checkpoint keeps: so a resumed run finds the spikes that the run would have
+    found without the interruption.
+    """
+
+    LEAST_SPREAD = 0.005
+    """Of the median. A loss that hardly moves would otherwise be high for next to nothing."""
+
+    def __init__(self, config: SpikesConfig, recent: Iterable[StepLoss] = ()) -> None:
+        """Go on from what another guard had in mind.
+
+        Args:
+            config: What a spike is.
+            recent: The `recent` of that guard.
+        """
+        self.config = config
+        self.found: Spike | None = None
+        """The spike that the last step completed."""
+        self._usual: deque[StepLoss] = deque(maxlen=config.window)
+        self._high: list[StepLoss] = []
+        self._limits: tuple[float, float] | None = None
+        for step in recent:
+            self.observe(*step)
+        self.found = None  # whether it is one, the next step shows
+
+    @property
+    def recent(self) -> list[StepLoss]:
+        """The steps that the next one is compared with, and after these the high ones since."""
+        return [*self._usual, *self._high] if self.config.max_rewinds else []
+
+    def observe(self, step: int, loss: float | None, end: int) -> None:
+        """Note the outcome of a step, and whether it makes a spike.
+
+        Args:
+            step: The step.
+            loss: Its mean token loss in nats. None, for a step that was skipped, and what is not finite are above all
+                limits.
+            end: The place in the order of the data after it.
+        """
+        if not self.config.max_rewinds:
+            return
+        value = loss if loss is not None and math.isfinite(loss) else math.inf
+        seen = step, (None if math.isinf(value) else value), end
+        high, far = self._limits or self._compute_limits()
+        if value > high:
+            self._high.append(seen)
+        else:
+            self._high.clear()
+            self._limits = None
+            if math.isfinite(value):
+                self._usual.append(seen)
+        if self._high and (len(self._high) >= self.config.steps or value > far):
+            first = self._high[0][0]
+            # Further back than this nothing is kept in mind, and `before` is less than that.
+            begin = max(place for earlier, _, place in self._usual if earlier < first - self.config.before)
+            self.found = Spike(first, step, value, high, (begin, end))
+
+    def forget(self) -> None:
+        """Begin anew, as there is nothing to go back to: what the loss is now becomes the usual."""
+        self.found, self._limits = None, None
+        self._usual.clear()
+        self._high.clear()
+
+    def _compute_limits(self) -> tuple[float, float]:
+        """Return the loss above which a step is high, and that above which it is a spike by itself."""
+        if len(self._usual) < self.config.window:
+            return math.inf, math.inf
+        losses = np.array([usual for _, usual, _ in self._usual])
+        median = float(np.median(losses))
+        spread = 1.4826 * float(np.median(np.abs(losses - median)))
+        high = median + self.config.deviations * max(spread, self.LEAST_SPREAD * median)
+        self._limits = high, max(high, self.config.factor * median)
+        return self._limits

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from contextlib import closing
 
 import torch
 
@@ -17,6 +18,7 @@ from gptoss_dist.config import Config
 from gptoss_dist.distributed import launchers
 from gptoss_dist.distributed.collectives import LocalError, is_peer_loss, long_timeout_group, on_rank_zero
 from gptoss_dist.distributed.processes import Ranks, exit_after_error, init_distributed, seed_everything
+from gptoss_dist.distributed.signals import StopRequest
 from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.engine.schedule import learning_rate
 from gptoss_dist.train.data import check_tokenizer, open_data, verify
@@ -24,7 +26,7 @@ from gptoss_dist.train.faults import TrainingError
 from gptoss_dist.train.objectives import next_token_prediction
 from gptoss_dist.train.periodic import periodic_tasks, validate
 from gptoss_dist.train.report import LaunchedStep
-from gptoss_dist.train.run import Run
+from gptoss_dist.train.run import Rewind, Run
 from gptoss_dist.train.start import (
     RunLock,
     check_folder,
@@ -102,13 +104,22 @@ def train(config: Config, ranks: Ranks) -> None:
         engine = build_engine(engine_settings(config), ranks, next_token_prediction)
         restore(engine, start, weights, seed=config.run.seed, rank=ranks.rank)
         on_rank_zero(lambda: open_folder(config, lock))  # only now: a run that is refused writes nothing
-        with Run(config, ranks, engine, data, start, group, carried) as open_run:
-            open_run.announce(start, weights)
-            train_steps(open_run, start.step)
+        with closing(StopRequest()) as stop:
+            while True:
+                with Run(config, ranks, engine, data, start, group, stop, carried) as open_run:
+                    open_run.announce(start, weights)
+                    rewind = train_steps(open_run, start.step)
+                if rewind is None:
+                    return
+                start, data, weights = rewind.start, rewind.data, None
+                restore(engine, start, weights, seed=config.run.seed, rank=ranks.rank)
 
 
-def train_steps(run: Run, step: int) -> None:
+def train_steps(run: Run, step: int) -> Rewind | None:
     """Train from after step `step` to the last step, or until asked to stop; then save.
+
+    Returns:
+        Where the run goes on, if a spike of the loss makes it go back. Nothing is saved then.
 
     Results are read one step late: reading them waits for the device, which has the next step to work at by then. The
     last one is read before the last checkpoint, a task that is always due after the last step.
@@ -137,7 +148,10 @@ def train_steps(run: Run, step: int) -> None:
             unread = None
         if stopping:
             break
+        if rewind := run.rewind():
+            return rewind
         findings: dict[str, float] = {}
         for task in due:
             task.do(run, step, findings)
     run.finish(step)
+    return None

@@ -13,7 +13,9 @@ from typing import Literal
 
 import torch
 
+from data_pipeline.batches.skipping import SkippedPositions
 from data_pipeline.secrets import without_secrets
+from gptoss_dist.checkpoint import SkippedSamples
 from gptoss_dist.config import Config
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine import Engine, StepResult
@@ -122,7 +124,8 @@ class Report:
             self.message(f"data: {mixture.shares(position)}")
         for change, what in mixture.changes:
             if change > position:
-                self.message(f"from step {self.start_step + (change - position) // samples_per_step + 1}: {what}")
+                steps = self.data.samples_between(position, change) // samples_per_step
+                self.message(f"from step {self.start_step + steps + 1}: {what}")
         self._position = position
 
     def step(self, launched: LaunchedStep, skipped: int) -> None:
@@ -173,6 +176,19 @@ class Report:
         self.message(f"step {step}: validation loss {loss:.4f}, perplexity {metrics['loss/val_ppl']:.2f}")
         self.plots()
 
+    def skipping(self) -> None:
+        """Record how often the run went back after a spike of the loss, and why and what it skips, if it did."""
+        skipped = self.data.skipped
+        if not skipped:
+            return
+        for number, entry in enumerate(skipped, 1):
+            self.tracker.tag(f"spike.{number}", in_words(entry))
+        samples = 0
+        for order in {entry["order"] for entry in skipped}:
+            samples += SkippedPositions((s["first"], s["end"]) for s in skipped if s["order"] == order).total
+        counts = {"faults/rewinds": float(len(skipped)), "faults/skipped_samples": float(samples)}
+        self.tracker.log(self.start_step, counts)
+
     def saved(self, step: int, pause_s: float) -> None:
         """Record how long the step was held up by saving."""
         self.tracker.log(step, {"perf/checkpoint_pause_s": pause_s})
@@ -210,6 +226,14 @@ class Report:
         self.plots()
         self.progress.__exit__(None, None, None)
         self.tracker.close(status)
+
+
+def in_words(entry: SkippedSamples) -> str:
+    """Return a line about samples that are skipped."""
+    return (
+        f"{entry['reason']}: back to the checkpoint of step {entry['rewound_to']}; samples {entry['first']:,} to "
+        f"{entry['end'] - 1:,} of the data are skipped from now on"
+    )
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:

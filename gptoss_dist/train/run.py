@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from data_pipeline import BatchLoader
 from gptoss_dist import checkpoint
-from gptoss_dist.checkpoint import CheckpointInfo, Retention, Saver
+from gptoss_dist.checkpoint import CheckpointInfo, Retention, Saver, SkippedSamples
 from gptoss_dist.checkpoint.formats.pretrained import Pretrained
 from gptoss_dist.config import Config
-from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object
+from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object, on_rank_zero
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.distributed.signals import StopRequest
 from gptoss_dist.engine import Engine
@@ -23,13 +24,23 @@ from gptoss_dist.parallel.mesh import spanned_machines
 from gptoss_dist.tracking.metrics import StepTimer
 from gptoss_dist.tracking.profiling import profiled
 from gptoss_dist.train.changes import changes_of
-from gptoss_dist.train.data import RunData
-from gptoss_dist.train.faults import FolderWatch, SkipGuard, TrainingError
+from gptoss_dist.train.data import RunData, TrainingData, check_length
+from gptoss_dist.train.faults import FolderWatch, SkipGuard, Spike, SpikeGuard, TrainingError
 from gptoss_dist.train.markers import StopFile, clear, mark_done, mark_stopped
-from gptoss_dist.train.report import LaunchedStep, Report
-from gptoss_dist.train.start import Start
+from gptoss_dist.train.report import LaunchedStep, Report, in_words
+from gptoss_dist.train.start import Start, earlier_start
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """Where a run goes on after a spike of the loss."""
+
+    start: Start
+    """The checkpoint, as if the run were resumed from it."""
+    data: RunData
+    """What it reads from then on: the same without the samples that came with the spike."""
 
 
 class Run:
@@ -43,12 +54,14 @@ class Run:
         data: RunData,
         start: Start,
         group: dist.ProcessGroup,
+        stop: StopRequest,
         carried: dict[str, bytes] | None = None,
     ) -> None:
         """Open all that writes to the run's folder.
 
         Args:
             group: A group of all ranks, for the saver alone from now on.
+            stop: Whether the run was asked to stop; it is heard also while the run goes back to a checkpoint.
             carried: Files that go into each checkpoint, by name.
         """
         self.config, self.ranks, self.engine, self.data = config, ranks, engine, data
@@ -61,12 +74,13 @@ class Run:
             asynchronous=keep.asynchronous,
             group=group,
         )
-        self.timer, self.stop = StepTimer(ranks.device), StopRequest()
+        self.timer, self.stop = StepTimer(ranks.device), stop
         self.watch = FolderWatch([config.folder, config.checkpoint_folder] if ranks.is_main else [])
         self.guard = SkipGuard(config.train.max_skipped_steps, start.skipped_steps)
         self.stop_file = StopFile(config.folder)
         if ranks.is_main:
             clear(config.folder)
+        self.spikes = SpikeGuard(config.spikes, start.info.recent_losses if start.info else ())
         self.last_saved_step = start.step
         self.carried = carried or {}
         self._status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
@@ -80,6 +94,7 @@ class Run:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             samples_consumed=samples_consumed,
+            skipped=self.data.training.skipped_positions,
             document_mask=data.document_mask,
             prefetch=data.prefetch,
             workers=data.workers,
@@ -91,7 +106,6 @@ class Run:
     def __exit__(self, *exception: object) -> None:
         with suppress(Exception):
             self.saver.close()  # what is being written is finished, however the run ends
-        self.stop.close()
         self.loader.close()
         if self.report:
             self.report.close(self._status)
@@ -123,6 +137,8 @@ class Run:
             message(spanned)
         for moved in checkpoint.set_aside(config.checkpoint_folder, after=start.step):
             message(f"a later checkpoint is now {moved}")
+        checkpoint.write_skipped(config.checkpoint_folder, start.skipped)
+        self.report.skipping()
 
     def message(self, text: str) -> None:
         """Tell the user and log.txt, once for all ranks."""
@@ -148,15 +164,71 @@ class Run:
         step, result = launched.step, launched.result.wait()
         loss = float(result.loss)
         self.guard.observe(step, bool(result.skipped), loss, float(result.grad_norm))
+        self.spikes.observe(step, None if result.skipped else loss, launched.samples_consumed)
         if self.report:
             self.report.step(launched, self.guard.total)
-        self.guard.check(step, loss)
+        if self.spikes.found is None:
+            self.guard.check(step, loss)
         if self.report and self.watch.look():
             self.message(f"{self.watch.lost} was deleted or renamed: saving what there is, and stopping")
             self.stop.requested = True
         if self.report and self.stop_file.requested():
             self.stop.requested = True
         return bool(result.stop)
+
+    def rewind(self) -> Rewind | None:
+        """Prepare to go back to a checkpoint, if the last step that was read back completed a spike; collective then.
+
+        When it returns, the disk knows what is skipped from now on. Where there is no checkpoint from before the spike
+        the run goes on: what it would go back to, its first weights, is further away than where it is.
+
+        Raises:
+            TrainingError: The run has gone back as often as it may, too few samples would be left, or what is skipped
+                cannot be written.
+        """
+        spike, config, training = self.spikes.found, self.config, self.data.training
+        if spike is None:
+            return None
+        with suppress(OSError):
+            self.saver.close()
+        self.report_failed_saves()
+        if (most := config.spikes.max_rewinds) <= len(training.skipped):
+            raise TrainingError(
+                f"{spike}, after {len(training.skipped)} rewinds (spikes.max_rewinds={most}): inspect the samples "
+                f"{spike.samples[0]} to {spike.samples[1] - 1} of the data, lower optim.lr, or allow more rewinds with "
+                f"--spikes.max_rewinds {2 * most} --resume auto"
+            )
+        start = earlier_start(config, training.start_step, spike.first_step - 1 - config.spikes.margin)
+        if start is None:
+            self.message(
+                f"{spike}: there is no checkpoint from {config.spikes.margin} steps or more before it (spikes.margin), "
+                "training goes on; save more often with --checkpoint.every, or keep more with --checkpoint.keep"
+            )
+            self.spikes.forget()
+            return None
+        training = self._skip(spike, start)
+        self._status = "KILLED"
+        return Rewind(replace(start, skipped=training.skipped), replace(self.data, training=training))
+
+    def _skip(self, spike: Spike, start: Start) -> TrainingData:
+        """Record that the samples of a spike are skipped; return the data without them."""
+        training = self.data.training
+        entry = SkippedSamples(
+            first=max(spike.samples[0], start.samples_consumed),
+            end=spike.samples[1] + self.config.spikes.after * self.loader.samples_per_step,
+            order=training.order_id,
+            step=spike.first_step,
+            rewound_to=start.step,
+            reason=str(spike),
+        )
+        training = replace(training, skipped=(*training.skipped, entry))
+        try:
+            check_length(training, start, self.config.train.steps, self.loader.samples_per_step)
+            on_rank_zero(lambda: checkpoint.write_skipped(self.config.checkpoint_folder, training.skipped))
+        except (ValueError, OSError) as error:
+            raise TrainingError(f"{spike}, and its samples cannot be skipped: {error}") from error
+        self.message(in_words(entry))
+        return training
 
     def report_failed_saves(self) -> None:
         """Tell the user what went wrong in saving since the last call; training goes on."""
@@ -206,6 +278,7 @@ class Run:
             tokens=report.throughput.tokens,
             skipped_steps=self.guard.total,
             validation_loss=validation_loss,
+            recent_losses=self.spikes.recent,
             mlflow_run_id=report.tracker.run_id,
             code=report.revision,
             layout=f"{self.engine.name}, {self.engine.layout}",

@@ -17,7 +17,7 @@ from data_pipeline.disk import owned, remove_unfinished
 from data_pipeline.foreign import convert
 from data_pipeline.printable import printable
 from gptoss_dist import checkpoint
-from gptoss_dist.checkpoint import CheckpointInfo
+from gptoss_dist.checkpoint import CheckpointInfo, SkippedSamples
 from gptoss_dist.checkpoint.formats.pretrained import Pretrained
 from gptoss_dist.checkpoint.info import INFO
 from gptoss_dist.config import Config
@@ -45,6 +45,8 @@ class Start:
     tokens: int = 0
     mlflow_run_id: str | None = None
     """The MLflow run that goes on, if it is this run's."""
+    skipped: tuple[SkippedSamples, ...] = ()
+    """What the run skips, in its data or in those of an earlier mixture."""
 
 
 def find_start(config: Config) -> Start:
@@ -54,10 +56,25 @@ def find_start(config: Config) -> Start:
         ValueError: There is no intact checkpoint, or it does not fit the settings.
     """
     path = _checkpoint_to_resume(config)
-    if path is None:
-        return Start()
+    return Start() if path is None else _start_at(config, path)
+
+
+def earlier_start(config: Config, first: int, last: int) -> Start | None:
+    """Find the newest intact checkpoint of this run of after steps `first` to `last`, to go back to; collective."""
+    paths = broadcast_object(lambda: checkpoint.checkpoints(config.checkpoint_folder))
+    for path in reversed([path for path in paths if first <= checkpoint.step_of(path) <= last]):
+        problems = checkpoint.verify(path)
+        if not problems:
+            return _start_at(config, path)
+        print_message(f"{path} is damaged: {'; '.join(problems[:3])}; one before it is looked for")
+    return None
+
+
+def _start_at(config: Config, path: Path) -> Start:
+    """Return what a checkpoint says, and the record beside it of what its run skips; collective."""
     info = CheckpointInfo.read(path)
     check_resumable(config, path, info)
+    recorded = broadcast_object(lambda: checkpoint.read_skipped(path.parent))
     is_own = path.parent.resolve() == config.checkpoint_folder.resolve()  # else it is another run's
     return Start(
         checkpoint=path,
@@ -67,6 +84,7 @@ def find_start(config: Config) -> Start:
         skipped_steps=info.skipped_steps,
         tokens=info.tokens,
         mlflow_run_id=info.mlflow_run_id if is_own else None,
+        skipped=tuple(checkpoint.merge_skipped(info.data.skipped, recorded)),
     )
 
 

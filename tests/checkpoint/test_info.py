@@ -65,7 +65,7 @@ def test_an_earlier_checkpoint_says_where_its_run_was():
 def test_what_is_written_is_read(tmp_path, process_group):
     before = CheckpointInfo.read(EARLIER)
     done = checkpoint.save(tmp_path, 3, {"model.a": torch.ones(2)}, before.to_json())
-    assert read_info(done).keys() == read_info(EARLIER).keys()
+    assert read_info(done).keys() == read_info(EARLIER).keys() | {"recent_losses"}
     after = CheckpointInfo.read(done)
     assert dataclasses.replace(after, torch=before.torch, files=before.files) == before
 
@@ -78,7 +78,7 @@ def test_keys_that_were_not_always_written_have_defaults(tmp_path):
     values["data"] = {"path": "folder/stories", "content_sha256": "ab"}
     info = CheckpointInfo.read(rewritten(tmp_path, values))
     assert (info.tokens, info.skipped_steps, info.validation_loss, info.code) == (6 * 32, 0, None, None)
-    assert info.data.versions == {}
+    assert info.data.versions == {} and info.data.skipped == [] and info.recent_losses == []
     assert info.data.mixture == {
         "start": 0,
         "start_step": 0,
@@ -102,4 +102,21 @@ def test_another_format_is_refused_with_the_remedy(tmp_path):
     for number, remedy in ((FORMAT + 1, "update gptoss_dist"), (1, "the version of gptoss_dist that wrote it")):
         with pytest.raises(ValueError, match=f"checkpoint.json has format {number}, .*{remedy}") as error:
             CheckpointInfo.read(rewritten(tmp_path, read_info(EARLIER) | {"format": number}))
+        assert "\n" not in str(error.value)
+
+
+SKIPPED = {"first": 6, "end": 9, "order": "ab", "step": 4, "rewound_to": 3, "reason": "the loss rose"}
+
+
+def test_what_is_skipped_and_what_a_spike_is_told_by_is_kept(tmp_path):
+    before = CheckpointInfo.read(EARLIER)
+    data = dataclasses.replace(before.data, skipped=[SKIPPED])
+    recent = [(2, 5.25, 4), (3, None, 6)]
+    values = read_info(EARLIER) | dataclasses.replace(before, data=data, recent_losses=recent).to_json()
+    after = CheckpointInfo.read(rewritten(tmp_path, values))
+    assert (after.data.skipped, after.recent_losses) == ([SKIPPED], recent)
+    for wrong, message in (({"end": 6}, "skipped: 6 to 6 is no range"), ({"first": -1}, r"skipped\[0\]\.first=-1")):
+        values["data"]["skipped"] = [SKIPPED | wrong]
+        with pytest.raises(ValueError, match=rf"checkpoint\.json: .*{message}") as error:
+            CheckpointInfo.read(rewritten(tmp_path, values))
         assert "\n" not in str(error.value)

@@ -161,6 +161,39 @@ def test_data_that_end_before_the_run(config):
         open_training_data(settings, PER_STEP)
 
 
+def test_what_is_skipped_stays_so_in_its_own_order_alone(config):
+    """Names of the sources and a resume change nothing; another mixture has other samples at these positions."""
+    settings = config(("web", 0.7), ("code", 0.3), stages=[(15, {"code": 1})])
+    first = open_training_data(settings, PER_STEP)
+    entry = {"first": 44, "end": 52, "order": first.order_id, "step": 12, "rewound_to": 10, "reason": "the loss rose"}
+    start = dataclasses.replace(resumed(10, 40, first.place(40)), skipped=(entry,))
+    second = open_training_data(settings, PER_STEP, start)
+    assert second.skipped_positions.ranges == [(44, 52)]
+    assert second.place(48).skipped == [entry] and indices(second, 40, 99) == indices(first, 40, 99)
+    # The stage begins at the sample where it was planned, two steps earlier.
+    assert second.samples_between(40, 60) // PER_STEP == 3 and first.samples_between(40, 60) // PER_STEP == 5
+    # The two settings name the sources otherwise, and list them in another order.
+    renamed = config(("code", 0.3, None, "b"), ("web", 0.7, None, "a"), stages=[(15, {"b": 1})])
+    assert open_training_data(renamed, PER_STEP, start).skipped_positions.ranges == [(44, 52)]
+    other = open_training_data(config(("web", 1.0), ("code", 1.0), change_mixture=True), PER_STEP, start)
+    assert other.skipped_positions.ranges == [] and other.skipped == (entry,)
+
+
+def test_data_that_end_before_a_run_that_skips_some(config):
+    settings = config(("web", 1.0, 0.2), ("code", 1.0, 0.1))
+    data = open_training_data(settings, PER_STEP)
+    end = data.mixture.positions_total
+    entry = {"first": 44, "end": 52, "order": data.order_id, "step": 12, "rewound_to": 10, "reason": "the loss rose"}
+    start = dataclasses.replace(resumed(10, 40, data.place(40)), skipped=(entry,))
+    settings.train.steps = (end - 8) // PER_STEP
+    open_training_data(settings, PER_STEP, start)
+    for steps in ((end - 8) // PER_STEP + 1, end // PER_STEP):
+        settings.train.steps = steps
+        said = rf"the data end after {end:,}, of which 8 are skipped; .*--train.steps {(end - 8) // PER_STEP}$"
+        with pytest.raises(ValueError, match=said):
+            open_training_data(settings, PER_STEP, start)
+
+
 def test_validation_and_dry_run_name_the_sources(config, folders):
     settings, said = config(("web", 0.7, 1.0), ("math", 0.3), packing="best_fit", steps=500), []
     assert list(open_validation(settings, said.append)) == ["web"] and "math has no validation split" in said[0]
