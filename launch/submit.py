@@ -9,6 +9,7 @@ All options that are not of this command are those of launch/train.py. Kept in t
 the resolved settings, the revision of the code with a patch of what is not committed, and the log.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -49,27 +50,24 @@ def _submit(options, training: list[str]) -> int:
     base, _ = parse_arguments(training)
     configs = cluster.sweep(training, options.array) if options.array else [base]
     for config in configs:
-        if config.resume is None and list(config.checkpoint_folder.glob("step_*[0-9]")):
-            raise ValueError(
-                f"{config.checkpoint_folder} holds checkpoints already; continue with --resume auto, or choose "
-                "another --run.name"
-            )
-    revision = cluster.read_revision(ROOT)
-    parent = None
-    if options.array and base.tracking.mlflow:
-        parent = "(an id, when it is submitted)" if options.dry_run else _parent_run(base, options.array)
+        cluster.check_submittable(config)
+    site, revision = cluster.Site.read(options.site), cluster.read_revision(ROOT)
     job = cluster.Job(
         name=base.run.name,
         folder=cluster.next_folder(base.folder),
         options=options,
-        site=cluster.Site.read(options.site),
+        site=site,
         elements=len(configs) if options.array else 0,
         revision=str(revision),
         root=ROOT,
         working_directory=Path.cwd(),
         resume=base.resume,
-        tags=_tags(parent),
     )
+    if options.array and base.tracking.mlflow:
+        # MLflow is where the job will find it.
+        os.environ.update({name: value for name, value in site.environment.items() if name.startswith("MLFLOW_")})
+        parent = "(an id, when it is submitted)" if options.dry_run else _parent_run(base, options.array)
+        job = dataclasses.replace(job, tags=_tags(parent))
     script = cluster.render(job)
     print(script, end="", flush=True)
     if options.dry_run:

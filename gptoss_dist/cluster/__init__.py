@@ -1,7 +1,7 @@
 """Jobs for SLURM: what a site wants, the script of a job, what is kept of it, and its submission."""
 
 from gptoss_dist.cluster.job import Job, JobOptions, Site, split_arguments
-from gptoss_dist.cluster.kept import Revision, keep, next_folder, read_revision
+from gptoss_dist.cluster.kept import Revision, check_submittable, keep, next_folder, read_revision
 from gptoss_dist.cluster.render import render
 from gptoss_dist.cluster.submit import follow, submit
 from gptoss_dist.cluster.sweep import sweep
@@ -11,6 +11,7 @@ __all__ = [
     "JobOptions",
     "Revision",
     "Site",
+    "check_submittable",
     "follow",
     "keep",
     "next_folder",

@@ -75,6 +75,24 @@ def next_folder(run: Path) -> Path:
     return run / "job" / str(max(numbers, default=0) + 1)
 
 
+def check_submittable(config: Config) -> None:
+    """Refuse a run of which its job would find out later that it cannot begin.
+
+    Raises:
+        ValueError: There are checkpoints that it does not resume, or its settings have secrets, which are not written.
+    """
+    if config.resume is None and list(config.checkpoint_folder.glob("step_*[0-9]")):
+        raise ValueError(
+            f"{config.checkpoint_folder} holds checkpoints already; continue with --resume auto, or choose another "
+            "--run.name"
+        )
+    if config.to_dict()["tracking"]["uri"] != config.tracking.uri:
+        raise ValueError(
+            "tracking.uri has a password or token in it, which is not written to a job's settings; set "
+            "MLFLOW_TRACKING_URI, which the job inherits, instead"
+        )
+
+
 def keep(folder: Path, script: str, configs: dict[str, Config], revision: Revision) -> Path:
     """Write a submission's files, and return the path of its script.
 
@@ -85,15 +103,8 @@ def keep(folder: Path, script: str, configs: dict[str, Config], revision: Revisi
         revision: That of the code.
 
     Raises:
-        ValueError: Settings have secrets, which are not written, so that the job would not have them.
         OSError: A file cannot be written.
     """
-    for config in configs.values():
-        if config.to_dict()["tracking"]["uri"] != config.tracking.uri:
-            raise ValueError(
-                "tracking.uri has a password or token in it, which is not written to a job's settings; set "
-                "MLFLOW_TRACKING_URI, which the job inherits, instead"
-            )
     folder.mkdir(parents=True)
     for name, config in configs.items():
         config.save(folder / name)

@@ -115,6 +115,8 @@ def test_what_is_submitted_is_kept(submit, tmp_path):
 
 
 def test_a_sweep_has_a_run_for_each_combination(submit, tmp_path):
+    code, said = submit("--array", "optim.lr=1e-3,3e-4", "--tracking.mlflow", "true", "--dry-run")
+    assert code == 0 and """export MLFLOW_TAGS='{"mlflow.parentRunId": "(an id, when it is submitted)"}'""" in said
     code, said = submit("--array", "optim.lr=1e-3,3e-4", "--array", "optim.betas=[0.9,0.95],[0.8,0.9]", "--nodes", "1")
     assert code == 0 and "#SBATCH --array=0-3\n" in said and "--config runs/mine/job/1/%a.yaml" in said
     runs = [load_config(tmp_path / f"runs/mine/job/1/{number}.yaml") for number in range(4)]
