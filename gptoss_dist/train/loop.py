@@ -102,7 +102,7 @@ def train(config: Config, ranks: Ranks) -> None:
         engine = build_engine(engine_settings(config), ranks, next_token_prediction)
         restore(engine, start, weights, seed=config.run.seed, rank=ranks.rank)
         on_rank_zero(lambda: open_folder(config, lock))  # only now: a run that is refused writes nothing
-        with Run(config, ranks, engine, data, start, group, carried) as open_run:
+        with Run(config, ranks, engine, data, start, group, carried, lock) as open_run:
             open_run.announce(start, weights)
             train_steps(open_run, start.step)
 
