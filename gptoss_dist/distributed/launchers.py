@@ -13,6 +13,8 @@ import sys
 import time
 from collections.abc import MutableMapping
 
+from gptoss_dist.distributed import hosts
+
 # Rank, processes in all, rank on this machine, processes on this machine, as MPI's launchers and srun name them; srun
 # has no variable for the last.
 _FOREIGN = {
@@ -118,11 +120,7 @@ def _is_started_by(env: MutableMapping[str, str], variables: tuple[str | None, .
 
 
 def _tasks_on_this_node(env: MutableMapping[str, str]) -> int:
-    """Return the number of this node's tasks, of which Slurm says "4(x2),3": four on each of two nodes, then three."""
-    counts = []
-    for part in env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]).split(","):
-        count, _, times = part.partition("(x")
-        counts += [int(count)] * int(times.rstrip(")") or 1)
+    counts = hosts.tasks_of_nodes(env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]))
     return counts[int(env.get("SLURM_NODEID", 0))]
 
 
