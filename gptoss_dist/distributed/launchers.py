@@ -83,6 +83,22 @@ def is_deepspeed(environment: MutableMapping[str, str] | None = None) -> bool:
     return "CROSS_RANK" in env and "LOCAL_SIZE" in env and "TORCHELASTIC_RUN_ID" not in env
 
 
+def restart_advice(environment: MutableMapping[str, str] | None = None) -> str:
+    """Return what to change if processes that torchrun has restarted on several machines do not meet again.
+
+    torchrun's agents lend the processes their own store, under keys with a count of restarts that each agent keeps for
+    itself: after a lost machine they differ (https://github.com/pytorch/pytorch/issues/135712).
+
+    Returns:
+        The end of a sentence; empty where that cannot be the reason.
+    """
+    env = os.environ if environment is None else environment
+    shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and env.get("GROUP_WORLD_SIZE", "1") != "1" and env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return "; for restarts on several machines, start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    return ""
+
+
 def report_error_once(mistake: str, *, alone: bool = False, patience_s: float = 30.0) -> None:
     """Write a user's mistake to stderr: once on each machine, though all its processes meet it.
 

@@ -90,13 +90,13 @@ def report_lost_peer(error: RuntimeError, ranks: Ranks | None) -> None:
         ranks: This process, if it had met the others.
     """
     if ranks:
-        silent = silent_ranks(ranks, PEER_PATIENCE_S)
+        silent, advice = silent_ranks(ranks, PEER_PATIENCE_S), ""
     else:
-        silent = ""
+        silent, advice = "", launchers.restart_advice()
         time.sleep(PEER_PATIENCE_S)
     launchers.report_error_once(
         f"rank {os.environ.get('RANK', 0)} on {this_host()} lost another process of the run, which has ended or hangs "
-        f"({silent or 'see its message'}): {' '.join(str(error).split())[-400:]}; go on with --resume auto",
+        f"({silent or 'see its message'}): {' '.join(str(error).split())[-400:]}; go on with --resume auto{advice}",
         alone=True,
     )
 
