@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import glob
 import os
-import platform
 import re
 import secrets
 import shutil
@@ -93,6 +92,44 @@ def link(source: Path, target: Path) -> None:
         OSError: The file system has no hard links, or the two are on different ones.
     """
     os.link(source, target)
+
+
+def create_exclusively(path: Path, data: bytes) -> bool:
+    """Create a small file with its content, unless there is one: of several that try at once, one succeeds.
+
+    That holds on file systems without locks too, between machines. A reader meets the whole content, except on a file
+    system without hard links, where the file may be empty for a moment. Nothing is flushed to the disk.
+
+    Returns:
+        Whether this call created it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    temporary = _beside(path)
+    try:
+        temporary.write_bytes(data)
+        try:
+            link(temporary, path)
+        except FileExistsError:
+            # NFS repeats a request whose answer was lost, and then meets the link that it has made.
+            return temporary.stat().st_nlink == 2
+        except FileNotFoundError:  # somebody who owns the folder has removed the temporary file
+            return False
+        except OSError:
+            return _create_in_place(path, data)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _create_in_place(path: Path, data: bytes) -> bool:
+    try:
+        with open(path, "xb") as file:
+            file.write(data)
+    except FileExistsError:
+        return False
+    return True
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -199,27 +236,6 @@ def locked(path: Path, wait_s: float = 0.0, *, optional: bool = False) -> Iterat
     finally:
         _held.discard(descriptor)
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """Be the one process that works in a folder. Its file `.lock` says which process that is, and stays.
-
-    On a file system without locks several may.
-
-    Raises:
-        BlockingIOError: Another process does; the message is that process, its machine and since when.
-        OSError: The folder is not there, or cannot be written.
-    """
-    path = folder / ".lock"
-    path.touch()
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(locked(path, optional=True))
-        except BlockingIOError:
-            raise BlockingIOError(path.read_text().strip() or "another process") from None
-        path.write_text(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        yield
 
 
 def forget_locks() -> None:

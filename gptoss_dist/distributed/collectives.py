@@ -19,6 +19,7 @@ _SIGNS_OF_PEER_LOSS = (
     "Broken pipe",
     "Timed out waiting",
     "wait timeout",
+    "connectFullMesh failed",
     "remote process exited",
     "ncclRemoteError",
 )

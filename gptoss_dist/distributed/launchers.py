@@ -13,6 +13,8 @@ import sys
 import time
 from collections.abc import MutableMapping
 
+from gptoss_dist.distributed import hosts
+
 # Rank, processes in all, rank on this machine, processes on this machine, as MPI's launchers and srun name them; srun
 # has no variable for the last.
 _FOREIGN = {
@@ -81,6 +83,22 @@ def is_deepspeed(environment: MutableMapping[str, str] | None = None) -> bool:
     return "CROSS_RANK" in env and "LOCAL_SIZE" in env and "TORCHELASTIC_RUN_ID" not in env
 
 
+def restart_advice(environment: MutableMapping[str, str] | None = None) -> str:
+    """Return what to change if processes that torchrun has restarted on several machines do not meet again.
+
+    torchrun's agents lend the processes their own store, under keys with a count of restarts that each agent keeps for
+    itself: after a lost machine they differ (https://github.com/pytorch/pytorch/issues/135712).
+
+    Returns:
+        The end of a sentence; empty where that cannot be the reason.
+    """
+    env = os.environ if environment is None else environment
+    shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and env.get("GROUP_WORLD_SIZE", "1") != "1" and env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return "; for restarts on several machines, start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    return ""
+
+
 def report_error_once(mistake: str, *, alone: bool = False, patience_s: float = 30.0) -> None:
     """Write a user's mistake to stderr: once on each machine, though all its processes meet it.
 
@@ -118,11 +136,7 @@ def _is_started_by(env: MutableMapping[str, str], variables: tuple[str | None, .
 
 
 def _tasks_on_this_node(env: MutableMapping[str, str]) -> int:
-    """Return the number of this node's tasks, of which Slurm says "4(x2),3": four on each of two nodes, then three."""
-    counts = []
-    for part in env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]).split(","):
-        count, _, times = part.partition("(x")
-        counts += [int(count)] * int(times.rstrip(")") or 1)
+    counts = hosts.tasks_of_nodes(env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]))
     return counts[int(env.get("SLURM_NODEID", 0))]
 
 

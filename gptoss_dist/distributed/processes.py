@@ -7,6 +7,7 @@ import datetime
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gptoss_dist.distributed import launchers, rendezvous
-from gptoss_dist.distributed.collectives import LocalError
+from gptoss_dist.distributed.collectives import LocalError, all_gather_objects
+from gptoss_dist.distributed.hosts import by_host, this_host
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
+    hosts: tuple[str, ...] = ()
+    """The name of each rank's machine."""
 
     @property
     def is_main(self) -> bool:
@@ -76,7 +80,7 @@ def init_distributed(timeout_s: float = 1800.0) -> Ranks:
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout_s),
     )
-    return Ranks(rank, local_rank, world_size, device)
+    return Ranks(rank, local_rank, world_size, device, tuple(all_gather_objects(this_host())))
 
 
 def _tune_cpu_memory() -> None:
@@ -114,6 +118,41 @@ def exit_after_error(message: Callable[[], None], patience_s: float = 5.0) -> No
     message()
     while dist.get_rank() == 0 and store.add("leaving", 0) < dist.get_world_size() and time.monotonic() < deadline:
         time.sleep(0.02)
+
+
+def silent_ranks(ranks: Ranks, patience_s: float) -> str:
+    """Say which ranks seem to be lost, after a collective has failed; it takes `patience_s` seconds at most.
+
+    A rank whose collective has failed leaves word in the store. Whoever has not done so when the time is over has
+    ended, hangs, or is cut off. The store is a process of rank 0's host, and may be cut off itself.
+
+    Args:
+        ranks: This process.
+        patience_s: Seconds that the others have to notice.
+
+    Returns:
+        Words for a message; empty if all have noticed.
+    """
+    attempt, missing = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), list(range(ranks.world_size))
+    deadline, answered = time.monotonic() + patience_s, threading.Event()
+
+    def ask() -> None:
+        store = dist.distributed_c10d._get_default_store()
+        with suppress(dist.DistError):
+            store.set(f"failed/{attempt}/{ranks.rank}", "yes")
+            while missing and time.monotonic() < deadline:
+                missing[:] = [rank for rank in missing if not store.check([f"failed/{attempt}/{rank}"])]
+                answered.set()
+                time.sleep(0.1)
+
+    # Without a network, the store's answer is waited for as long as for a collective.
+    thread = threading.Thread(target=ask, name="silent-ranks", daemon=True)
+    thread.start()
+    thread.join(patience_s)
+    time.sleep(max(0.0, deadline - time.monotonic()))
+    if not answered.is_set():
+        return f"no answer from {ranks.hosts[0]}, the host of rank 0"
+    return f"no sign of life from {by_host(missing, ranks.hosts)}" if missing else ""
 
 
 def seed_everything(seed: int, rank: int) -> None:

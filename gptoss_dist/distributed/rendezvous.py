@@ -1,7 +1,7 @@
 """How the processes of a run find each other where torchrun does not see to it: under srun, mpirun, deepspeed, by hand.
 
 Rank 0 opens a store at MASTER_ADDR:MASTER_PORT, and every rank signs there. torch's own way waits half an hour for
-those that never come, in silence. This one says within seconds who is missing, and gives up sooner.
+those that never come, in silence. This one says within seconds who is missing and on which host, and gives up sooner.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import socket
 import sys
 import threading
 import time
@@ -18,9 +19,10 @@ import torch.distributed as dist
 
 from gptoss_dist.distributed import launchers
 from gptoss_dist.distributed.collectives import LocalError
+from gptoss_dist.distributed.hosts import by_host, expected_hosts, this_host
 
-PATIENCE_S = 600.0
-"""How long a rank waits for the others, unless RENDEZVOUS_TIMEOUT gives other seconds."""
+_RESOLVE_S = 5.0
+"""How long the name of rank 0's machine may be unknown: a name server may hear of it a moment later."""
 _MESSAGE_AFTER_S = 5.0
 _REPEAT_S = 60.0
 
@@ -65,18 +67,22 @@ def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store | Non
     Args:
         rank: This rank.
         world_size: How many ranks there are.
-        timeout_s: How long the run may wait for a value in the store later on.
+        timeout_s: How long this may take, unless RENDEZVOUS_TIMEOUT gives other seconds, and how long the run may wait
+            for a value in the store later on.
 
     Raises:
-        LocalError: Some did not come in time, the port is taken, or two processes have the same rank.
+        LocalError: Some did not come in time, the address is none, the port is taken, or two processes have the same
+            rank.
     """
     if world_size == 1:
         return dist.HashStore()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR:MASTER_PORT)"
-    deadline = time.monotonic() + _patience_s()
+    deadline = time.monotonic() + _patience_s(timeout_s)
+    _check_address(os.environ["MASTER_ADDR"], rank)
     store = _connect(rank, world_size, place, deadline)
+    store.set(f"host/{rank}", this_host())
     if store.add(f"arrived/{rank}", 1) > 1:
         raise LocalError(f"two processes have RANK={rank} at {place}; give each another one")
     if rank == 0:
@@ -88,10 +94,10 @@ def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store | Non
     return dist.PrefixStore("run", store)
 
 
-def _patience_s() -> float:
+def _patience_s(timeout_s: float) -> float:
     text = os.environ.get("RENDEZVOUS_TIMEOUT", "")
     try:
-        seconds = float(text or PATIENCE_S)
+        seconds = float(text or timeout_s)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e6:
@@ -99,10 +105,27 @@ def _patience_s() -> float:
     return seconds
 
 
+def _check_address(address: str, rank: int) -> None:
+    """Raise LocalError if the name of rank 0's machine is unknown here; torch would try again for all its patience."""
+    deadline = time.monotonic() + _RESOLVE_S
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (socket.gaierror, UnicodeError) as error:
+            if time.monotonic() >= deadline:
+                reason = getattr(error, "strerror", None) or "no name of a machine"
+                raise LocalError(
+                    f"MASTER_ADDR={address} cannot be resolved by rank {rank} on {this_host()} ({reason}); "
+                    "set it to a name or an address at which all machines reach rank 0"
+                ) from None
+        time.sleep(0.5)
+
+
 def _connect(rank: int, world_size: int, place: str, deadline: float) -> dist.Store:
     patience = datetime.timedelta(seconds=max(1.0, deadline - time.monotonic()))
     try:
-        with _message_if_slow(f"rank {rank} waits for rank 0 at {place}"):
+        with _message_if_slow(f"rank {rank} on {this_host()} waits for rank 0 at {place}"):
             return dist.TCPStore(
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
@@ -116,8 +139,8 @@ def _connect(rank: int, world_size: int, place: str, deadline: float) -> dist.St
             reason = "the port is in use" if "EADDRINUSE" in str(error) else str(error).splitlines()[0][:200]
             raise LocalError(f"rank 0 cannot listen at {place}: {reason}; set MASTER_PORT to a free one") from None
         raise LocalError(
-            f"rank {rank} did not reach rank 0 at {place} within {patience.total_seconds():.0f} s; start rank 0 there, "
-            "or correct MASTER_ADDR and MASTER_PORT"
+            f"rank {rank} on {this_host()} did not reach rank 0 at {place} within {patience.total_seconds():.0f} s; "
+            "start rank 0 there, or correct MASTER_ADDR and MASTER_PORT"
         ) from None
 
 
@@ -125,11 +148,12 @@ def _await_all(store: dist.Store, world_size: int, place: str, deadline: float) 
     """Wait on rank 0 until all have signed, and say who is missing."""
     missing, message_at = list(range(world_size)), time.monotonic() + _MESSAGE_AFTER_S
     while missing := [rank for rank in missing if not store.check([f"arrived/{rank}"])]:
-        now, ranks = time.monotonic(), f"{len(missing)} of {world_size} ranks ({_listed(missing)})"
+        now = time.monotonic()
         if now > deadline:
-            raise LocalError(f"{ranks} did not come to {place} in time; start them, or correct WORLD_SIZE")
+            named = _named(store, world_size, missing)
+            raise LocalError(f"{named} did not come to {place} in time; start them, or correct WORLD_SIZE")
         if now > message_at:
-            _message(f"rank 0 waits at {place} for {ranks}")
+            _message(f"rank 0 on {this_host()} waits at {place} for {_named(store, world_size, missing).rstrip(',')}")
             message_at = now + _REPEAT_S
         time.sleep(0.05)
 
@@ -143,8 +167,12 @@ def _await_rank_0(store: dist.Store, place: str, deadline: float) -> None:
         raise LocalError(f"rank 0 at {place} has ended, or waits for other ranks; see its message") from None
 
 
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+def _named(store: dist.Store, world_size: int, missing: list[int]) -> str:
+    """Name ranks that are missing by their hosts, as far as these are known."""
+    here = [rank for rank in range(world_size) if rank not in missing and store.check([f"host/{rank}"])]
+    known = {rank: store.get(f"host/{rank}").decode() for rank in here}
+    expected = expected_hosts(world_size, os.environ, known)
+    return f"{len(missing)} of {world_size} ranks, {by_host(missing, expected)},"
 
 
 @contextlib.contextmanager

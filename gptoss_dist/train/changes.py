@@ -1,4 +1,6 @@
-"""What a resumed run does otherwise than the run that wrote its checkpoint: each setting, and what follows from it.
+"""What differs: a resumed run from the run that wrote its checkpoint, and a rank from the other ranks.
+
+Of a resumed run, each setting is listed, and what follows from it.
 
 A checkpoint of step 20 of a run of 20 steps, resumed with `--train.steps 40`, gives two lines:
 
@@ -8,16 +10,23 @@ A checkpoint of step 20 of a run of 20 steps, resumed with `--train.steps 40`, g
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
+import torch
+
+from data_pipeline import Manifest
 from data_pipeline.command_line import check_ranges
 from data_pipeline.command_line.mistakes import naming
 from data_pipeline.foreign import convert
-from data_pipeline.printable import shortened
+from data_pipeline.printable import shortened, shown
 from gptoss_dist.checkpoint.info import INFO
 from gptoss_dist.config import Config, OptimConfig, TrainConfig
+from gptoss_dist.distributed.agreement import Fact, source_digest
 from gptoss_dist.engine.schedule import learning_rate
+from gptoss_dist.train.data import sources
+from gptoss_dist.train.report import git_revision
 from gptoss_dist.train.start import Start
 
 T = TypeVar("T")
@@ -38,6 +47,38 @@ _CONSEQUENCES = {
     "sampling.prompts": "samples before and after continue other texts",
 }
 _MOST_CHARACTERS = 80
+
+
+def facts_of_start(config: Config) -> list[Fact]:
+    """Return what must be the same on all ranks of a run, without secrets."""
+    settings = {key: shown(str(value)) for key, value in _flat(config.to_dict()).items()}
+    return [
+        Fact(
+            "code",
+            {"the digest of the sources": source_digest("gptoss_dist", "data_pipeline")},
+            "install the same version on all machines, or start it from one shared folder",
+            notes={"the revision": git_revision()},
+        ),
+        Fact(
+            "libraries",
+            {"torch": torch.__version__, "Python": platform.python_version()},
+            "start the run in the same environment on all machines",
+        ),
+        Fact("settings", settings, "give the same --config files and options on all machines"),
+        Fact(
+            "data",
+            {shown(source.path): _content(source.path) for source in sources(config.data)},
+            "copy the prepared data to all machines again, or use one shared folder",
+        ),
+    ]
+
+
+def _content(folder: str) -> str:
+    """Return a hash of the data in a folder, or a text if there are none, which `open_data` explains."""
+    try:
+        return Manifest.read(folder).content_sha256[:12]
+    except ValueError:
+        return "not readable as data"
 
 
 def changes_of(start: Start, config: Config, processes: int) -> list[str]:

@@ -16,11 +16,20 @@ import torch
 from data_pipeline.command_line.mistakes import in_words, is_explained, lacks_subject
 from gptoss_dist.config import Config
 from gptoss_dist.distributed import launchers
+from gptoss_dist.distributed.agreement import check_agreement
 from gptoss_dist.distributed.collectives import LocalError, is_peer_loss, long_timeout_group, on_rank_zero
-from gptoss_dist.distributed.processes import Ranks, exit_after_error, init_distributed, seed_everything
+from gptoss_dist.distributed.hosts import this_host
+from gptoss_dist.distributed.processes import (
+    Ranks,
+    exit_after_error,
+    init_distributed,
+    seed_everything,
+    silent_ranks,
+)
 from gptoss_dist.distributed.signals import StopRequest
 from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.engine.schedule import learning_rate
+from gptoss_dist.train.changes import facts_of_start
 from gptoss_dist.train.data import check_tokenizer, open_data, verify
 from gptoss_dist.train.faults import TrainingError
 from gptoss_dist.train.objectives import next_token_prediction
@@ -53,6 +62,7 @@ def run(config: Config) -> int:
     """
     # Without a handler of its own the library would print warnings past the progress bar, on every rank.
     logging.getLogger("gptoss_dist").addHandler(logging.NullHandler())
+    ranks = None
     try:
         ranks = init_distributed()
         config.engine.kind = engine_kind(config.engine)  # what is saved with the run says which it was
@@ -63,12 +73,7 @@ def run(config: Config) -> int:
     except Exception as error:
         if isinstance(error, RuntimeError) and not isinstance(error, TrainingError) and is_peer_loss(error):
             log.exception("a collective failed")
-            time.sleep(PEER_PATIENCE_S)
-            launchers.report_error_once(
-                f"rank {os.environ.get('RANK', 0)} lost another process of the run, which has ended or hangs (see its "
-                f"message): {' '.join(str(error).split())[-400:]}; go on with --resume auto",
-                alone=True,
-            )
+            report_lost_peer(error, ranks)
             return 1
         if not is_explained(error) and not isinstance(error, TrainingError):
             raise
@@ -77,6 +82,25 @@ def run(config: Config) -> int:
         exit_after_error(lambda: launchers.report_error_once(mistake, alone=alone))
         return 2 if isinstance(error, ValueError) else 1
     return 0
+
+
+def report_lost_peer(error: RuntimeError, ranks: Ranks | None) -> None:
+    """Say that another process of the run has ended or hangs, and which, as far as that can be told.
+
+    Args:
+        error: What a collective has raised.
+        ranks: This process, if it had met the others.
+    """
+    if ranks:
+        silent, advice = silent_ranks(ranks, PEER_PATIENCE_S), ""
+    else:
+        silent, advice = "", launchers.restart_advice()
+        time.sleep(PEER_PATIENCE_S)
+    launchers.report_error_once(
+        f"rank {os.environ.get('RANK', 0)} on {this_host()} lost another process of the run, which has ended or hangs "
+        f"({silent or 'see its message'}): {' '.join(str(error).split())[-400:]}; go on with --resume auto{advice}",
+        alone=True,
+    )
 
 
 def train(config: Config, ranks: Ranks) -> None:
@@ -90,6 +114,7 @@ def train(config: Config, ranks: Ranks) -> None:
         ValueError: Settings, data and model do not fit each other.
         TrainingError: Too many steps in a row had to be skipped, or the last checkpoint could not be written.
     """
+    check_agreement(facts_of_start(config), ranks.hosts)
     with RunLock(config) as lock:
         on_rank_zero(lock.take)
         start = find_start(config)
@@ -106,7 +131,7 @@ def train(config: Config, ranks: Ranks) -> None:
         on_rank_zero(lambda: open_folder(config, lock))  # only now: a run that is refused writes nothing
         with closing(StopRequest()) as stop:
             while True:
-                with Run(config, ranks, engine, data, start, group, stop, carried) as open_run:
+                with Run(config, ranks, engine, data, start, group, stop, carried, lock) as open_run:
                     open_run.announce(start, weights)
                     rewind = train_steps(open_run, start.step)
                 if rewind is None:

@@ -28,7 +28,7 @@ from gptoss_dist.train.data import RunData, TrainingData, check_length
 from gptoss_dist.train.faults import FolderWatch, SkipGuard, Spike, SpikeGuard, TrainingError
 from gptoss_dist.train.markers import StopFile, clear, mark_done, mark_stopped
 from gptoss_dist.train.report import LaunchedStep, Report, in_words
-from gptoss_dist.train.start import Start, earlier_start
+from gptoss_dist.train.start import RunLock, Start, earlier_start
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class Run:
         group: dist.ProcessGroup,
         stop: StopRequest,
         carried: dict[str, bytes] | None = None,
+        lock: RunLock | None = None,
     ) -> None:
         """Open all that writes to the run's folder.
 
@@ -63,6 +64,7 @@ class Run:
             group: A group of all ranks, for the saver alone from now on.
             stop: Whether the run was asked to stop; it is heard also while the run goes back to a checkpoint.
             carried: Files that go into each checkpoint, by name.
+            lock: What keeps other starts out of the run's folders, on rank 0.
         """
         self.config, self.ranks, self.engine, self.data = config, ranks, engine, data
         self.loader = self._open_loader(start.samples_consumed)
@@ -82,7 +84,7 @@ class Run:
             clear(config.folder)
         self.spikes = SpikeGuard(config.spikes, start.info.recent_losses if start.info else ())
         self.last_saved_step = start.step
-        self.carried = carried or {}
+        self.carried, self.lock = carried or {}, lock
         self._status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
 
     def _open_loader(self, samples_consumed: int) -> BatchLoader:
@@ -174,6 +176,8 @@ class Run:
             self.stop.requested = True
         if self.report and self.stop_file.requested():
             self.stop.requested = True
+        if self.lock and self.lock.suspects_loss:
+            self.stop.requested = True
         return bool(result.stop)
 
     def rewind(self) -> Rewind | None:
@@ -244,8 +248,10 @@ class Run:
             validation_loss: That of a validation right before, if there was one.
 
         Raises:
-            TrainingError: A weight or a value of the optimizer is not finite on any rank; nothing is saved.
+            TrainingError: A weight or a value of the optimizer is not finite on any rank, or another process has
+                taken the run over; nothing is saved.
         """
+        self._check_owner()
         state = self.engine.state()
         self._check_finite(step, state)
         info = self._checkpoint_info(step, validation_loss, self.report).to_json() if self.report else {}  # rank 0's
@@ -253,6 +259,10 @@ class Run:
         self.last_saved_step = step
         if self.report:
             self.report.saved(step, self.saver.pause_s)
+
+    def _check_owner(self) -> None:
+        if lost := broadcast_object(lambda: self.lock.lost() if self.lock else None):
+            raise TrainingError(lost)
 
     def _check_finite(self, step: int, state: dict[str, Tensor]) -> None:
         found = [name for names in all_gather_objects(checkpoint.not_finite(state)) for name in names]
@@ -264,6 +274,8 @@ class Run:
             )
 
     def _write_extra_files(self, folder: Path) -> None:
+        if self.lock and (lost := self.lock.lost()):  # since the save began
+            raise OSError(lost)
         self.data.training.mixture.tokenizer.save(folder)
         for name, content in self.carried.items():
             (folder / name).write_bytes(content)
@@ -288,8 +300,9 @@ class Run:
         """Save what is not saved yet, wait for the disk, and say how the run ended.
 
         Raises:
-            TrainingError: The last checkpoint could not be written, or the run's folder had been deleted.
+            TrainingError: The last checkpoint could not be written, or the run's folder had been deleted or taken over.
         """
+        self._check_owner()
         if self.last_saved_step != step:
             self.save(step)
         try:

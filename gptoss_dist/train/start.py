@@ -13,8 +13,9 @@ from typing import Self
 import msgspec
 import torch
 
-from data_pipeline.disk import owned, remove_unfinished
+from data_pipeline.disk import remove_unfinished
 from data_pipeline.foreign import convert
+from data_pipeline.ownership import Ownership, owned
 from data_pipeline.printable import printable
 from gptoss_dist import checkpoint
 from gptoss_dist.checkpoint import CheckpointInfo, SkippedSamples
@@ -211,7 +212,8 @@ class RunLock:
     """Keeps all other starts out of a run's folders for as long as this one lives. Rank 0 holds it."""
 
     def __init__(self, config: Config) -> None:
-        self._held: dict[Path, ExitStack] = {}
+        self._held: dict[Path, Ownership] = {}
+        self._stack = ExitStack()
         self._folders = [config.folder.resolve()]
         if not (checkpoints := config.checkpoint_folder.resolve()).is_relative_to(self._folders[0]):
             self._folders.append(checkpoints)
@@ -224,24 +226,40 @@ class RunLock:
         """
         new = [folder for folder in self._folders if folder.is_dir() and folder not in self._held]
         for folder in new:
-            stack = ExitStack()
             try:
-                stack.enter_context(owned(folder))
+                self._held[folder] = self._stack.enter_context(owned(folder, print_message))
             except BlockingIOError as owner:
                 raise ValueError(
                     f"{folder} is in use by {owner}; wait until it has ended, end it, or choose another --run.name"
                 ) from None
             except OSError as error:
                 raise ValueError(f"{folder} cannot be written ({error.strerror}); choose another --run.dir") from None
-            self._held[folder] = stack
         return new
+
+    @property
+    def suspects_loss(self) -> bool:
+        """Whether a thread has found that another process has taken a folder over; this asks no disk."""
+        return any(ownership.lost_to for ownership in self._held.values())
+
+    def lost(self) -> str | None:
+        """Look whether the folders are still this run's: a process that was suspended for long was taken for dead.
+
+        Returns:
+            None if they are; else a line that says which is not, and whose it is.
+        """
+        for folder, ownership in self._held.items():
+            if owner := ownership.lost():
+                return (
+                    f"{folder} was taken over by {owner}, while this process gave no sign of life; it ends here and "
+                    "saves nothing more, as the other goes on from the last checkpoint"
+                )
+        return None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for stack in self._held.values():
-            stack.close()
+        self._stack.close()
 
 
 def check_folder(config: Config) -> None:

@@ -125,13 +125,26 @@ def test_a_lock_holds_other_processes_back(tmp_path, kind):
     process.join()
 
 
-def test_a_folder_has_one_owner_and_says_which(tmp_path):
-    for _ in range(2):  # what the first owner left behind holds nobody back
-        said = pytest.raises(BlockingIOError, match=f"process {os.getpid()} on .*, since 20")
-        with disk.owned(tmp_path), said, disk.owned(tmp_path):
-            pass
-    with pytest.raises(OSError, match="nowhere"), disk.owned(tmp_path / "nowhere"):
-        pass
+def test_a_file_is_created_once(tmp_path, monkeypatch):
+    """Also where a file system has no hard links, and where NFS says that a link failed which it has made."""
+    path, link = tmp_path / "record", os.link
+    assert disk.create_exclusively(path, b"first") and not disk.create_exclusively(path, b"second")
+    path.unlink()
+
+    def made_twice(source, target):
+        link(source, target)
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "link", made_twice)
+    assert disk.create_exclusively(path, b"first") and path.read_bytes() == b"first"
+    path.unlink()
+
+    def refused(source, target):
+        raise PermissionError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    assert disk.create_exclusively(path, b"first") and not disk.create_exclusively(path, b"second")
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_link_or_where_there_are_none_a_copy(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptoss_dist.distributed.launchers import complete, first_host, is_deepspeed, without_local_rank
+from gptoss_dist.distributed.launchers import complete, first_host, is_deepspeed, restart_advice, without_local_rank
 
 SRUN = {
     "SLURM_JOB_ID": "1234",
@@ -87,3 +87,12 @@ def test_local_rank_is_dropped_only_in_front():
     for front in (["--local_rank=1"], ["--local-rank", "1"], []):
         assert without_local_rank(front + rest) == rest
     assert without_local_rank([*rest, "--local_rank=1"]) == [*rest, "--local_rank=1"]
+
+
+def test_advice_for_restarts_on_several_machines():
+    lent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "1"}
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in restart_advice(lent)
+    for name, value in (("TORCHELASTIC_USE_AGENT_STORE", "False"), ("GROUP_WORLD_SIZE", "1"),
+                        ("TORCHELASTIC_RESTART_COUNT", "0")):  # fmt: skip
+        assert restart_advice(lent | {name: value}) == ""
+    assert restart_advice({}) == ""

@@ -1,7 +1,9 @@
 """Processes that find each other, or are told why not; real launches are in tests/launch."""
 
+import platform
 import socket
 import threading
+import time
 
 import pytest
 
@@ -78,14 +80,37 @@ def test_all_meet(meet):
 
 def test_rank_0_says_who_is_missing_and_gives_up(meet, capfd):
     (error,) = meet([0], 3)
-    assert "2 of 3 ranks (1, 2) did not come to localhost:" in error and "WORLD_SIZE" in error
-    assert "rank 0 waits at localhost:" in capfd.readouterr().err
+    assert "2 of 3 ranks, ranks 1-2, did not come to localhost:" in error and "WORLD_SIZE" in error
+    assert f"rank 0 on {platform.node()} waits at localhost:" in capfd.readouterr().err
+
+
+def test_who_is_missing_is_named_by_host(meet, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "gpu[08-10]")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x3)")
+    errors = meet([0, 2], 3)
+    assert "1 of 3 ranks, gpu09 (rank 1), did not come to localhost:" in errors[0]
+    monkeypatch.delenv("SLURM_STEP_NODELIST")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    errors = meet([0, 2], 4)
+    assert f"2 of 4 ranks, {platform.node()} (ranks 1, 3), did not come" in errors[0]
+
+
+@pytest.mark.parametrize("address", ["no-such-host.invalid", "a" * 70 + ".invalid"])
+def test_an_address_that_does_not_resolve(meet, monkeypatch, address):
+    monkeypatch.setenv("MASTER_ADDR", address)
+    monkeypatch.setenv("RENDEZVOUS_TIMEOUT", "600")
+    monkeypatch.setattr(rendezvous, "_RESOLVE_S", 0.2)
+    began = time.monotonic()
+    errors = meet([0, 1], 2)
+    assert time.monotonic() - began < 10
+    for rank, error in enumerate(errors):
+        assert f"MASTER_ADDR={address} cannot be resolved by rank {rank} on {platform.node()} (" in error
 
 
 def test_another_rank_says_that_it_waits_for_rank_0(meet, capfd):
     (error,) = meet([1], 2)
-    assert "rank 1 did not reach rank 0 at localhost:" in error and "MASTER_PORT" in error
-    assert "gptoss_dist: rank 1 waits for rank 0 at localhost:" in capfd.readouterr().err
+    assert f"rank 1 on {platform.node()} did not reach rank 0 at localhost:" in error and "MASTER_PORT" in error
+    assert f"gptoss_dist: rank 1 on {platform.node()} waits for rank 0 at localhost:" in capfd.readouterr().err
 
 
 def test_a_rank_that_is_there_twice(meet):

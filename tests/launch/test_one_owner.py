@@ -88,3 +88,82 @@ def test_of_two_starts_at_once_one_trains(settings, tmp_path):
     assert sorted(losses(folder)) == list(range(1, 13))
     seed = codes.index(0) + 1
     assert f"seed: {seed}\n" in (folder / "config.yaml").read_text() and os.path.exists(folder / ".lock")
+
+
+ELSEWHERE = """
+import errno, fcntl, os, sys
+
+from data_pipeline import ownership
+from launch.train import main
+
+def refused(*_):
+    raise OSError(errno.ENOLCK, "no locks here")
+
+fcntl.flock = refused
+ownership.HEARTBEAT_S, ownership.STALE_AFTER_S = 0.5, 5.0
+ownership.machine = ownership.platform.node = lambda: os.environ["HOST"]
+sys.exit(main(sys.argv[1:]))
+"""
+"""A run on a host of any name, on a file system without locks."""
+
+
+@pytest.fixture
+def start_on(settings, tmp_path):
+    """A function that starts the same endless run on a host; what still runs is killed after the test."""
+    script, started = tmp_path / "script.py", []
+    script.write_text(ELSEWHERE)
+
+    def start_on(host: str):
+        options = ["--config", str(settings), "--run.dir", str(tmp_path / "run"), "--resume", "auto", "--train.steps",
+                   "100000", "--validation.every", "0", "--checkpoint.every", "2"]  # fmt: skip
+        started.append(start(str(script), *options, HOST=host))
+        return started[-1]
+
+    yield start_on
+    for each in started:
+        each.send(signal.SIGKILL)
+
+
+def steps(folder) -> int:
+    return max(losses(folder), default=0) if (folder / "metrics.jsonl").is_file() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", [["node1", "node1"], ["node1", "node2"]], ids=["one host", "two hosts"])
+def test_of_two_starts_at_once_one_trains_each_time(start_on, tmp_path, hosts):
+    """Twenty times of twenty, without locks. Each time the owner is killed, and one of the next two goes on."""
+    for _ in range(20):
+        before, both = steps(tmp_path / "run"), [start_on(host) for host in hosts]
+        wait_for(lambda both=both: not all(each.is_running() for each in both))
+        refused, owner = sorted(both, key=lambda each: each.is_running())
+        done, host = refused.wait(), hosts[both.index(owner)]
+        said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        # On a machine with much to do, half a second may be too short for a sign of life, and it says that it waits.
+        assert all("there is no sign of life" in line for line in said[:-1]), said
+        assert f"is in use by process {owner.processes[0]} on {host}, since" in said[-1], done.stderr
+        wait_for(lambda before=before: steps(tmp_path / "run") > before + 2)
+        owner.send(signal.SIGKILL)
+        owner.wait()
+
+
+def test_a_run_that_was_suspended_and_taken_over_saves_nothing_more(start_on, tmp_path):
+    folder, first = tmp_path / "run", start_on("node1")
+    wait_for(lambda: steps(folder) > 4)
+    first.send(signal.SIGSTOP)
+    before, second = steps(folder), start_on("node2")
+    wait_for(lambda: steps(folder) > before + 4)
+    first.send(signal.SIGCONT)
+    ended = first.wait()
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
+    taken = f"{folder} was taken over by process {second.processes[0]} on node2, since"
+    assert taken in ended.stderr.splitlines()[-1] and "saves nothing more" in ended.stderr
+    before = steps(folder)
+    wait_for(lambda: steps(folder) > before + 4)
+    second.send(signal.SIGTERM)
+    ended = second.wait()
+    # What the first was writing has the name of what the second writes: that may fail once, and is tried again.
+    assert ended.returncode == 0 and "training goes on without it" not in ended.stderr, ended.stderr
+    assert int(checkpoints(folder / "checkpoints")[-1].name[5:]) == steps(folder)
+    waited = f"belongs to process {first.processes[0]} on node1, since"
+    assert waited in ended.stderr and "there is no sign of life; this start waits" in ended.stderr
