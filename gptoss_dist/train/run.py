@@ -25,6 +25,7 @@ from gptoss_dist.tracking.profiling import profiled
 from gptoss_dist.train.changes import changes_of
 from gptoss_dist.train.data import RunData
 from gptoss_dist.train.faults import FolderWatch, SkipGuard, TrainingError
+from gptoss_dist.train.markers import STOP, StopFile, mark_done, mark_stopped
 from gptoss_dist.train.report import LaunchedStep, Report
 from gptoss_dist.train.start import Start
 
@@ -62,6 +63,7 @@ class Run:
         )
         self.timer, self.stop = StepTimer(ranks.device), StopRequest()
         self.watch = FolderWatch([config.folder, config.checkpoint_folder] if ranks.is_main else [])
+        self.stop_file = StopFile(config.folder)
         self.guard = SkipGuard(config.train.max_skipped_steps, start.skipped_steps)
         self.last_saved_step = start.step
         self.carried = carried or {}
@@ -149,7 +151,9 @@ class Run:
         self.guard.check(step, loss)
         if self.report and self.watch.look():
             self.message(f"{self.watch.lost} was deleted or renamed: saving what there is, and stopping")
-            self.stop.requested = True
+            self.stop.request("the run's folder was deleted or renamed")
+        if self.report and self.stop_file.requested():
+            self.stop.request(f"a file {STOP} in the run's folder")
         return bool(result.stop)
 
     def report_failed_saves(self) -> None:
@@ -223,5 +227,17 @@ class Run:
                 f"{self.config.checkpoint_folder}, to go on with --resume auto"
             )
         self._status = "FINISHED" if step >= self.config.train.steps else "KILLED"
+        if self.report:
+            self._leave_marker(step)
         end = "finished" if self._status == "FINISHED" else "stopped as asked"
         self.message(f"{end} at step {step}; checkpoint in {self.config.checkpoint_folder}")
+
+    def _leave_marker(self, step: int) -> None:
+        """Write for scripts how the run ended; all is saved, so that a full disk costs no more than that."""
+        try:
+            if self._status == "FINISHED":
+                mark_done(self.config.folder, step)
+            else:
+                mark_stopped(self.config.folder, step, self.stop.reason)
+        except OSError as error:
+            self.message(f"how the run ended could not be written for scripts: {error}")
