@@ -45,7 +45,7 @@ def end_with_launcher() -> None:
 
 
 def _watch(chain: list[tuple[int, str]]) -> None:
-    while all(_started(process) == start for process, start in chain):
+    while all(started(process) == start for process, start in chain):
         time.sleep(_INTERVAL_S)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         text = f"{launchers.program()}: the launcher of this run has ended (process {chain[-1][0]}); stopping too"
@@ -66,7 +66,7 @@ def _grace_s() -> float:
 def _ancestors_to_launcher() -> list[tuple[int, str]]:
     """Return the ancestors of this process, up to the outermost launcher, each with its time of start."""
     ancestors, length, process = [], 0, os.getppid()
-    while process > 0 and (start := _started(process)) is not None:
+    while process > 0 and (start := started(process)) is not None:
         ancestors.append((process, start))
         if _is_launcher(process):
             length = len(ancestors)
@@ -96,7 +96,7 @@ def _parent(process: int) -> int:
     return int(fields[1]) if fields else 0
 
 
-def _started(process: int) -> str | None:
+def started(process: int) -> str | None:
     """Return when a process started, in clock ticks since boot, so that one with its id later is not taken for it."""
     fields = _stat(process)
     return fields[19] if fields else None

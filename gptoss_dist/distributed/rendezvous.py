@@ -19,8 +19,6 @@ import torch.distributed as dist
 from gptoss_dist.distributed import launchers
 from gptoss_dist.distributed.collectives import LocalError
 
-PATIENCE_S = 600.0
-"""How long a rank waits for the others, unless RENDEZVOUS_TIMEOUT gives other seconds."""
 _MESSAGE_AFTER_S = 5.0
 _REPEAT_S = 60.0
 
@@ -65,7 +63,8 @@ def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store | Non
     Args:
         rank: This rank.
         world_size: How many ranks there are.
-        timeout_s: How long the run may wait for a value in the store later on.
+        timeout_s: How long a rank waits for the others, unless RENDEZVOUS_TIMEOUT gives other seconds, and for a value
+            in the store later on.
 
     Raises:
         LocalError: Some did not come in time, the port is taken, or two processes have the same rank.
@@ -75,7 +74,7 @@ def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store | Non
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR:MASTER_PORT)"
-    deadline = time.monotonic() + _patience_s()
+    deadline = time.monotonic() + _patience_s(timeout_s)
     store = _connect(rank, world_size, place, deadline)
     if store.add(f"arrived/{rank}", 1) > 1:
         raise LocalError(f"two processes have RANK={rank} at {place}; give each another one")
@@ -88,10 +87,10 @@ def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store | Non
     return dist.PrefixStore("run", store)
 
 
-def _patience_s() -> float:
+def _patience_s(timeout_s: float) -> float:
     text = os.environ.get("RENDEZVOUS_TIMEOUT", "")
     try:
-        seconds = float(text or PATIENCE_S)
+        seconds = float(text or timeout_s)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e6:

@@ -52,7 +52,7 @@ def run(config: Config) -> int:
     # Without a handler of its own the library would print warnings past the progress bar, on every rank.
     logging.getLogger("gptoss_dist").addHandler(logging.NullHandler())
     try:
-        ranks = init_distributed()
+        ranks = init_distributed(config.distributed.timeout)
         config.engine.kind = engine_kind(config.engine)  # what is saved with the run says which it was
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -113,24 +113,25 @@ def train_steps(run: Run, step: int) -> None:
     Results are read one step late: reading them waits for the device, which has the next step to work at by then. The
     last one is read before the last checkpoint, a task that is always due after the last step.
     """
-    config, engine, timer = run.config, run.engine, run.timer
+    config, engine, steps = run.config, run.engine, run.steps
     tasks, last, unread = periodic_tasks(config), config.train.steps, None
     if config.validation.every and step == 0:
-        validate(run, 0, {})
+        with steps.doing("validation"):
+            validate(run, 0, {})
     while step < last:
-        timer.start()
-        with timer.phase("data"):
+        steps.begin(step + 1)
+        with steps.phase("data"):
             batches = next(run.loader)
         lr = learning_rate(step, last, config.optim)
         with run.profiler(step + 1):
-            with timer.phase("compute"):
+            with steps.phase("compute"):
                 sums = engine.forward_backward(batches)
-            with timer.phase("optimizer"):
+            with steps.phase("optimizer"):
                 result = engine.update(sums, lr, run.stop.requested)
         step += 1
         run.report_failed_saves()
         stopping = run.read_back(unread)  # it waits for the device, as part of the step that is timed
-        unread = LaunchedStep(step, result, lr, timer.stop(), run.loader.samples_consumed)
+        unread = LaunchedStep(step, result, lr, steps.end(), run.loader.samples_consumed)
         due = [task for task in tasks if task.is_due(step, last)]
         if stopping or due:
             stopping |= run.read_back(unread)
@@ -139,5 +140,6 @@ def train_steps(run: Run, step: int) -> None:
             break
         findings: dict[str, float] = {}
         for task in due:
-            task.do(run, step, findings)
+            with steps.doing(task.name):
+                task.do(run, step, findings)
     run.finish(step)

@@ -5,7 +5,8 @@
     DONE       the run has done its last step: JSON with `step`
 
 A launcher's exit code does not say which of these it was: torchrun ends with 1 after a signal, though all was saved.
-The files are on the disk before the process ends, and a new start removes all three. Rank 0 alone reads and writes them.
+The files are on the disk before the process ends, and a new start removes all three. Rank 0 alone reads and writes
+them.
 """
 
 from __future__ import annotations

@@ -19,12 +19,12 @@ from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_ob
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.distributed.signals import StopRequest
 from gptoss_dist.engine import Engine
+from gptoss_dist.engine.non_finite import NonFiniteFinder
 from gptoss_dist.parallel.mesh import spanned_machines
-from gptoss_dist.tracking.metrics import StepTimer
 from gptoss_dist.tracking.profiling import profiled
 from gptoss_dist.train.changes import changes_of
 from gptoss_dist.train.data import RunData
-from gptoss_dist.train.faults import FolderWatch, SkipGuard, TrainingError
+from gptoss_dist.train.faults import FolderWatch, SkipGuard, StepWatch, TrainingError
 from gptoss_dist.train.markers import STOP, StopFile, mark_done, mark_stopped
 from gptoss_dist.train.report import LaunchedStep, Report
 from gptoss_dist.train.start import Start
@@ -61,13 +61,14 @@ class Run:
             asynchronous=keep.asynchronous,
             group=group,
         )
-        self.timer, self.stop = StepTimer(ranks.device), StopRequest()
+        self.stop = StopRequest()
         self.watch = FolderWatch([config.folder, config.checkpoint_folder] if ranks.is_main else [])
         self.stop_file = StopFile(config.folder)
         self.guard = SkipGuard(config.train.max_skipped_steps, start.skipped_steps)
         self.last_saved_step = start.step
         self.carried = carried or {}
         self._status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
+        self.steps = StepWatch(config, ranks, engine, self.message)
 
     def _open_loader(self, samples_consumed: int) -> BatchLoader:
         train, data = self.config.train, self.config.data
@@ -87,6 +88,7 @@ class Run:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.steps.close()
         with suppress(Exception):
             self.saver.close()  # what is being written is finished, however the run ends
         self.stop.close()
@@ -148,6 +150,8 @@ class Run:
         self.guard.observe(step, bool(result.skipped), loss, float(result.grad_norm))
         if self.report:
             self.report.step(launched, self.guard.total)
+        if bool(result.skipped) and self.engine.finder is not None:
+            self._report_non_finite(step, self.engine.finder)
         self.guard.check(step, loss)
         if self.report and self.watch.look():
             self.message(f"{self.watch.lost} was deleted or renamed: saving what there is, and stopping")
@@ -155,6 +159,16 @@ class Run:
         if self.report and self.stop_file.requested():
             self.stop.request(f"a file {STOP} in the run's folder")
         return bool(result.stop)
+
+    def _report_non_finite(self, step: int, finder: NonFiniteFinder) -> None:
+        """Name what was not finite first; collective, as all ranks have skipped the step."""
+        found = [(found, rank) for rank, found in enumerate(all_gather_objects(finder.first(step))) if found]
+        if found:
+            first, rank = min(found)
+            where = f"the first value that is not finite is {first}, on rank {rank}"
+        else:
+            where = "every output and gradient was finite: a sum over ranks, or the gradient's norm, is too large"
+        self.message(f"step {step} was skipped; {where}")
 
     def report_failed_saves(self) -> None:
         """Tell the user what went wrong in saving since the last call; training goes on."""
@@ -215,12 +229,13 @@ class Run:
         Raises:
             TrainingError: The last checkpoint could not be written, or the run's folder had been deleted.
         """
-        if self.last_saved_step != step:
-            self.save(step)
-        try:
-            self.saver.close()
-        except OSError as error:
-            raise TrainingError(f"{error}; earlier checkpoints are intact") from error
+        with self.steps.doing("checkpoint"):
+            if self.last_saved_step != step:
+                self.save(step)
+            try:
+                self.saver.close()
+            except OSError as error:
+                raise TrainingError(f"{error}; earlier checkpoints are intact") from error
         if lost := broadcast_object(lambda: self.watch.lost):
             raise TrainingError(
                 f"{lost} was deleted or renamed while the run was training; step {step} is saved in "
