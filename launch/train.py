@@ -18,10 +18,10 @@ def main(argv: list[str]) -> int:
     """Do what the command line asks for; return the exit code."""
     from data_pipeline.command_line.mistakes import in_words, is_explained
     from gptoss_dist.config import build_parser, parse_arguments
-    from gptoss_dist.distributed import launchers, watchdog
+    from gptoss_dist.distributed import launcher_watch, launchers
 
     launchers.set_program("train.py")
-    watchdog.end_with_launcher()
+    launcher_watch.end_with_launcher()
     parser = build_parser(prog="train.py", description=__doc__.strip().splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="print parameters, tokens, memory and layout, and exit")
     try:

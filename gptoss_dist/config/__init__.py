@@ -1,6 +1,7 @@
 """The one tree of settings that YAML files and the command line fill."""
 
 from gptoss_dist.config.data import DataConfig, SourceConfig, StageConfig
+from gptoss_dist.config.distributed import DistributedConfig
 from gptoss_dist.config.parallel import EngineConfig, ParallelConfig
 from gptoss_dist.config.parse import build_parser, load_config, parse_arguments
 from gptoss_dist.config.sections import (
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DistributedConfig",
     "EngineConfig",
     "LossConfig",
     "ModelConfig",

@@ -134,6 +134,11 @@ def check_what_is_unused(train: TrainConfig, checkpoint: CheckpointConfig, valid
         f"train.compile_mode={train.compile_mode} has no meaning without --train.compile true",
     )
     _require(
+        not (train.find_non_finite and train.compile),
+        "train.find_non_finite=True looks at the output of every module, which compiled blocks do not give; set "
+        "--train.compile false",
+    )
+    _require(
         train.profile_step <= train.steps,
         f"train.profile_step={train.profile_step} is after the last step of the run, train.steps={train.steps}; give "
         "an earlier one",

@@ -50,6 +50,9 @@ class TrainConfig:
     """Record this optimizer step with torch.profiler on rank 0 into the run's folder `profile/`; 0 records none."""
     max_skipped_steps: int = ranged(5, above=0)
     """Stop after this many steps in a row with a non-finite loss or gradient; each such step is skipped."""
+    find_non_finite: bool = False
+    """After a skipped step, name the first module whose output, or else the first parameter whose gradient, was not
+    finite, and on which rank. Every output is looked at: steps are slower. Not with train.compile."""
     log_every_s: float = ranged(10.0, at_least=0)
     """Seconds between progress lines where there is no terminal."""
 

@@ -1,7 +1,7 @@
 """The one tree of settings that YAML files and the command line fill.
 
-Each field is documented, and its range declared, beside it and nowhere else: sections.py, data.py, parallel.py and
-model/config.py. What two fields must have in common is in checks.py.
+Each field is documented, and its range declared, beside it and nowhere else: sections.py, data.py, parallel.py,
+distributed.py and model/config.py. What two fields must have in common is in checks.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from data_pipeline.foreign import read_json
 from data_pipeline.secrets import without_secrets
 from gptoss_dist.config import checks
 from gptoss_dist.config.data import DataConfig
+from gptoss_dist.config.distributed import DistributedConfig
 from gptoss_dist.config.parallel import EngineConfig, ParallelConfig
 from gptoss_dist.config.sections import (
     CheckpointConfig,
@@ -49,6 +50,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -50,10 +50,13 @@ class Ranks:
         dist.barrier()
 
 
-def init_distributed(timeout_s: float = 1800.0) -> Ranks:
+def init_distributed(timeout_s: float = 600.0) -> Ranks:
     """Join the run that a launcher started (see `launchers.py`), or be a run of one process if there is none.
 
     On CPU it also sets, for the rest of the process, that the C library keeps freed memory.
+
+    Args:
+        timeout_s: How long the processes wait for each other, at the start and in a collective.
 
     Raises:
         LocalError: There are fewer GPUs than processes on this machine, or the processes did not meet.

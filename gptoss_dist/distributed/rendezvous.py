@@ -67,8 +67,8 @@ def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store | Non
     Args:
         rank: This rank.
         world_size: How many ranks there are.
-        timeout_s: How long this may take, unless RENDEZVOUS_TIMEOUT gives other seconds, and how long the run may wait
-            for a value in the store later on.
+        timeout_s: How long a rank waits for the others, unless RENDEZVOUS_TIMEOUT gives other seconds, and for a value
+            in the store later on.
 
     Raises:
         LocalError: Some did not come in time, the address is none, the port is taken, or two processes have the same

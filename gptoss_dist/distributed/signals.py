@@ -18,13 +18,20 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self.reason = "another process was asked to stop"
+        """Who asked for it, in words; a signal that this process did not get is another's."""
         heard = [n for n in STOPPING if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._handle) for number in heard}
 
     def _handle(self, number: int, _frame) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.request(f"signal {signal.Signals(number).name}")
+
+    def request(self, reason: str) -> None:
+        """Ask for a stop; the first reason counts."""
+        if not self.requested:
+            self.requested, self.reason = True, reason
 
     def close(self) -> None:
         """Put the former handlers back."""

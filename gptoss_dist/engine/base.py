@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gptoss_dist.config import EngineConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from gptoss_dist.distributed.processes import Ranks
+from gptoss_dist.engine.non_finite import NonFiniteFinder
 from gptoss_dist.model.losses import balance_loss, updated_selection_bias, z_loss
 from gptoss_dist.model.transformer import IGNORE_INDEX, GptOss, LossSums
 from gptoss_dist.parallel.exchange import Exchange
@@ -114,6 +115,8 @@ class Engine(ABC):
 
     def __init__(self, settings: EngineSettings, ranks: Ranks, objective: Objective) -> None:
         self.settings, self.ranks, self.objective = settings, ranks, objective
+        self.finder: NonFiniteFinder | None = None
+        """With `train.find_non_finite`: what knows where the first value that is not finite arose."""
 
     def _prepare_routers(self) -> None:
         self.routers = [layer.mlp.router for layer in self.model.blocks]
@@ -121,6 +124,8 @@ class Engine(ABC):
             router.jitter = self.settings.loss.router_jitter
         how = self.settings.train.routing
         self.forced_routings = [] if how == "learned" else force_routing(self.model, how)
+        if self.settings.train.find_non_finite:
+            self.finder = NonFiniteFinder(self.model)
 
     # What a subclass provides ----------------------------------------------------------------------------------------
 

@@ -135,6 +135,8 @@ class DeepSpeedEngine(Engine):
             )
         self.module = self.deepspeed
         self._prepare_routers()
+        if self.finder is not None:
+            self.finder.watch_gradients(self.model.named_parameters())
         self.optimizer = self.zero.optimizer
         self.flats = self._flats()
         allocate_state(self.optimizer, self.flats)

@@ -61,6 +61,10 @@ class FsdpEngine(Engine):
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         unused = [name for name, p in trained.items() if p.grad is None]
         assert not unused, f"no gradient reached {unused}"
+        if self.finder is not None:
+            self.finder.look_at_gradients(
+                (n, local(p.grad)) for n, p in reversed(trained.items()) if p.grad is not None
+            )
         gradients = [local(p.grad) for p in trained.values() if p.grad is not None]
         # Each rank holds another part of the gradient, however it is sharded, save for copies of the whole model.
         return torch.stack(torch._foreach_norm(gradients)).float().square().sum() / self.layout.replicate

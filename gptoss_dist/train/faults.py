@@ -9,20 +9,72 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import nn
+from torch._dynamo.callback import callback_handler
 
+from data_pipeline.command_line.mistakes import in_words, is_explained, lacks_subject
 from gptoss_dist.checkpoint import StepLoss
-from gptoss_dist.config import SpikesConfig
+from gptoss_dist.config import Config, SpikesConfig
+from gptoss_dist.distributed import launchers
+from gptoss_dist.distributed.collectives import LocalError, is_peer_loss
+from gptoss_dist.distributed.hosts import this_host
+from gptoss_dist.distributed.processes import Ranks, exit_after_error, silent_ranks
+from gptoss_dist.distributed.watchdog import Limits, Watchdog
+from gptoss_dist.engine import Engine
+from gptoss_dist.tracking.metrics import StepTimer
+from gptoss_dist.tracking.stragglers import OwnTime, Stragglers
 
 log = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is for the user, and checkpoints are intact."""
+
+
+PEER_PATIENCE_S = 5.0
+"""How long a rank that has lost another waits before it reports that. A launcher ends it sooner."""
+
+
+def report_failure(error: Exception, ranks: Ranks | None) -> int:
+    """Say in one line on each machine why a run has ended; raise an error again that no user could make anything of.
+
+    Args:
+        error: What ended the run.
+        ranks: This process, if it had met the others.
+
+    Returns:
+        The exit code: 2 after a user's mistake, 1 if training could not go on.
+    """
+    if isinstance(error, RuntimeError) and not isinstance(error, TrainingError) and is_peer_loss(error):
+        log.error("a collective failed", exc_info=error)
+        _report_lost_peer(error, ranks)
+        return 1
+    if not is_explained(error) and not isinstance(error, TrainingError):
+        raise error
+    mistake, alone = in_words(error), isinstance(error, LocalError)
+    log.error("%s", mistake, exc_info=error if lacks_subject(error) else None)
+    exit_after_error(lambda: launchers.report_error_once(mistake, alone=alone))
+    return 2 if isinstance(error, ValueError) else 1
+
+
+def _report_lost_peer(error: RuntimeError, ranks: Ranks | None) -> None:
+    """Say that another process of the run has ended or hangs, and which, as far as that can be told."""
+    if ranks:
+        silent, advice = silent_ranks(ranks, PEER_PATIENCE_S), ""
+    else:
+        silent, advice = "", launchers.restart_advice()
+        time.sleep(PEER_PATIENCE_S)
+    launchers.report_error_once(
+        f"rank {os.environ.get('RANK', 0)} on {this_host()} lost another process of the run, which has ended or hangs "
+        f"({silent or 'see its message'}): {' '.join(str(error).split())[-400:]}; go on with --resume auto{advice}",
+        alone=True,
+    )
 
 
 class FolderWatch:
@@ -186,3 +238,89 @@ class SpikeGuard:
         high = median + self.config.deviations * max(spread, self.LEAST_SPREAD * median)
         self._limits = high, max(high, self.config.factor * median)
         return self._limits
+
+
+class StepWatch:
+    """What is known of each step while it runs: its phases are timed, the watchdog hears of them, ranks are compared.
+
+    Args:
+        config: The run's settings.
+        ranks: The processes of the run.
+        engine: The engine, whose blocks tell this rank's own work from waiting for others.
+        message: Tells the user something, once for all ranks.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, engine: Engine, message: Callable[[str], None]) -> None:
+        settings = config.distributed
+        self._timer = StepTimer(ranks.device)
+        limits = Limits(
+            factor=settings.step_factor,
+            floor_s=settings.step_floor,
+            first_step_s=settings.first_step_timeout,
+            checkpoint_s=settings.checkpoint_timeout,
+            evaluation_s=settings.evaluation_timeout,
+        )
+        self._watchdog = Watchdog(ranks, config.folder, limits)
+        self._step, self._measured_step = 0, 0
+        self._every = settings.straggler_every if ranks.world_size > 1 else 0
+        self._own = OwnTime(_working_alone(engine, config.train.compile) if self._every else [], ranks.device)
+        self._stragglers = Stragglers(settings.straggler_factor, message)
+        self._compiles, self._finder = config.train.compile, engine.finder
+        if self._compiles:
+            callback_handler.register_start_callback(self._note_compilation)
+        self._watchdog.start()
+
+    def begin(self, step: int) -> None:
+        """Note that step `step` begins."""
+        self._step = step
+        self._timer.start()
+        self._watchdog.clock.begin(step)
+        if self._finder is not None:
+            self._finder.begin(step)
+        if self._every and step % self._every == 0:
+            self._own.begin()
+            self._measured_step = step
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the step: `data`, `compute` or `optimizer`."""
+        began = time.perf_counter()
+        with self._timer.phase(name), self._watchdog.clock.doing(name):
+            yield
+        if name == "data":
+            self._own.add_data(time.perf_counter() - began)
+
+    def end(self) -> dict[str, float]:
+        """Note that the step is done, and return its times as metrics."""
+        self._own.end()
+        timing = self._timer.stop()
+        self._watchdog.clock.end()
+        if (own_ms := self._own.take()) is not None:
+            self._watchdog.publish_time(self._measured_step, own_ms)
+        if (beats := self._watchdog.take_times()) is not None:
+            timing |= self._stragglers.compare(beats)
+        return timing
+
+    def doing(self, what: str) -> AbstractContextManager[None]:
+        """Return a context for what is done between steps: `validation`, `checkpoint`, `samples`."""
+        return self._watchdog.clock.doing(what)
+
+    def close(self) -> None:
+        """End the watch."""
+        self._watchdog.close()
+        self._own.close()
+        if self._compiles:
+            callback_handler.remove_start_callback(self._note_compilation)
+
+    def _note_compilation(self, arguments: object) -> None:
+        self._watchdog.clock.compiles()
+
+
+def _working_alone(engine: Engine, compiled: bool) -> list[nn.Module]:
+    """Return the modules whose forward pass waits for no other rank, once its weights are gathered.
+
+    With distributed experts that is the attention of a block, which a compiled block does not show.
+    """
+    if engine.exchange is None:
+        return list(engine.model.blocks)
+    return [] if compiled else [block.self_attn for block in engine.model.blocks]

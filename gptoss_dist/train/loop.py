@@ -8,30 +8,20 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from contextlib import closing
 
 import torch
 
-from data_pipeline.command_line.mistakes import in_words, is_explained, lacks_subject
 from gptoss_dist.config import Config
-from gptoss_dist.distributed import launchers
 from gptoss_dist.distributed.agreement import check_agreement
-from gptoss_dist.distributed.collectives import LocalError, is_peer_loss, long_timeout_group, on_rank_zero
-from gptoss_dist.distributed.hosts import this_host
-from gptoss_dist.distributed.processes import (
-    Ranks,
-    exit_after_error,
-    init_distributed,
-    seed_everything,
-    silent_ranks,
-)
+from gptoss_dist.distributed.collectives import long_timeout_group, on_rank_zero
+from gptoss_dist.distributed.processes import Ranks, init_distributed, seed_everything
 from gptoss_dist.distributed.signals import StopRequest
 from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.engine.schedule import learning_rate
 from gptoss_dist.train.changes import facts_of_start
 from gptoss_dist.train.data import check_tokenizer, open_data, verify
-from gptoss_dist.train.faults import TrainingError
+from gptoss_dist.train.faults import report_failure
 from gptoss_dist.train.objectives import next_token_prediction
 from gptoss_dist.train.periodic import periodic_tasks, validate
 from gptoss_dist.train.report import LaunchedStep
@@ -48,11 +38,6 @@ from gptoss_dist.train.start import (
     restore,
 )
 
-log = logging.getLogger(__name__)
-
-PEER_PATIENCE_S = 5.0
-"""How long a rank that has lost another waits before it reports that. A launcher ends it sooner."""
-
 
 def run(config: Config) -> int:
     """Train as `config` says, in every process of a launch.
@@ -64,43 +49,15 @@ def run(config: Config) -> int:
     logging.getLogger("gptoss_dist").addHandler(logging.NullHandler())
     ranks = None
     try:
-        ranks = init_distributed()
+        ranks = init_distributed(config.distributed.timeout)
         config.engine.kind = engine_kind(config.engine)  # what is saved with the run says which it was
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         train(config, ranks)
     except Exception as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, TrainingError) and is_peer_loss(error):
-            log.exception("a collective failed")
-            report_lost_peer(error, ranks)
-            return 1
-        if not is_explained(error) and not isinstance(error, TrainingError):
-            raise
-        mistake, alone = in_words(error), isinstance(error, LocalError)
-        log.error("%s", mistake, exc_info=lacks_subject(error))
-        exit_after_error(lambda: launchers.report_error_once(mistake, alone=alone))
-        return 2 if isinstance(error, ValueError) else 1
+        return report_failure(error, ranks)
     return 0
-
-
-def report_lost_peer(error: RuntimeError, ranks: Ranks | None) -> None:
-    """Say that another process of the run has ended or hangs, and which, as far as that can be told.
-
-    Args:
-        error: What a collective has raised.
-        ranks: This process, if it had met the others.
-    """
-    if ranks:
-        silent, advice = silent_ranks(ranks, PEER_PATIENCE_S), ""
-    else:
-        silent, advice = "", launchers.restart_advice()
-        time.sleep(PEER_PATIENCE_S)
-    launchers.report_error_once(
-        f"rank {os.environ.get('RANK', 0)} on {this_host()} lost another process of the run, which has ended or hangs "
-        f"({silent or 'see its message'}): {' '.join(str(error).split())[-400:]}; go on with --resume auto{advice}",
-        alone=True,
-    )
 
 
 def train(config: Config, ranks: Ranks) -> None:
@@ -149,24 +106,25 @@ def train_steps(run: Run, step: int) -> Rewind | None:
     Results are read one step late: reading them waits for the device, which has the next step to work at by then. The
     last one is read before the last checkpoint, a task that is always due after the last step.
     """
-    config, engine, timer = run.config, run.engine, run.timer
+    config, engine, steps = run.config, run.engine, run.steps
     tasks, last, unread = periodic_tasks(config), config.train.steps, None
     if config.validation.every and step == 0:
-        validate(run, 0, {})
+        with steps.doing("validation"):
+            validate(run, 0, {})
     while step < last:
-        timer.start()
-        with timer.phase("data"):
+        steps.begin(step + 1)
+        with steps.phase("data"):
             batches = next(run.loader)
         lr = learning_rate(step, last, config.optim)
         with run.profiler(step + 1):
-            with timer.phase("compute"):
+            with steps.phase("compute"):
                 sums = engine.forward_backward(batches)
-            with timer.phase("optimizer"):
+            with steps.phase("optimizer"):
                 result = engine.update(sums, lr, run.stop.requested)
         step += 1
         run.report_failed_saves()
         stopping = run.read_back(unread)  # it waits for the device, as part of the step that is timed
-        unread = LaunchedStep(step, result, lr, timer.stop(), run.loader.samples_consumed)
+        unread = LaunchedStep(step, result, lr, steps.end(), run.loader.samples_consumed)
         due = [task for task in tasks if task.is_due(step, last)]
         if stopping or due:
             stopping |= run.read_back(unread)
@@ -177,6 +135,7 @@ def train_steps(run: Run, step: int) -> Rewind | None:
             return rewind
         findings: dict[str, float] = {}
         for task in due:
-            task.do(run, step, findings)
+            with steps.doing(task.name):
+                task.do(run, step, findings)
     run.finish(step)
     return None

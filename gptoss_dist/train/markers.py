@@ -1,4 +1,13 @@
-"""Files in a run's folder by which it is asked to stop, and says how it ended."""
+"""Files in a run's folder by which scripts and people talk with a run that they did not start, and it with them.
+
+    STOP       anybody makes it: the run finishes its step, saves and leaves with exit code 0
+    STOPPED    the run has left before its last step because it was asked to: JSON with `step` and `reason`
+    DONE       the run has done its last step: JSON with `step`
+
+A launcher's exit code does not say which of these it was: torchrun ends with 1 after a signal, though all was saved.
+The files are on the disk before the process ends, and a new start removes STOPPED and DONE. STOP stays until
+it is answered. Rank 0 alone reads and writes them.
+"""
 
 from __future__ import annotations
 
@@ -12,37 +21,43 @@ STOP, STOPPED, DONE = "STOP", "STOPPED", "DONE"
 
 
 class StopFile:
-    """The file STOP in a run's folder, looked for now and then.
+    """A look now and then at whether somebody has put a file `STOP` into a run's folder."""
+
+    def __init__(self, folder: Path, interval_s: float = 1.0) -> None:
+        self._path, self._interval_s = folder / STOP, interval_s
+        self._found, self._next = False, 0.0
+
+    def requested(self) -> bool:
+        """Return whether the file has been seen; the disk is asked no more often than the interval says."""
+        if not self._found and time.monotonic() >= self._next:
+            self._next = time.monotonic() + self._interval_s
+            self._found = self._path.exists()
+        return self._found
+
+
+def mark_stopped(folder: Path, step: int, reason: str = "asked to stop") -> None:
+    """Write durably that the run has left after step `step`, whose checkpoint is complete; the request is answered.
 
     Args:
         folder: The run's folder.
-        interval_s: Seconds between two looks.
+        step: The last optimizer step that was done.
+        reason: Who asked, in words.
     """
-
-    def __init__(self, folder: Path, interval_s: float = 1.0) -> None:
-        self._path, self._interval_s, self._next = folder / STOP, interval_s, 0.0
-
-    def requested(self) -> bool:
-        """Return whether the file was there at a look in this call."""
-        if time.monotonic() < self._next:
-            return False
-        self._next = time.monotonic() + self._interval_s
-        return self._path.exists()
-
-
-def mark_stopped(folder: Path, step: int) -> None:
-    """Say that the run left before its last step because it was asked to, and that `step` is saved."""
+    _write(folder / STOPPED, {"step": step, "reason": reason})
     (folder / STOP).unlink(missing_ok=True)
-    write_file_atomically(folder / STOPPED, json.dumps({"step": step}).encode())
 
 
 def mark_done(folder: Path, step: int) -> None:
-    """Say that the run has reached its last step, and that it is saved."""
+    """Write durably that the run has done its last step, `step`; a request to stop has nothing to stop any more."""
+    _write(folder / DONE, {"step": step})
     (folder / STOP).unlink(missing_ok=True)
-    write_file_atomically(folder / DONE, json.dumps({"step": step}).encode())
 
 
 def clear(folder: Path) -> None:
-    """Remove what the last start said; a request to stop stays."""
+    """Remove what earlier starts have said; a request to stop stays, as it may have come while this one started."""
     for name in (STOPPED, DONE):
         (folder / name).unlink(missing_ok=True)
+
+
+def _write(path: Path, values: dict[str, int | str]) -> None:
+    write_file_atomically(path, (json.dumps(values) + "\n").encode())

@@ -23,6 +23,8 @@ Findings = dict[str, float]
 class Task:
     """Something that all ranks do together after some steps."""
 
+    name: str
+    """What the watch over the steps calls it."""
     every: int
     """Steps between two times; 0 does it after the last step only."""
     do: Callable[[Run, int, Findings], None]
@@ -39,10 +41,10 @@ def periodic_tasks(config: Config) -> list[Task]:
     """
     tasks = []
     if config.validation.every:
-        tasks.append(Task(config.validation.every, validate))
-    tasks.append(Task(config.checkpoint.every, save_checkpoint))
+        tasks.append(Task("validation", config.validation.every, validate))
+    tasks.append(Task("checkpoint", config.checkpoint.every, save_checkpoint))
     if config.sampling.prompts and config.sampling.every:
-        tasks.append(Task(config.sampling.every, write_samples))
+        tasks.append(Task("samples", config.sampling.every, write_samples))
     return tasks
 
 

@@ -20,13 +20,13 @@ from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_ob
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.distributed.signals import StopRequest
 from gptoss_dist.engine import Engine
+from gptoss_dist.engine.non_finite import NonFiniteFinder
 from gptoss_dist.parallel.mesh import spanned_machines
-from gptoss_dist.tracking.metrics import StepTimer
 from gptoss_dist.tracking.profiling import profiled
 from gptoss_dist.train.changes import changes_of
 from gptoss_dist.train.data import RunData, TrainingData, check_length
-from gptoss_dist.train.faults import FolderWatch, SkipGuard, Spike, SpikeGuard, TrainingError
-from gptoss_dist.train.markers import StopFile, clear, mark_done, mark_stopped
+from gptoss_dist.train.faults import FolderWatch, SkipGuard, Spike, SpikeGuard, StepWatch, TrainingError
+from gptoss_dist.train.markers import STOP, StopFile, mark_done, mark_stopped
 from gptoss_dist.train.report import LaunchedStep, Report, in_words
 from gptoss_dist.train.start import RunLock, Start, earlier_start
 
@@ -76,16 +76,15 @@ class Run:
             asynchronous=keep.asynchronous,
             group=group,
         )
-        self.timer, self.stop = StepTimer(ranks.device), stop
+        self.stop = stop
         self.watch = FolderWatch([config.folder, config.checkpoint_folder] if ranks.is_main else [])
-        self.guard = SkipGuard(config.train.max_skipped_steps, start.skipped_steps)
         self.stop_file = StopFile(config.folder)
-        if ranks.is_main:
-            clear(config.folder)
+        self.guard = SkipGuard(config.train.max_skipped_steps, start.skipped_steps)
         self.spikes = SpikeGuard(config.spikes, start.info.recent_losses if start.info else ())
         self.last_saved_step = start.step
         self.carried, self.lock = carried or {}, lock
         self._status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
+        self.steps = StepWatch(config, ranks, engine, self.message)
 
     def _open_loader(self, samples_consumed: int) -> BatchLoader:
         train, data = self.config.train, self.config.data
@@ -106,6 +105,7 @@ class Run:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.steps.close()
         with suppress(Exception):
             self.saver.close()  # what is being written is finished, however the run ends
         self.loader.close()
@@ -169,15 +169,17 @@ class Run:
         self.spikes.observe(step, None if result.skipped else loss, launched.samples_consumed)
         if self.report:
             self.report.step(launched, self.guard.total)
+        if bool(result.skipped) and self.engine.finder is not None:
+            self._report_non_finite(step, self.engine.finder)
         if self.spikes.found is None:
             self.guard.check(step, loss)
         if self.report and self.watch.look():
             self.message(f"{self.watch.lost} was deleted or renamed: saving what there is, and stopping")
-            self.stop.requested = True
+            self.stop.request("the run's folder was deleted or renamed")
         if self.report and self.stop_file.requested():
-            self.stop.requested = True
+            self.stop.request(f"a file {STOP} in the run's folder")
         if self.lock and self.lock.suspects_loss:
-            self.stop.requested = True
+            self.stop.request("the run's folder was taken over")
         return bool(result.stop)
 
     def rewind(self) -> Rewind | None:
@@ -233,6 +235,16 @@ class Run:
             raise TrainingError(f"{spike}, and its samples cannot be skipped: {error}") from error
         self.message(in_words(entry))
         return training
+
+    def _report_non_finite(self, step: int, finder: NonFiniteFinder) -> None:
+        """Name what was not finite first; collective, as all ranks have skipped the step."""
+        found = [(found, rank) for rank, found in enumerate(all_gather_objects(finder.first(step))) if found]
+        if found:
+            first, rank = min(found)
+            where = f"the first value that is not finite is {first}, on rank {rank}"
+        else:
+            where = "every output and gradient was finite: a sum over ranks, or the gradient's norm, is too large"
+        self.message(f"step {step} was skipped; {where}")
 
     def report_failed_saves(self) -> None:
         """Tell the user what went wrong in saving since the last call; training goes on."""
@@ -303,12 +315,13 @@ class Run:
             TrainingError: The last checkpoint could not be written, or the run's folder had been deleted or taken over.
         """
         self._check_owner()
-        if self.last_saved_step != step:
-            self.save(step)
-        try:
-            self.saver.close()
-        except OSError as error:
-            raise TrainingError(f"{error}; earlier checkpoints are intact") from error
+        with self.steps.doing("checkpoint"):
+            if self.last_saved_step != step:
+                self.save(step)
+            try:
+                self.saver.close()
+            except OSError as error:
+                raise TrainingError(f"{error}; earlier checkpoints are intact") from error
         if lost := broadcast_object(lambda: self.watch.lost):
             raise TrainingError(
                 f"{lost} was deleted or renamed while the run was training; step {step} is saved in "
@@ -316,6 +329,16 @@ class Run:
             )
         self._status = "FINISHED" if step >= self.config.train.steps else "KILLED"
         if self.report:
-            (mark_done if self._status == "FINISHED" else mark_stopped)(self.config.folder, step)
+            self._leave_marker(step)
         end = "finished" if self._status == "FINISHED" else "stopped as asked"
         self.message(f"{end} at step {step}; checkpoint in {self.config.checkpoint_folder}")
+
+    def _leave_marker(self, step: int) -> None:
+        """Write for scripts how the run ended; all is saved, so that a full disk costs no more than that."""
+        try:
+            if self._status == "FINISHED":
+                mark_done(self.config.folder, step)
+            else:
+                mark_stopped(self.config.folder, step, self.stop.reason)
+        except OSError as error:
+            self.message(f"how the run ended could not be written for scripts: {error}")

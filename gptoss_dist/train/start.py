@@ -27,6 +27,7 @@ from gptoss_dist.distributed.collectives import broadcast_object
 from gptoss_dist.distributed.processes import seed_everything
 from gptoss_dist.engine import Engine, EngineSettings
 from gptoss_dist.model.config import SHAPING
+from gptoss_dist.train import markers
 
 log = logging.getLogger(__name__)
 
@@ -282,6 +283,7 @@ def open_folder(config: Config, lock: RunLock) -> None:
             remove_unfinished(inside)
         if any(checkpoints.resolve().is_relative_to(taken) for taken in new) and checkpoint.checkpoints(checkpoints):
             raise ValueError(f"{checkpoints}: another start has written checkpoints there meanwhile; start again")
+        markers.clear(folder)
         config.save(folder / "config.yaml")
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
