@@ -25,7 +25,7 @@ def test_the_disk_is_asked_no_more_often_than_the_interval_says(tmp_path, monkey
     assert stop.requested()  # once asked, a run stops
 
 
-def test_markers_answer_the_request_and_are_cleared(tmp_path):
+def test_markers_answer_the_request_and_a_start_keeps_it(tmp_path):
     (tmp_path / "STOP").touch()
     mark_stopped(tmp_path, 7)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["STOPPED"]
@@ -34,7 +34,7 @@ def test_markers_answer_the_request_and_are_cleared(tmp_path):
     assert json.loads((tmp_path / "DONE").read_text()) == {"step": 9}
     (tmp_path / "STOP").touch()
     clear(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["STOP"]  # it may have come while this start was on its way
 
 
 @pytest.mark.distributed
