@@ -1,7 +1,16 @@
-"""How the processes of a run find each other where torchrun does not see to it: under srun, mpirun, deepspeed, by hand.
+"""How the processes of a run find each other.
 
-Rank 0 opens a store at MASTER_ADDR:MASTER_PORT, and every rank signs there. torch's own way waits half an hour for
-those that never come, in silence. This one says within seconds who is missing and on which host, and gives up sooner.
+Under srun, mpirun, deepspeed, or by hand, rank 0 opens a store at MASTER_ADDR:MASTER_PORT, and every rank signs there.
+torch's own way waits half an hour for those that never come, in silence. This one says within seconds who is missing
+and on which host, and gives up sooner.
+
+torchrun has a store already, and may have had it in an attempt that failed: what ranks wrote there then, such as the
+addresses at which they could be reached, is still in it. So the ranks of an attempt first agree on a number that no
+attempt had before, and keep to keys of that number:
+
+    rank 1   join/1 = a word that only this process knows
+    rank 0   go/WORD = 2, the number of this attempt     to each word that it finds, also to old ones, which none reads
+    rank 1   arrived/2/1
 """
 
 from __future__ import annotations
@@ -9,11 +18,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch.distributed as dist
 
@@ -61,8 +71,8 @@ def _number(env: Mapping[str, str], name: str, default: str | None = None) -> in
     return int(text)
 
 
-def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store | None:
-    """Return the store of all ranks once they are all there; None where torchrun has one already.
+def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
+    """Return the store of all ranks once they are all there.
 
     Args:
         rank: This rank.
@@ -76,12 +86,16 @@ def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store | Non
     """
     if world_size == 1:
         return dist.HashStore()
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return None
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR:MASTER_PORT)"
     deadline = time.monotonic() + _patience_s(timeout_s)
     _check_address(os.environ["MASTER_ADDR"], rank)
-    store = _connect(rank, world_size, place, deadline)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = _connect(rank, world_size, place, deadline, is_master=False)
+        store.set(f"host/{rank}", this_host())
+        number = _agree_on_attempt(store, rank, world_size, place, deadline)
+        store.set_timeout(datetime.timedelta(seconds=timeout_s))
+        return dist.PrefixStore(f"run {number}", store)
+    store = _connect(rank, world_size, place, deadline, is_master=rank == 0)
     store.set(f"host/{rank}", this_host())
     if store.add(f"arrived/{rank}", 1) > 1:
         raise LocalError(f"two processes have RANK={rank} at {place}; give each another one")
@@ -122,7 +136,31 @@ def _check_address(address: str, rank: int) -> None:
         time.sleep(0.5)
 
 
-def _connect(rank: int, world_size: int, place: str, deadline: float) -> dist.Store:
+def _agree_on_attempt(store: dist.Store, rank: int, world_size: int, place: str, deadline: float) -> int:
+    """Return the number of this attempt, in a store that may hold what earlier attempts have left."""
+    if rank == 0:
+        number = store.add("attempts", 1)
+        _await_all(store, world_size, place, deadline, f"arrived/{number}", lambda ranks: _answer(store, ranks, number))
+        return number
+    word = secrets.token_hex(8)
+    store.set(f"join/{rank}", word)
+    try:
+        store.wait([f"go/{word}"], datetime.timedelta(seconds=max(1.0, deadline - time.monotonic() + 5.0)))
+    except dist.DistError:
+        raise LocalError(f"rank 0 at {place} has ended, or did not come; see its message") from None
+    number = int(store.get(f"go/{word}"))
+    store.set(f"arrived/{number}/{rank}", "yes")
+    return number
+
+
+def _answer(store: dist.Store, ranks: list[int], number: int) -> None:
+    """Tell ranks that have asked the number of this attempt."""
+    for rank in ranks:
+        if rank and store.check([f"join/{rank}"]):
+            store.set(f"go/{store.get(f'join/{rank}').decode()}", str(number))
+
+
+def _connect(rank: int, world_size: int, place: str, deadline: float, is_master: bool) -> dist.Store:
     patience = datetime.timedelta(seconds=max(1.0, deadline - time.monotonic()))
     try:
         with _message_if_slow(f"rank {rank} on {this_host()} waits for rank 0 at {place}"):
@@ -130,12 +168,12 @@ def _connect(rank: int, world_size: int, place: str, deadline: float) -> dist.St
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
                 world_size,
-                is_master=rank == 0,
+                is_master=is_master,
                 timeout=patience,
                 wait_for_workers=False,
             )
     except dist.DistError as error:
-        if rank == 0:
+        if is_master:
             reason = "the port is in use" if "EADDRINUSE" in str(error) else str(error).splitlines()[0][:200]
             raise LocalError(f"rank 0 cannot listen at {place}: {reason}; set MASTER_PORT to a free one") from None
         raise LocalError(
@@ -144,10 +182,23 @@ def _connect(rank: int, world_size: int, place: str, deadline: float) -> dist.St
         ) from None
 
 
-def _await_all(store: dist.Store, world_size: int, place: str, deadline: float) -> None:
-    """Wait on rank 0 until all have signed, and say who is missing."""
-    missing, message_at = list(range(world_size)), time.monotonic() + _MESSAGE_AFTER_S
-    while missing := [rank for rank in missing if not store.check([f"arrived/{rank}"])]:
+def _await_all(
+    store: dist.Store,
+    world_size: int,
+    place: str,
+    deadline: float,
+    prefix: str = "arrived",
+    answer: Callable[[list[int]], None] = lambda ranks: None,
+) -> None:
+    """Wait on rank 0 until all others have signed, and say who is missing.
+
+    Args:
+        prefix: What the keys by which they sign begin with.
+        answer: Does what those wait for that are missing.
+    """
+    missing, message_at = list(range(1, world_size)), time.monotonic() + _MESSAGE_AFTER_S
+    while missing := [rank for rank in missing if not store.check([f"{prefix}/{rank}"])]:
+        answer(missing)
         now = time.monotonic()
         if now > deadline:
             named = _named(store, world_size, missing)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
-from torch._dynamo.callback import callback_handler
 
 from data_pipeline.command_line.mistakes import in_words, is_explained, lacks_subject
 from gptoss_dist.checkpoint import StepLoss
@@ -265,8 +265,12 @@ class StepWatch:
         self._every = settings.straggler_every if ranks.world_size > 1 else 0
         self._own = OwnTime(_working_alone(engine, config.train.compile) if self._every else [], ranks.device)
         self._stragglers = Stragglers(settings.straggler_factor, message)
-        self._compiles, self._finder = config.train.compile, engine.finder
-        if self._compiles:
+        self._finder = engine.finder
+        self._compilations: Any = None
+        if config.train.compile:
+            from torch._dynamo.callback import callback_handler  # takes seconds
+
+            self._compilations = callback_handler
             callback_handler.register_start_callback(self._note_compilation)
         self._watchdog.start()
 
@@ -309,8 +313,8 @@ class StepWatch:
         """End the watch."""
         self._watchdog.close()
         self._own.close()
-        if self._compiles:
-            callback_handler.remove_start_callback(self._note_compilation)
+        if self._compilations is not None:
+            self._compilations.remove_start_callback(self._note_compilation)
 
     def _note_compilation(self, arguments: object) -> None:
         self._watchdog.clock.compiles()
