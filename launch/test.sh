@@ -6,8 +6,8 @@
 #   sh launch/test.sh --slow               before a release: the slow variants too
 #   sh launch/test.sh tests/model -k rope  what pytest's arguments select
 #
-# Two processes of pytest run side by side: tests that start processes and compile nothing, and all others. The report
-# of the former comes last. --fast spreads its tests over all cores.
+# Two processes of pytest run side by side: tests that start processes, and all others, among them those that compile
+# and those that mostly wait (for SLURM, for cut cables). The report of the former comes last. --fast spreads its tests over all cores.
 # Options for both halves: PYTEST_ADDOPTS. What the groups are: docs/testing.md.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -33,12 +33,13 @@ if [ $# -gt 0 ]; then
 fi
 
 report=$(mktemp)
-"$venv/bin/python" -m pytest -m "distributed and not compiled$group" >"$report" 2>&1 &
+apart="compiled or slurm or netns"
+"$venv/bin/python" -m pytest -m "distributed and not ($apart)$group" >"$report" 2>&1 &
 beside=$!
 trap 'kill "$beside" 2>/dev/null || true; rm -f "$report"' EXIT
 trap 'exit 130' INT TERM
 status=0
-"$venv/bin/python" -m pytest -m "(compiled or not distributed)$group" || status=$?
+"$venv/bin/python" -m pytest -m "($apart or not distributed)$group" || status=$?
 wait "$beside" || status=$?
 cat "$report"
 exit "$status"

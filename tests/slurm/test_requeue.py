@@ -75,6 +75,7 @@ def test_torchrun_on_two_nodes_goes_on_after_each_request_to_stop(lab: Lab, tiny
     assert "2 processes, fsdp" in (run / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_deepspeed_on_two_nodes_is_signalled_before_the_time_limit(lab: Lab, tiny, tmp_path):
     """The limit is two minutes, and the run takes longer, as its end is far away; it requeues itself before that."""
     run = tmp_path / "run"
@@ -94,6 +95,7 @@ def test_deepspeed_on_two_nodes_is_signalled_before_the_time_limit(lab: Lab, tin
     assert "ended with code" in lab.log_of(job) and len(starts_of(run)) == 2
 
 
+@pytest.mark.slow
 def test_elements_of_an_array_requeue_themselves_alone(lab: Lab, tiny, tmp_path):
     """Submitted by submit.py, with another learning rate each; in MLflow they are nested below one run."""
     mlflow = pytest.importorskip("mlflow")

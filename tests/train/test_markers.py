@@ -38,7 +38,7 @@ def test_markers_answer_the_request_and_a_start_keeps_it(tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("how", ["file", "signal"])
+@pytest.mark.parametrize("how", ["file", pytest.param("signal", marks=pytest.mark.slow)])
 def test_a_run_of_two_ranks_stops_as_asked_goes_on_and_is_done(settings, tmp_path, how):
     folder = tmp_path / "asked"
     options = ["--config", str(settings), "--run.dir", str(folder), "--checkpoint.every", "0", "--validation.every",

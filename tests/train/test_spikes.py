@@ -200,7 +200,7 @@ def test_it_goes_back_skips_and_ends_as_if_nothing_had_been(settings, corpus, po
     [
         pytest.param({}, ("recorded", "trained"), id="fsdp"),
         pytest.param({}, ("restored",), id="fsdp-restored", marks=pytest.mark.slow),
-        pytest.param({"engine.zero_stage": 2}, ("recorded",), id="zero-2"),
+        pytest.param({"engine.zero_stage": 2}, ("recorded",), id="zero-2", marks=pytest.mark.slow),
         pytest.param({"engine.zero_stage": 3}, ("recorded",), id="zero-3", marks=pytest.mark.slow),
     ],
 )
