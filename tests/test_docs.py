@@ -38,7 +38,22 @@ INLINE = re.compile(
 )
 IN_DOCSTRING = re.compile(r"((?:python (?:-m|launch/|examples/)|torchrun |deepspeed --|sh launch/).*)$", re.MULTILINE)
 OURS = re.compile(r"(configs|docs|examples|launch|tests)/[\w./-]+")
-UNCHECKED = {".", "apt", "cd", "docker", "export", "git", "mlflow", "pip", "pre-commit", "python3", "uv", "kill"}
+UNCHECKED = {
+    ".",
+    "apt",
+    "cat",
+    "cd",
+    "docker",
+    "export",
+    "git",
+    "kill",
+    "mlflow",
+    "pip",
+    "pre-commit",
+    "python3",
+    "touch",
+    "uv",
+}
 """First words of lines in the documents that run nothing of this project."""
 
 
