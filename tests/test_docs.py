@@ -174,6 +174,8 @@ def _check(words: list[str], monkeypatch) -> None:
             _start(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True), [module, *rest], monkeypatch)
         case ["python" | "torchrun" | "deepspeed" | "srun" | "mpirun", *_]:
             _check_launched(words, monkeypatch)
+        case ["sbatch", *_] if (script := "launch/slurm/train.sbatch") in words:  # what follows is train.py's
+            _check_launched(["python", "launch/train.py", *words[words.index(script) + 1 :]], monkeypatch)
         case [first, *_] if first.rpartition("/")[2] not in UNCHECKED:
             raise Wrong(f"{first}: not known to this test")
 
