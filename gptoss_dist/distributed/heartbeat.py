@@ -27,7 +27,7 @@ INTERVAL_S = 2.0
 """Seconds between two beats of a rank."""
 SILENT_S = 8.0
 """A rank whose beats stay away for so long does not answer."""
-PHASES = ("start", "data", "compute", "optimizer", "results", "validation", "checkpoint", "samples", "end")
+PHASES = ("start", "data", "compute", "optimizer", "results", "validation", "checkpoint", "samples")
 """What a rank does in a step, in this order."""
 
 

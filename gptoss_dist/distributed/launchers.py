@@ -1,8 +1,8 @@
 """What the launchers say about the processes of a run, put into torchrun's words.
 
 torchrun, deepspeed, srun and mpirun each name rank, number of processes and meeting point differently. `complete` fills
-in what is missing of torchrun's variables, once and before anything reads them; nothing else in the project looks at a
-launcher's own variables.
+in what is missing of torchrun's variables, once and before anything reads them; only `hosts.py` looks at variables of
+Slurm as well, for the names of machines.
 """
 
 from __future__ import annotations

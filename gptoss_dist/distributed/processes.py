@@ -50,7 +50,7 @@ class Ranks:
         dist.barrier()
 
 
-def init_distributed(timeout_s: float = 600.0) -> Ranks:
+def init_distributed(timeout_s: float = 1800.0) -> Ranks:
     """Join the run that a launcher started (see `launchers.py`), or be a run of one process if there is none.
 
     On CPU it also sets, for the rest of the process, that the C library keeps freed memory.
@@ -136,15 +136,15 @@ def silent_ranks(ranks: Ranks, patience_s: float) -> str:
     Returns:
         Words for a message; empty if all have noticed.
     """
-    attempt, missing = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), list(range(ranks.world_size))
+    missing = list(range(ranks.world_size))
     deadline, answered = time.monotonic() + patience_s, threading.Event()
 
     def ask() -> None:
         store = dist.distributed_c10d._get_default_store()
         with suppress(dist.DistError):
-            store.set(f"failed/{attempt}/{ranks.rank}", "yes")
+            store.set(f"failed/{ranks.rank}", "yes")
             while missing and time.monotonic() < deadline:
-                missing[:] = [rank for rank in missing if not store.check([f"failed/{attempt}/{rank}"])]
+                missing[:] = [rank for rank in missing if not store.check([f"failed/{rank}"])]
                 answered.set()
                 time.sleep(0.1)
 

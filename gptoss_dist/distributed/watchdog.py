@@ -240,8 +240,10 @@ class Watchdog:
         turn, overdue_s, last = -1, 0.0, time.monotonic()
         while not self._closed.wait(_TICK_S):
             now = time.monotonic()
-            # What is more than a tick is time in which this process did not run.
-            passed, last = min(now - last, 2 * _TICK_S), now
+            # What is more than a tick is time in which this process did not run, and the others perhaps not either.
+            passed, suspended, last = min(now - last, 2 * _TICK_S), now - last > SILENT_S, now
+            if suspended:
+                self._overdue, self._answered = False, now
             if turn != self.clock.turn:
                 turn, self._age_s, self._overdue = self.clock.turn, 0.0, False
             self._age_s += passed

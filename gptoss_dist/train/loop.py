@@ -32,6 +32,7 @@ from gptoss_dist.train.start import (
     engine_settings,
     files_to_carry,
     find_start,
+    go_on_after_restart,
     open_folder,
     open_initial_weights,
     print_message,
@@ -73,19 +74,20 @@ def train(config: Config, ranks: Ranks) -> None:
     """
     check_agreement(facts_of_start(config), ranks.hosts)
     with RunLock(config) as lock:
-        on_rank_zero(lock.take)
+        group = long_timeout_group()
+        on_rank_zero(lock.take, group)  # it may watch for a minute whether a former owner lives
+        go_on_after_restart(config)
         start = find_start(config)
         data = open_data(config, ranks.world_size, start)
         weights = open_initial_weights(config, start)
         check_tokenizer(config, weights, data)
         carried = files_to_carry(start, weights)
         on_rank_zero(lambda: check_folder(config))
-        group = long_timeout_group()
         verify(config.data, print_message, group)
         seed_everything(config.run.seed, ranks.rank)
         engine = build_engine(engine_settings(config), ranks, next_token_prediction)
         restore(engine, start, weights, seed=config.run.seed, rank=ranks.rank)
-        on_rank_zero(lambda: open_folder(config, lock))  # only now: a run that is refused writes nothing
+        on_rank_zero(lambda: open_folder(config, lock), group)  # only now: a run that is refused writes nothing
         with closing(StopRequest()) as stop:
             while True:
                 with Run(config, ranks, engine, data, start, group, stop, carried, lock) as open_run:

@@ -192,9 +192,13 @@ class Run:
             TrainingError: The run has gone back as often as it may, too few samples would be left, or what is skipped
                 cannot be written.
         """
-        spike, config, training = self.spikes.found, self.config, self.data.training
-        if spike is None:
+        if self.spikes.found is None:
             return None
+        with self.steps.doing("checkpoint"):  # one is written to its end, and another is read
+            return self._rewind(self.spikes.found)
+
+    def _rewind(self, spike: Spike) -> Rewind | None:
+        config, training = self.config, self.data.training
         with suppress(OSError):
             self.saver.close()
         self.report_failed_saves()
@@ -228,6 +232,7 @@ class Run:
             reason=str(spike),
         )
         training = replace(training, skipped=(*training.skipped, entry))
+        self._check_owner()
         try:
             check_length(training, start, self.config.train.steps, self.loader.samples_per_step)
             on_rank_zero(lambda: checkpoint.write_skipped(self.config.checkpoint_folder, training.skipped))

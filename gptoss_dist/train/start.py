@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from gptoss_dist.checkpoint.formats.pretrained import Pretrained
 from gptoss_dist.checkpoint.info import INFO
 from gptoss_dist.config import Config
 from gptoss_dist.distributed import launchers
-from gptoss_dist.distributed.collectives import broadcast_object
+from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object
 from gptoss_dist.distributed.processes import seed_everything
 from gptoss_dist.engine import Engine, EngineSettings
 from gptoss_dist.model.config import SHAPING
@@ -88,6 +89,18 @@ def _start_at(config: Config, path: Path) -> Start:
         mlflow_run_id=info.mlflow_run_id if is_own else None,
         skipped=tuple(checkpoint.merge_skipped(info.data.skipped, recorded)),
     )
+
+
+def go_on_after_restart(config: Config) -> None:
+    """After a restart in place by torchrun, resume the run's own newest checkpoint if it has one; collective.
+
+    The command line is that of the first attempt: `resume` would begin anew, or go back to where that one began.
+    """
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # each machine's agent counts for itself
+    if not any(all_gather_objects(restarted)):
+        return
+    if broadcast_object(lambda: bool(list(config.checkpoint_folder.glob("step_*[0-9]")))):
+        config.resume = "auto"
 
 
 def _checkpoint_to_resume(config: Config) -> Path | None:

@@ -151,12 +151,15 @@ main() {
         arguments=("${@//%a/$SLURM_ARRAY_TASK_ID}")
     fi
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    local asked=0
+    trap 'asked=1' USR1 # with a container, what follows may take minutes
     enter_container
     find_folders
     starts=$run/starts.txt terminated=0 code=0
+    rm -f "$run/STOP" "$run/STOPPED" "$run/DONE"
     trap 'message "asked to stop: writing $run/STOP"; : >"$run/STOP"' USR1
     trap 'message "SIGTERM"; terminated=1' TERM
-    rm -f "$run/STOP" "$run/STOPPED" "$run/DONE"
+    ((asked)) && : >"$run/STOP"
 
     local first restart=${SLURM_RESTART_COUNT:-0} state
     first=$(newest_step)
@@ -171,7 +174,11 @@ main() {
     train
 
     [[ -e $run/DONE ]] && { message "done"; exit 0; }
-    state=$(squeue -h -t all -j "$job" -o %T)
+    for _ in $(seq 12); do # its controller may be restarting
+        state=$(squeue -h -t all -j "$job" -o %T) && [[ -n $state ]] && break
+        ((terminated)) && break
+        sleep 5
+    done
     if ((terminated)) || [[ $state != RUNNING ]]; then
         message "ended with code $code in state $state"
         exit $((code ? code : 143))
@@ -179,7 +186,7 @@ main() {
     check_progress || exit $((code ? code : 1))
     if [[ -e $run/STOPPED ]]; then
         requeue "it was asked to stop"
-    elif (($(newest_step) > first)); then
+    elif (($(newest_step) != first)); then # less, if the run went back before it failed
         requeue "it failed with code $code, after it had saved"
     fi
     message "failed with code $code at step $(newest_step)"

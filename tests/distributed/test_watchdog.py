@@ -259,12 +259,15 @@ sys.exit(main(sys.argv[1:-1]))
 
 @pytest.mark.distributed
 def test_torchrun_restarts_in_place_from_the_last_checkpoint(settings, tmp_path):
-    """Rank 0, which holds the run's lock, is killed in step 7 of 12: losses are those of an undisturbed run."""
+    """Rank 0, which holds the run's lock, is killed in step 7 of 12: losses are those of an undisturbed run.
+
+    The command does not say --resume auto: a restart in place goes on all the same.
+    """
     whole, killed, script = tmp_path / "whole", tmp_path / "killed", tmp_path / "script.py"
     script.write_text(KILLED)
     same = ["--config", str(settings), "--loss.router_jitter", "0.05", "--train.deterministic", "true"]
     run("launch/train.py", *same, "--run.dir", str(whole), processes=2)
-    line = command(str(script), *same, "--run.dir", str(killed), "--resume", "auto", "0", processes=2)
+    line = command(str(script), *same, "--run.dir", str(killed), "0", processes=2)
     at = line.index("--standalone")
     line[at:at] = ["--max-restarts", "2"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment())

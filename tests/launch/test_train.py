@@ -95,7 +95,7 @@ def test_killed_at_any_moment_nothing_is_lost(settings, tmp_path):
 
 
 def test_resuming_on_other_data_is_refused(settings):
-    run("launch/train.py", "--config", str(settings), "--train.steps", "2", "--validation.every", "0")
+    run("launch/train.py", "--config", str(settings), "--train.steps", "4", "--validation.every", "0")
     folder = settings.parent / "tiny"
     saved = folder / "config.yaml"
     folder_after_run, config = sorted(p.name for p in folder.rglob("*")), saved.read_text()
@@ -103,7 +103,7 @@ def test_resuming_on_other_data_is_refused(settings):
     changes = {
         "--data.seq_len": ("32", lost),
         "--run.seed": ("5", lost),
-        "--train.steps": ("1", "is at step 2 and train.steps=1: nothing is left to train"),
+        "--train.steps": ("3", "is at step 4 and train.steps=3: nothing is left to train"),
         "--model.intermediate_size": ("16", "was trained with model.intermediate_size=32, now it is 16; undo"),
     }
     for option, (value, message) in changes.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.ownership import owned
 from tests.support.ranks import ROOT
 
 pytestmark = pytest.mark.distributed
@@ -178,3 +179,13 @@ def test_shellcheck_finds_nothing(tmp_path):
     assert len(SCRIPTS) > 5
     done = subprocess.run(["shellcheck", *map(str, SCRIPTS)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_a_job_beside_a_run_that_lives_leaves_its_files_alone(job):
+    job.run.mkdir(exist_ok=True)
+    (job.run / "STOPPED").touch()
+    with owned(job.run):
+        process = job(SRUN=DONE)
+        text, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and f"{job.run} is in use by process {os.getpid()} on" in text, text
+    assert (job.run / "STOPPED").exists() and not (job.run / "srun.txt").exists()
