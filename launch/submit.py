@@ -43,10 +43,9 @@ def main(argv: list[str]) -> int:
 def _submit(options, training: list[str]) -> int:
     """Render, keep, submit, and follow if asked to."""
     from gptoss_dist import cluster
-    from gptoss_dist.config import parse_arguments
+    from gptoss_dist.config import check_named, parse_arguments
 
-    if not any(argument.startswith(("--config", "--model")) for argument in training):
-        raise ValueError("no run is named; give --config FILE, such as configs/quickstart.yaml")
+    check_named(training)
     base, _ = parse_arguments(training)
     configs = cluster.sweep(training, options.array) if options.array else [base]
     for config in configs:

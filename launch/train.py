@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 def main(argv: list[str]) -> int:
     """Do what the command line asks for; return the exit code."""
     from data_pipeline.command_line.mistakes import in_words, is_explained
-    from gptoss_dist.config import build_parser, parse_arguments
+    from gptoss_dist.config import build_parser, check_named, parse_arguments
     from gptoss_dist.distributed import launcher_watch, launchers
 
     launchers.set_program("train.py")
@@ -28,11 +28,7 @@ def main(argv: list[str]) -> int:
         launchers.complete()
         argv = launchers.without_local_rank(argv)
         config, flags = parse_arguments(argv, parser)
-        if not any(argument.startswith(("--config", "--model")) for argument in argv):
-            raise ValueError(
-                "no run is named, and the model's defaults are gpt-oss-20b; give --config FILE, such as "
-                "configs/quickstart.yaml, or --model FILE"
-            )
+        check_named(argv)
         if flags["dry_run"]:
             from gptoss_dist.train.dry_run import describe
 

@@ -13,15 +13,14 @@ from data_pipeline.command_line import MISTAKE, Program
 from data_pipeline.command_line.mistakes import in_words, is_explained
 from data_pipeline.command_line.process import accept_any_text
 from data_pipeline.ownership import owned
-from gptoss_dist.config import parse_arguments
+from gptoss_dist.config import check_named, parse_arguments
 
 
 def main(argv: list[str]) -> int:
     """Print both folders; return the exit code."""
     try:
         config, _ = parse_arguments(argv)
-        if not any(argument.startswith(("--config", "--model")) for argument in argv):
-            raise ValueError("no run is named; give --config FILE, such as configs/quickstart.yaml")
+        check_named(argv)
         if "\n" in f"{config.folder}{config.checkpoint_folder}":
             raise ValueError(f"run.dir={str(config.folder)!r} has a line break in it; give another")
         _check_owner(config.folder)

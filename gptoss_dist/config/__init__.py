@@ -3,7 +3,7 @@
 from gptoss_dist.config.data import DataConfig, SourceConfig, StageConfig
 from gptoss_dist.config.distributed import DistributedConfig
 from gptoss_dist.config.parallel import EngineConfig, ParallelConfig
-from gptoss_dist.config.parse import build_parser, load_config, parse_arguments
+from gptoss_dist.config.parse import build_parser, check_named, load_config, parse_arguments
 from gptoss_dist.config.sections import (
     CheckpointConfig,
     LossConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "TrainConfig",
     "ValidationConfig",
     "build_parser",
+    "check_named",
     "load_config",
     "parse_arguments",
 ]

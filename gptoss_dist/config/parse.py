@@ -31,6 +31,15 @@ def build_parser(**arguments: Any) -> jsonargparse.ArgumentParser:
     return parser
 
 
+def check_named(argv: list[str]) -> None:
+    """Raise ValueError if a command line names neither settings nor a model, whose defaults are gpt-oss-20b."""
+    if not any(argument.startswith(("--config", "--model")) for argument in argv):
+        raise ValueError(
+            "no run is named, and the model's defaults are gpt-oss-20b; give --config FILE, such as "
+            "configs/quickstart.yaml, or --model FILE"
+        )
+
+
 def parse_arguments(argv: list[str], parser: jsonargparse.ArgumentParser | None = None) -> tuple[Config, dict]:
     """Return the settings that `--config` files and `--section.field value` options give, and what `parser` adds.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import threading
 import time
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from gptoss_dist.distributed import stacks
+from gptoss_dist.distributed.hosts import this_host
 from gptoss_dist.distributed.launcher_watch import started
 
 INTERVAL_S = 2.0
@@ -68,7 +68,7 @@ class Beat:
 def own_beat(rank: int) -> Beat:
     """Return the first beat of this process."""
     process = os.getpid()
-    return Beat(rank, platform.node(), stacks.machine(), process, started(process) or "")
+    return Beat(rank, this_host(), stacks.machine(), process, started(process) or "")
 
 
 class Heartbeat:

@@ -14,6 +14,7 @@ import time
 from collections.abc import MutableMapping
 
 from gptoss_dist.distributed import hosts
+from gptoss_dist.distributed.hosts import expand
 
 # Rank, processes in all, rank on this machine, processes on this machine, as MPI's launchers and srun name them; srun
 # has no variable for the last.
@@ -142,16 +143,10 @@ def _tasks_on_this_node(env: MutableMapping[str, str]) -> int:
 
 def _meeting_host(env: MutableMapping[str, str], launcher: str) -> str:
     if nodes := (launcher == "srun" and env.get("SLURM_STEP_NODELIST")) or env.get("SLURM_JOB_NODELIST"):
-        return first_host(nodes)
+        return expand(nodes)[0]
     if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
         return "127.0.0.1"
     raise ValueError(
         f"MASTER_ADDR is not set and {launcher} does not say on which machine rank 0 runs; "
         "set it to that machine's name, for example mpirun -x MASTER_ADDR=node1"
     )
-
-
-def first_host(nodes: str) -> str:
-    """Return the first name of a Slurm node list: "gpu[07-09,12],login" begins with "gpu07"."""
-    first = re.split(r",(?![^\[]*\])", nodes)[0]  # at commas outside of brackets
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)

@@ -194,15 +194,11 @@ class Watchdog:
     # The thread that talks to the store ------------------------------------------------------------------------------
 
     def _communicate(self) -> None:
-        failures = 0
-        while failures < 3:
+        while True:
             try:
                 self._exchange()
-                failures, self._answered = 0, time.monotonic()
-            except (
-                Exception
-            ) as error:  # of a run that ends, whose store is gone, or of a machine that cannot be reached
-                failures += 1
+                self._answered = time.monotonic()
+            except Exception as error:  # of a store that is gone, or on a machine that cannot be reached at the moment
                 log.debug("heartbeat: %s", error)
             if self._closed.wait(INTERVAL_S):
                 return

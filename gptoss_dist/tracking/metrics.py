@@ -102,12 +102,17 @@ class StepTimer:
             result[f"perf/{name}_ms"] = result.get(f"perf/{name}_ms", 0.0) + elapsed
         return result
 
-    def _now(self):
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def _now(self) -> Any:
+        return moment(self._cuda)
+
+
+def moment(cuda: bool) -> Any:
+    """Return what marks this moment in the work: an event on the GPU's stream, or the host's clock in seconds."""
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class Throughput:

@@ -14,7 +14,6 @@ for. Nothing waits for the device: on CUDA events are recorded, and read when th
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from gptoss_dist.distributed.heartbeat import Beat
+from gptoss_dist.tracking.metrics import moment
 
 _IN_A_ROW = 3
 
@@ -79,11 +79,7 @@ class OwnTime:
             self._spans.append((self._opened, self._now()))
 
     def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return moment(self._cuda)
 
 
 class Stragglers:

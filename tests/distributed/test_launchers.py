@@ -2,7 +2,8 @@
 
 import pytest
 
-from gptoss_dist.distributed.launchers import complete, first_host, is_deepspeed, restart_advice, without_local_rank
+from gptoss_dist.distributed.hosts import expand
+from gptoss_dist.distributed.launchers import complete, is_deepspeed, restart_advice, without_local_rank
 
 SRUN = {
     "SLURM_JOB_ID": "1234",
@@ -79,7 +80,7 @@ def test_deepspeed_and_torchrun():
     [("node1", "node1"), ("a,b", "a"), ("gpu[07-09,12],login", "gpu07"), ("r[1-2]n[04-05]", "r1n04")],
 )
 def test_first_host(nodes, first):
-    assert first_host(nodes) == first
+    assert expand(nodes)[0] == first
 
 
 def test_local_rank_is_dropped_only_in_front():
