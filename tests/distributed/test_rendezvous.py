@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from gptoss_dist.distributed import rendezvous
+from gptoss_dist.distributed import launchers, rendezvous
 from gptoss_dist.distributed.collectives import LocalError
 from gptoss_dist.distributed.rendezvous import check_variables, open_store
 from tests.support.fork_server import free_port
@@ -105,6 +105,12 @@ def test_an_address_that_does_not_resolve(meet, monkeypatch, address):
     assert time.monotonic() - began < 10
     for rank, error in enumerate(errors):
         assert f"MASTER_ADDR={address} cannot be resolved by rank {rank} on {platform.node()} (" in error
+
+
+@pytest.fixture(autouse=True)
+def _program(monkeypatch):
+    """Messages begin with the library's name, whichever command an earlier test of this process has run."""
+    monkeypatch.setattr(launchers, "_program", "gptoss_dist")
 
 
 def test_another_rank_says_that_it_waits_for_rank_0(meet, capfd):
