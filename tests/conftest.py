@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 import shutil
 from collections.abc import Iterator
 from itertools import groupby
@@ -73,8 +74,9 @@ def corpus(tmp_path_factory) -> Path:
     from data_pipeline.prepare.__main__ import main
 
     path = tmp_path_factory.mktemp("corpus") / "synthetic"
-    code = main(["synthetic", "--output", str(path), "--tokenizer", "bytes", "--validation-fraction", "0.2",
-                 "--max-documents", "200"])  # fmt: skip
+    code = main(
+        shlex.split(f"synthetic --output {path} --tokenizer bytes --validation-fraction 0.2 --max-documents 200")
+    )
     assert code == 0
     return path
 

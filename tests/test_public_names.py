@@ -8,9 +8,16 @@ import pytest
 
 @pytest.mark.parametrize(
     "package",
-    ["gptoss_dist", "gptoss_dist.checkpoint", "gptoss_dist.config", "gptoss_dist.engine", "data_pipeline",
-     "data_pipeline.prepare", "data_pipeline.command_line"],
-)  # fmt: skip
+    [
+        "gptoss_dist",
+        "gptoss_dist.checkpoint",
+        "gptoss_dist.config",
+        "gptoss_dist.engine",
+        "data_pipeline",
+        "data_pipeline.prepare",
+        "data_pipeline.command_line",
+    ],
+)
 def test_all_public_names_load(package):
     module = import_module(package)
     assert len(module.__all__) > 0 and not [name for name in module.__all__ if getattr(module, name) is None]

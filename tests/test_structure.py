@@ -143,6 +143,12 @@ def test_files_are_readable_in_one_sitting():
     assert not {path: count for path, count in counts.items() if count > MOST_LINES_OF_A_FILE}
 
 
+def test_the_formatter_has_the_last_word():
+    pragmas = [f"fmt: {word}" for word in ("skip", "off")]
+    paths = [*files("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    assert not [path for path in paths if any(pragma in path.read_text() for pragma in pragmas)]
+
+
 def test_functions_are_readable_at_a_glance():
     long = {}
     for name, tree in sources().items():

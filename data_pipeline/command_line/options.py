@@ -34,8 +34,13 @@ def option(
         may_be_empty: Whether the text, or one of the list, may be empty.
         **limits: Those of `ranged`.
     """
-    metadata = {"spelling": spelling, "metavar": metavar, "several": several, "typed_only": typed_only,
-                "may_be_empty": may_be_empty}  # fmt: skip
+    metadata = {
+        "spelling": spelling,
+        "metavar": metavar,
+        "several": several,
+        "typed_only": typed_only,
+        "may_be_empty": may_be_empty,
+    }
     if limits:
         return ranged(default, default_factory=default_factory, metadata=metadata, **limits)
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)

@@ -48,10 +48,17 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict:
         if len(token) > 1
     ]
     added = [
-        {"id": id_, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": True}
+        {
+            "id": id_,
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         for text, id_ in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
-    ]  # fmt: skip
+    ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     # In Oniguruma's words: a dot that matches line breaks; and a counted repetition has no possessive form there.
     pattern = tokenizer.pattern.replace("(?s:", "(?m:").replace("{1,3}+", "{1,3}")

@@ -136,8 +136,9 @@ def build_meshes(layout: DeviceLayout, device_type: str) -> Meshes:
         expert_sizes.insert(0, layout.replicate)
         expert_names.insert(0, "replicate")
     dense = init_device_mesh(device_type, tuple(dense_sizes), mesh_dim_names=tuple(dense_names))
-    root = init_device_mesh(device_type, (*expert_sizes, layout.expert_parallel),
-                            mesh_dim_names=(*expert_names, "expert"))  # fmt: skip
+    root = init_device_mesh(
+        device_type, (*expert_sizes, layout.expert_parallel), mesh_dim_names=(*expert_names, "expert")
+    )
     return Meshes(dense, root[tuple(expert_names)], root["expert"])
 
 

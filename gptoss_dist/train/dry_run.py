@@ -31,8 +31,10 @@ def _describe_data(config: Config, samples_per_step: int) -> list[str]:
                     packed.append(f"{share:.2%} {'padding' if name == 'padding' else 'of documents cut'}")
             whose = f"{source.name}: " if len(usage) > 1 else ""
             share = f"{used.share:.2%} of this run's tokens, " if len(usage) > 1 else ""
-            lines.append(f"train: {whose}{data.tokens_total:,} tokens in {data.documents_total:,} documents, "
-                         f"{', '.join(packed)}, {share}{used.epochs:.2f} epochs")  # fmt: skip
+            lines.append(
+                f"train: {whose}{data.tokens_total:,} tokens in {data.documents_total:,} documents, "
+                f"{', '.join(packed)}, {share}{used.epochs:.2f} epochs"
+            )
         if len(usage) > 1:
             lines.append(f"from step 1: {mixture.shares(0)} of the tokens")
         changes = [(position, what) for position, what in mixture.changes if position < end]

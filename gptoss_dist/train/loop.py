@@ -25,7 +25,7 @@ from gptoss_dist.train.faults import report_failure
 from gptoss_dist.train.objectives import next_token_prediction
 from gptoss_dist.train.periodic import periodic_tasks, validate
 from gptoss_dist.train.report import LaunchedStep
-from gptoss_dist.train.run import Rewind, Run
+from gptoss_dist.train.run import Rewind, Run, Setup
 from gptoss_dist.train.start import (
     RunLock,
     check_folder,
@@ -89,8 +89,9 @@ def train(config: Config, ranks: Ranks) -> None:
         restore(engine, start, weights, seed=config.run.seed, rank=ranks.rank)
         on_rank_zero(lambda: open_folder(config, lock), group)  # only now: a run that is refused writes nothing
         with closing(StopRequest()) as stop:
+            setup = Setup(config, ranks, engine, group, stop, carried, lock)
             while True:
-                with Run(config, ranks, engine, data, start, group, stop, carried, lock) as open_run:
+                with Run(setup, start, data) as open_run:
                     open_run.announce(start, weights)
                     rewind = train_steps(open_run, start.step)
                 if rewind is None:

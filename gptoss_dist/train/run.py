@@ -43,30 +43,37 @@ class Rewind:
     """What it reads from then on: the same without the samples that came with the spike."""
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a process has for the whole of a run, however often the run goes back to a checkpoint."""
+
+    config: Config
+    ranks: Ranks
+    engine: Engine
+    group: dist.ProcessGroup
+    """A group of all ranks, for the saver alone from now on."""
+    stop: StopRequest
+    """Whether the run was asked to stop; it is heard also while the run goes back."""
+    carried: dict[str, bytes]
+    """Files that go into each checkpoint, by name."""
+    lock: RunLock
+    """What keeps other starts out of the run's folders, on rank 0."""
+
+
 class Run:
     """A run between its first and its last step, as a context manager. Only rank 0 has a `report`."""
 
-    def __init__(
-        self,
-        config: Config,
-        ranks: Ranks,
-        engine: Engine,
-        data: RunData,
-        start: Start,
-        group: dist.ProcessGroup,
-        stop: StopRequest,
-        carried: dict[str, bytes] | None = None,
-        lock: RunLock | None = None,
-    ) -> None:
+    def __init__(self, setup: Setup, start: Start, data: RunData) -> None:
         """Open all that writes to the run's folder.
 
         Args:
-            group: A group of all ranks, for the saver alone from now on.
-            stop: Whether the run was asked to stop; it is heard also while the run goes back to a checkpoint.
-            carried: Files that go into each checkpoint, by name.
-            lock: What keeps other starts out of the run's folders, on rank 0.
+            setup: What stays the same when the run goes back.
+            start: Where it begins.
+            data: What it reads from there on.
         """
+        config, ranks, engine = setup.config, setup.ranks, setup.engine
         self.config, self.ranks, self.engine, self.data = config, ranks, engine, data
+        self.stop, self.carried, self.lock = setup.stop, setup.carried, setup.lock
         self.loader = self._open_loader(start.samples_consumed)
         self.report = Report(config, ranks, engine, data.training, start) if ranks.is_main else None
         keep = config.checkpoint
@@ -74,15 +81,13 @@ class Run:
             config.checkpoint_folder,
             keep=Retention(keep.keep, keep.keep_every, keep.keep_best),
             asynchronous=keep.asynchronous,
-            group=group,
+            group=setup.group,
         )
-        self.stop = stop
         self.watch = FolderWatch([config.folder, config.checkpoint_folder] if ranks.is_main else [])
         self.stop_file = StopFile(config.folder)
         self.guard = SkipGuard(config.train.max_skipped_steps, start.skipped_steps)
         self.spikes = SpikeGuard(config.spikes, start.info.recent_losses if start.info else ())
         self.last_saved_step = start.step
-        self.carried, self.lock = carried or {}, lock
         self._status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
         self.steps = StepWatch(config, ranks, engine, self.message)
 
@@ -178,7 +183,7 @@ class Run:
             self.stop.request("the run's folder was deleted or renamed")
         if self.report and self.stop_file.requested():
             self.stop.request(f"a file {STOP} in the run's folder")
-        if self.lock and self.lock.suspects_loss:
+        if self.lock.suspects_loss:
             self.stop.request("the run's folder was taken over")
         return bool(result.stop)
 
@@ -278,7 +283,7 @@ class Run:
             self.report.saved(step, self.saver.pause_s)
 
     def _check_owner(self) -> None:
-        if lost := broadcast_object(lambda: self.lock.lost() if self.lock else None):
+        if lost := broadcast_object(self.lock.lost):
             raise TrainingError(lost)
 
     def _check_finite(self, step: int, state: dict[str, Tensor]) -> None:
@@ -291,7 +296,7 @@ class Run:
             )
 
     def _write_extra_files(self, folder: Path) -> None:
-        if self.lock and (lost := self.lock.lost()):  # since the save began
+        if lost := self.lock.lost():  # since the save began
             raise OSError(lost)
         self.data.training.mixture.tokenizer.save(folder)
         for name, content in self.carried.items():

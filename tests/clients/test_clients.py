@@ -4,6 +4,7 @@ docs/proofs.md has the commands by hand, and what they gave.
 """
 
 import os
+import shlex
 
 import pytest
 import torch
@@ -17,8 +18,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 PROMPTS = ["def ", "import os\n", "class A:\n    def __init__(self, value=None):\n        self.value = value\n" * 5]
 TOKENS = 16
-QUIET = ["--validation.every", "0", "--sampling.prompts", "[]", "--tracking.mlflow", "false", "--tracking.plots",
-         "false"]  # fmt: skip
+QUIET = shlex.split("--validation.every 0 --sampling.prompts '[]' --tracking.mlflow false --tracking.plots false")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -30,9 +30,14 @@ def exported(request, tmp_path_factory):
 
     assert main(["synthetic", "--output", str(data), "--tokenizer", "builtin", "--max-documents", "200"]) == 0
     tied = str(request.param).lower()
-    run("launch/train.py", "--config", str(ROOT / "configs/quickstart.yaml"), "--data.path", str(data),
-        "--data.seq_len", "64", "--run.dir", str(folder / "run"), "--model.tie_word_embeddings", tied,
-        "--train.steps", "12", "--optim.warmup_steps", "2", "--checkpoint.every", "12", *QUIET)  # fmt: skip
+    run(
+        "launch/train.py",
+        *shlex.split(
+            f"--config {ROOT}/configs/quickstart.yaml --data.path {data} --data.seq_len 64 --run.dir {folder}/run "
+            f"--model.tie_word_embeddings {tied} --train.steps 12 --optim.warmup_steps 2 --checkpoint.every 12"
+        ),
+        *QUIET,
+    )
     run("launch/convert.py", "export", str(folder / "run"), "--output", str(folder / "export"), "--dtype", "float32")
     return folder / "export"
 
@@ -56,9 +61,15 @@ def test_vllm_serves_it(exported):
     tokenizer = Tokenizer.load(exported)
     assert found["prompts"] == [tokenizer.encode(prompt).tolist() for prompt in PROMPTS]
     special = tokenizer.special_tokens
-    assert found["chat"] == [special["<|start|>"], *tokenizer.encode("user"), special["<|message|>"],
-                             *tokenizer.encode("hi"), special["<|end|>"], special["<|start|>"],
-                             *tokenizer.encode("assistant")]  # fmt: skip
+    assert found["chat"] == [
+        special["<|start|>"],
+        *tokenizer.encode("user"),
+        special["<|message|>"],
+        *tokenizer.encode("hi"),
+        special["<|end|>"],
+        special["<|start|>"],
+        *tokenizer.encode("assistant"),
+    ]
     assert found["stops"] == [special["<|return|>"], special["<|endoftext|>"], special["<|call|>"]]
 
 
@@ -78,9 +89,14 @@ def test_trl_trains_it_and_it_comes_back(exported, tmp_path):
     assert found["text"] == talk
     assert len(found["losses"]) == 3 and found["losses"][-1] < found["losses"][0]
     assert (tmp_path / "sft" / "chat_template.jinja").read_text() == (exported / "chat_template.jinja").read_text()
-    run("launch/train.py", "--config", str(ROOT / "configs/quickstart.yaml"), "--init.from", f"hf:{tmp_path / 'sft'}",
-        "--data.path", str(exported.parent / "data"), "--data.seq_len", "64", "--run.dir", str(tmp_path / "run"),
-        "--train.steps", "1", "--optim.lr", "0", "--optim.warmup_steps", "0", *QUIET)  # fmt: skip
+    run(
+        "launch/train.py",
+        *shlex.split(
+            f"--config {ROOT}/configs/quickstart.yaml --init.from hf:{tmp_path}/sft --data.path {exported.parent}/data "
+            f"--data.seq_len 64 --run.dir {tmp_path}/run --train.steps 1 --optim.lr 0 --optim.warmup_steps 0"
+        ),
+        *QUIET,
+    )
     run("launch/convert.py", "export", str(tmp_path / "run"), "--output", str(tmp_path / "again"), "--dtype", "float32")
     one, two = (gptoss_dist.load_pretrained(tmp_path / name).state_dict() for name in ("sft", "again"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

@@ -15,9 +15,18 @@ def main() -> None:
         for i in range(8)
     ]
     settings = trl.SFTConfig(
-        output_dir=f"{output}.work", max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-3, max_length=128,
-        report_to=[], save_strategy="no", logging_steps=1, use_cpu=True, bf16=False, gradient_checkpointing=False,
-    )  # fmt: skip
+        output_dir=f"{output}.work",
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        max_length=128,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     trainer = trl.SFTTrainer(model=model, args=settings, train_dataset=datasets.Dataset.from_list(talks))
     trainer.train()

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -42,18 +43,29 @@ def submit(settings, tmp_path, monkeypatch, capfd):
 
 def test_a_dry_run_prints_a_script_and_does_nothing_else(submit, tmp_path):
     code, script = submit(
-        "--nodes", "8", "--gpus-per-node=8", "--partition", "P", "--time", "24:00:00", "--account", "A", "--qos", "Q",
-        "--launcher", "deepspeed", "--signal-before-s", "600", "--most-stalled-starts", "5", "--dry-run", "--resume",
-        "auto",
-    )  # fmt: skip
+        *shlex.split(
+            "--nodes 8 --gpus-per-node=8 --partition P --time 24:00:00 --account A --qos Q --launcher deepspeed "
+            "--signal-before-s 600 --most-stalled-starts 5 --dry-run --resume auto"
+        ),
+    )
     assert code == 0 and not (tmp_path / "runs").exists() and not (tmp_path / "seen.sbatch").exists()
     lines = script.splitlines()
     assert lines[0] == "#!/bin/bash"
     for line in (
-        "--job-name=mine", "--nodes=8", "--ntasks-per-node=1", "--gpus-per-node=8", "--partition=P", "--account=A",
-        "--qos=Q", "--time=24:00:00", "--signal=B:USR1@600", "--requeue", "--open-mode=append",
-        "--output=runs/mine/job/1/%j.log", f"--chdir={tmp_path}",
-    ):  # fmt: skip
+        "--job-name=mine",
+        "--nodes=8",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=8",
+        "--partition=P",
+        "--account=A",
+        "--qos=Q",
+        "--time=24:00:00",
+        "--signal=B:USR1@600",
+        "--requeue",
+        "--open-mode=append",
+        "--output=runs/mine/job/1/%j.log",
+        f"--chdir={tmp_path}",
+    ):
         assert f"#SBATCH {line}" in lines
     assert not [line for line in lines if line.startswith("#SBATCH --array")]
     assert "export LAUNCHER=deepspeed PROCESSES_PER_NODE=8" in script and "MOST_STALLED_STARTS=5" in script
@@ -68,8 +80,9 @@ def assert_is_shell(script: str) -> None:
 
 @pytest.mark.parametrize("name", ["apptainer_example", "pyxis_example"])
 def test_scripts_of_the_example_sites(submit, name):
-    code, script = submit("--site", str(ROOT / f"configs/cluster/{name}.yaml"), "--nodes", "2", "--gpus-per-node", "8",
-                          "--dry-run")  # fmt: skip
+    code, script = submit(
+        *shlex.split(f"--site {ROOT / f'configs/cluster/{name}.yaml'} --nodes 2 --gpus-per-node 8 --dry-run")
+    )
     assert code == 0, script
     site = yaml.safe_load((ROOT / f"configs/cluster/{name}.yaml").read_text())
     assert f"#SBATCH --cpus-per-task={8 * site['cpus_per_gpu']}" in script

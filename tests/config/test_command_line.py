@@ -58,8 +58,29 @@ def read(*argv: str) -> dict:
     return {name: value for name, value in values if value != getattr(default, name)}
 
 
-AWKWARD = ["null", "1", "true", "[x]", "{a: 1}", "a: b", ' x \n"é', "{a", "~", "5e-2", "😀", "\udcff", "\x7f", "a=b",
-           "-", "# x", "&x", "*x", "!x", "-- all rows", "--all rows=1"]  # fmt: skip
+AWKWARD = [
+    "null",
+    "1",
+    "true",
+    "[x]",
+    "{a: 1}",
+    "a: b",
+    ' x \n"é',
+    "{a",
+    "~",
+    "5e-2",
+    "😀",
+    "\udcff",
+    "\x7f",
+    "a=b",
+    "-",
+    "# x",
+    "&x",
+    "*x",
+    "!x",
+    "-- all rows",
+    "--all rows=1",
+]
 
 
 @pytest.mark.parametrize(

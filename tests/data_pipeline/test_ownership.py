@@ -233,8 +233,14 @@ def test_of_two_at_once_one_is_the_owner(tmp_path, hosts, start):
         folder = tmp_path / str(number)
         folder.mkdir()
         if number % 2:
-            record = {"host": "gone", "machine": "another" if hosts[0] else ownership.machine(), "process": 1,
-                      "started": "1", "since": "yesterday", "token": "t"}  # fmt: skip
+            record = {
+                "host": "gone",
+                "machine": "another" if hosts[0] else ownership.machine(),
+                "process": 1,
+                "started": "1",
+                "since": "yesterday",
+                "token": "t",
+            }
             (folder / ".owner-1").write_text(json.dumps(record))
         for program in programs:
             program.tell(folder)

@@ -93,7 +93,10 @@ def test_local_rank_is_dropped_only_in_front():
 def test_advice_for_restarts_on_several_machines():
     lent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "1"}
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in restart_advice(lent)
-    for name, value in (("TORCHELASTIC_USE_AGENT_STORE", "False"), ("GROUP_WORLD_SIZE", "1"),
-                        ("TORCHELASTIC_RESTART_COUNT", "0")):  # fmt: skip
+    for name, value in (
+        ("TORCHELASTIC_USE_AGENT_STORE", "False"),
+        ("GROUP_WORLD_SIZE", "1"),
+        ("TORCHELASTIC_RESTART_COUNT", "0"),
+    ):
         assert restart_advice(lent | {name: value}) == ""
     assert restart_advice({}) == ""

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -113,8 +114,10 @@ def test_time_in_which_the_process_did_not_run_does_not_count(tmp_path, monkeypa
 
 
 def options(settings: Path, folder: Path) -> list[str]:
-    return ["--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000", "--checkpoint.every", "0",
-            "--validation.every", "0", "--distributed.step_floor", "3"]  # fmt: skip
+    return shlex.split(
+        f"--config {settings} --run.dir {folder} --train.steps 100000 --checkpoint.every 0 --validation.every 0 "
+        "--distributed.step_floor 3"
+    )
 
 
 def wait_until(condition, process: subprocess.Popen | None = None, seconds: float = 180) -> None:
@@ -145,8 +148,11 @@ def test_a_stopped_rank_is_named_and_shown_and_nothing_is_left(settings, tmp_pat
     folder = tmp_path / "stalled"
     process = subprocess.Popen(
         command("launch/train.py", *options(settings, folder), processes=2, launcher=launcher),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+    )
     wait_until(lambda: steps_done(folder) > 20, process)
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "RANK" in p.environ()]
     ranks = [p for p in ranks if any(word.endswith("train.py") for word in p.cmdline()[:4])]
@@ -227,9 +233,14 @@ def test_a_slow_validation_and_a_short_sleep_are_no_stall(settings, tmp_path):
         "Report.validation = slow\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    done = start(str(script), "--config", str(settings), "--run.dir", str(folder), "--distributed.step_floor", "0.5",
-                 "--distributed.step_factor", "2", "--train.steps", "6", "--validation.every", "4",
-                 processes=2).wait()  # fmt: skip
+    done = start(
+        str(script),
+        *shlex.split(
+            f"--config {settings} --run.dir {folder} --distributed.step_floor 0.5 --distributed.step_factor 2 "
+            "--train.steps 6 --validation.every 4"
+        ),
+        processes=2,
+    ).wait()
     assert done.returncode == 0, done.stderr
     assert not (folder / "stalls").exists() and len(losses(folder)) == 6
 
@@ -272,8 +283,11 @@ def test_torchrun_restarts_in_place_from_the_last_checkpoint(settings, tmp_path)
     line[at:at] = ["--max-restarts", "2"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment())
     assert done.returncode == 0, done.stderr
-    assert [row for row in (json.loads(x) for x in (killed / "metrics.jsonl").read_text().splitlines())
-            if row.get("event") == "resume" and row["step"] == 4]  # fmt: skip
+    assert [
+        row
+        for row in (json.loads(x) for x in (killed / "metrics.jsonl").read_text().splitlines())
+        if row.get("event") == "resume" and row["step"] == 4
+    ]
     assert losses(killed) == losses(whole) and sorted(losses(whole)) == list(range(1, 13))
     assert losses(killed, "loss/val") == losses(whole, "loss/val")
 

@@ -187,8 +187,10 @@ def test_a_non_finite_step_leaves_no_trace(ranks):
     engine = build(settings(), ranks)
     sums = engine.forward_backward(micro_batches(0, 2))
     engine.update(sums, LR)
-    good = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
-            for name, tensor in engine.state().items()}  # fmt: skip
+    good = {
+        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+        for name, tensor in engine.state().items()
+    }
     weight = local(engine.model.model.norm.weight.data)
     kept, weight[3] = weight[3].item(), torch.inf
     sums = engine.forward_backward(micro_batches(1, 2))

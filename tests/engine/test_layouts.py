@@ -68,9 +68,14 @@ ROUNDED = [
 # One block is enough: each is compiled by itself. Two in one model: `test_compiled_blocks...` of `test_fsdp.py`.
 COMPILED = [
     Case("2x2 compiled", 2, ep=2, options={"train.compile": True}, model={"num_hidden_layers": 1}),
-    Case("2x2 compiled, recomputed, keeping all-to-alls", 2, ep=2, options={"train.compile": True} | KEEP,
-         model={"num_hidden_layers": 1}),
-]  # fmt: skip
+    Case(
+        "2x2 compiled, recomputed, keeping all-to-alls",
+        2,
+        ep=2,
+        options={"train.compile": True} | KEEP,
+        model={"num_hidden_layers": 1},
+    ),
+]
 
 
 def zero(stage: int, deepspeed: dict | None = None, **options) -> dict:
@@ -93,22 +98,40 @@ ZERO = [
     *(Case(f"4x2 zero-{stage}", 4, ep=2, options=zero(stage)) for stage in (1, 2, 3)),
     Case("4x2 zero-3 idle rank", 4, ep=2, silent=[4, 5, 6, 7], options=zero(3, SHARD_ALL)),
     # One case only: DeepSpeed makes groups for such copies once in a process.
-    Case("4x1 zero-3, copies within nodes, frozen", 4,
-         options=zero(3, {**SHARD_ALL, "zero_hpz_partition_size": 2}) | PARTLY),
+    Case(
+        "4x1 zero-3, copies within nodes, frozen",
+        4,
+        options=zero(3, {**SHARD_ALL, "zero_hpz_partition_size": 2}) | PARTLY,
+    ),
     Case("2x2 zero-3 in small groups", 2, ep=2, options=zero(3, {**SHARD_ALL, "sub_group_size": 1000})),
     Case("2x2 zero-2 silent expert, recomputed", 2, ep=2, silent=[5], options=zero(2, activation_checkpointing=1)),
-    Case("2x2 zero-3 keeping all-to-alls", 2, ep=2,
-         options=zero(3, SHARD_ALL, activation_checkpointing=1, keep_all_to_all=True)),
-    Case("2x2 zero-3 tied", 2, ep=2, options=zero(3, SHARD_ALL),
-         model={"tie_word_embeddings": True, "num_shared_experts": 1}),
+    Case(
+        "2x2 zero-3 keeping all-to-alls",
+        2,
+        ep=2,
+        options=zero(3, SHARD_ALL, activation_checkpointing=1, keep_all_to_all=True),
+    ),
+    Case(
+        "2x2 zero-3 tied",
+        2,
+        ep=2,
+        options=zero(3, SHARD_ALL),
+        model={"tie_word_embeddings": True, "num_shared_experts": 1},
+    ),
     *(Case(f"2x2 zero-{stage} frozen, scaled", 2, ep=2, options=zero(stage) | PARTLY) for stage in (2, 3)),
     Case("2x2 zero-2 offloaded", 2, ep=2, options=zero(2, TO_HOST)),
     Case("2x2 zero-3 offloaded", 2, ep=2, options=zero(3, {**TO_HOST, "offload_param": {"device": "cpu"}})),
-]  # fmt: skip
+]
 ROUNDED += [Case(f"2x2 zero-{stage} bf16", 2, ep=2, options=zero(stage, precision="bf16")) for stage in (1, 2, 3)]
-COMPILED += [Case("2x2 zero-3 compiled, recomputed", 2, ep=2,
-                  options=zero(3, SHARD_ALL, compile=True, activation_checkpointing=1),
-                  model={"num_hidden_layers": 1})]  # fmt: skip
+COMPILED += [
+    Case(
+        "2x2 zero-3 compiled, recomputed",
+        2,
+        ep=2,
+        options=zero(3, SHARD_ALL, compile=True, activation_checkpointing=1),
+        model={"num_hidden_layers": 1},
+    )
+]
 
 
 @pytest.fixture(scope="module")

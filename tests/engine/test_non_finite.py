@@ -1,5 +1,7 @@
 """With `train.find_non_finite` a skipped step says where its first value that is not finite arose."""
 
+import shlex
+
 import pytest
 import torch
 from torch import nn
@@ -88,9 +90,17 @@ sys.exit(main(sys.argv[1:-1]))
 def test_two_ranks_name_what_was_not_finite_first(settings, tmp_path, engine, where):
     script, folder = tmp_path / "script.py", tmp_path / "poisoned"
     script.write_text(POISONED)
-    done = run(str(script), "--config", str(settings), "--run.dir", str(folder), "--validation.every", "0",
-               "--train.find_non_finite", "true", "--train.max_skipped_steps", "2", *engine, where, processes=2,
-               expect=1)  # fmt: skip
+    done = run(
+        str(script),
+        *shlex.split(
+            f"--config {settings} --run.dir {folder} --validation.every 0 --train.find_non_finite true "
+            "--train.max_skipped_steps 2"
+        ),
+        *engine,
+        where,
+        processes=2,
+        expect=1,
+    )
     said = [line for line in (folder / "log.txt").read_text().splitlines() if "was skipped; the first value" in line]
     assert len(said) == 2 and "step 3 was skipped" in said[0], done.stderr
     place = f"in the {where} of model.layers.1.self_attn"

@@ -76,17 +76,23 @@ OF_TRANSFORMERS = {
     "bf16": {"enabled": "auto"},
     "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
     "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto"}},
-    "zero_optimization": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1e9,
-                          "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
-                          "stage3_param_persistence_threshold": "auto",
-                          "stage3_gather_16bit_weights_on_model_save": True},
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
     "steps_per_print": 2000,
     "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto",
     "wall_clock_breakdown": False,
-}  # fmt: skip
+}
 """An ordinary file for transformers' Trainer."""
 
 
@@ -97,8 +103,15 @@ def test_a_file_for_transformers_is_refused_once():
         )
     said = str(error.value)
     assert said.startswith("engine.deepspeed: ") and "\n" not in said and len(said) < 800
-    for part in ("optimizer={", "set optim.*", "scheduler={", "set optim.schedule", "gradient_clipping=0.5 contradicts",
-                 "typo=1 is not a setting", "amp={'enabled': True} has no place"):  # fmt: skip
+    for part in (
+        "optimizer={",
+        "set optim.*",
+        "scheduler={",
+        "set optim.schedule",
+        "gradient_clipping=0.5 contradicts",
+        "typo=1 is not a setting",
+        "amp={'enabled': True} has no place",
+    ):
         assert part in said
     assert "fp16=" not in said and "bf16=" not in said
 
@@ -209,8 +222,9 @@ def test_frozen_parameters_where_nobody_can_write_them_are_refused():
             check_frozen({"zero_optimization": zero}, ["*.router.*"])
 
 
-@pytest.mark.parametrize(("given", "expected"), [({}, 2**25), ({"reduce_bucket_size": "auto"}, 2**25),
-                                                 ({"reduce_bucket_size": 1000}, 1000)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, 2**25), ({"reduce_bucket_size": "auto"}, 2**25), ({"reduce_bucket_size": 1000}, 1000)]
+)
 def test_buckets_are_smaller_than_deepspeeds_unless_said_otherwise(given, expected):
     assert (
         deepspeed_settings(config({"zero_optimization": given}), ONE)["zero_optimization"]["reduce_bucket_size"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -41,8 +42,9 @@ def test_deepspeed_launch_is_stopped_and_goes_on_bit_identical(settings, tmp_pat
     run("launch/train.py", *options, "--run.dir", str(whole), "--engine.kind", "deepspeed", processes=2, **bare)
 
     line = command("launch/train.py", *options, "--run.dir", str(parts), processes=2, launcher="deepspeed")
-    process = subprocess.Popen(line, env=environment(**bare), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        line, env=environment(**bare), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     metrics, deadline = parts / "metrics.jsonl", time.time() + 120
     try:
         while time.time() < deadline and not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
@@ -62,8 +64,13 @@ def test_deepspeed_launch_is_stopped_and_goes_on_bit_identical(settings, tmp_pat
     assert "kind: deepspeed" in (parts / "config.yaml").read_text()
     assert "2 processes, deepspeed ZeRO-2" in (parts / "log.txt").read_text()
 
-    run("launch/train.py", *options, "--run.dir", str(parts), "--resume", "auto", "--engine.kind", "deepspeed",
-        processes=2, **bare)  # fmt: skip
+    run(
+        "launch/train.py",
+        *options,
+        *shlex.split(f"--run.dir {parts} --resume auto --engine.kind deepspeed"),
+        processes=2,
+        **bare,
+    )
     for name in (*NAMES, "loss/val"):
         assert losses(parts, name) == losses(whole, name)
     assert sorted(losses(parts)) == list(range(1, 41))
@@ -71,10 +78,11 @@ def test_deepspeed_launch_is_stopped_and_goes_on_bit_identical(settings, tmp_pat
 
 def test_a_checkpoint_moves_between_engines_and_layouts(settings, tmp_path):
     """Two steps on each: FSDP 4x2, ZeRO-3 2x2, FSDP 2x1, ZeRO-1 4x4, one process."""
-    options = ["--config", str(settings), "--validation.every", "0", "--checkpoint.keep", "0", "--optim.schedule",
-               "constant", "--model.router_selection_bias", "true", "--loss.selection_bias_rate", "0.01",
-               "--model.tie_word_embeddings", "true", "--sampling.every", "1", "--sampling.prompts", "['a']",
-               "--sampling.max_new_tokens", "4"]  # fmt: skip
+    options = shlex.split(
+        f"--config {settings} --validation.every 0 --checkpoint.keep 0 --optim.schedule constant "
+        "--model.router_selection_bias true --loss.selection_bias_rate 0.01 --model.tie_word_embeddings true "
+        "--sampling.every 1 --sampling.prompts '[a]' --sampling.max_new_tokens 4"
+    )
     whole = tmp_path / "whole"
     run("launch/train.py", *options, "--run.dir", str(whole), "--train.steps", "10", "--train.micro_batch_size", "4")
     hops = [("fsdp", 4, 2), ("zero 3", 2, 2), ("fsdp", 2, 1), ("zero 1", 4, 4), ("fsdp", 1, 1)]
@@ -84,9 +92,17 @@ def test_a_checkpoint_moves_between_engines_and_layouts(settings, tmp_path):
         _, *stage = engine.split()
         here = ["--engine.kind", "deepspeed", "--engine.zero_stage", *stage] if stage else ["--engine.kind", "fsdp"]
         resume = ["--resume", str(before)] if before else []
-        run("launch/train.py", *options, *here, *resume, "--run.dir", str(folder), "--parallel.expert_parallel",
-            str(expert_parallel), "--train.micro_batch_size", str(4 // processes),
-            "--train.steps", str(2 * index + 2), processes=processes)  # fmt: skip
+        run(
+            "launch/train.py",
+            *options,
+            *here,
+            *resume,
+            *shlex.split(
+                f"--run.dir {folder} --parallel.expert_parallel {expert_parallel} "
+                f"--train.micro_batch_size {4 // processes} --train.steps {2 * index + 2}"
+            ),
+            processes=processes,
+        )
         assert_continues(folder, whole, 2 * index + 1, 2 * index + 2)
         (before,) = checkpoints(folder / "checkpoints")
 
@@ -95,10 +111,20 @@ def test_started_by_srun_without_a_launcher(settings, tmp_path):
     """Two processes with the variables that Slurm gives each task of a step, and nothing else."""
     folder = tmp_path / "srun"
     line = command("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "2")
-    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "2",
-           "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_NODEID": "0"}  # fmt: skip
-    tasks = [subprocess.Popen(line, env=environment(**job, SLURM_PROCID=str(n), SLURM_LOCALID=str(n)),
-                              stderr=subprocess.DEVNULL) for n in range(2)]  # fmt: skip
+    job = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "1",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NODEID": "0",
+    }
+    tasks = [
+        subprocess.Popen(
+            line, env=environment(**job, SLURM_PROCID=str(n), SLURM_LOCALID=str(n)), stderr=subprocess.DEVNULL
+        )
+        for n in range(2)
+    ]
     assert [task.wait(timeout=120) for task in tasks] == [0, 0]
     assert sorted(losses(folder)) == [1, 2] and "2 processes, fsdp" in (folder / "log.txt").read_text()
 
@@ -116,8 +142,17 @@ VARIABLES = {"LOCAL_SIZE": "2", "CROSS_RANK": "0", "CROSS_SIZE": "1"}
 @pytest.mark.parametrize("option, value, message", MISTAKES)
 def test_a_mistake_is_said_once_and_ends_all(settings, launcher, option, value, message):
     """With the variables of DeepSpeed's launcher, and under that launcher; torchrun's part is in test_one_rank.py."""
-    done = run("launch/train.py", "--config", str(settings), f"--engine.{option}", value,
-               processes=2, launcher=launcher, expect=2, **({} if launcher else VARIABLES))  # fmt: skip
+    done = run(
+        "launch/train.py",
+        "--config",
+        str(settings),
+        f"--engine.{option}",
+        value,
+        processes=2,
+        launcher=launcher,
+        expect=2,
+        **({} if launcher else VARIABLES),
+    )
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert len(said) == 1 and message in said[0], done.stderr
     assert "Traceback" not in done.stderr

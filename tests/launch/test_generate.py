@@ -38,8 +38,12 @@ def test_interactive(folder):
     lines = ":t 0\n:n 5\n:k 3\n:p 0.9\n:x\nab\n:t warm\n:q\n"
     done = subprocess.run(
         command("launch/generate.py", "--checkpoint", str(folder)),
-        input=lines, capture_output=True, text=True, timeout=120, env=environment(),
-    )  # fmt: skip
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(),
+    )
     assert done.returncode == 0, done.stderr
     for expected in ("temperature = 0.0", "max_new_tokens = 5", "top_k = 3", "top_p = 0.9", ":q quit", "could not"):
         assert expected in done.stdout

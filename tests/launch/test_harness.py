@@ -1,6 +1,7 @@
 """EleutherAI's harness evaluates an exported model (extra `eval`), on a task of its own and without the network."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -33,9 +34,18 @@ def test_the_harness_runs_on_an_exported_model(settings, tmp_path):
     }
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "local.yaml").write_text(yaml.safe_dump(task))
-    line = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'}",
-            "--tasks", "local", "--include_path", str(tmp_path / "tasks"), "--device", "cpu",
-            "--output_path", str(tmp_path / "results")]  # fmt: skip
+    line = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={tmp_path / 'model'}",
+        *shlex.split(
+            f"--tasks local --include_path {tmp_path / 'tasks'} --device cpu --output_path {tmp_path / 'results'}"
+        ),
+    ]
     offline = environment(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
     done = subprocess.run(line, capture_output=True, text=True, timeout=240, env=offline)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -55,8 +56,9 @@ def test_a_live_run_keeps_its_folder(settings, tmp_path):
 )
 def test_processes_save_and_end_when_their_launcher_is_killed(settings, tmp_path, launcher, number):
     folder = tmp_path / "run"
-    options = ["--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000", "--checkpoint.every",
-               "0", "--validation.every", "0"]  # fmt: skip
+    options = shlex.split(
+        f"--config {settings} --run.dir {folder} --train.steps 100000 --checkpoint.every 0 --validation.every 0"
+    )
     line = command("launch/train.py", *options, processes=2, launcher=launcher)
     with (tmp_path / "stderr").open("w") as stderr:
         owner = subprocess.Popen(line, env=environment(), stderr=stderr, start_new_session=True)
@@ -114,8 +116,10 @@ def start_on(settings, tmp_path):
     script.write_text(ELSEWHERE)
 
     def start_on(host: str):
-        options = ["--config", str(settings), "--run.dir", str(tmp_path / "run"), "--resume", "auto", "--train.steps",
-                   "100000", "--validation.every", "0", "--checkpoint.every", "2"]  # fmt: skip
+        options = shlex.split(
+            f"--config {settings} --run.dir {tmp_path / 'run'} --resume auto --train.steps 100000 "
+            "--validation.every 0 --checkpoint.every 2"
+        )
         started.append(start(str(script), *options, HOST=host))
         return started[-1]
 

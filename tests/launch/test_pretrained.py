@@ -1,5 +1,7 @@
 """From another tool's model, through training, to another tool."""
 
+import shlex
+
 import pytest
 import torch
 
@@ -35,16 +37,26 @@ def trained_by_hand(folder, settings) -> dict[str, torch.Tensor]:
         folder, attn_implementation="eager", dtype=torch.float32
     ).train()
     dataset = TokenDataset(config.data.path, seq_len=config.data.seq_len, split="train", seed=config.run.seed)
-    loader = BatchLoader(dataset, micro_batch_size=SAMPLES, accumulation=1, rank=0, world_size=1, samples_consumed=0,
-                         document_mask=False, prefetch=0)  # fmt: skip
+    loader = BatchLoader(
+        dataset,
+        micro_batch_size=SAMPLES,
+        accumulation=1,
+        rank=0,
+        world_size=1,
+        samples_consumed=0,
+        document_mask=False,
+        prefetch=0,
+    )
     groups = [[], []]
     for name, parameter in model.named_parameters():
         groups[is_decayed(name)].append(parameter)
     optim = config.optim
     optimizer = torch.optim.AdamW(
         [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1], "weight_decay": optim.weight_decay}],
-        lr=LR, betas=tuple(optim.betas), eps=optim.eps,
-    )  # fmt: skip
+        lr=LR,
+        betas=tuple(optim.betas),
+        eps=optim.eps,
+    )
     for _ in range(STEPS):
         (batch,) = next(loader)
         logits = model(batch["input_ids"]).logits
@@ -66,15 +78,24 @@ def trained_by_hand(folder, settings) -> dict[str, torch.Tensor]:
     ids=["fsdp 4x2", "zero-3 2x2", "zero-1 2x2"],
 )
 def test_trained_from_open_weights_as_transformers_would(settings, tmp_path, published, processes, engine):
-    options = ["--config", str(settings), "--init.from", f"hf:{published}", "--train.steps", str(STEPS),
-               "--train.micro_batch_size", str(SAMPLES // processes), "--train.gradient_accumulation", "1",
-               "--loss.aux_coef", "0", "--loss.z_coef", "0", "--optim.schedule", "constant", "--optim.warmup_steps",
-               "0", "--optim.clip_norm", "0.5", "--optim.lr", str(LR), "--validation.every", "0", *engine]  # fmt: skip
+    options = [
+        *shlex.split(
+            f"--config {settings} --init.from hf:{published} --train.steps {STEPS} "
+            f"--train.micro_batch_size {SAMPLES // processes} --train.gradient_accumulation 1 --loss.aux_coef 0 "
+            f"--loss.z_coef 0 --optim.schedule constant --optim.warmup_steps 0 --optim.clip_norm 0.5 --optim.lr {LR} "
+            "--validation.every 0"
+        ),
+        *engine,
+    ]
     run("launch/train.py", *options, processes=processes)
     log = (tmp_path / "tiny" / "log.txt").read_text()
     assert f"started from the weights of {published}" in log
-    run("launch/convert.py", "export", str(tmp_path / "tiny"), "--output", str(tmp_path / "new"), "--dtype", "float32",
-        "--max-file-gb", "0.0001")  # fmt: skip
+    run(
+        "launch/convert.py",
+        "export",
+        str(tmp_path / "tiny"),
+        *shlex.split(f"--output {tmp_path / 'new'} --dtype float32 --max-file-gb 0.0001"),
+    )
     model, report = transformers.GptOssForCausalLM.from_pretrained(
         tmp_path / "new", dtype=torch.float32, output_loading_info=True
     )
@@ -103,6 +124,10 @@ def test_weights_of_another_run(settings, tmp_path):
     run("launch/train.py", *again, "--init.from", str(tmp_path / "tiny"), "--resume", "auto", "--train.steps", "3")
     done = run("launch/train.py", *options, "--init.from", f"openai:{tmp_path}", expect=2)
     assert len(done.stderr.splitlines()) == 1 and "config.json" in done.stderr
-    done = run("launch/train.py", *options, "--init.from", str(tmp_path / "gone"), "--model.num_local_experts", "2",
-               expect=2)  # fmt: skip
+    done = run(
+        "launch/train.py",
+        *options,
+        *shlex.split(f"--init.from {tmp_path / 'gone'} --model.num_local_experts 2"),
+        expect=2,
+    )
     assert len(done.stderr.splitlines()) == 1 and "num_local_experts (4 there, 2 here)" in done.stderr

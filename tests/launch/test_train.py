@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -28,14 +29,20 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def test_interrupted_and_resumed_is_bit_identical(settings, tmp_path, processes):
     # Jitter makes the result depend on the random generators; tied weights, document masks and samples are what
     # resuming has broken elsewhere.
-    options = ["--config", str(settings), "--loss.router_jitter", "0.05", "--model.tie_word_embeddings", "true",
-               "--data.document_mask", "true", "--sampling.every", "5", "--sampling.prompts", "['a', 'bc']",
-               "--train.deterministic", "true"]  # fmt: skip
+    options = shlex.split(
+        f"--config {settings} --loss.router_jitter 0.05 --model.tie_word_embeddings true --data.document_mask true "
+        "--sampling.every 5 --sampling.prompts '[a, bc]' --train.deterministic true"
+    )
     if processes == 1:
         options += ["--tracking.mlflow", "true", "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run("launch/train.py", *options, "--run.dir", str(whole), "--checkpoint.keep", "0", processes=processes,
-        launcher="torchrun" if processes > 1 else None)  # fmt: skip
+    run(
+        "launch/train.py",
+        *options,
+        *shlex.split(f"--run.dir {whole} --checkpoint.keep 0"),
+        processes=processes,
+        launcher="torchrun" if processes > 1 else None,
+    )
     assert [p.name for p in checkpoints(whole / "checkpoints")] == [f"step_{n:08d}" for n in (4, 8, 12)]
     # What a kill in step 11 leaves behind: two checkpoints, an unfinished one, and rows of lost steps.
     shutil.copytree(whole, parts)
@@ -65,8 +72,10 @@ def test_killed_at_any_moment_nothing_is_lost(settings, tmp_path):
 
     tests/stress draws the moments, on one process and two.
     """
-    options = ["--config", str(settings), "--checkpoint.every", "2", "--train.steps", "40", "--validation.every", "0",
-               "--train.deterministic", "true", "--model.tie_word_embeddings", "true"]  # fmt: skip
+    options = shlex.split(
+        f"--config {settings} --checkpoint.every 2 --train.steps 40 --validation.every 0 --train.deterministic true "
+        "--model.tie_word_embeddings true"
+    )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run("launch/train.py", *options, "--run.dir", str(whole))
     again = [*options, "--run.dir", str(killed), "--resume", "auto"]
@@ -114,21 +123,34 @@ def test_resuming_on_other_data_is_refused(settings):
 
 def test_a_checkpoint_resumes_on_other_layouts(settings, tmp_path):
     """Written by four processes that spread the experts over pairs; whoever goes on, the losses are the same."""
-    options = ["--config", str(settings), "--train.steps", "8", "--validation.every", "0", "--checkpoint.keep", "0",
-               "--model.num_local_experts", "6", "--model.router_selection_bias", "true",
-               "--loss.selection_bias_rate", "0.001"]  # fmt: skip
+    options = shlex.split(
+        f"--config {settings} --train.steps 8 --validation.every 0 --checkpoint.keep 0 --model.num_local_experts 6 "
+        "--model.router_selection_bias true --loss.selection_bias_rate 0.001"
+    )
     whole = tmp_path / "whole"
-    run("launch/train.py", *options, "--run.dir", str(whole), "--train.micro_batch_size", "1",
-        "--parallel.expert_parallel", "2", "--train.profile_step", "2", processes=4)  # fmt: skip
+    run(
+        "launch/train.py",
+        *options,
+        *shlex.split(
+            f"--run.dir {whole} --train.micro_batch_size 1 --parallel.expert_parallel 2 --train.profile_step 2"
+        ),
+        processes=4,
+    )
     expected = losses(whole)
     assert "moe/rank_rows_max_over_mean" in read_metrics(whole)[0]["metrics"]
     assert "alltoall" in (whole / "profile" / "kernels_00000002.txt").read_text()
     assert json.loads((whole / "profile" / "trace_00000002.json").read_text())["traceEvents"]
     for processes, expert_parallel in ((4, 1), (2, 2), (1, 1)):
         folder = tmp_path / f"{processes}x{expert_parallel}"
-        run("launch/train.py", *options, "--run.dir", str(folder), "--train.micro_batch_size", str(4 // processes),
-            "--parallel.expert_parallel", str(expert_parallel),
-            "--resume", str(whole / "checkpoints" / "step_00000004"), processes=processes)  # fmt: skip
+        run(
+            "launch/train.py",
+            *options,
+            *shlex.split(
+                f"--run.dir {folder} --train.micro_batch_size {4 // processes} "
+                f"--parallel.expert_parallel {expert_parallel} --resume {whole / 'checkpoints' / 'step_00000004'}"
+            ),
+            processes=processes,
+        )
         assert sorted(losses(folder)) == [5, 6, 7, 8]
         for name in ("loss/train", "loss/aux", "optim/grad_norm"):
             resumed, uninterrupted = losses(folder, name), losses(whole, name)
@@ -138,8 +160,10 @@ def test_a_checkpoint_resumes_on_other_layouts(settings, tmp_path):
 
 def test_balance_without_a_loss_and_forced_routing(settings, tmp_path):
     """The selection bias is part of the checkpoint: for a resume, and for inference. Forced routing is labelled."""
-    options = ["--config", str(settings), "--model.router_selection_bias", "true", "--loss.aux_coef", "0",
-               "--loss.selection_bias_rate", "0.01", "--validation.every", "0", "--resume", "auto"]  # fmt: skip
+    options = shlex.split(
+        f"--config {settings} --model.router_selection_bias true --loss.aux_coef 0 --loss.selection_bias_rate 0.01 "
+        "--validation.every 0 --resume auto"
+    )
     run("launch/train.py", *options, "--train.steps", "4")
     done = run("launch/train.py", *options, "--train.steps", "6", "--train.routing", "balanced")
     assert "train.routing=balanced: a benchmark" in done.stderr
@@ -164,8 +188,14 @@ def test_layout_does_not_change_the_losses(settings, tmp_path):
 
 def start_training(settings, folder, *options: str):
     """Start a run of two processes without an end, and return it when it has taken some steps."""
-    process = start("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "100000",
-                    "--checkpoint.every", "0", "--validation.every", "0", *options, processes=2)  # fmt: skip
+    process = start(
+        "launch/train.py",
+        *shlex.split(
+            f"--config {settings} --run.dir {folder} --train.steps 100000 --checkpoint.every 0 --validation.every 0"
+        ),
+        *options,
+        processes=2,
+    )
     deadline = time.time() + 240
     while not ((folder / "metrics.jsonl").is_file() and len(losses(folder)) > 3):
         assert time.time() < deadline and process.is_running()
@@ -188,9 +218,15 @@ def test_sigterm_saves_and_leaves(settings, tmp_path, engine):
 @pytest.mark.parametrize("engine", [[], ["--engine.zero_stage", "2"]], ids=["fsdp", "zero-2"])
 def test_non_finite_steps_are_skipped_then_fatal(settings, tmp_path, engine):
     folder = tmp_path / "diverging"
-    done = run("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--optim.lr", "1e30",
-               "--optim.warmup_steps", "0", "--train.max_skipped_steps", "3", "--checkpoint.every", "1",
-               *engine, expect=1)  # fmt: skip
+    done = run(
+        "launch/train.py",
+        *shlex.split(
+            f"--config {settings} --run.dir {folder} --optim.lr 1e30 --optim.warmup_steps 0 "
+            "--train.max_skipped_steps 3 --checkpoint.every 1"
+        ),
+        *engine,
+        expect=1,
+    )
     assert "3 steps in a row had a non-finite loss" in done.stderr
     assert "Traceback" not in done.stderr
     skipped = losses(folder, "optim/skipped_steps")
@@ -200,9 +236,16 @@ def test_non_finite_steps_are_skipped_then_fatal(settings, tmp_path, engine):
 
 def test_weights_that_are_not_finite_are_not_saved(settings, tmp_path):
     folder = tmp_path / "infinite"
-    done = run("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--optim.lr", "1e38",
-               "--optim.warmup_steps", "0", "--optim.lr_scale", "{'*norm*': 1000}", "--checkpoint.every", "1",
-               processes=2, expect=1)  # fmt: skip
+    done = run(
+        "launch/train.py",
+        *shlex.split(
+            f"--config {settings} --run.dir {folder} --optim.lr 1e38 --optim.warmup_steps 0 --checkpoint.every 1"
+        ),
+        "--optim.lr_scale",
+        "{'*norm*': 1000}",
+        processes=2,
+        expect=1,
+    )
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert "step 1: " in said and "hold values that are not finite (" in said and "none is saved" in said
     assert "Traceback" not in done.stderr and not list((folder / "checkpoints").iterdir())
@@ -217,8 +260,11 @@ def test_a_run_whose_folder_is_deleted_saves_and_says_so(settings, tmp_path):
     assert f"{folder} was deleted or renamed: saving" in done.stderr
     (saved,) = checkpoints(folder / "checkpoints")
     assert f"step {int(saved.name[5:])} is saved in {folder / 'checkpoints'}" in done.stderr
-    run("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--resume", "auto",
-        "--train.steps", str(int(saved.name[5:]) + 1), processes=2)  # fmt: skip
+    run(
+        "launch/train.py",
+        *shlex.split(f"--config {settings} --run.dir {folder} --resume auto --train.steps {int(saved.name[5:]) + 1}"),
+        processes=2,
+    )
 
 
 def test_the_death_of_a_process_is_called_that(settings, tmp_path):
@@ -238,9 +284,15 @@ def test_the_death_of_a_process_is_called_that(settings, tmp_path):
 def test_a_password_is_in_nothing_that_a_run_leaves(settings, tmp_path):
     folder = tmp_path / "secret"
     uri = "http://ann:hush-hush@127.0.0.1:9/mlflow?token=mum-mum"
-    done = run("launch/train.py", "--config", str(settings), "--run.dir", str(folder), "--train.steps", "2",
-               "--tracking.mlflow", "true", "--tracking.uri", uri, cwd=tmp_path, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
-               MLFLOW_HTTP_REQUEST_TIMEOUT="1")  # fmt: skip
+    done = run(
+        "launch/train.py",
+        *shlex.split(
+            f"--config {settings} --run.dir {folder} --train.steps 2 --tracking.mlflow true --tracking.uri {uri}"
+        ),
+        cwd=tmp_path,
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
+        MLFLOW_HTTP_REQUEST_TIMEOUT="1",
+    )
     left = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     left["the terminal"] = (done.stdout + done.stderr).encode()
     assert not [name for name, text in left.items() for word in (b"hush", b"mum", b"ann:") if word in text]
@@ -354,8 +406,13 @@ def test_a_mixture_trains_and_its_change_is_recorded(settings, tmp_path, corpus)
     mixed = f"[{{path: {corpus}, weight: 3, name: words}}, {{path: {other}, weight: 1, max_epochs: 0.2}}]"
     options += ["--data.sources", mixed]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run("launch/train.py", *options, "--run.dir", str(whole), "--checkpoint.keep", "0", "--tracking.mlflow", "true",
-        "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db")  # fmt: skip
+    run(
+        "launch/train.py",
+        *options,
+        *shlex.split(
+            f"--run.dir {whole} --checkpoint.keep 0 --tracking.mlflow true --tracking.uri sqlite:///{tmp_path}/mlflow.db"
+        ),
+    )
     log = (whole / "log.txt").read_text()
     assert "letters is used up after 0.2 epochs; now words 100.00%" in log
     rows = read_metrics(whole)
@@ -367,8 +424,12 @@ def test_a_mixture_trains_and_its_change_is_recorded(settings, tmp_path, corpus)
     run("launch/train.py", *options, *middle, "--data.workers", "0")
     assert losses(parts) == {step: loss for step, loss in losses(whole).items() if step > 4}
 
-    more = [*options, "--run.dir", str(whole), "--resume", "auto", "--train.steps", "16", "--data.sources",
-            mixed[:-1] + f", {{path: {third}, weight: 4}}]"]  # fmt: skip
+    more = [
+        *options,
+        *shlex.split(f"--run.dir {whole} --resume auto --train.steps 16"),
+        "--data.sources",
+        mixed[:-1] + f", {{path: {third}, weight: 4}}]",
+    ]
     done = run("launch/train.py", *more, expect=2)
     assert "more is new" in done.stderr and "--data.change_mixture true" in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
@@ -387,8 +448,7 @@ def test_packed_documents_train_alike_on_one_process_and_two(settings, tmp_path,
     """Ranks bring different numbers of tokens, yet every loss is that of the whole batch."""
     lengths = np.random.default_rng(0).integers(2, 60, 150)
     data = write_dataset(tmp_path, {"train": lengths, "validation": lengths[:20]})
-    options = ["--config", str(settings), "--data.path", str(data), "--data.packing", packing,
-               "--validation.every", "10"]  # fmt: skip
+    options = shlex.split(f"--config {settings} --data.path {data} --data.packing {packing} --validation.every 10")
     run("launch/train.py", *options, "--run.dir", str(tmp_path / "one"), "--train.micro_batch_size", "4")
     run("launch/train.py", *options, "--run.dir", str(tmp_path / "two"), processes=2)
     assert sorted(losses(tmp_path / "one")) == list(range(1, 13))

@@ -35,10 +35,15 @@ def test_the_settings_that_shape_the_parameters():
     """For each setting: it is in SHAPING if and only if another value makes another state dict."""
     sizes = SIZES | {"vocab_size": 32, "layer_types": ["full_attention"] * SIZES["num_hidden_layers"]}
     others = {
-        "num_hidden_layers": 5, "rope_scaling": None, "expert_activation": "silu", "num_shared_experts": 1,
-        "sink_init": "zero", "sink_clamp": [-1.0, 1.0], "rope_pruned_fraction": 0.5,
+        "num_hidden_layers": 5,
+        "rope_scaling": None,
+        "expert_activation": "silu",
+        "num_shared_experts": 1,
+        "sink_init": "zero",
+        "sink_clamp": [-1.0, 1.0],
+        "rope_pruned_fraction": 0.5,
         "layer_types": ["sliding_attention"] * SIZES["num_hidden_layers"],
-    }  # fmt: skip
+    }
 
     def shapes(**changed):
         with torch.device("meta"):

@@ -8,10 +8,18 @@ from gptoss_dist.model import transformer
 from gptoss_dist.model.init import initialize
 
 CONFIG = ModelConfig(
-    vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=4, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    sliding_window=8,
     initializer_range=0.3,
-)  # fmt: skip
+)
 
 
 def ids_of(borders: list[int], T: int = 30) -> torch.Tensor:

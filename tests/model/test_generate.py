@@ -14,10 +14,18 @@ WINDOW = 8
 @pytest.fixture(scope="module")
 def model() -> GptOss:
     config = ModelConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW,
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=WINDOW,
         initializer_range=0.3,
-    )  # fmt: skip
+    )
     model = GptOss(config)
     initialize(model, seed=0)
     return model.eval()

@@ -1,5 +1,6 @@
 """Two hosts that share a folder: torchrun over a cable that is cut, a rank that dies, a host that never arrives."""
 
+import shlex
 import shutil
 import sys
 import time
@@ -95,17 +96,24 @@ class Launch:
 
 
 def options(settings: Path, folder: Path) -> list[str]:
-    return ["--config", str(settings), "--run.dir", str(folder / "run"), "--resume", "auto", "--train.steps", "200",
-            "--checkpoint.every", "10", "--validation.every", "0"]  # fmt: skip
+    return shlex.split(
+        f"--config {settings} --run.dir {folder / 'run'} --resume auto --train.steps 200 --checkpoint.every 10 "
+        "--validation.every 0"
+    )
 
 
 @pytest.mark.slow
 def test_a_dead_rank_is_replaced_and_a_cut_cable_outlived(hosts, script, settings, tmp_path):
     """Both hosts say who is missing, and the run goes on from its last checkpoint when the cable is back."""
     launch = Launch(hosts, tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts",
-            "5", "--rdzv-backend", "c10d", "--rdzv-endpoint", "node1:29500", "--rdzv-id", "run", "--monitor-interval",
-            "1", str(script), *options(settings, tmp_path)]  # fmt: skip
+    line = [
+        sys.executable,
+        *shlex.split(
+            "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --max-restarts 5 --rdzv-backend c10d "
+            f"--rdzv-endpoint node1:29500 --rdzv-id run --monitor-interval 1 {script}"
+        ),
+        *options(settings, tmp_path),
+    ]
     for host in hosts.names:
         launch.start(host, line)
     launch.wait_for(lambda: launch.step() >= 12, 120)
@@ -132,9 +140,16 @@ def test_a_dead_rank_is_replaced_and_a_cut_cable_outlived(hosts, script, setting
 
 def srun(rank: int) -> dict[str, str]:
     """The variables of one of two tasks that srun has started on two nodes."""
-    return {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0",
-            "SLURM_NODEID": str(rank), "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
-            "SLURM_STEP_NODELIST": "node[1-2]"}  # fmt: skip
+    return {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": str(rank),
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+    }
 
 
 def test_a_host_that_never_arrives_is_named(hosts, script, settings, tmp_path):

@@ -141,9 +141,16 @@ def test_use_megablocks_shares_the_parameters(device):
     from gptoss_dist.model.transformer import GptOss
 
     config = ModelConfig(
-        vocab_size=64, hidden_size=D, intermediate_size=I, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, num_local_experts=E, num_experts_per_tok=K,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=D,
+        intermediate_size=I,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_local_experts=E,
+        num_experts_per_tok=K,
+    )
     with torch.device(device):
         model = GptOss(config)
     before = dict(model.named_parameters())

@@ -38,9 +38,15 @@ def job(tmp_path, settings):
 
     def start(*words: str, **variables: str) -> subprocess.Popen:
         environment = {
-            **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "RUN": str(run), "PYTHON": sys.executable,
-            "SLURM_JOB_ID": "44", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", **variables,
-        }  # fmt: skip
+            **os.environ,
+            "PATH": f"{commands}:{os.environ['PATH']}",
+            "RUN": str(run),
+            "PYTHON": sys.executable,
+            "SLURM_JOB_ID": "44",
+            "SLURM_JOB_NODELIST": "node[7-8]",
+            "SLURM_JOB_NUM_NODES": "2",
+            **variables,
+        }
         line = ["bash", str(ROOT / "launch/slurm/job.sh"), "--config", str(settings), *words]
         return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -101,10 +102,12 @@ def test_elements_of_an_array_requeue_themselves_alone(lab: Lab, tiny, tmp_path)
     mlflow = pytest.importorskip("mlflow")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     said = lab(
-        "python", "launch/submit.py", "--config", tiny, "--run.dir", tmp_path / "lr", "--nodes", "1",
-        "--gpus-per-node", "1", "--array", "optim.lr=3e-3,1e-3", "--time", "10", "--tracking.mlflow", "true",
-        "--tracking.uri", uri, "--tracking.experiment", "tests", "--train.steps", "60",
-    )  # fmt: skip
+        *shlex.split(
+            f"python launch/submit.py --config {tiny} --run.dir {tmp_path / 'lr'} "
+            "--nodes 1 --gpus-per-node 1 --array optim.lr=3e-3,1e-3 --time 10 --tracking.mlflow true "
+            f"--tracking.uri {uri} --tracking.experiment tests --train.steps 60"
+        ),
+    )
     (job,) = re.findall(r"submitted job (\d+);", said)
     runs = [tmp_path / "lr-0", tmp_path / "lr-1"]
     for number in (1, 0):  # of the last element, SLURM_JOB_ID is the id of the whole array

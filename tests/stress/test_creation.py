@@ -8,6 +8,7 @@ times.
 import os
 import random
 import re
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -35,8 +36,10 @@ FOREIGN = ("mlflow.tmp", "mlflow.db.tmp", "run/notes.txt", "run/.run.tmp-mine", 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_while_it_creates_something(settings, tmp_path, moment):
     draw, kills = random.Random(moment), 0
-    options = ["--config", str(settings), "--run.dir", "run", "--train.deterministic", "true", "--resume", "auto",
-               "--tracking.mlflow", "true", "--tracking.uri", "sqlite:///mlflow.db"]  # fmt: skip
+    options = shlex.split(
+        f"--config {settings} --run.dir run --train.deterministic true --resume auto --tracking.mlflow true "
+        "--tracking.uri sqlite:///mlflow.db"
+    )
     whole = tmp_path / "whole"
     whole.mkdir()
     run("launch/train.py", *options, cwd=whole)

@@ -6,6 +6,7 @@ kills sixty times, in four cases.
 
 import os
 import random
+import shlex
 import signal
 import time
 
@@ -50,10 +51,11 @@ def process_group():
 )
 def test_killed_again_and_again_it_ends_bit_identical(settings, tmp_path, processes, asynchronous):
     draw = random.Random(f"{processes} {asynchronous}")
-    options = ["--config", str(settings), "--checkpoint.every", "3", "--train.steps", str(STEPS), "--validation.every",
-               "0", "--train.deterministic", "true", "--model.tie_word_embeddings", "true", "--loss.router_jitter",
-               "0.05", "--parallel.expert_parallel", str(processes),
-               "--checkpoint.asynchronous", str(asynchronous).lower()]  # fmt: skip
+    options = shlex.split(
+        f"--config {settings} --checkpoint.every 3 --train.steps {STEPS} --validation.every 0 "
+        "--train.deterministic true --model.tie_word_embeddings true --loss.router_jitter 0.05 "
+        f"--parallel.expert_parallel {processes} --checkpoint.asynchronous {str(asynchronous).lower()}"
+    )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run("launch/train.py", *options, "--run.dir", str(whole), processes=processes)
     again = [*options, "--run.dir", str(killed), "--resume", "auto"]

@@ -53,8 +53,14 @@ def start(job: dict, rank: int, port: int) -> int:
         os.environ.update(job["environment"])
         if job["processes"] > 1:
             size = str(job["processes"])
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size,
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=size,
+                LOCAL_WORLD_SIZE=size,
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
         os.chdir(job["cwd"])
         sys.argv = [job["script"], *job["arguments"]]
         sys.path.insert(0, os.path.dirname(job["script"]))

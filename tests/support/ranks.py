@@ -147,8 +147,14 @@ def start(
     modules = ["gptoss_dist.train.loop", "gptoss_dist.parallel.parallelize", "torch._inductor.compile_fx"]
     if deepspeed or any("deepspeed" in argument or "zero_stage" in argument for argument in arguments):
         modules.append("deepspeed")
-    job = {"script": str(ROOT / script), "arguments": arguments, "environment": environment(**extra),
-           "cwd": str(cwd or Path.cwd()), "processes": processes, "folder": tempfile.mkdtemp()}  # fmt: skip
+    job = {
+        "script": str(ROOT / script),
+        "arguments": arguments,
+        "environment": environment(**extra),
+        "cwd": str(cwd or Path.cwd()),
+        "processes": processes,
+        "folder": tempfile.mkdtemp(),
+    }
     return Started(_fork_server(tuple(modules)), job)
 
 

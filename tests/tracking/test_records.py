@@ -80,16 +80,39 @@ def test_a_line_too_long_to_read_is_damaged(tmp_path, monkeypatch):
 
 
 JOURNAL = {
-    "op": "run", "time": 1.0, "uid": "abc", "run_name": "r", "experiment": "e", "params": {"a": "1"}, "tags": {},
-    "dataset": {"name": "n", "digest": "d", "source": "s"}, "resume": 0, "resumed_step": None,
-}  # fmt: skip
+    "op": "run",
+    "time": 1.0,
+    "uid": "abc",
+    "run_name": "r",
+    "experiment": "e",
+    "params": {"a": "1"},
+    "tags": {},
+    "dataset": {"name": "n", "digest": "d", "source": "s"},
+    "resume": 0,
+    "resumed_step": None,
+}
 
 
-@pytest.mark.parametrize("key, value", [
-    ("op", "rum"), ("op", ["run"]), ("time", None), ("time", "now"), ("uid", 5), ("uid", "x' OR '1"),
-    ("run_name", None), ("experiment", {}), ("params", []), ("params", {"a": 1}), ("tags", {"a": None}),
-    ("dataset", "d"), ("resume", "1"), ("resume", 10**400), ("resumed_step", -1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("op", "rum"),
+        ("op", ["run"]),
+        ("time", None),
+        ("time", "now"),
+        ("uid", 5),
+        ("uid", "x' OR '1"),
+        ("run_name", None),
+        ("experiment", {}),
+        ("params", []),
+        ("params", {"a": 1}),
+        ("tags", {"a": None}),
+        ("dataset", "d"),
+        ("resume", "1"),
+        ("resume", 10**400),
+        ("resumed_step", -1),
+    ],
+)
 def test_a_damaged_operation_is_none(key, value):
     assert operation(JOURNAL) is not None
     assert operation(JOURNAL | {key: value}) is None
@@ -115,8 +138,17 @@ def test_values_that_are_not_finite_are_numbers_to_other_readers(tmp_path):
     assert [str(value) for value in read_metrics(tmp_path)[0]["metrics"].values()] == ["nan", "-inf"]
 
 
-@pytest.mark.parametrize("place", ["metrics.jsonl", "tracking", "tracking/journal.jsonl", "tracking/cursor.json",
-                                   "tracking/lock", "expert_tokens.jsonl"])  # fmt: skip
+@pytest.mark.parametrize(
+    "place",
+    [
+        "metrics.jsonl",
+        "tracking",
+        "tracking/journal.jsonl",
+        "tracking/cursor.json",
+        "tracking/lock",
+        "expert_tokens.jsonl",
+    ],
+)
 @pytest.mark.parametrize("kind", ["folder", "pipe", "full disk", "dangling link", "deep JSON"])
 def test_what_stands_in_a_files_place_costs_lines_and_not_the_run(tmp_path, place, kind):
     path = tmp_path / place

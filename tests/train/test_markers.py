@@ -1,6 +1,7 @@
 """The files STOP, STOPPED and DONE, by which scripts talk with a run."""
 
 import json
+import shlex
 import signal
 import time
 
@@ -41,8 +42,9 @@ def test_markers_answer_the_request_and_a_start_keeps_it(tmp_path):
 @pytest.mark.parametrize("how", ["file", pytest.param("signal", marks=pytest.mark.slow)])
 def test_a_run_of_two_ranks_stops_as_asked_goes_on_and_is_done(settings, tmp_path, how):
     folder = tmp_path / "asked"
-    options = ["--config", str(settings), "--run.dir", str(folder), "--checkpoint.every", "0", "--validation.every",
-               "0", "--resume", "auto"]  # fmt: skip
+    options = shlex.split(
+        f"--config {settings} --run.dir {folder} --checkpoint.every 0 --validation.every 0 --resume auto"
+    )
     process = start("launch/train.py", *options, "--train.steps", "100000", processes=2)
     deadline = time.monotonic() + 120
     while not ((folder / "metrics.jsonl").is_file() and len(losses(folder)) > 3):

@@ -41,11 +41,22 @@ def test_samples_of_any_text_are_kept_under_an_ascii_locale(tmp_path, monkeypatc
     assert "na\\xefve \\u732b" in shown and "the display goes on" in shown
 
 
-@pytest.mark.parametrize("place, kind", [
-    ("samples", "folder"), ("samples", "file"), ("samples", "full disk"), ("plots", "folder"), ("plots", "file"),
-    ("plots", "full disk"), ("metrics.jsonl", "folder"), ("tracking", "file"), ("expert_tokens.jsonl", "folder"),
-    ("profile", "file"), ("profile", "folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "place, kind",
+    [
+        ("samples", "folder"),
+        ("samples", "file"),
+        ("samples", "full disk"),
+        ("plots", "folder"),
+        ("plots", "file"),
+        ("plots", "full disk"),
+        ("metrics.jsonl", "folder"),
+        ("tracking", "file"),
+        ("expert_tokens.jsonl", "folder"),
+        ("profile", "file"),
+        ("profile", "folder"),
+    ],
+)
 def test_what_cannot_be_written_is_told_and_the_run_goes_on(tmp_path, place, kind, capsys):
     path = tmp_path / place
     match kind:

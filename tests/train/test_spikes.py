@@ -109,10 +109,22 @@ def poisoned(corpus, tmp_path):
 
 
 def options(settings, data, folder, steps, micro_batch_size=4, **changes):
-    values = {"data.path": data, "data.verify": "never", "run.dir": folder, "train.steps": steps, "optim.lr": 0.02,
-              "train.micro_batch_size": micro_batch_size, "validation.every": 0, "checkpoint.every": 5,
-              "checkpoint.keep": 4, "spikes.max_rewinds": 2, "spikes.window": 8, "spikes.margin": 3,
-              "loss.router_jitter": 0.01, "train.deterministic": "true"}  # fmt: skip
+    values = {
+        "data.path": data,
+        "data.verify": "never",
+        "run.dir": folder,
+        "train.steps": steps,
+        "optim.lr": 0.02,
+        "train.micro_batch_size": micro_batch_size,
+        "validation.every": 0,
+        "checkpoint.every": 5,
+        "checkpoint.keep": 4,
+        "spikes.max_rewinds": 2,
+        "spikes.window": 8,
+        "spikes.margin": 3,
+        "loss.router_jitter": 0.01,
+        "train.deterministic": "true",
+    }
     given = (x for key, value in (values | changes).items() for x in (f"--{key}", str(value)))
     return ["--config", str(settings), *given]
 
@@ -142,8 +154,9 @@ def test_it_goes_back_skips_and_ends_as_if_nothing_had_been(settings, corpus, po
     mlflow = {"tracking.mlflow": "true", "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
     run("launch/train.py", *options(settings, corpus, whole, 45, **more), processes=2)
     run("launch/train.py", *options(settings, data, disturbed, 45, **(more | {"spikes.max_rewinds": 0})), processes=2)
-    done = run(OBSERVED, *options(settings, data, spiked, 45, **more, **mlflow), processes=2,
-               ROWS=str(tmp_path / "two"))  # fmt: skip
+    done = run(
+        OBSERVED, *options(settings, data, spiked, 45, **more, **mlflow), processes=2, ROWS=str(tmp_path / "two")
+    )
     (entry,) = read_skipped(spiked / "checkpoints")
     first, end = SAMPLES * 20, SAMPLES * 24  # one step before the spike, and two after the one that showed it
     assert (entry["first"], entry["end"], entry["step"], entry["rewound_to"]) == (first, end, 22, 15)

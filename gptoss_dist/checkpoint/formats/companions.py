@@ -27,8 +27,17 @@ from gptoss_dist.checkpoint.formats.pretrained import Pretrained
 from gptoss_dist.checkpoint.info import INFO, read_info
 
 TEMPLATE, GENERATION, CARD = "chat_template.jinja", "generation_config.json", "README.md"
-COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-          "chat_template*", GENERATION, "LICENSE*", "USAGE_POLICY*")  # fmt: skip
+COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    GENERATION,
+    "LICENSE*",
+    "USAGE_POLICY*",
+)
 """The files that are copied from one published model to another."""
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PUBLISHED_IDS = {"eos_token_id": [200002, 199999, 200012], "pad_token_id": 199999}
@@ -84,8 +93,10 @@ def _write_those_of_a_run(pretrained: Pretrained, folder: Path, format: str, mes
         if all(type(i) is int and 0 <= i < tokenizer.n_vocab for i in (ids if isinstance(ids, list) else [ids])):
             files[GENERATION] = settings | came
         else:
-            message(f"{GENERATION} of the weights that the run began with is left out: eos_token_id={ids} is none of "
-                    f"the tokenizer's {tokenizer.n_vocab} ids")  # fmt: skip
+            message(
+                f"{GENERATION} of the weights that the run began with is left out: eos_token_id={ids} is none of "
+                f"the tokenizer's {tokenizer.n_vocab} ids"
+            )
     for name, values in files.items():
         _write_json(folder / name, values)
     if (pretrained.folder / TEMPLATE).is_file():
@@ -136,8 +147,19 @@ def left_settings(pretrained: Pretrained, written: Mapping[str, Any]) -> list[st
     """
     if pretrained.format != "hf":
         return []
-    ours = {"rope_theta", "rope_scaling", "rope_parameters", "dtype", "torch_dtype", "tie_word_embeddings", "use_cache",
-            "quantization_config", "transformers_version", "initial_context_length", "_name_or_path"}  # fmt: skip
+    ours = {
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "dtype",
+        "torch_dtype",
+        "tie_word_embeddings",
+        "use_cache",
+        "quantization_config",
+        "transformers_version",
+        "initial_context_length",
+        "_name_or_path",
+    }
     values = huggingface.read_json(pretrained.folder / "config.json")
     return [
         f"{key}={json.dumps(value)[:60]}"
@@ -176,9 +198,20 @@ def write_card(
     """
     license = license or _license_of(pretrained.folder / CARD) or "unknown"
     values = pretrained.config.to_dict()
-    shown = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "sliding_window",
-             "max_position_embeddings", "tie_word_embeddings")  # fmt: skip
+    shown = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "sliding_window",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    )
     rows = [("parameters", f"{sum(_size(t.shape) for t in pretrained.tensors.values()):,}")]
     rows += [(key, str(values[key])) for key in shown]
     rows += [("weights", f"{dtype}, experts in MXFP4" if pack else dtype), *_history(pretrained)]

@@ -48,10 +48,19 @@ class Report:
             "machine": {},
             "versions": {},
             "items": [
-                {"name": name, "what": what, "result": WAITING, "reason": "", "seconds": None, "checks": [],
-                 "figures": [], "texts": []} for name, what in names.items()
+                {
+                    "name": name,
+                    "what": what,
+                    "result": WAITING,
+                    "reason": "",
+                    "seconds": None,
+                    "checks": [],
+                    "figures": [],
+                    "texts": [],
+                }
+                for name, what in names.items()
             ],
-        }  # fmt: skip
+        }
         self._begun: dict[str, float] = {}
 
     def item(self, name: str) -> dict:

@@ -70,8 +70,18 @@ def fits(folder: str) -> None:
 
 NO_MATTER = ("architectures", "dtype", "torch_dtype", "output_router_logits", "use_cache")
 """Keys of transformers' config.json that are not read here."""
-OF_NO_TENSOR = {"sliding_window", "max_position_embeddings", "rms_norm_eps", "initializer_range", "swiglu_alpha",
-                "swiglu_limit", "rope_theta", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta"}  # fmt: skip
+OF_NO_TENSOR = {
+    "sliding_window",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "initializer_range",
+    "swiglu_alpha",
+    "swiglu_limit",
+    "rope_theta",
+    "rope_scaling_factor",
+    "rope_ntk_alpha",
+    "rope_ntk_beta",
+}
 """Numbers of which any within their ranges may be a model's."""
 
 
@@ -129,10 +139,22 @@ def test_a_crafted_checkpoint_is_passed_over_like_a_damaged_one(run, kind):
 def test_every_value_that_a_resume_reads(run, kind):
     folder = run / "checkpoints" / EARLIER.name
     values = read_info(folder)
-    needed = ("step", "samples_consumed", "config", "data", "data.content_sha256", "data.mixture.sources",
-              "data.mixture.start", "data.mixture.read", "data.mixture.history")  # fmt: skip
-    harmless = {"large": ("step", "samples_consumed", "data.mixture.start"), "text": ("data.content_sha256",),
-                "object": ("config",)}  # fmt: skip
+    needed = (
+        "step",
+        "samples_consumed",
+        "config",
+        "data",
+        "data.content_sha256",
+        "data.mixture.sources",
+        "data.mixture.start",
+        "data.mixture.read",
+        "data.mixture.history",
+    )
+    harmless = {
+        "large": ("step", "samples_consumed", "data.mixture.start"),
+        "text": ("data.content_sha256",),
+        "object": ("config",),
+    }
     for key in needed:
         if key not in harmless.get(kind, ()):
             (folder / INFO).write_text(sealed(changed(values, tuple(key.split(".")), kind)))

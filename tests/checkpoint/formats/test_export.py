@@ -89,8 +89,15 @@ def test_a_model_without_rotary_scaling_is_yarn_with_factor_1_to_the_last_bit(tm
     check_architecture(open_pretrained(folder), model(**fields).config)
 
 
-ROPE = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "truncate": False,
-        "beta_fast": 32.0, "beta_slow": 1.0, "rope_theta": 1e4}  # fmt: skip
+ROPE = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "truncate": False,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "rope_theta": 1e4,
+}
 NESTED = {"full_attention": ROPE, "sliding_attention": ROPE}
 
 
@@ -119,8 +126,10 @@ def test_a_rotary_embedding_is_read_in_all_its_forms(tmp_path, form):
         ({"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}}, r"parameters has no rope_type but says factor=8"),
         ({"rope_scaling": {"factor": 2.0}}, r"rope_scaling has no rope_type but says factor=2"),
         ({"rope_parameters": {"rope_type": "default", "factor": 8.0}}, r"rope_type default but says factor=8"),
-        ({"rope_parameters": {**NESTED, "full_attention": {**ROPE, "factor": 4.0}}},
-         r"rope_parameters.full_attention and rope_parameters.sliding_attention differ"),
+        (
+            {"rope_parameters": {**NESTED, "full_attention": {**ROPE, "factor": 4.0}}},
+            r"rope_parameters.full_attention and rope_parameters.sliding_attention differ",
+        ),
         ({"rope_parameters": ROPE, "rope_scaling": {**ROPE, "factor": 2.0}}, r"rope_scaling and rope_param.* differ"),
         ({"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, r"partial_rotary_factor"),
         ({"rope_parameters": {"full_attention": {**ROPE, "rope_type": "llama3"}}}, r"rope_type=llama3 is not"),
@@ -129,7 +138,7 @@ def test_a_rotary_embedding_is_read_in_all_its_forms(tmp_path, form):
         ({"rope_parameters": "left out", "rope_scaling": {}}, r"rope_parameters or rope_scaling is empty"),
         ({"rope_parameters": {**ROPE, "factor": 0.5}}, r"factor=0.5"),
     ],
-)  # fmt: skip
+)
 def test_a_rotary_embedding_is_never_dropped(tmp_path, form, message):
     folder = saved(tmp_path / "new")
     rewrite(folder, **{"rope_theta": "left out", "rope_scaling": None, "rope_parameters": None} | form)
@@ -220,17 +229,23 @@ def test_a_file_beside_an_index_is_named_and_not_read(tmp_path):
 def test_another_layout_is_refused_on_one_screen(tmp_path):
     """A mixture of experts with a tensor per expert."""
     folder = saved(tmp_path / "new")
-    tensors = {f"model.layers.{i}.mlp.experts.{e}.{part}.weight": torch.zeros(2, 2)
-               for i in range(2) for e in range(320) for part in ("w1", "w2", "w3")}  # fmt: skip
+    tensors = {
+        f"model.layers.{i}.mlp.experts.{e}.{part}.weight": torch.zeros(2, 2)
+        for i in range(2)
+        for e in range(320)
+        for part in ("w1", "w2", "w3")
+    }
     tensors |= {f"extra{chr(97 + i)}.weight": torch.zeros(1) for i in range(20)}
     save_file(tensors, folder / "model.safetensors")
     (folder / FILE).unlink()
     with pytest.raises(ValueError) as error:
         gptoss_dist.load_pretrained(folder)
     assert len(str(error.value)) < 2000
-    for part in ("more kinds of names: is missing",
-                 "model.layers.*.input_layernorm.weight is missing (2 tensors)",
-                 "model.layers.*.mlp.experts.*.w*.weight is not expected (1920 tensors)"):  # fmt: skip
+    for part in (
+        "more kinds of names: is missing",
+        "model.layers.*.input_layernorm.weight is missing (2 tensors)",
+        "model.layers.*.mlp.experts.*.w*.weight is not expected (1920 tensors)",
+    ):
         assert part in str(error.value), str(error.value).replace("; ", "\n")
 
 
@@ -253,8 +268,13 @@ def test_what_goes_with_the_model_of_a_run(tmp_path):
     assert "<|channel|>final<|message|>" in (tmp_path / "new" / "chat_template.jinja").read_text()
     card = (tmp_path / "new" / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\n")
-    for row in ("| num_local_experts | 2 |", "| trained tokens | 192 |", "| trained steps | 3 |", "| data | data",
-                "| data SHA-256 | 91b86"):  # fmt: skip
+    for row in (
+        "| num_local_experts | 2 |",
+        "| trained tokens | 192 |",
+        "| trained steps | 3 |",
+        "| data | data",
+        "| data SHA-256 | 91b86",
+    ):
         assert row in card
     # From there on, the template, the ids and the licence are those of the folder.
     (tmp_path / "new" / "chat_template.jinja").write_text("theirs")

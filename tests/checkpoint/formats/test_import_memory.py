@@ -80,8 +80,16 @@ def repeated(name: str, shape: tuple[int, ...], pack: bool) -> Output:
 def test_import_needs_its_share_and_a_buffer(tmp_path, form):
     """Two processes, experts spread over them. What is checked is the peak above what was there before."""
     layers = 2
-    size = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": layers, "num_attention_heads": 8,
-            "num_key_value_heads": 2, "head_dim": 32, "num_experts_per_tok": 2, "vocab_size": 1024}  # fmt: skip
+    size = {
+        "hidden_size": 512,
+        "intermediate_size": 512,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts_per_tok": 2,
+        "vocab_size": 1024,
+    }
     expert_bytes = layers * 3 * 512 * 512 * 2  # of one expert in all layers, in bf16
     experts = max(2, round(GIGABYTES * 1e9 / expert_bytes / 2) * 2)
     config = ModelConfig(**size, num_local_experts=experts)

@@ -199,16 +199,20 @@ def test_everything_wrong_is_listed(published, tmp_path):
         file.truncate(1000)
     with pytest.raises(ValueError, match=first.name):
         open_pretrained(f"hf:{broken}")
-    for where, message in (("hf:nowhere", "no folder nowhere"), ("gguf:x", "gguf is no known format"),
-                           ("nowhere", "no complete checkpoint in nowhere: there is no such folder")):  # fmt: skip
+    for where, message in (
+        ("hf:nowhere", "no folder nowhere"),
+        ("gguf:x", "gguf is no known format"),
+        ("nowhere", "no complete checkpoint in nowhere: there is no such folder"),
+    ):
         with pytest.raises(ValueError, match=message):
             open_pretrained(where)
 
 
 def test_variants_are_refused_by_name(published, tmp_path):
     source = open_pretrained(f"hf:{published[0]}")
-    variant = gptoss_dist.ModelConfig(**SIZES | {"num_shared_experts": 1, "sink_clamp": [-10, 15], "router_bias": False,
-                                                 "rope_pruned_fraction": 0.25})  # fmt: skip
+    variant = gptoss_dist.ModelConfig(
+        **SIZES | {"num_shared_experts": 1, "sink_clamp": [-10, 15], "router_bias": False, "rope_pruned_fraction": 0.25}
+    )
     for layout in ("hf", "openai"):
         with pytest.raises(ValueError) as error:
             export(source._replace(config=variant), tmp_path / "no", layout)
@@ -251,8 +255,10 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path, rope):
 
 
 def test_a_rotary_embedding_that_is_not_known_is_refused(tmp_path):
-    for rope, message in (({"rope_type": "linear", "factor": 2.0}, "rope_type=linear"),
-                          ({"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}, "mscale")):  # fmt: skip
+    for rope, message in (
+        ({"rope_type": "linear", "factor": 2.0}, "rope_type=linear"),
+        ({"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}, "mscale"),
+    ):
         values = {"model_type": "gpt_oss", **SIZES, "rope_scaling": rope}
         (tmp_path / "config.json").write_text(json.dumps(values))
         with pytest.raises(ValueError, match=message):

@@ -58,8 +58,13 @@ def samples(batches, varlen):
 
 def consume(dataset, steps, start, world_size, accumulation, workers, varlen):
     """Samples of the global batches in order of consumption, put together from all ranks."""
-    read_plan = {"micro_batch_size": ROWS // (world_size * accumulation), "accumulation": accumulation,
-              "world_size": world_size, "samples_consumed": start, "workers": workers}  # fmt: skip
+    read_plan = {
+        "micro_batch_size": ROWS // (world_size * accumulation),
+        "accumulation": accumulation,
+        "world_size": world_size,
+        "samples_consumed": start,
+        "workers": workers,
+    }
     loaders = [BatchLoader(dataset, rank=rank, document_mask=True, **read_plan) for rank in range(world_size)]
     found = []
     for _ in range(steps):

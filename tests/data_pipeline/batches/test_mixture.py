@@ -32,8 +32,13 @@ def directories(tmp_path_factory):
     root, found = tmp_path_factory.mktemp("sources"), {}
     for seed, (name, documents) in enumerate({"web": 60, "code": 25, "math": 12, "foreign": 10}.items()):
         tokenizer = load_tokenizer("builtin" if name == "foreign" else "bytes")
-        prepare([open_source(f"synthetic:documents={documents},seed={seed}")], root / name, tokenizer,
-                validation_fraction=0.1, report=lambda _: None)  # fmt: skip
+        prepare(
+            [open_source(f"synthetic:documents={documents},seed={seed}")],
+            root / name,
+            tokenizer,
+            validation_fraction=0.1,
+            report=lambda _: None,
+        )
         found[name] = root / name
     return found
 
@@ -224,8 +229,11 @@ def test_differences_are_named(source):
         f"{source('math').dataset.content_sha256[:12]}"
     ]
     assert differences(one, state(source("web", 3, 2), source("math", 1))) == [
-        "weight of web was 0.5, now 0.75", "max_epochs of web was None, now 2", "code is gone", "math is new"
-    ]  # fmt: skip
+        "weight of web was 0.5, now 0.75",
+        "max_epochs of web was None, now 2",
+        "code is gone",
+        "math is new",
+    ]
     (stages,) = differences(one, state(source("web", 1), source("code", 1), stages=[Stage(9, {"web": 1})]))
     assert stages == "stages were none, now {'web': 1} from sample 9"
 

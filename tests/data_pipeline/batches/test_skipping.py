@@ -42,8 +42,15 @@ def draw_ranges(generator, end):
 def read(dataset, ranges, start, steps, layout, workers, prefetch):
     """The micro-batches that all ranks read of some steps in their global order, and the place after each step."""
     world_size, accumulation, size = layout
-    options = {"micro_batch_size": size, "accumulation": accumulation, "world_size": world_size, "workers": workers,
-               "prefetch": prefetch, "samples_consumed": start, "skipped": SkippedPositions(ranges)}  # fmt: skip
+    options = {
+        "micro_batch_size": size,
+        "accumulation": accumulation,
+        "world_size": world_size,
+        "workers": workers,
+        "prefetch": prefetch,
+        "samples_consumed": start,
+        "skipped": SkippedPositions(ranges),
+    }
     loaders = [BatchLoader(dataset, rank=rank, **options) for rank in range(world_size)]
     batches, places = [], []
     for _ in range(steps):
@@ -122,6 +129,12 @@ def test_an_order_is_told_from_others_by_what_decides_it(directories):
     # Neither the order of the sources nor their names decide anything.
     renamed = [WeightedDataset("x", b, 2), WeightedDataset("y", a, 4)]
     assert same == of(renamed, stages=[Stage(9, {"y": 1})])
-    others = [of(pair), of(pair, stages=[Stage(8, {"a": 1})]), of(pair, start=5), of([*pair[:1]]),
-              of(pair, consumed={a.content_sha256: 3}), of([pair[0], WeightedDataset("b", b, 1, 2)])]  # fmt: skip
+    others = [
+        of(pair),
+        of(pair, stages=[Stage(8, {"a": 1})]),
+        of(pair, start=5),
+        of([*pair[:1]]),
+        of(pair, consumed={a.content_sha256: 3}),
+        of([pair[0], WeightedDataset("b", b, 1, 2)]),
+    ]
     assert len({same, *others}) == 7

@@ -265,9 +265,11 @@ def test_filters_and_normalization(tmp_path, capsys, monkeypatch):
         assert documents_of(output, "train") == ["\u00c9!", "EVEN", "AB"]
     dropped = {"empty": 0, "duplicate": 0, "long": 1, "test_prepare:keep_even": 2}
     assert Manifest.read(output).dropped == dropped
-    for bad, message in (("nonsense", "expected MODULE:FUNCTION"),
-                         ("test_prepare:nothing", "has no attribute 'nothing'"),
-                         ("test_prepare:forgets_to_return", "returned None, on a text that begins 'e")):  # fmt: skip
+    for bad, message in (
+        ("nonsense", "expected MODULE:FUNCTION"),
+        ("test_prepare:nothing", "has no attribute 'nothing'"),
+        ("test_prepare:forgets_to_return", "returned None, on a text that begins 'e"),
+    ):
         code, _, err = run(path, "--output", tmp_path / "b", "--filter", bad, "--allow-code", __file__, capsys=capsys)
         assert code == 2 and message in err and err.count("\n") == 1
 

@@ -65,8 +65,9 @@ def test_every_value_of_a_tokenizer(dataset, kind):
             assert is_one_line(str(error.value), "tokenizer.gptoss.json", str(dataset)), (place, error.value)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.gptoss.json", "tokenizer.tiktoken", "train-00000.bin",
-                                  "train-00000.idx"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "tokenizer.gptoss.json", "tokenizer.tiktoken", "train-00000.bin", "train-00000.idx"]
+)
 def test_no_pipe_is_waited_for(dataset, name):
     (dataset / name).unlink()
     os.mkfifo(dataset / name)

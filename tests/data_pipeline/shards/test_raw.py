@@ -71,8 +71,11 @@ def test_adopted_raw_files_train_like_any_other(tmp_path, capsys, write, dtype):
     assert f"train {len(train)} tokens in" in capsys.readouterr().out
     after = contents(tmp_path)
     assert after.keys() - before.keys() == {
-        "manifest.json", "tokenizer.gptoss.json", "tokenizer.tiktoken", "verified.json"
-    }  # fmt: skip
+        "manifest.json",
+        "tokenizer.gptoss.json",
+        "tokenizer.tiktoken",
+        "verified.json",
+    }
     assert all(after[name] == data for name, data in before.items()), "nothing else is touched"
 
     dataset = TokenDataset(tmp_path, seq_len=11, shuffle=False)
@@ -119,7 +122,7 @@ BEYOND = np.where(np.arange(len(LONG)) == 300, 265, LONG)
         (npy(LONG.astype("u2"))[:40], [], "damaged .npy header"),
         (bare(LONG.astype("u2")), [], "does not say its dtype; give --dtype"),
     ],
-)  # fmt: skip
+)
 def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, capsys, data, options, message):
     (tmp_path / "train.bin").write_bytes(data)
     assert adopt(tmp_path, "train.bin", *options) == 2

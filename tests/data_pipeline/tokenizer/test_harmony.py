@@ -64,30 +64,44 @@ def assistant(content="", **fields) -> dict:
     "messages, expected",
     [
         ([SYSTEM, USER], "<|start|>system<|message|>Be brief.<|end|><|start|>user<|message|>2+2?<|end|>"),
-        ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
-         "<|start|>user<|message|>ab<|end|>"),
-        ([{"role": "developer", "content": "Be kind."}],
-         "<|start|>developer<|message|># Instructions\n\nBe kind.<|end|>"),
-        ([USER, assistant("4")],
-         "<|start|>user<|message|>2+2?<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"),
-        ([USER, assistant("4"), USER],
-         "<|start|>user<|message|>2+2?<|end|><|start|>assistant<|channel|>final<|message|>4<|end|>"
-         "<|start|>user<|message|>2+2?<|end|>"),
-        ([USER, assistant("4", thinking="Even."), USER, assistant("4", reasoning_content="Again.")],
-         "<|start|>user<|message|>2+2?<|end|><|start|>assistant<|channel|>final<|message|>4<|end|>"
-         "<|start|>user<|message|>2+2?<|end|><|start|>assistant<|channel|>analysis<|message|>Again.<|end|>"
-         "<|start|>assistant<|channel|>final<|message|>4<|return|>"),
-        ([USER, assistant(thinking="Look.", tool_calls=[{"type": "function", "function": WEATHER}])],
-         "<|start|>user<|message|>2+2?<|end|><|start|>assistant<|channel|>analysis<|message|>Look.<|end|>"
-         "<|start|>assistant to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>"
-         '{"place": "Bern"}<|call|>'),
-        ([assistant(tool_calls=[WEATHER]), {"role": "tool", "content": "sunny"}],
-         "<|start|>assistant to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>"
-         '{"place": "Bern"}<|call|><|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>sunny'
-         "<|end|>"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+            "<|start|>user<|message|>ab<|end|>",
+        ),
+        (
+            [{"role": "developer", "content": "Be kind."}],
+            "<|start|>developer<|message|># Instructions\n\nBe kind.<|end|>",
+        ),
+        (
+            [USER, assistant("4")],
+            "<|start|>user<|message|>2+2?<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>",
+        ),
+        (
+            [USER, assistant("4"), USER],
+            "<|start|>user<|message|>2+2?<|end|><|start|>assistant<|channel|>final<|message|>4<|end|>"
+            "<|start|>user<|message|>2+2?<|end|>",
+        ),
+        (
+            [USER, assistant("4", thinking="Even."), USER, assistant("4", reasoning_content="Again.")],
+            "<|start|>user<|message|>2+2?<|end|><|start|>assistant<|channel|>final<|message|>4<|end|>"
+            "<|start|>user<|message|>2+2?<|end|><|start|>assistant<|channel|>analysis<|message|>Again.<|end|>"
+            "<|start|>assistant<|channel|>final<|message|>4<|return|>",
+        ),
+        (
+            [USER, assistant(thinking="Look.", tool_calls=[{"type": "function", "function": WEATHER}])],
+            "<|start|>user<|message|>2+2?<|end|><|start|>assistant<|channel|>analysis<|message|>Look.<|end|>"
+            "<|start|>assistant to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>"
+            '{"place": "Bern"}<|call|>',
+        ),
+        (
+            [assistant(tool_calls=[WEATHER]), {"role": "tool", "content": "sunny"}],
+            "<|start|>assistant to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>"
+            '{"place": "Bern"}<|call|><|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>sunny'
+            "<|end|>",
+        ),
     ],
     ids=["system", "parts", "developer", "answer", "turns", "thinking", "call", "result"],
-)  # fmt: skip
+)
 def test_messages(messages, expected):
     assert rendered(*messages) == expected
     if messages[-1]["role"] != "assistant":
@@ -98,13 +112,18 @@ def test_messages(messages, expected):
     "messages, before, after",
     [
         ([USER], "<|start|>developer<|message|>", "<|end|><|start|>user<|message|>2+2?<|end|>"),
-        ([SYSTEM, USER], "<|start|>system<|message|>Be brief.<|end|><|start|>developer<|message|>",
-         "<|end|><|start|>user<|message|>2+2?<|end|>"),
-        ([SYSTEM, {"role": "developer", "content": "Be kind."}],
-         "<|start|>system<|message|>Be brief.<|end|><|start|>developer<|message|># Instructions\n\nBe kind.\n\n",
-         "<|end|>"),
+        (
+            [SYSTEM, USER],
+            "<|start|>system<|message|>Be brief.<|end|><|start|>developer<|message|>",
+            "<|end|><|start|>user<|message|>2+2?<|end|>",
+        ),
+        (
+            [SYSTEM, {"role": "developer", "content": "Be kind."}],
+            "<|start|>system<|message|>Be brief.<|end|><|start|>developer<|message|># Instructions\n\nBe kind.\n\n",
+            "<|end|>",
+        ),
     ],
-)  # fmt: skip
+)
 def test_tools(messages, before, after):
     assert rendered(*messages, tools=TOOLS) == before + TOOLS_IN_WORDS + after
 

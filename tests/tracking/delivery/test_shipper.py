@@ -100,10 +100,24 @@ METRICS = [{"step": step, "time": 100.0, "metrics": {"loss/train": float(step)}}
 
 
 DAMAGED_CURSORS = [
-    "", "{", "[]", "null", '"a"', "\0\0\0", '{"metrics_offset": "5"}', '{"metrics_offset": -5}',
-    '{"metrics_offset": 1e400}', '{"metrics_offset": 99999999}', '{"metrics_offset": 7}', '{"journal_offset": 3}',
-    '{"journal_offset": true}', '{"run_id": 5}', '{"uri": 5}', '{"database": []}', "[" * 100_000,
-]  # fmt: skip
+    "",
+    "{",
+    "[]",
+    "null",
+    '"a"',
+    "\0\0\0",
+    '{"metrics_offset": "5"}',
+    '{"metrics_offset": -5}',
+    '{"metrics_offset": 1e400}',
+    '{"metrics_offset": 99999999}',
+    '{"metrics_offset": 7}',
+    '{"journal_offset": 3}',
+    '{"journal_offset": true}',
+    '{"run_id": 5}',
+    '{"uri": 5}',
+    '{"database": []}',
+    "[" * 100_000,
+]
 
 
 @pytest.mark.parametrize("text", DAMAGED_CURSORS, ids=range(len(DAMAGED_CURSORS)))
@@ -220,10 +234,15 @@ def test_mlflow_run_id_continues_a_run_that_something_else_made(tmp_path, client
     assert sync(tmp_path / "wrong") == runs_of(client)[0].info.run_id
 
 
-@pytest.mark.parametrize("name, value", [
-    ("MLFLOW_TAGS", "team=nlp"), ("MLFLOW_TAGS", "[1]"), ("MLFLOW_TAGS", "[" * 100_000),
-    ("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "perhaps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("MLFLOW_TAGS", "team=nlp"),
+        ("MLFLOW_TAGS", "[1]"),
+        ("MLFLOW_TAGS", "[" * 100_000),
+        ("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "perhaps"),
+    ],
+)
 def test_a_variable_that_makes_no_sense_is_told_and_left_out(tmp_path, client, store, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     said = []
