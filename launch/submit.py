@@ -62,6 +62,14 @@ def _submit(options, training: list[str]) -> int:
         working_directory=Path.cwd(),
         resume=base.resume,
     )
+    for config in configs:
+        cluster.check_mounts(job, config)
+    if not job.asks_for_processors and options.gpus_per_node:
+        print(
+            "submit.py: no processors or memory are asked for, and SLURM's default may be one processor for each node; "
+            "set cpus_per_gpu, and --exclusive and --mem=0 in sbatch, in the file of --site",
+            file=sys.stderr,
+        )
     if options.array and base.tracking.mlflow:
         # MLflow is where the job will find it.
         os.environ.update({name: value for name, value in site.environment.items() if name.startswith("MLFLOW_")})

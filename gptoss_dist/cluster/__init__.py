@@ -2,6 +2,7 @@
 
 from gptoss_dist.cluster.job import Job, JobOptions, Site, split_arguments
 from gptoss_dist.cluster.kept import Revision, check_submittable, keep, next_folder, read_revision
+from gptoss_dist.cluster.mounts import check_mounts
 from gptoss_dist.cluster.render import render
 from gptoss_dist.cluster.submit import follow, submit
 from gptoss_dist.cluster.sweep import sweep
@@ -11,6 +12,7 @@ __all__ = [
     "JobOptions",
     "Revision",
     "Site",
+    "check_mounts",
     "check_submittable",
     "follow",
     "keep",

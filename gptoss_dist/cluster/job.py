@@ -15,6 +15,8 @@ _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")
 _WORD = re.compile(r"[\w.,:@+/=&|*\[\]()-]+")
 """What may stand unquoted in a line of `#SBATCH`."""
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
+_OURS = re.compile(r"--(nodes|ntasks[\w-]*|array|signal|requeue|no-requeue|output|chdir|open-mode)(=.*)?")
+"""Options of sbatch that the script sets itself."""
 
 
 @dataclass
@@ -32,13 +34,14 @@ class Site:
     cpus_per_gpu: int | None = ranged(None, above=0)
     """Processors for each GPU's process; null takes the cluster's default, which often is one for the whole node."""
     sbatch: list[str] = field(default_factory=list)
-    """Further options of sbatch, such as "--exclusive" and "--mem=0"."""
+    """Further options of sbatch, such as "--exclusive", "--mem=0", or "--gpus-per-node=h100:8" for one type of GPUs."""
     modules: list[str] = field(default_factory=list)
     """Modules to load, such as "cuda/12.8", in this order, after `module purge`."""
     setup: list[str] = field(default_factory=list)
-    """Lines of shell that each node's batch script runs before the training, such as "source venv/bin/activate"."""
-    environment: dict[str, str] = field(default_factory=dict)
-    """Variables to set, such as NCCL_SOCKET_IFNAME."""
+    """Lines of shell that run once, on the first node, before `environment` is set: "export A=$SCRATCH/a", which all
+    ranks inherit, or "ulimit -l unlimited"."""
+    environment: dict[str, str | int | float | bool] = field(default_factory=dict)
+    """Variables to set, such as NCCL_SOCKET_IFNAME. The values are taken as they are, without $VARIABLES."""
     python: str | None = None
     """Python with this project's packages; null is the one that submits, or `python` in a container."""
     container_runtime: Literal["none", "apptainer", "pyxis"] = "none"
@@ -54,9 +57,14 @@ class Site:
         for line in self.sbatch:
             if not line.startswith("--"):
                 raise ValueError(f"sbatch={line!r} is no option of sbatch; give it with its dashes, as --exclusive")
-        for name in self.environment:
+            if _OURS.fullmatch(line):
+                raise ValueError(f"sbatch={line!r} is what the script sets itself; leave it out")
+        for name, value in self.environment.items():
             if not _VARIABLE.fullmatch(name):
                 raise ValueError(f"environment={name!r} is no name of a variable; use letters, digits and _")
+            if isinstance(value, bool):
+                raise ValueError(f'environment.{name}={value} is no text; put it in quotes, as "yes" or "1"')
+        self.environment = {name: str(value) for name, value in self.environment.items()}
         for mount in self.container_mounts:
             if "," in mount:
                 raise ValueError(f"container_mounts={mount!r} has a comma; give each mount as an entry of its own")
@@ -108,7 +116,7 @@ class JobOptions:
     array: list[str] = option(default_factory=list, metavar="KEY=A,B,...")
     """A run for each of the values, such as "optim.lr=1e-3,3e-4"; given twice, for each pair. Each is a run of its own,
     NAME-0, NAME-1, ..., an element of one array of jobs, and nested below one run of MLflow."""
-    signal_before_s: int = ranged(300, at_least=60)
+    signal_before_s: int = ranged(300, at_least=60, at_most=65535)
     """Seconds before the time limit at which the job is asked to save; SLURM asks up to a minute earlier."""
     most_stalled_starts: int = ranged(3, above=0)
     """Starts in a row from the same checkpoint, after which the job is not requeued any more."""
@@ -124,10 +132,28 @@ class JobOptions:
             _check_words(name, getattr(self, name))
         if self.time is not None and not _TIME.fullmatch(self.time):
             raise ValueError(f"time={self.time} is no time limit; give it as 24:00:00, 2-12:00:00, or minutes")
+        if self.time is not None and _seconds(self.time) < self.signal_before_s + 120:
+            raise ValueError(
+                f"time={self.time}: the job would be asked to save at once, as signal_before_s={self.signal_before_s}; "
+                "give more time, or a smaller --signal-before-s"
+            )
+        if self.gpus_per_node and (self.processes_per_node or 0) > self.gpus_per_node:
+            raise ValueError(
+                f"processes_per_node={self.processes_per_node} is more than gpus_per_node={self.gpus_per_node}; each "
+                "rank has a GPU of its own"
+            )
         if self.launcher == "deepspeed" and self.max_restarts:
             raise ValueError(f"max_restarts={self.max_restarts} is torchrun's; leave it out with launcher=deepspeed")
         if self.follow and self.array:
             raise ValueError("follow=true is for one job, and array makes several; use tail -F on one of their logs")
+
+
+def _seconds(time: str) -> int:
+    """Return the seconds of a time limit: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, rest = time.rpartition("-")
+    numbers = [int(number) for number in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(numbers) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(number * unit for number, unit in zip(numbers, units))
 
 
 def _check_words(name: str, value: str | list[str] | None) -> None:
@@ -222,6 +248,12 @@ class Job:
     def cpus_per_node(self) -> int | None:
         """Processors of each node; None leaves it to the cluster."""
         return self.site.cpus_per_gpu and self.site.cpus_per_gpu * self.processes_per_node
+
+    @property
+    def asks_for_processors(self) -> bool:
+        """Whether it says how many processors its ranks get; else SLURM's default may be one for each node."""
+        words = ("--exclusive", "--cpus", "--mem-per-cpu")
+        return bool(self.cpus_per_node) or any(line.startswith(words) for line in self.site.sbatch)
 
     @property
     def settings(self) -> str:

@@ -20,6 +20,10 @@ _ENDED = {
     "TIMEOUT",
 }
 """States that a job does not leave any more. A job that requeues itself is PENDING again."""
+MOST_BETWEEN_QUESTIONS_S = 30.0
+"""Its manual asks programs not to call squeue in short loops, as each call burdens the controller."""
+MOST_SILENCE_S = 600.0
+"""A controller that restarts is given so long."""
 
 
 def submit(script: Path) -> str:
@@ -38,16 +42,25 @@ def follow(job: str, log: Path, write: Callable[[str], None], interval_s: float 
         job: The job's id.
         log: Its log, which appears when the job starts.
         write: Takes each new part of the log.
-        interval_s: Seconds between two looks.
+        interval_s: Seconds between two looks at the log. SLURM is asked for the job's state after one, two, four, ...
+            of them, up to `MOST_BETWEEN_QUESTIONS_S`.
 
     Raises:
-        ValueError: SLURM does not answer.
+        ValueError: SLURM has not answered for `MOST_SILENCE_S`.
     """
-    offset, state = 0, "PENDING"
+    offset, state, ended = 0, "PENDING", False
+    answered, next_question, pause_s = time.monotonic(), 0.0, interval_s
     while True:
-        found = state_of(job)
-        ended = found is None or found in _ENDED  # asked before the log is read: nothing comes after that
-        state = found or state
+        if (now := time.monotonic()) >= next_question:
+            next_question, pause_s = now + pause_s, min(2 * pause_s, MOST_BETWEEN_QUESTIONS_S)
+            try:
+                found = state_of(job)
+            except ValueError:
+                if now - answered > MOST_SILENCE_S:
+                    raise
+            else:
+                ended = found is None or found in _ENDED  # asked before the log is read: nothing comes after that
+                state, answered = found or state, now
         if log.is_file():
             with open(log, "rb") as file:
                 file.seek(offset)

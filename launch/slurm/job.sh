@@ -13,6 +13,7 @@
 #   PYTHON               Python with this project's packages (python)
 #   CONTAINER_RUNTIME    none (by default), apptainer, or pyxis, which is Enroot's part of SLURM
 #   CONTAINER_IMAGE, CONTAINER_MOUNTS    its image, and mounts A:B,C:D
+#   CONTAINER_ENV        names of variables, A,B, that keep their values in the container, whatever its image sets
 #
 # How it ends. SLURM signals this shell only (--signal=B:USR1@SECONDS), which leaves a file STOP in the run's folder.
 # Rank 0 looks for it, all ranks leave after the same step and save, and rank 0 writes STOPPED, or DONE after the last
@@ -31,7 +32,8 @@ message() { echo "job.sh: $(date '+%F %T') $*"; }
 # Read the run's folder and that of its checkpoints out of the settings; wrong ones end the job before it uses a GPU.
 find_folders() {
     local found
-    found=$("${beside[@]}" "$python" -m gptoss_dist.cluster "${arguments[@]}") || exit 2
+    # The last two lines: an image may greet whoever enters it.
+    found=$("${beside[@]}" "$python" -m gptoss_dist.cluster "${arguments[@]}" | tail -n 2) || exit 2
     { read -r run && read -r checkpoints; } <<<"$found"
     mkdir -p "$run" || exit 2
 }
@@ -64,8 +66,10 @@ check_progress() {
 enter_container() {
     beside=() steps=() inside=()
     local mounts=${CONTAINER_MOUNTS:+$CONTAINER_MOUNTS,}$root,$PWD
-    case ${CONTAINER_RUNTIME:-none} in
-        none) return ;;
+    [[ ${CONTAINER_RUNTIME:-none} = none ]] && return
+    # Packages of the host, in paths and in the user's home, are not those of the image.
+    export PYTHONPATH=$root PYTHONNOUSERSITE=1
+    case $CONTAINER_RUNTIME in
         apptainer)
             inside=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "${CONTAINER_IMAGE:?is not set}")
             beside=("${inside[@]}")
@@ -73,7 +77,9 @@ enter_container() {
         pyxis)
             mounts=$root:$root,$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
             steps=(--container-image "${CONTAINER_IMAGE:?is not set}" --container-mounts "$mounts"
-                --container-workdir "$PWD" --no-container-mount-home)
+                --container-workdir "$PWD" --no-container-mount-home
+                # Of variables that the image sets too, Pyxis takes the image's, but for these (NVIDIA/pyxis#124).
+                "--container-env=PYTHONPATH,PYTHONNOUSERSITE${CONTAINER_ENV:+,$CONTAINER_ENV}")
             beside=(srun --nodes 1 --ntasks 1 --nodelist "$head" "${steps[@]}")
             ;;
         *)
@@ -114,7 +120,9 @@ train() {
     # torchrun and deepspeed would die of a USR1 that somebody sends to the step; the ranks have a handler for it.
     # shellcheck disable=SC2016  # the nodes expand it
     local start='trap "" USR1 USR2; exec "${@/#@NODE_RANK@/$SLURM_NODEID}"'
-    srun --kill-on-bad-exit=1 --wait=60 "${steps[@]}" bash -c "$start" bash "${command[@]}" &
+    # One task on each node, whatever the job asked for, and on all of the node's processors: it starts the ranks.
+    srun --nodes "$SLURM_JOB_NUM_NODES" --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 --cpu-bind=none \
+        --kill-on-bad-exit=1 --wait=60 "${steps[@]}" bash -c "$start" bash "${command[@]}" &
     local step=$!
     while :; do
         wait "$step"
@@ -142,6 +150,13 @@ main() {
     export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
     # Ranks get so long to finish a step and save, after a SIGTERM that torchrun hands on; SLURM's limits count anyway.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
+    # The ranks get this environment, even if the job was submitted with --export=NONE.
+    export SLURM_EXPORT_ENV=ALL
+    if [[ ${SLURM_NTASKS_PER_NODE:-1} != 1 ]]; then
+        message "--ntasks-per-node=$SLURM_NTASKS_PER_NODE: it must be 1, as one launcher on each node starts all ranks" \
+            "there; give --cpus-per-task the processors of all of them" >&2
+        exit 2
+    fi
     # Since 22.05 srun does not know what sbatch was told of processors.
     [[ -n ${SLURM_CPUS_PER_TASK:-} ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     arguments=("$@") job=$SLURM_JOB_ID

@@ -4,12 +4,14 @@ import os
 import runpy
 import shlex
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from gptoss_dist.cluster import read_revision
+from gptoss_dist.cluster import follow, read_revision
 from gptoss_dist.config import load_config
 from tests.support.ranks import ROOT
 
@@ -49,7 +51,8 @@ def test_a_dry_run_prints_a_script_and_does_nothing_else(submit, tmp_path):
         ),
     )
     assert code == 0 and not (tmp_path / "runs").exists() and not (tmp_path / "seen.sbatch").exists()
-    lines = script.splitlines()
+    *lines, hint = script.splitlines()
+    assert hint.startswith("submit.py: no processors or memory are asked for")
     assert lines[0] == "#!/bin/bash"
     for line in (
         "--job-name=mine",
@@ -70,7 +73,7 @@ def test_a_dry_run_prints_a_script_and_does_nothing_else(submit, tmp_path):
     assert not [line for line in lines if line.startswith("#SBATCH --array")]
     assert "export LAUNCHER=deepspeed PROCESSES_PER_NODE=8" in script and "MOST_STALLED_STARTS=5" in script
     assert lines[-1] == f"exec bash {ROOT}/launch/slurm/job.sh --config runs/mine/job/1/config.yaml --resume auto"
-    assert_is_shell(script)
+    assert_is_shell("\n".join(lines))
 
 
 def assert_is_shell(script: str) -> None:
@@ -78,37 +81,51 @@ def assert_is_shell(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["apptainer_example", "pyxis_example"])
+@pytest.mark.parametrize("name", ["apptainer_example", "modules_example", "pyxis_example"])
 def test_scripts_of_the_example_sites(submit, name):
-    code, script = submit(
-        *shlex.split(f"--site {ROOT / f'configs/cluster/{name}.yaml'} --nodes 2 --gpus-per-node 8 --dry-run")
-    )
-    assert code == 0, script
-    site = yaml.safe_load((ROOT / f"configs/cluster/{name}.yaml").read_text())
+    file = ROOT / f"configs/cluster/{name}.yaml"
+    site = yaml.safe_load(file.read_text())
+    mounts = site.get("container_mounts", [])
+    data = f"{mounts[0].split(':')[1]}/tokens" if mounts else "data"
+    code, script = submit(*shlex.split(f"--site {file} --nodes 2 --gpus-per-node 8 --data.path {data} --dry-run"))
+    assert code == 0 and "no processors" not in script, script
     assert f"#SBATCH --cpus-per-task={8 * site['cpus_per_gpu']}" in script
     for key in ("partition", "account", "qos", "constraint"):
         assert f"#SBATCH --{key}={site[key]}\n" in script if key in site else f"--{key}" not in script
     for line in site["sbatch"]:
         assert f"#SBATCH {line}\n" in script
-    for module in site.get("modules", []):
-        assert f"module purge\nmodule load {module}\n" in script
+    modules = site.get("modules", [])
+    assert "".join(f"module load {module}\n" for module in modules) in script
+    assert ("module purge\nmodule load " in script) == bool(modules)
     for line in site.get("setup", []):
         assert f"\n{line}\n" in script
     for key, value in site["environment"].items():
         assert f"export {key}={value}\n" in script
-    runtime, image = site["container_runtime"], site["container_image"]
-    assert f"export CONTAINER_RUNTIME={runtime} CONTAINER_IMAGE={image}\n" in script
-    assert f"export CONTAINER_MOUNTS={site['container_mounts'][0]}\n" in script
-    assert "PYTHON=python\n" in script
+    if mounts:
+        runtime, image = site["container_runtime"], site["container_image"]
+        assert f"export CONTAINER_RUNTIME={runtime} CONTAINER_IMAGE={image}\n" in script
+        names = ",".join(site["environment"])
+        assert f"export CONTAINER_MOUNTS={','.join(mounts)} CONTAINER_ENV={names}\n" in script
+    assert "CONTAINER" in script if mounts else "CONTAINER" not in script
+    assert f"PYTHON={'python' if mounts else sys.executable}\n" in script
     assert_is_shell(script)
 
 
-def test_options_win_over_the_site_and_words_are_quoted(submit, tmp_path):
-    site = {"partition": "slow", "container_runtime": "apptainer", "environment": {"NOTE": "it's $HOME; rm x"}}
+def test_options_win_over_the_site_and_words_are_quoted(submit, tmp_path, corpus):
+    site = {
+        "partition": "slow",
+        "sbatch": ["--exclusive", "--gpus-per-node=h100:8", "--time=1"],
+        "container_runtime": "apptainer",
+        "container_mounts": [str(corpus)],
+        "environment": {"NOTE": "it's $HOME; rm x", "NCCL_IB_TIMEOUT": 22},
+    }
     (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
-    code, script = submit("--site", "site.yaml", "--partition", "fast", "--container", "my image.sif", "--dry-run")
+    options = "--site site.yaml --partition fast --time 60 --gpus-per-node 8 --container 'my image.sif' --dry-run"
+    code, script = submit(*shlex.split(options), "--data.path", str(corpus))
     assert code == 0 and "--partition=fast" in script and "slow" not in script
-    assert "CONTAINER_IMAGE='my image.sif'" in script
+    assert "CONTAINER_IMAGE='my image.sif'" in script and "export NCCL_IB_TIMEOUT=22\n" in script
+    order = ["--gpus-per-node=8", "--gpus-per-node=h100:8", "--time=1\n", "--time=60\n"]  # the last one counts
+    assert sorted(order, key=script.index) == order
     said = subprocess.run(
         ["bash"], input=script.replace("exec bash", 'printf %s "$NOTE" #'), capture_output=True, text=True
     )
@@ -156,6 +173,10 @@ def test_a_sweep_has_a_run_for_each_combination(submit, tmp_path):
         (["--tracking.uri", "http://me:secret@host"], "set MLFLOW_TRACKING_URI"),
         (["--run.dir", "runs/a b"], "run.dir='runs/a b/job/1'"),
         (["--nodse", "2"], "--nodse"),
+        (["--time", "0-0:06"], "time=0-0:06: the job would be asked to save at once, as signal_before_s=300"),
+        (["--time", "5:30"], "time=5:30: the job would be asked to save at once"),
+        (["--signal-before-s", "90000"], "signal_before_s=90000 must be"),
+        (["--gpus-per-node", "8", "--processes-per-node", "16"], "processes_per_node=16 is more than gpus_per_node=8"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_submitted(submit, tmp_path, words, message):
@@ -175,6 +196,12 @@ def test_mistakes_are_one_line_and_nothing_is_submitted(submit, tmp_path, words,
         ({"container_runtime": "docker"}, "container_runtime"),
         ({"container_mounts": ["a,b"]}, "container_mounts='a,b' has a comma"),
         ({"cpus_per_gpu": 0}, "cpus_per_gpu=0 must be positive"),
+        (
+            {"sbatch": ["--ntasks-per-node=8"]},
+            "sbatch='--ntasks-per-node=8' is what the script sets itself; leave it out",
+        ),
+        ({"environment": {"OMP": True}}, "environment.OMP=True is no text; put it in quotes"),
+        ({"environment": {"OMP": None}}, "environment"),
     ],
 )
 def test_mistakes_in_a_site_name_its_file(submit, tmp_path, site, message):
@@ -182,6 +209,33 @@ def test_mistakes_in_a_site_name_its_file(submit, tmp_path, site, message):
     code, said = submit("--site", "site.yaml")
     (line,) = said.splitlines()
     assert code == 2 and "site.yaml" in line and message in line
+
+
+def test_a_container_must_see_what_a_run_reads_and_writes(submit, tmp_path, corpus):
+    outside, renamed = tmp_path.parent / "outside", tmp_path.parent / "host"
+    outside.mkdir()
+    (tmp_path / "linked").symlink_to(outside)
+
+    def refusal(*words: str, mounts: tuple = (str(corpus),)) -> str:
+        site = {"container_runtime": "pyxis", "container_image": "x", "container_mounts": list(mounts)}
+        (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
+        code, said = submit("--site", "site.yaml", "--dry-run", "--data.path", str(corpus), *words)
+        assert code in (0, 2)
+        return "" if code == 0 else said.splitlines()[-1]
+
+    assert refusal() == ""
+    remedy = f"; add {outside}:{outside} to container_mounts in the file of --site"
+    assert refusal("--checkpoint.dir", f"{outside}/new") == (
+        f"submit.py: checkpoint.dir={outside}/new is in no folder that the container sees under its own name{remedy}"
+    )
+    assert f"run.dir={tmp_path}/linked/run, which is {outside}/run, is in" in refusal("--run.dir", "linked/run")
+    assert refusal("--data.path", f"{outside}/data") == (
+        f"submit.py: data.path={outside}/data is in no folder that the container sees{remedy}"
+    )
+    assert f"init.from={outside}/model is in" in refusal("--init.from", f"hf:{outside}/model")
+    mounts = (str(corpus), f"{renamed}:{outside}:ro")
+    assert refusal("--data.path", f"{outside}/data", mounts=mounts) == ""
+    assert "under its own name" in refusal("--run.dir", f"{outside}/run", mounts=mounts)
 
 
 def test_checkpoints_and_a_missing_slurm_are_said(submit, tmp_path, monkeypatch):
@@ -202,6 +256,26 @@ def test_the_log_is_followed_to_the_end(submit, tmp_path):
     squeue.chmod(0o755)
     code, said = submit("--follow")
     assert code == 0 and said.splitlines()[-2:] == ["step 1", "job 77: COMPLETED"]
+
+
+def test_slurm_is_asked_seldom_and_may_be_silent_for_a_while(tmp_path, monkeypatch):
+    answers = ["", "RUNNING", *[""] * 19, "COMPLETED"]
+    now, asked = [0.0], []
+
+    def squeue(command: tuple[str, ...], **options: object) -> subprocess.CompletedProcess:
+        asked.append(now[0])
+        answer = answers.pop(0)
+        return subprocess.CompletedProcess(command, not answer, answer, "Unable to contact slurm controller")
+
+    monkeypatch.setattr(subprocess, "run", squeue)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    assert follow("7", tmp_path / "log", lambda text: None) == "COMPLETED"
+    assert asked[:6] == [0, 2, 6, 14, 30, 60]
+    answers[:] = [""] * 100
+    with pytest.raises(ValueError, match="Unable to contact"):
+        follow("7", tmp_path / "log", lambda text: None)
+    assert 600 < asked[-1] - asked[22] < 640
 
 
 def test_a_patch_makes_the_commit_into_what_ran(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ SCRIPTS = [*sorted((ROOT / "launch/slurm").iterdir()), *sorted((ROOT / "tests/sl
 
 # `srun` does what SRUN says in the run's folder; requeueing ends the script as SLURM ends it.
 FAKES = {
-    "srun": 'printf "%s\\n" "$@" >"$RUN/srun.txt"; eval "$SRUN"',
+    "srun": 'printf "%s\\n" "$@" >"$RUN/srun.txt"; env >"$RUN/environment.txt"; eval "$SRUN"',
     "squeue": 'echo "${STATE:-RUNNING}"',
     "scontrol": 'if [ "$1" = requeue ]; then echo "$2" >"$RUN/requeued.txt"; kill -TERM "$PPID"; else echo node7; fi',
     "apptainer": 'while [ "$1" != "$PYTHON" ]; do shift; done; exec "$@"',
@@ -147,29 +147,37 @@ def test_elements_of_an_array_have_their_own_job_and_words(job):
     ],
 )
 def test_ranks_are_started_by_a_launcher_on_each_node_perhaps_in_a_container(job, variables, words):
-    process = job(SRUN=DONE, **variables)
+    process = job(SRUN=DONE, PYTHONPATH="/of/the/host", SLURM_EXPORT_ENV="NONE", **variables)
     text, _ = process.communicate(timeout=120)
     started = " ".join((job.run / "srun.txt").read_text().splitlines())
     assert process.returncode == 0 and words.format(run=job.run) in started, text
+    assert started.startswith("--nodes 2 --ntasks 2 --ntasks-per-node 1 --cpu-bind=none ")
+    inherited = (job.run / "environment.txt").read_text().splitlines()
+    path = str(ROOT) if "CONTAINER_RUNTIME" in variables else f"{ROOT}:/of/the/host"
+    assert {"SLURM_EXPORT_ENV=ALL", f"PYTHONPATH={path}"} <= set(inherited)
+    assert ("PYTHONNOUSERSITE=1" in inherited) == ("CONTAINER_RUNTIME" in variables)
     if "LAUNCHER" in variables:
         assert (job.run / "hosts-44").read_text() == "node7 slots=4\n"
 
 
 def test_pyxis_starts_steps_in_the_image(job):
-    """Its srun has the container's options, both for reading the settings and for training."""
-    beside = f'[[ $* = *gptoss_dist.cluster* ]] && exec {sys.executable} "${{@:$#-3}}"; {DONE}'
-    process = job(SRUN=beside, CONTAINER_RUNTIME="pyxis", CONTAINER_IMAGE="team#image:1", CONTAINER_MOUNTS="/a:/b")
+    """Its srun has the container's options, both for reading the settings and for training; the image may greet."""
+    beside = f'[[ $* = *gptoss_dist.cluster* ]] && echo Welcome && exec {sys.executable} "${{@:$#-3}}"; {DONE}'
+    container = {"CONTAINER_IMAGE": "team#image:1", "CONTAINER_MOUNTS": "/a:/b", "CONTAINER_ENV": "NCCL_DEBUG"}
+    process = job(SRUN=beside, CONTAINER_RUNTIME="pyxis", **container)
     text, _ = process.communicate(timeout=120)
     started = " ".join((job.run / "srun.txt").read_text().splitlines())
     mounts = f"{ROOT}:{ROOT},{Path.cwd()}:{Path.cwd()},/a:/b"
     assert process.returncode == 0, text
     assert f"--wait=60 --container-image team#image:1 --container-mounts {mounts} --container-workdir" in started
+    assert "--container-env=PYTHONPATH,PYTHONNOUSERSITE,NCCL_DEBUG bash -c" in started
 
 
 @pytest.mark.parametrize(
     "words, variables, message",
     [
         (["--train.stepz", "3"], {}, "job: "),
+        ([], {"SLURM_NTASKS_PER_NODE": "8"}, "--ntasks-per-node=8: it must be 1, as one launcher on each node"),
         ([], {"LAUNCHER": "mpi"}, "LAUNCHER=mpi is not known; give torchrun or deepspeed"),
         ([], {"CONTAINER_RUNTIME": "docker"}, "CONTAINER_RUNTIME=docker is not known; give none, apptainer or pyxis"),
     ],
