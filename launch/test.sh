@@ -6,15 +6,15 @@
 #   sh launch/test.sh --slow               before a release: the slow variants too
 #   sh launch/test.sh tests/model -k rope  what pytest's arguments select
 #
-# Two processes of pytest run side by side: tests that start processes, and all others, among them those that compile
-# and those that mostly wait (for SLURM, for cut cables). The report of the former comes last. --fast spreads its tests over all cores.
-# Options for both halves: PYTEST_ADDOPTS. What the groups are: docs/testing.md.
+# Several processes of pytest run side by side: two halves that compute, which take about as long, and the tests that
+# mostly wait, for SLURM and for cut cables. Their reports come one after the other. --fast spreads its tests over all cores.
+# Options for all of them: PYTEST_ADDOPTS. What the groups are: docs/testing.md.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 venv=${VIRTUAL_ENV:-$root/.venv}
 sh "$root/launch/install.sh" --venv "$venv" --extras test
 cd "$root"
-# What is computed in one process is small, and another process of tests runs beside it: half of the cores.
+# What is computed in one process is small, and other processes of tests run beside it: half of the cores.
 cores=$(nproc)
 export OMP_NUM_THREADS=$(((cores + 1) / 2))
 
@@ -32,14 +32,27 @@ if [ $# -gt 0 ]; then
     exec "$venv/bin/python" -m pytest "$@"
 fi
 
-report=$(mktemp)
-apart="compiled or slurm or netns"
-"$venv/bin/python" -m pytest -m "distributed and not ($apart)$group" >"$report" 2>&1 &
-beside=$!
-trap 'kill "$beside" 2>/dev/null || true; rm -f "$report"' EXIT
+reports=$(mktemp -d)
+pids=""
+trap 'kill $pids 2>/dev/null || true; rm -rf "$reports"' EXIT
 trap 'exit 130' INT TERM
+
+# Usage: pytest_of EXPRESSION [ARGUMENTS]
+pytest_of() {
+    expression=$1
+    shift
+    "$venv/bin/python" -m pytest -m "($expression)$group" "$@"
+}
+
+pytest_of "slurm or netns" tests/slurm tests/netns >"$reports/waiting" 2>&1 &
+pids="$pids $!"
+pytest_of "distributed and not (compiled or slurm or netns)" --ignore tests/engine >"$reports/processes" 2>&1 &
+pids="$pids $!"
 status=0
-"$venv/bin/python" -m pytest -m "($apart or not distributed)$group" || status=$?
-wait "$beside" || status=$?
-cat "$report"
+pytest_of "(compiled or not distributed) and not (slurm or netns)" || status=$?
+pytest_of "distributed and not compiled" tests/engine || status=$?
+for pid in $pids; do
+    wait "$pid" || status=$?
+done
+cat "$reports/waiting" "$reports/processes"
 exit "$status"

@@ -67,6 +67,7 @@ def test_interrupted_and_resumed_is_bit_identical(settings, tmp_path, processes)
         assert ids[0] is not None and ids[0] == ids[1]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_nothing_is_lost(settings, tmp_path):
     """SIGKILL while a checkpoint is being written, between two of them, and in mid-step: the run ends bit-identical.
 
