@@ -1,6 +1,6 @@
 """Go on with the run of train_tiny.py on two processes, with the experts of each layer divided between them.
 
-    python examples/train_tiny.py
+    python examples/train_tiny.py    # once
     torchrun --standalone --nproc_per_node 2 examples/resume_on_another_layout.py
 
 A checkpoint says of each tensor where its parts belong in the whole, and nothing of the processes that wrote them; so

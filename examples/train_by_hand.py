@@ -30,7 +30,10 @@ def main(argv: list[str]) -> None:
     model = GptOss(ModelConfig.from_dict(settings["model"]))
     initialize(model, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    dataset = open_dataset(arguments.data, seq_len=64, seed=0)
+    try:
+        dataset = open_dataset(arguments.data, seq_len=64, seed=0)
+    except ValueError as error:
+        sys.exit(f"train_by_hand.py: {error}")
     with BatchLoader(dataset, micro_batch_size=8) as loader:
         for step in range(1, arguments.steps + 1):
             (batch,) = next(loader)  # one micro-batch: nothing is accumulated

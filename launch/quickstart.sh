@@ -37,8 +37,11 @@ else
     export OMP_NUM_THREADS
     step "3/4 train on the CPU: $processes processes, $OMP_NUM_THREADS thread(s) each"
 fi
+trap 'printf "\nquickstart: interrupted; what was trained is saved, and the same command goes on\n" >&2; exit 130' INT
 torchrun --standalone --nproc_per_node "$processes" launch/train.py --config configs/quickstart.yaml --resume auto "$@" ||
     die "training failed; the reason is above and in $run/log.txt. Repeating this script resumes from the last checkpoint"
+
+trap - INT
 
 step "4/4 generate"
 unset OMP_NUM_THREADS

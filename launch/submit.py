@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         options = parse(JobOptions, own, prog=program.name, epilog="All other options are those of launch/train.py.")
         return _submit(options, training)
     except KeyboardInterrupt:
-        print("no longer following; the job goes on", file=sys.stderr)
+        print("submit.py: stopped; no job was submitted", file=sys.stderr)
         return 130
     except Exception as error:
         if not is_explained(error):
@@ -70,6 +70,8 @@ def _submit(options, training: list[str]) -> int:
             "set cpus_per_gpu, and --exclusive and --mem=0 in sbatch, in the file of --site",
             file=sys.stderr,
         )
+    if missing := cluster.missing_data(base):
+        print(f"submit.py: NOT READY: {missing}", file=sys.stderr)
     if options.array and base.tracking.mlflow:
         # MLflow is where the job will find it.
         os.environ.update({name: value for name, value in site.environment.items() if name.startswith("MLFLOW_")})
@@ -86,7 +88,11 @@ def _submit(options, training: list[str]) -> int:
     print(f"submitted job {number}; script and settings in {job.folder}, log in {log}", flush=True)
     if not options.follow:
         return 0
-    state = cluster.follow(number, Path(log), lambda text: print(text, end="", flush=True))
+    try:
+        state = cluster.follow(number, Path(log), lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        print("submit.py: no longer following; the job goes on", file=sys.stderr)
+        return 130
     print(f"job {number}: {state}")
     return 0 if state == "COMPLETED" else 1
 

@@ -34,24 +34,35 @@ fi
 
 reports=$(mktemp -d)
 pids=""
-trap 'kill $pids 2>/dev/null || true; rm -rf "$reports"' EXIT
+# shellcheck disable=SC2317,SC2086  # called by the trap; the ids are words
+end() {
+    # They hear SIGTERM as an interruption (tests/conftest.py), and end what they have started.
+    kill $pids 2>/dev/null || true
+    wait
+    rm -rf "$reports"
+}
+trap end EXIT
 trap 'exit 130' INT TERM
 
-# Usage: pytest_of EXPRESSION [ARGUMENTS]
+# Usage: pytest_of EXPRESSION [ARGUMENTS], in the background: becomes pytest
 pytest_of() {
     expression=$1
     shift
-    "$venv/bin/python" -m pytest -m "($expression)$group" "$@"
+    exec "$venv/bin/python" -m pytest -m "($expression)$group" "$@"
 }
 
 pytest_of "slurm or netns" tests/slurm tests/netns >"$reports/waiting" 2>&1 &
-pids="$pids $!"
+waiting=$!
 pytest_of "distributed and not (compiled or slurm or netns)" --ignore tests/engine >"$reports/processes" 2>&1 &
-pids="$pids $!"
+pids="$waiting $!"
 status=0
-pytest_of "(compiled or not distributed) and not (slurm or netns)" || status=$?
-pytest_of "distributed and not compiled" tests/engine || status=$?
-for pid in $pids; do
+pytest_of "(compiled or not distributed) and not (slurm or netns)" &
+beside=$pids pids="$pids $!"
+wait $! || status=$?
+pytest_of "distributed and not compiled" tests/engine &
+pids="$beside $!"
+wait $! || status=$?
+for pid in $beside; do
     wait "$pid" || status=$?
 done
 cat "$reports/waiting" "$reports/processes"

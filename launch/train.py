@@ -16,6 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def main(argv: list[str]) -> int:
     """Do what the command line asks for; return the exit code."""
+    try:
+        return _train(argv)
+    except KeyboardInterrupt:  # before there is something to save, or a second time
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print("train.py: interrupted; what was saved before stays", file=sys.stderr, flush=True)
+        os._exit(130)
+
+
+def _train(argv: list[str]) -> int:
     from data_pipeline.command_line.mistakes import in_words, is_explained
     from gptoss_dist.config import build_parser, check_named, parse_arguments
     from gptoss_dist.distributed import launcher_watch, launchers

@@ -4,6 +4,8 @@ import os
 import random
 import shlex
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +25,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--random-order", type=int, metavar="SEED", help="run the files, and the tests of each file, in a random order"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let SIGTERM and Ctrl-C end the tests with their fixtures, which stop what they have started.
+
+    A shell starts what runs in the background with SIGINT ignored, and the processes of the tests would inherit that.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    own = os.getpid()
+
+    def interrupt(number: int, frame: object) -> None:
+        if os.getpid() == own:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)  # a fork that is to end
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -90,9 +90,28 @@ def one_line(text: str) -> str:
     return printable(words)
 
 
+_NAMES_ELSEWHERE = {
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "num_train_steps": "steps",
+    "batch_size": "micro_batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "max_grad_norm": "clip_norm",
+    "max_length": "seq_len",
+    "lr_scheduler_type": "schedule",
+    "save_steps": "every",
+}
+"""What other tools call a setting, by the last part of its name."""
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean X?` for the known word that is closest to one that is not, or nothing."""
-    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
+    known = sorted(known)
+    head, dot, tail = word.rpartition(".")
+    ours = _NAMES_ELSEWHERE.get(tail.lstrip("-").replace("-", "_"))
+    same = [name for name in known if ours and name.startswith(head + dot) and name.endswith(f".{ours}")]
+    close = same[:1] or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -115,8 +115,34 @@ def parse_with(parser: jsonargparse.ArgumentParser, argv: list[str], sections: C
         return vars(parser.instantiate(parser.parse_args(argv)))
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
         wrong = _file_of_mistake(parser, files, error)
-        message = one_line(f"{wrong}: {error}" if wrong else str(error))
+        said = one_line(str(error))
+        words = _of_one_type(said) or said
+        message = one_line(f"{wrong}: {words}") if wrong else words
         raise ValueError(message + _near_miss(str(error), parser)) from None
+
+
+_TYPES = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "text",
+    "<class 'list'>": "a list, as [1, 2]",
+    "<class 'dict'>": "keys and values, as {a: 1}",
+}
+
+
+def _of_one_type(message: str) -> str | None:
+    """Return in plain words what jsonargparse says of a value that has one type; None if it says something else."""
+    found = re.fullmatch(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', message)
+    if found is None:
+        return None
+    key, kind, value = found.groups()
+    if words := _TYPES.get(kind):
+        return f"{key}={value} must be {words}"
+    if not (choices := re.fullmatch(r"typing\.Literal\[(.*)\]", kind)):
+        return None
+    known = [word.strip(" '\"") for word in choices[1].split(",")]
+    return f"{key}={value} must be one of {', '.join(known)}{suggestion(value, known)}"
 
 
 def _near_miss(message: str, parser: jsonargparse.ArgumentParser) -> str:

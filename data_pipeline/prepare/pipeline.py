@@ -136,8 +136,9 @@ def _report_result(output: Path, manifest: Manifest, request: _Request) -> None:
     request.report(f"{output}: {_summary(manifest)}")
     if request.rules.validation_fraction and not manifest.splits["validation"]:
         request.report(
-            "warning: no document fell into the validation split; prepare again with --validation-fraction 0.2 "
-            "--overwrite, say, or train with --validation.every 0"
+            "warning: no document fell into the validation split, which is decided by their texts; train with "
+            "--validation.every 0, or prepare again with --overwrite and a larger --validation-fraction than "
+            f"{request.rules.validation_fraction:g}"
         )
 
 

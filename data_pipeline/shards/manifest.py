@@ -192,7 +192,8 @@ def _not_a_dataset(directory: Path, error: OSError) -> ValueError:
         others = f", and {len(inside) - 1} more there" if len(inside) > 1 else ""
         return ValueError(f"{directory}: not a prepared dataset itself, but {inside[0]} is one{others}")
     here = printable(directory)
-    prepare = f"make one with `python -m data_pipeline.prepare pystdlib --output {here}`"
+    source = "pystdlib" if directory.name == "pystdlib" else "SOURCES"
+    prepare = f"make one with `python -m data_pipeline.prepare {source} --output {here}`"
     if not directory.exists():
         beside = {path.name: path for path in _datasets_in(directory.parent)}
         close = difflib.get_close_matches(directory.name, beside, n=1)

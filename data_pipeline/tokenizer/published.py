@@ -88,7 +88,7 @@ def _from_rank_file(path: Path, pattern: str | None) -> Tokenizer:
         )
     if pattern is None:
         raise ValueError(
-            f"{path}: the pattern of this vocabulary of {len(ranks)} ranks is not known; pass pattern, one of "
+            f"{path}: the pattern of this vocabulary of {len(ranks)} ranks is not known; give --pattern, one of "
             f"{', '.join(PATTERNS)} or a regular expression"
         )
     return Tokenizer(path.name, ranks, PATTERNS.get(pattern, pattern), _after(ranks, HARMONY_SPECIALS))

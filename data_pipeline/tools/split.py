@@ -67,6 +67,12 @@ def split_by_hash(
             )
         publish(staging, output)
     _report(output, written, report)
+    if validation_fraction and not written.splits["validation"]:
+        report(
+            "warning: no document fell into the validation split, which is decided by their texts; train with "
+            f"--validation.every 0, or split into another folder with a larger --validation-fraction than "
+            f"{validation_fraction:g}"
+        )
     return written
 
 

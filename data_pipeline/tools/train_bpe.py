@@ -1,10 +1,11 @@
 """Train a byte-pair vocabulary; the result is deterministic, and the built-in one takes a few seconds.
 
-python -m data_pipeline.bpe                                   # retrains data_pipeline/tokenizer/builtin.tiktoken
 python -m data_pipeline.bpe FILES --vocab-size 8192 --output my.tiktoken
+python -m data_pipeline.bpe --output data_pipeline/tokenizer/builtin.tiktoken    # how the built-in one was made
 """
 
 import heapq
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,8 +19,6 @@ from data_pipeline.corpora.sources import open_source
 from data_pipeline.disk import write_file_atomically
 from data_pipeline.tokenizer.patterns import PATTERNS
 from data_pipeline.tokenizer.rank_files import format_ranks
-
-_BUILTIN_RANKS = Path(__file__).parents[1] / "tokenizer" / "builtin.tiktoken"
 
 
 def train(documents: Iterable[str], vocab_size: int, pattern: str = PATTERNS["o200k"]) -> dict[bytes, int]:
@@ -107,6 +106,8 @@ def _merge(word: list[int], pair: tuple[int, int], rank: int) -> list[int]:
 class TrainBpeOptions:
     """Train a byte-pair vocabulary."""
 
+    output: str = option()
+    """Rank file to write."""
     sources: list[str] = positional("SOURCE", default_factory=lambda: ["pystdlib"])
     """Texts, as for prepare."""
     vocab_size: int = ranged(4096, at_least=256)
@@ -115,8 +116,6 @@ class TrainBpeOptions:
     """One of o200k, cl100k, llama3, gpt2, bytes, or a regular expression."""
     text_column: str = "text"
     """Field that holds the text in records."""
-    output: str = option(str(_BUILTIN_RANKS))
-    """Rank file to write."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,3 +135,7 @@ def _train(options: TrainBpeOptions) -> None:
         raise ValueError(f"pattern {options.pattern!r}: {error}") from error
     write_file_atomically(Path(options.output), format_ranks(ranks))
     print_line(f"{options.output}: {len(ranks)} ranks from {', '.join(source.description for source in sources)}")
+    if len(ranks) < options.vocab_size:
+        print_line(f"  fewer than the {options.vocab_size} that were asked for: no pair is left that occurs twice")
+    words = ["--tokenizer", options.output, "--pattern", options.pattern]
+    print_line(f"prepare data with it: python -m data_pipeline.prepare SOURCE --output DIR {shlex.join(words)}")

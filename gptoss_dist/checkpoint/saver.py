@@ -28,7 +28,13 @@ class Saver:
     """
 
     def __init__(
-        self, folder: str | Path, *, keep: Retention, asynchronous: bool, group: dist.ProcessGroup | None = None
+        self,
+        folder: str | Path,
+        *,
+        keep: Retention,
+        asynchronous: bool,
+        group: dist.ProcessGroup | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         """Prepare to save; collective.
 
@@ -38,10 +44,12 @@ class Saver:
             asynchronous: Write in a thread, from a copy of the state in host memory (pinned if it comes from a GPU).
                 The copy needs room for what the rank holds of weights and optimizer state.
             group: A group of all ranks that nobody else uses as long as this saves. Without one, one is made.
+            check: That of `write`.
         """
         self.folder, self.keep, self.asynchronous = Path(folder), keep, asynchronous
         # The thread's collectives must not meet those of the training on the way.
         self.group = group or long_timeout_group()
+        self.check = check
         self.error: OSError | None = None
         """The error of the newest save, if that failed for good."""
         self.pause_s = 0.0
@@ -149,7 +157,17 @@ class Saver:
         """Write a checkpoint, and again if that fails, after each of the waits in `RETRY_AFTER_S`."""
         for wait_s in (*RETRY_AFTER_S, None):
             try:
-                write(self.folder, step, parts, info, rng, keep=self.keep, extra_files=extra_files, group=self.group)
+                write(
+                    self.folder,
+                    step,
+                    parts,
+                    info,
+                    rng,
+                    keep=self.keep,
+                    extra_files=extra_files,
+                    check=self.check,
+                    group=self.group,
+                )
                 return
             except OSError as error:  # the same on all ranks
                 again = f"trying again in {wait_s:g} s" if wait_s else "training goes on without it"

@@ -11,6 +11,7 @@ Nothing is pickled. Everything is written to `step_N.tmp` and renamed when all r
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -86,6 +87,7 @@ def write(
     *,
     keep: Retention,
     extra_files: Callable[[Path], None] | None = None,
+    check: Callable[[], None] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write `folder/step_N` from all ranks; collective.
@@ -98,6 +100,8 @@ def write(
         rng: This rank's `rng_state`.
         keep: The rule by which older checkpoints are deleted when this one is complete.
         extra_files: Called on rank 0 with the unfinished directory, to add files to it.
+        check: Called on rank 0 before the first file, and before the directory gets its name; raises OSError if the
+            folder is no longer this process's, which leaves in it whatever another has written.
         group: A group of all ranks, for a thread that writes beside the training.
 
     Returns:
@@ -110,17 +114,19 @@ def write(
     final = folder / f"step_{step:08d}"
     partial = final.with_name(final.name + ".tmp")
     try:
-        on_rank_zero(lambda: _begin(folder, partial), group)
+        on_rank_zero(lambda: _begin(folder, partial, check), group)
         shares, counts = zip(
             *results_of_all_ranks(lambda: (_write_share(partial, rank, parts, rng), _counts(parts)), group)
         )
         incomplete = [n for n, (shape, _) in parts.items() if sum(c[n] for c in counts) != math.prod(shape)]
         assert not incomplete, f"the ranks together do not hold each element of {incomplete} once"
         stored = {"format": FORMAT, "step": step, "world_size": dist.get_world_size(group), "torch": torch.__version__}
-        on_rank_zero(lambda: _commit(partial, final, {**stored, **info}, shares, extra_files), group)
+        on_rank_zero(lambda: _commit(partial, final, {**stored, **info}, shares, extra_files, check), group)
     except OSError as error:
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _check(check)
+                shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"checkpoint {final} not written: {error}") from error
     if rank == 0:
         try:
@@ -130,8 +136,14 @@ def write(
     return final
 
 
-def _begin(folder: Path, partial: Path) -> None:
+def _check(check: Callable[[], None] | None) -> None:
+    if check is not None:
+        check()
+
+
+def _begin(folder: Path, partial: Path, check: Callable[[], None] | None) -> None:
     """Create the unfinished directory, and delete those that earlier saves left behind."""
+    _check(check)
     for stale in folder.glob("step_*.tmp*"):
         if re.fullmatch(r"step_\d{8,}\.tmp(\.old)?", stale.name):
             shutil.rmtree(stale, ignore_errors=True)  # what somebody still reads may stay
@@ -147,7 +159,12 @@ def _write_share(partial: Path, rank: int, parts: Parts, rng: dict) -> dict[str,
 
 
 def _commit(
-    partial: Path, final: Path, values: dict, shares: Sequence[dict], extra_files: Callable[[Path], None] | None
+    partial: Path,
+    final: Path,
+    values: dict,
+    shares: Sequence[dict],
+    extra_files: Callable[[Path], None] | None,
+    check: Callable[[], None] | None,
 ) -> None:
     """Complete the unfinished directory and rename it to `final`.
 
@@ -155,6 +172,7 @@ def _commit(
         values: What `checkpoint.json` holds besides the files.
         shares: The fingerprints, by name, of the files of each rank.
         extra_files: As for `write`.
+        check: As for `write`.
     """
     shares = [*shares]
     if extra_files is not None:
@@ -162,6 +180,7 @@ def _commit(
     files = {name: entry for share in shares for name, entry in sorted(share.items())}
     write_synced(partial / INFO, sealed({**values, "files": files}))
     sync_path(partial)
+    _check(check)
     if final.exists():
         _set_aside(final)
     move(partial, final)

@@ -2,7 +2,7 @@
 
 from gptoss_dist.cluster.job import Job, JobOptions, Site, split_arguments
 from gptoss_dist.cluster.kept import Revision, check_submittable, keep, next_folder, read_revision
-from gptoss_dist.cluster.mounts import check_mounts
+from gptoss_dist.cluster.mounts import check_mounts, missing_data
 from gptoss_dist.cluster.render import render
 from gptoss_dist.cluster.submit import follow, submit
 from gptoss_dist.cluster.sweep import sweep
@@ -16,6 +16,7 @@ __all__ = [
     "check_submittable",
     "follow",
     "keep",
+    "missing_data",
     "next_folder",
     "read_revision",
     "render",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -162,11 +164,18 @@ def _check_words(name: str, value: str | list[str] | None) -> None:
             raise ValueError(f"{name}={word!r} cannot stand in a line of #SBATCH; give one word")
 
 
+_OF_TRAINING = ("config", "model", "resume", "print-config")
+"""Options of the training without a dot."""
+
+
 def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
     """Return the words of a command line that are options of `JobOptions`, and the others: those of the training.
 
     Args:
         argv: The command line without the program, both kinds of options mixed.
+
+    Raises:
+        ValueError: One is nearly an option of `JobOptions`; of the training's, nearly all have a dot.
     """
     own = {field.name.replace("_", "-"): field for field in dataclasses.fields(JobOptions)}
     mine: list[str] = []
@@ -182,8 +191,16 @@ def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
             if not equals and plain.removeprefix("no-") not in ("follow", "dry-run"):
                 mine += [value for value in [next(words, None)] if value is not None]
         else:
+            _check_spelling(word, name, plain, own)
             others.append(word)
     return mine, others
+
+
+def _check_spelling(word: str, name: str, plain: str, own: Iterable[str]) -> None:
+    if not word.startswith("--") or "." in name or plain in _OF_TRAINING:
+        return
+    if near := difflib.get_close_matches(plain, own, n=1, cutoff=0.8):
+        raise ValueError(f"unrecognized option --{name}; did you mean --{near[0]}?")
 
 
 @dataclass(frozen=True)
@@ -213,6 +230,12 @@ class Job:
         for what, path in (("run.dir", self.folder), ("the working directory", self.working_directory)):
             if not re.fullmatch(r"[\w.,:@+/=-]+", str(path)):
                 raise ValueError(f"{what}={str(path)!r}: SLURM's paths of logs take letters, digits and .,:@+/=- only")
+        typed = [line for line in self.site.sbatch if line.startswith("--gpus-per-node=")]
+        if typed and typed[-1].rpartition("=")[2].rpartition(":")[2] != str(self.options.gpus_per_node):
+            raise ValueError(
+                f"gpus_per_node={self.options.gpus_per_node} is not the number in sbatch={typed[-1]!r} of the site; "
+                "give the same in --gpus-per-node"
+            )
         if self.image and self.site.container_runtime == "none":
             raise ValueError(
                 f"container={self.image} needs something that starts containers; set container_runtime in the file of "

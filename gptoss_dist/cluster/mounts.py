@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_pipeline.shards.manifest import Manifest
 from gptoss_dist.cluster.job import Job
 from gptoss_dist.config import Config
 
@@ -31,6 +32,17 @@ def check_mounts(job: Job, config: Config) -> None:
         if any(outer != inner and path.is_relative_to(inner) for outer, inner in mounts):
             continue  # where links inside of it lead is known to the container alone
         _check(key, path, same)
+
+
+def missing_data(config: Config) -> str | None:
+    """Return why the data of a run cannot be read here; None if they can."""
+    for key, name in _read(config):
+        if key.startswith("data."):
+            try:
+                Manifest.read(name)
+            except ValueError as error:
+                return str(error)
+    return None
 
 
 def _sides(mount: str) -> tuple[Path, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import subprocess
 import time
 from collections.abc import Callable
@@ -49,6 +50,7 @@ def follow(job: str, log: Path, write: Callable[[str], None], interval_s: float 
         ValueError: SLURM has not answered for `MOST_SILENCE_S`.
     """
     offset, state, ended = 0, "PENDING", False
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")  # a part may end within a character
     answered, next_question, pause_s = time.monotonic(), 0.0, interval_s
     while True:
         if (now := time.monotonic()) >= next_question:
@@ -67,7 +69,7 @@ def follow(job: str, log: Path, write: Callable[[str], None], interval_s: float 
                 part = file.read()
             offset += len(part)
             if part:
-                write(part.decode(errors="backslashreplace"))
+                write(decoder.decode(part))
         if ended:
             return state
         time.sleep(interval_s)

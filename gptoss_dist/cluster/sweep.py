@@ -31,7 +31,8 @@ def sweep(argv: list[str], array: list[str]) -> list[Config]:
     """
     base, _ = parse_arguments(argv)
     axes = [_values(text) for text in array]
-    if (runs := list(itertools.product(*axes))) and len(runs) > MOST_ELEMENTS:
+    runs = list(itertools.product(*axes))
+    if len(runs) > MOST_ELEMENTS:
         raise ValueError(f"array={' '.join(array)} makes {len(runs)} runs; {MOST_ELEMENTS} are the most")
     found = []
     for number, changes in enumerate(runs):

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from gptoss_dist.distributed import stacks
-from gptoss_dist.distributed.hosts import this_host
+from gptoss_dist.distributed.hosts import machine, this_host
 from gptoss_dist.distributed.launcher_watch import started
 
 INTERVAL_S = 2.0
@@ -38,7 +37,7 @@ class Beat:
     rank: int
     host: str
     machine: str
-    """Who has the same can look at its process, and end it."""
+    """Processes with equal values can look at each other, and end each other."""
     process: int
     started: str
     count: int = 0
@@ -68,7 +67,7 @@ class Beat:
 def own_beat(rank: int) -> Beat:
     """Return the first beat of this process."""
     process = os.getpid()
-    return Beat(rank, this_host(), stacks.machine(), process, started(process) or "")
+    return Beat(rank, this_host(), machine(), process, started(process) or "")
 
 
 class Heartbeat:

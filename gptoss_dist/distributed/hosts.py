@@ -9,9 +9,11 @@ the same machine may have said its name.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 _MOST_NAMED = 8
 
@@ -35,6 +37,20 @@ def _expand_part(part: str) -> list[str]:
         first, _, last = one.partition("-")
         numbers += [f"{n:0{len(first)}d}" for n in range(int(first), int(last or first) + 1)]
     return [f"{found[1]}{number}{rest}" for number in numbers for rest in _expand_part(found[3])]
+
+
+def machine() -> str:
+    """Return what processes that see each other's process ids have in common: host, its boot, their namespace."""
+    parts = [this_host()]
+    for read in (
+        lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        lambda: os.readlink("/proc/self/ns/pid"),
+    ):
+        try:
+            parts.append(read())
+        except OSError:
+            parts.append("")
+    return " ".join(parts)
 
 
 def tasks_of_nodes(text: str) -> list[int]:
@@ -64,7 +80,8 @@ def expected_hosts(world_size: int, env: Mapping[str, str], known: Mapping[int, 
 def _by_slurm(world_size: int, env: Mapping[str, str]) -> dict[int, str]:
     """Return the hosts of all ranks if srun has started one for each task, node after node."""
     nodes, tasks = env.get("SLURM_STEP_NODELIST"), env.get("SLURM_STEP_TASKS_PER_NODE")
-    if not nodes or not tasks or "cyclic" in env.get("SLURM_DISTRIBUTION", ""):
+    across_nodes = env.get("SLURM_DISTRIBUTION", "block").split(":")[0]
+    if not nodes or not tasks or across_nodes != "block":
         return {}
     try:
         names = [host for host, count in zip(expand(nodes), tasks_of_nodes(tasks)) for _ in range(count)]

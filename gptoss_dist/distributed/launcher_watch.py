@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from gptoss_dist.distributed import launchers
+from gptoss_dist.distributed.hosts import machine
 
 GRACE_S = 30.0
 """Seconds between SIGTERM and SIGKILL, unless torchrun's variable TORCH_ELASTIC_SHUTDOWN_TIMEOUT gives others."""
@@ -34,14 +35,18 @@ _LAUNCHERS = {
     "deepspeed.launcher.launch",
     "deepspeed.launcher.runner",
 }
-_NAMES_AT = 8
-"""A launcher's name is among the first so many words of its command line: `python -u -m torch.distributed.run`."""
 
 
 def end_with_launcher() -> None:
     """Watch the launcher of this process from now on, in a thread; without a launcher, do nothing."""
     if chain := _ancestors_to_launcher():
         threading.Thread(target=_watch, args=(chain,), name="launcher-watch", daemon=True).start()
+
+
+def launcher() -> str | None:
+    """Return what no other launcher has, of this process's outermost one; None without a launcher."""
+    chain = _ancestors_to_launcher()
+    return f"{machine()} {chain[-1][0]} {chain[-1][1]}" if chain else None
 
 
 def _watch(chain: list[tuple[int, str]]) -> None:
@@ -76,10 +81,29 @@ def _ancestors_to_launcher() -> list[tuple[int, str]]:
 
 def _is_launcher(process: int) -> bool:
     try:
-        words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[:_NAMES_AT]
+        words = os.fsdecode(Path(f"/proc/{process}/cmdline").read_bytes()).split("\0")
     except OSError:
         return False
-    return any(os.path.basename(os.fsdecode(word)) in _LAUNCHERS for word in words)
+    return program_of(words) in _LAUNCHERS
+
+
+def program_of(words: list[str]) -> str:
+    """Return what a command line runs: its first word, or Python's script or module, without the folder.
+
+    Of `bash start.sh deepspeed` that is `bash`, of `python -u -m torch.distributed.run` it is `torch.distributed.run`.
+    """
+    first, *rest = words or [""]
+    if not os.path.basename(first).startswith(("python", "pypy")):
+        return os.path.basename(first)
+    left = iter(rest)
+    for word in left:
+        if word == "-m":
+            return next(left, "")
+        if word in ("-X", "-W"):
+            next(left, None)
+        elif not word.startswith("-"):
+            return os.path.basename(word)
+    return ""
 
 
 def _stat(process: int) -> list[str] | None:

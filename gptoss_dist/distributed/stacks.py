@@ -13,25 +13,10 @@ from types import CodeType, FrameType
 
 import torch
 
-from gptoss_dist.distributed.hosts import this_host
 from gptoss_dist.distributed.launcher_watch import started
 
 _ROOT = str(Path(__file__).resolve().parents[2])
 _PY_SPY_TIMEOUT_S = 15.0
-
-
-def machine() -> str:
-    """Return what processes that see each other's process ids have in common: host, its boot, their namespace."""
-    parts = [this_host()]
-    for read in (
-        lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        lambda: os.readlink("/proc/self/ns/pid"),
-    ):
-        try:
-            parts.append(read())
-        except OSError:
-            parts.append("")
-    return " ".join(parts)
 
 
 def place(thread: int) -> str:

@@ -37,6 +37,7 @@ import torch.distributed as dist
 
 from gptoss_dist.distributed import launchers, stacks
 from gptoss_dist.distributed.heartbeat import INTERVAL_S, SILENT_S, Beat, Heartbeat, View, laggards, next_beat, own_beat
+from gptoss_dist.distributed.hosts import machine
 from gptoss_dist.distributed.processes import Ranks
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ _TICK_S = 0.5
 _STORE_TIMEOUT_S = 10.0
 _REPORT_S = 25.0
 """How long ranks wait for each other's stacks, and for the report."""
-_NONE = float("inf")
+_NO_LIMIT = float("inf")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Limits:
     def of(self, phase: str) -> float | None:
         """Return the limit of a phase that has one of its own."""
         own = {"validation": self.evaluation_s, "samples": self.evaluation_s, "checkpoint": self.checkpoint_s}
-        return (own[phase] or _NONE) if phase in own else None
+        return (own[phase] or _NO_LIMIT) if phase in own else None
 
 
 class StepClock:
@@ -84,7 +85,7 @@ class StepClock:
 
     @property
     def _first_step_s(self) -> float:
-        return self._limits.first_step_s or _NONE
+        return self._limits.first_step_s or _NO_LIMIT
 
     def begin(self, step: int) -> None:
         """Note that step `step` begins."""
@@ -277,6 +278,15 @@ class Watchdog:
             os._exit(1)
 
 
+def free_name(folder: Path) -> Path:
+    """Return the first of NAME, NAME.1, NAME.2, ... that is not there, as far as the disk answers."""
+    free, number = folder, 0
+    while os.path.exists(free):  # Path.exists raises what a dead disk says
+        number += 1
+        free = folder.with_name(f"{folder.name}.{number}")
+    return free
+
+
 class _Ending:
     """The end of a run that has stalled, on one rank."""
 
@@ -293,11 +303,11 @@ class _Ending:
         """Write stacks, report, and end silent processes of this machine."""
         with contextlib.suppress(OSError):  # a full or dead disk: the run ends all the same
             self._write_own_stacks()
-        self._tell(f"dumped/{self._rank}")
+        self._publish(f"dumped/{self._rank}")
         mine = self._write_stacks_of_silent_ranks()
         if self._is_reporter():
             self._report()
-            self._tell("reported")
+            self._publish("reported")
         else:
             self._await(["reported"])
         for beat in mine:
@@ -317,11 +327,7 @@ class _Ending:
     def _agree(self) -> _Stall:
         """Return what the first rank to find the stall says of it."""
         step = self._clock.step
-        folder = self._run_folder / "stalls" / f"step_{step:08d}"
-        number = 0
-        while folder.exists():
-            number += 1
-            folder = folder.with_name(f"step_{step:08d}.{number}")
+        folder = free_name(self._run_folder / "stalls" / f"step_{step:08d}")
         proposed = _Stall(step, self._rank, sorted(self._view.silent - {self._rank}), str(folder))
         if self._watchdog._store is None:
             return proposed
@@ -353,7 +359,7 @@ class _Ending:
             return None
         return answer[0]
 
-    def _tell(self, key: str) -> None:
+    def _publish(self, key: str) -> None:
         store = self._store
         if store is not None:
             self._ask(lambda: store.set(key, "yes"))
@@ -380,9 +386,9 @@ class _Ending:
         """
         if self._stall.by < 0:
             time.sleep(SILENT_S / 2)
-        machine, mine = stacks.machine(), []
+        here, mine = machine(), []
         for beat in (self._view.beats[rank] for rank in self._stall.silent if rank in self._view.beats):
-            if beat.machine != machine or not stacks.is_alive(beat.process, beat.started):
+            if beat.machine != here or not stacks.is_alive(beat.process, beat.started):
                 continue
             path = self._stacks / f"rank_{beat.rank}.txt"
             try:
@@ -393,7 +399,7 @@ class _Ending:
             seen = f"{beat.name}, seen from outside; last in {_seen(beat)}"
             with contextlib.suppress(OSError):
                 path.write_text(f"{seen}\n\n{stacks.of_another_process(beat.process)}")
-            self._tell(f"dumped/{beat.rank}")
+            self._publish(f"dumped/{beat.rank}")
         return mine
 
     def _is_reporter(self) -> bool:

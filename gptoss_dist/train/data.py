@@ -203,9 +203,9 @@ def open_validation(config: Config, message: Callable[[str], None]) -> dict[str,
     chosen = [source for source in sources(config.data) if _has_validation(source)]
     if not chosen:
         raise ValueError(
-            f"{', '.join(source.path for source in sources(config.data))}: no validation split; prepare with a larger "
-            f"--validation-fraction, hold documents out with python -m data_pipeline.split, or train with "
-            f"--validation.every 0"
+            f"{', '.join(source.path for source in sources(config.data))}: no validation split; train with "
+            "--validation.every 0, prepare with a larger --validation-fraction, or hold documents out with "
+            "python -m data_pipeline.split"
         )
     for source in sources(config.data):
         if source not in chosen:

@@ -36,6 +36,7 @@ from gptoss_dist.train.start import (
     open_folder,
     open_initial_weights,
     print_message,
+    record_launch,
     restore,
 )
 
@@ -82,7 +83,7 @@ def train(config: Config, ranks: Ranks) -> None:
         weights = open_initial_weights(config, start)
         check_tokenizer(config, weights, data)
         carried = files_to_carry(start, weights)
-        on_rank_zero(lambda: check_folder(config))
+        on_rank_zero(lambda: check_folder(config, start))
         verify(config.data, print_message, group)
         seed_everything(config.run.seed, ranks.rank)
         engine = build_engine(engine_settings(config), ranks, next_token_prediction)
@@ -93,6 +94,7 @@ def train(config: Config, ranks: Ranks) -> None:
             while True:
                 with Run(setup, start, data) as open_run:
                     open_run.announce(start, weights)
+                    record_launch(config)
                     rewind = train_steps(open_run, start.step)
                 if rewind is None:
                     return

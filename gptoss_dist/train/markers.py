@@ -12,6 +12,7 @@ it is answered. Rank 0 alone reads and writes them.
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class StopFile:
         """Return whether the file has been seen; the disk is asked no more often than the interval says."""
         if not self._found and time.monotonic() >= self._next:
             self._next = time.monotonic() + self._interval_s
-            self._found = self._path.exists()
+            self._found = os.path.exists(self._path)  # Path.exists raises what a disk that stutters says
         return self._found
 
 

@@ -82,6 +82,7 @@ class Run:
             keep=Retention(keep.keep, keep.keep_every, keep.keep_best),
             asynchronous=keep.asynchronous,
             group=setup.group,
+            check=setup.lock.check,
         )
         self.watch = FolderWatch([config.folder, config.checkpoint_folder] if ranks.is_main else [])
         self.stop_file = StopFile(config.folder)
@@ -199,7 +200,7 @@ class Run:
         """
         if self.spikes.found is None:
             return None
-        with self.steps.doing("checkpoint"):  # one is written to its end, and another is read
+        with self.steps.doing("checkpoint"):  # one is written to its end, and another is verified
             return self._rewind(self.spikes.found)
 
     def _rewind(self, spike: Spike) -> Rewind | None:
@@ -296,8 +297,6 @@ class Run:
             )
 
     def _write_extra_files(self, folder: Path) -> None:
-        if lost := self.lock.lost():  # since the save began
-            raise OSError(lost)
         self.data.training.mixture.tokenizer.save(folder)
         for name, content in self.carried.items():
             (folder / name).write_bytes(content)

@@ -14,7 +14,7 @@ from typing import Self
 import msgspec
 import torch
 
-from data_pipeline.disk import remove_unfinished
+from data_pipeline.disk import remove_unfinished, write_file_atomically
 from data_pipeline.foreign import convert
 from data_pipeline.ownership import Ownership, owned
 from data_pipeline.printable import printable
@@ -23,8 +23,8 @@ from gptoss_dist.checkpoint import CheckpointInfo, SkippedSamples
 from gptoss_dist.checkpoint.formats.pretrained import Pretrained
 from gptoss_dist.checkpoint.info import INFO
 from gptoss_dist.config import Config
-from gptoss_dist.distributed import launchers
-from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object
+from gptoss_dist.distributed import launcher_watch, launchers
+from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object, on_rank_zero
 from gptoss_dist.distributed.processes import seed_everything
 from gptoss_dist.engine import Engine, EngineSettings
 from gptoss_dist.model.config import SHAPING
@@ -91,16 +91,44 @@ def _start_at(config: Config, path: Path) -> Start:
     )
 
 
+LAUNCH = ".launch"
+"""A file in a run's folder: a line for each launcher of its last start, one for SLURM's job (`job 7`, `job 7_2`)."""
+
+
 def go_on_after_restart(config: Config) -> None:
     """After a restart in place by torchrun, resume the run's own newest checkpoint if it has one; collective.
 
-    The command line is that of the first attempt: `resume` would begin anew, or go back to where that one began.
+    The command line is that of the first attempt: `resume` would begin anew, or go back to where that one began. Only
+    if that attempt got as far as `record_launch`, the checkpoints are this run's; what was refused is refused again.
     """
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # each machine's agent counts for itself
-    if not any(all_gather_objects(restarted)):
-        return
-    if broadcast_object(lambda: bool(list(config.checkpoint_folder.glob("step_*[0-9]")))):
+    found = all_gather_objects((restarted, launcher_watch.launcher()))
+    launchers_of_ranks = {launcher for _, launcher in found if launcher}
+    if any(again for again, _ in found) and broadcast_object(lambda: _was_begun_by(config, launchers_of_ranks)):
         config.resume = "auto"
+
+
+def _was_begun_by(config: Config, launchers_of_ranks: set[str]) -> bool:
+    try:
+        recorded = (config.folder / LAUNCH).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return False
+    return not launchers_of_ranks.isdisjoint(recorded) and bool(list(config.checkpoint_folder.glob("step_*[0-9]")))
+
+
+def record_launch(config: Config) -> None:
+    """Record who launched this start, now that all checkpoints in the run's folder are of what goes on; collective.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    lines = sorted({launcher for launcher in all_gather_objects(launcher_watch.launcher()) if launcher})
+    env = os.environ
+    if job := env.get("SLURM_ARRAY_JOB_ID"):
+        lines.append(f"job {job}_{env.get('SLURM_ARRAY_TASK_ID')}")
+    elif job := env.get("SLURM_JOB_ID"):
+        lines.append(f"job {job}")
+    on_rank_zero(lambda: write_file_atomically(config.folder / LAUNCH, "".join(f"{x}\n" for x in lines).encode()))
 
 
 def _checkpoint_to_resume(config: Config) -> Path | None:
@@ -126,7 +154,11 @@ def check_resumable(config: Config, path: Path, info: CheckpointInfo) -> None:
         raise ValueError(f"{path}: {error}; resume it with the version of gptoss_dist that wrote it") from None
     for key in SHAPING:
         if (old := getattr(old_model, key)) != (new := getattr(config.model, key)):
-            raise ValueError(f"{path} was trained with model.{key}={old}, now it is {new}; undo the change")
+            settings = path.parents[1] / "config.yaml"
+            whole = f", or begin with --config {settings}" if settings.is_file() else ""
+            raise ValueError(
+                f"{path} was trained with model.{key}={old}, now it is {new}; give --model.{key} as before{whole}"
+            )
     if info.step > config.train.steps:
         raise ValueError(
             f"{path} is at step {info.step} and train.steps={config.train.steps}: nothing is left to train; raise "
@@ -250,6 +282,11 @@ class RunLock:
                 raise ValueError(f"{folder} cannot be written ({error.strerror}); choose another --run.dir") from None
         return new
 
+    def check(self) -> None:
+        """Raise OSError if a folder is no longer this run's; for rank 0 before it writes a checkpoint."""
+        if lost := self.lost():
+            raise OSError(lost)
+
     @property
     def suspects_loss(self) -> bool:
         """Whether a thread has found that another process has taken a folder over; this asks no disk."""
@@ -276,9 +313,11 @@ class RunLock:
         self._stack.close()
 
 
-def check_folder(config: Config) -> None:
+def check_folder(config: Config, start: Start) -> None:
     """Refuse to mix two runs in one folder; only rank 0 calls this."""
-    if config.resume is None and checkpoint.checkpoints(config.checkpoint_folder):
+    folder = config.checkpoint_folder
+    is_other = start.checkpoint is None or start.checkpoint.parent.resolve() != folder.resolve()
+    if is_other and checkpoint.checkpoints(folder):
         raise ValueError(
             f"checkpoint.dir={config.checkpoint_folder} holds checkpoints already; continue with --resume auto, or "
             "choose another --run.name"

@@ -180,7 +180,8 @@ main() {
     first=$(newest_step)
     if ((restart)); then
         check_progress || exit 1 # SLURM itself requeues after the failure of a node, perhaps of the same one each time
-        ((first)) && arguments+=(--resume auto)
+        # If no start of this job got as far as to train, the words still say where it begins. See train/start.py.
+        ((first)) && grep -qsx "job $job" "$run/.launch" && arguments+=(--resume auto)
     fi
     echo "$job $restart $first $(date '+%F %T')" >>"$starts"
     message "job $job, start $restart, on $SLURM_JOB_NODELIST, from step $first; code $(git -C "$root" describe \

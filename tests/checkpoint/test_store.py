@@ -194,6 +194,26 @@ def test_an_old_one_that_cannot_be_deleted_is_no_failure(tmp_path, monkeypatch):
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step_00000003"]
 
 
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_who_has_lost_the_folder_touches_nothing_in_it(tmp_path, monkeypatch, allowed):
+    """Lost before the save, or while it was written: the next owner's unfinished checkpoint stays as it is."""
+    monkeypatch.setattr("gptoss_dist.checkpoint.saver.RETRY_AFTER_S", (0.0, 0.0))
+    other, calls = tmp_path / "step_00000009.tmp" / "rank_00000.safetensors", []
+
+    def check() -> None:
+        calls.append(len(calls))
+        if len(calls) > allowed:
+            other.parent.mkdir(exist_ok=True)
+            other.write_text("being written")
+            raise OSError("taken over by process 7")
+
+    saver = checkpoint.Saver(tmp_path, keep=checkpoint.Retention(), asynchronous=False, check=check)
+    saver.save(9, example(), {})
+    with pytest.raises(OSError, match="taken over by process 7"):
+        saver.close()
+    assert other.read_text() == "being written" and not checkpoint.checkpoints(tmp_path)
+
+
 def test_which_checkpoints_stay(tmp_path):
     losses = {1: math.nan, 2: 2.0, 3: None, 4: 2.5, 5: None, 6: 2.6, 7: 2.7}
     keep = checkpoint.Retention(newest=2, every=3, best=True)

@@ -163,7 +163,7 @@ def test_a_sweep_has_a_run_for_each_combination(submit, tmp_path):
         (["--time", "tomorrow"], "time=tomorrow is no time limit; give it as 24:00:00"),
         (["--array", "lr"], "array=lr is no KEY=A,B,..."),
         (["--array", "optim.lr=1,,2"], "has an empty value"),
-        (["--array", "optim.lrs=1,2"], "optim.lr"),
+        (["--array", "optim.lrs=1,2"], "did you mean --optim.lr?"),
         (["--array", "run.name=a,b"], "each run has a run.name of its own already"),
         (["--array", "run.seed=0,1", "--follow"], "follow=true is for one job"),
         (["--container", "x.sif"], "container=x.sif needs something that starts containers; set container_runtime"),
@@ -172,16 +172,22 @@ def test_a_sweep_has_a_run_for_each_combination(submit, tmp_path):
         (["--launcher", "deepspeed", "--max-restarts", "1"], "max_restarts=1 is torchrun's"),
         (["--tracking.uri", "http://me:secret@host"], "set MLFLOW_TRACKING_URI"),
         (["--run.dir", "runs/a b"], "run.dir='runs/a b/job/1'"),
-        (["--nodse", "2"], "--nodse"),
+        (["--nodse", "2"], "unrecognized option --nodse; did you mean --nodes?"),
+        (["--node=2"], "unrecognized option --node; did you mean --nodes?"),
         (["--time", "0-0:06"], "time=0-0:06: the job would be asked to save at once, as signal_before_s=300"),
         (["--time", "5:30"], "time=5:30: the job would be asked to save at once"),
         (["--signal-before-s", "90000"], "signal_before_s=90000 must be"),
+        (
+            ["--array", "optim.lr=1,2", "--site", "typed.yaml", "--gpus-per-node", "4"],
+            "gpus_per_node=4 is not the number",
+        ),
         (["--gpus-per-node", "8", "--processes-per-node", "16"], "processes_per_node=16 is more than gpus_per_node=8"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_submitted(submit, tmp_path, words, message):
+    (tmp_path / "typed.yaml").write_text("sbatch: [--exclusive, --gpus-per-node=h100:8]")
     code, said = submit(*words)
-    line = said.splitlines()[-1]
+    (line,) = said.splitlines()
     assert code == 2 and line.startswith("submit.py: ") and message in line, said
     assert "secret" not in line and not (tmp_path / "seen.sbatch").exists()
 
@@ -252,10 +258,10 @@ def test_checkpoints_and_a_missing_slurm_are_said(submit, tmp_path, monkeypatch)
 
 def test_the_log_is_followed_to_the_end(submit, tmp_path):
     squeue = tmp_path / "bin/squeue"
-    squeue.write_text("#!/bin/sh\necho step 1 >>runs/mine/job/1/77.log\necho ${STATE:-COMPLETED}\n")
+    squeue.write_text("#!/bin/sh\necho step é >>runs/mine/job/1/77.log\necho ${STATE:-COMPLETED}\n")
     squeue.chmod(0o755)
     code, said = submit("--follow")
-    assert code == 0 and said.splitlines()[-2:] == ["step 1", "job 77: COMPLETED"]
+    assert code == 0 and said.splitlines()[-2:] == ["step é", "job 77: COMPLETED"]
 
 
 def test_slurm_is_asked_seldom_and_may_be_silent_for_a_while(tmp_path, monkeypatch):
@@ -276,6 +282,19 @@ def test_slurm_is_asked_seldom_and_may_be_silent_for_a_while(tmp_path, monkeypat
     with pytest.raises(ValueError, match="Unable to contact"):
         follow("7", tmp_path / "log", lambda text: None)
     assert 600 < asked[-1] - asked[22] < 640
+
+
+def test_a_character_that_is_half_written_is_followed(tmp_path, monkeypatch):
+    text, parts, log = "a é".encode(), [], tmp_path / "log"
+    log.write_bytes(text[:-1])
+
+    def squeue(command: tuple[str, ...], **options: object) -> subprocess.CompletedProcess:
+        return subprocess.CompletedProcess(command, 0, "COMPLETED" if log.read_bytes() == text else "RUNNING", "")
+
+    monkeypatch.setattr(subprocess, "run", squeue)
+    monkeypatch.setattr(time, "sleep", lambda seconds: log.write_bytes(text))
+    assert follow("7", log, parts.append, interval_s=0.0) == "COMPLETED"
+    assert parts == ["a ", "é"]
 
 
 def test_a_patch_makes_the_commit_into_what_ran(tmp_path, monkeypatch):

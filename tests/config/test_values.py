@@ -158,6 +158,8 @@ def test_a_section_is_not_a_value(tmp_path, value):
     [
         (["--train.stesp", "5"], "--train.steps"),
         (["--optim.learning_rate", "5"], "--optim.lr"),
+        (["--batch-size", "5"], "--train.micro_batch_size"),
+        (["--data.packing", "bestfit"], "best_fit"),
         (["--optim.warmup-stpes=5"], "--optim.warmup_steps"),
         (["--dryrun"], "--dry-run"),
     ],
@@ -167,8 +169,21 @@ def test_what_was_meant(argv, meant):
     parser.add_argument("--dry-run", action="store_true")
     with pytest.raises(ValueError) as error:
         parse_arguments([*QUICKSTART, *argv], parser)
-    known = meant != "--optim.lr"  # too far from what was typed to be guessed
-    assert str(error.value).endswith(f"did you mean {meant}?") or not known
+    assert str(error.value).endswith(f"did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train.steps", "x"], "train.steps=x must be a whole number"),
+        (["--optim.lr", "abc"], "optim.lr=abc must be a number"),
+        (["--train.compile", "5"], "train.compile=5 must be true or false"),
+        (["--optim.betas", "x"], "optim.betas=x must be a list, as [1, 2]"),
+        (["--train.precision", "fp8"], "train.precision=fp8 must be one of fp32, bf16"),
+    ],
+)
+def test_a_wrong_type_is_told_in_plain_words(argv, message):
+    assert refused(*QUICKSTART, *argv).startswith(message)
 
 
 def test_what_was_meant_in_files_and_commands(tmp_path, capsys):

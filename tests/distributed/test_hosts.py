@@ -45,7 +45,10 @@ SLURM = {"SLURM_STEP_NODELIST": "gpu[1-3]", "SLURM_STEP_TASKS_PER_NODE": "2(x2),
 
 def test_expected_hosts():
     assert expected_hosts(5, SLURM, {}) == {0: "gpu1", 1: "gpu1", 2: "gpu2", 3: "gpu2", 4: "gpu3"}
-    assert expected_hosts(5, SLURM | {"SLURM_DISTRIBUTION": "cyclic"}, {}) == {}
+    for other in ("cyclic", "plane=2"):
+        assert expected_hosts(5, SLURM | {"SLURM_DISTRIBUTION": other}, {}) == {}
+    within_nodes = SLURM | {"SLURM_DISTRIBUTION": "block:cyclic"}
+    assert expected_hosts(5, within_nodes, {}) == expected_hosts(5, SLURM, {})
     torchrun = {"LOCAL_WORLD_SIZE": "2"}
     assert expected_hosts(4, torchrun, {3: "b"}) == {0: "host 1 of 2", 1: "host 1 of 2", 2: "b", 3: "b"}
     # One task on each node, which is a launcher of its own.

@@ -3,6 +3,7 @@
 import pytest
 
 from gptoss_dist.distributed.hosts import expand
+from gptoss_dist.distributed.launcher_watch import program_of
 from gptoss_dist.distributed.launchers import complete, is_deepspeed, restart_advice, without_local_rank
 
 SRUN = {
@@ -100,3 +101,21 @@ def test_advice_for_restarts_on_several_machines():
     ):
         assert restart_advice(lent | {name: value}) == ""
     assert restart_advice({}) == ""
+
+
+@pytest.mark.parametrize(
+    "line, program",
+    [
+        ("/x/bin/python3.11 -u /x/bin/torchrun --standalone train.py", "torchrun"),
+        ("python -u -X dev -m torch.distributed.run --nnodes 2 train.py", "torch.distributed.run"),
+        ("/usr/bin/python /x/bin/deepspeed --num_gpus 2 train.py", "deepspeed"),
+        ("torchrun train.py", "torchrun"),
+        ("bash run.sh deepspeed", "bash"),
+        ("timeout 3600 python launch/train.py --engine.kind deepspeed", "timeout"),
+        ("python sweep.py deepspeed", "sweep.py"),
+        ("python -c import_deepspeed deepspeed", "import_deepspeed"),
+        ("python", ""),
+    ],
+)
+def test_a_launcher_is_what_a_process_runs_and_not_a_word_that_it_is_given(line, program):
+    assert program_of(line.split()) == program

@@ -1,5 +1,6 @@
 """Runs that get nowhere: what is a stall, who is named, and that nothing is left running."""
 
+import errno
 import json
 import os
 import re
@@ -111,6 +112,16 @@ def test_time_in_which_the_process_did_not_run_does_not_count(tmp_path, monkeypa
     monkeypatch.setattr(watch._closed, "wait", wait)
     watch._watch()  # ends the process if it thinks that an hour has passed
     assert watch._age_s < 5
+
+
+def test_a_dead_disk_hides_no_stall(tmp_path, monkeypatch):
+    assert watchdog.free_name(tmp_path).name == f"{tmp_path.name}.1"
+
+    def stat(*args, **kwargs):
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert watchdog.free_name(tmp_path) == tmp_path
 
 
 def options(settings: Path, folder: Path) -> list[str]:
@@ -290,6 +301,24 @@ def test_torchrun_restarts_in_place_from_the_last_checkpoint(settings, tmp_path)
     ]
     assert losses(killed) == losses(whole) and sorted(losses(whole)) == list(range(1, 13))
     assert losses(killed, "loss/val") == losses(whole, "loss/val")
+
+
+@pytest.mark.distributed
+def test_a_restart_in_place_does_not_do_what_the_start_was_refused(settings, tmp_path):
+    """A run is in the folder already: the start without --resume is refused, and its restart by torchrun too."""
+    folder = tmp_path / "done"
+    same = shlex.split(f"--config {settings} --run.dir {folder} --validation.every 0")
+    run("launch/train.py", *same, "--train.steps", "4", processes=2)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    line = command("launch/train.py", *same, "--train.steps", "8", "--optim.lr", "0.5", processes=2)
+    at = line.index("--standalone")
+    line[at:at] = ["--max-restarts", "1"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment())
+    assert done.returncode != 0
+    assert done.stderr.count("holds checkpoints already; continue with --resume auto") == 2
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert after.keys() == before.keys()
+    assert [path.name for path in after if after[path] != before[path] and path.is_file()] == [".lock"]
 
 
 SLOW = """

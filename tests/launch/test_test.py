@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,28 @@ def test_every_part_decides(project, failing):
         "ran -m pytest -m (slurm or netns) and not slow tests/slurm tests/netns",
         "ran -m pytest -m (distributed and not (compiled or slurm or netns)) and not slow --ignore tests/engine",
     ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_all_parts(project, number):
+    """They run in the background, where a shell lets SIGINT be ignored."""
+    (project / "venv/bin/python").write_text('#!/bin/sh\necho $$ >>"$SEEN"\nexec sleep 60\n')
+    seen = project / "seen"
+    environment = {
+        "VIRTUAL_ENV": str(project / "venv"),
+        "SEEN": str(seen),
+        "PATH": "/usr/bin:/bin",
+        "TMPDIR": str(project),
+    }
+    process = subprocess.Popen(["sh", "launch/test.sh"], cwd=project, env=environment, start_new_session=True)
+    while not seen.exists() or len(seen.read_text().splitlines()) < 3:
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    assert process.wait(20) == 130
+    for started in map(int, seen.read_text().split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(started, 0)
+    assert not list(project.glob("tmp.*"))
 
 
 def test_fast_uses_all_cores(project):

@@ -114,12 +114,25 @@ def test_resuming_on_other_data_is_refused(settings):
         "--data.seq_len": ("32", lost),
         "--run.seed": ("5", lost),
         "--train.steps": ("3", "is at step 4 and train.steps=3: nothing is left to train"),
-        "--model.intermediate_size": ("16", "was trained with model.intermediate_size=32, now it is 16; undo"),
+        "--model.intermediate_size": (
+            "16",
+            "was trained with model.intermediate_size=32, now it is 16; give --model.intermediate_size as",
+        ),
     }
     for option, (value, message) in changes.items():
         done = run("launch/train.py", "--config", str(settings), "--resume", "auto", option, value, expect=2)
         assert message in done.stderr and "Traceback" not in done.stderr
         assert folder_after_run == sorted(p.name for p in folder.rglob("*")) and config == saved.read_text()
+
+
+def test_another_run_s_checkpoint_is_not_mixed_with_those_in_the_folder(settings, tmp_path):
+    """A rewind, or `--resume auto`, could not tell them apart later."""
+    options = shlex.split(f"--config {settings} --validation.every 0 --train.steps 4")
+    for name in ("one", "two"):
+        run("launch/train.py", *options, "--run.dir", str(tmp_path / name))
+    other = tmp_path / "two/checkpoints/step_00000004"
+    done = run("launch/train.py", *options, f"--run.dir={tmp_path / 'one'}", "--resume", str(other), expect=2)
+    assert "one/checkpoints holds checkpoints already; continue with --resume auto" in done.stderr
 
 
 def test_a_checkpoint_resumes_on_other_layouts(settings, tmp_path):

@@ -55,7 +55,10 @@ def job(tmp_path, settings):
 
 
 def save(step: int) -> str:
-    return f"mkdir -p $RUN/checkpoints/step_{step:08d} $RUN/checkpoints/step_{step + 1:08d}.tmp"
+    """What a run does that trains and saves: it has recorded its job first."""
+    return (
+        f"echo job 44 >$RUN/.launch; mkdir -p $RUN/checkpoints/step_{step:08d} $RUN/checkpoints/step_{step + 1:08d}.tmp"
+    )
 
 
 STOPPED, DONE, FAILED = "touch $RUN/STOPPED", "touch $RUN/DONE; exit 1", "exit 7"
@@ -97,6 +100,12 @@ def test_a_signal_becomes_a_file_and_sigterm_ends_the_job(job):
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 143 and not (job.run / "requeued.txt").exists(), text
     assert "--resume\nauto" in (job.run / "srun.txt").read_text()
+
+    (job.run / ".launch").write_text(
+        "job 43\n"
+    )  # the checkpoints are not this job's: it did not get as far as to train
+    process = job("--resume", "elsewhere", SRUN=DONE, SLURM_RESTART_COUNT="1")
+    assert process.wait(120) == 0 and "auto" not in (job.run / "srun.txt").read_text()
 
 
 def await_file(path: Path) -> None:

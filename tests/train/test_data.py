@@ -200,7 +200,7 @@ def test_validation_and_dry_run_name_the_sources(config, folders):
     for names in (["math"], ["math", "math"]):
         without, said = config("web"), []
         without.data.path, without.data.sources = None, [SourceConfig(str(folders / name)) for name in names]
-        with pytest.raises(ValueError, match=r"math: no validation split; prepare with a larger"):
+        with pytest.raises(ValueError, match=r"math: no validation split; train with --validation.every 0"):
             open_validation(without, said.append)
         assert not said
     text = describe(settings, world_size=1)

@@ -1,6 +1,8 @@
 """The files STOP, STOPPED and DONE, by which scripts talk with a run."""
 
+import errno
 import json
+import os
 import shlex
 import signal
 import time
@@ -24,6 +26,18 @@ def test_the_disk_is_asked_no_more_often_than_the_interval_says(tmp_path, monkey
     assert stop.requested()
     (tmp_path / "STOP").unlink()
     assert stop.requested()  # once asked, a run stops
+
+
+def test_a_disk_that_stutters_asks_for_no_stop(tmp_path, monkeypatch):
+    def stat(*args, **kwargs):
+        raise OSError(errno.EIO, "input/output error")
+
+    stop = StopFile(tmp_path, interval_s=0.0)
+    (tmp_path / "STOP").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        assert not stop.requested()
+    assert stop.requested()
 
 
 def test_markers_answer_the_request_and_a_start_keeps_it(tmp_path):

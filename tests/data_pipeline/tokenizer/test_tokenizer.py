@@ -5,7 +5,9 @@ import gzip
 import hashlib
 import json
 import random
+import shlex
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import tiktoken
 
 from data_pipeline import Tokenizer, load_tokenizer
 from data_pipeline.corpora.sources import open_source
+from data_pipeline.prepare.__main__ import main as prepare
 from data_pipeline.tokenizer import rank_files as vocabulary
 from data_pipeline.tokenizer.patterns import PATTERNS, for_fancy_regex
 from data_pipeline.tools import train_bpe as bpe
@@ -286,3 +289,16 @@ def test_a_trained_file_is_deterministic_and_loads(tmp_path):
     text = "The river follows the bridge.\n"
     assert len(tokenizer.encode(text)) < len(text) / 3 and tokenizer.decode(tokenizer.encode(text)) == text
     assert bpe.main(["synthetic", "--vocab-size", "9", "--output", str(tmp_path / "three")]) == 2
+
+
+def test_a_trained_vocabulary_says_how_it_is_used(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("one and another one and another")
+    assert bpe.main(["a.txt", "--vocab-size", "300"]) == 2  # it does not write over the built-in one
+    assert "--output" in capfd.readouterr().err
+    assert bpe.main(["a.txt", "--vocab-size", "300", "--output", "own.tiktoken"]) == 0
+    *_, fewer, words = capfd.readouterr().out.splitlines()
+    assert "fewer than the 300 that were asked for" in fewer
+    line = shlex.split(words.partition("python -m data_pipeline.prepare ")[2].replace("SOURCE", "a.txt"))
+    assert prepare([*line, "--validation-fraction", "0"]) == 0
+    monkeypatch.undo()

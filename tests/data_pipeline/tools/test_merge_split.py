@@ -316,3 +316,10 @@ def test_output_that_is_closed_early_is_no_error(one):
         ["bash", "-c", command], cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=60
     )
     assert result.stdout == "0\n" and not result.stderr
+
+
+def test_a_split_that_holds_nothing_out_says_so(tmp_path, capfd):
+    data = make(tmp_path / "few", ["a", "b"], "--validation-fraction", "0")
+    capfd.readouterr()
+    assert run(split.main, data, "--output", tmp_path / "again", "--validation-fraction", "0.001") == 0
+    assert "no document fell into the validation split" in capfd.readouterr().out
