@@ -44,6 +44,7 @@ HEARTBEAT_S = 5.0
 """Seconds between two touches of a record."""
 STALE_AFTER_S = 60.0
 """Seconds without a touch after which an owner on another machine is dead."""
+_NAMED_WITHIN_S = 2.0
 _RECORD = re.compile(r"\.owner-\d{1,9}")
 _MOST_BYTES = 4096
 
@@ -213,7 +214,7 @@ def owned(folder: Path, message: Callable[[str], None] = lambda text: None) -> I
         try:
             held.enter_context(locked(lock, optional=True))
         except BlockingIOError:
-            raise BlockingIOError(printable(lock.read_text().strip()) or "another process") from None
+            raise BlockingIOError(_holder(lock)) from None
         me = _this_process()
         path = _claim(folder, me, message)
         lock.write_text(f"{me}\n")
@@ -222,6 +223,20 @@ def owned(folder: Path, message: Callable[[str], None] = lambda text: None) -> I
             yield ownership
         finally:
             ownership.release()
+
+
+def _holder(lock: Path) -> str:
+    """Name the process that holds the lock. It gets the lock before it has written who it is: it may take a moment.
+
+    On another machine it is named by `.lock` alone, which may still name the one before.
+    """
+    deadline = time.monotonic() + _NAMED_WITHIN_S
+    while time.monotonic() < deadline:
+        for owner in (record.owner for record in _records(lock.parent)):
+            if owner and owner.machine == machine() and _started(owner.process) == owner.started:
+                return str(owner)
+        time.sleep(0.05)
+    return printable(lock.read_text().strip()) or "another process"
 
 
 def _claim(folder: Path, me: Owner, message: Callable[[str], None]) -> Path:

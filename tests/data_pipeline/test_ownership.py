@@ -13,12 +13,15 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from data_pipeline import ownership
+from data_pipeline.disk import locked
 from data_pipeline.ownership import owned
 from tests.support.ranks import environment
 
@@ -280,3 +283,20 @@ def test_an_owner_on_another_machine_that_is_suspended_or_killed_gives_way(tmp_p
     assert successor.outcome() == "owner"
     successor.release()
     assert names(tmp_path) == [".lock"]
+
+
+def test_who_holds_the_lock_is_named_although_it_has_just_got_it(tmp_path):
+    """`.lock` still names the one before, or nobody."""
+    me = ownership.Owner("here", ownership.machine(), os.getpid(), ownership._started(os.getpid()), "now", "t")
+
+    def record() -> None:
+        (tmp_path / ".owner-1").write_bytes(msgspec.json.encode(me))
+
+    lock = tmp_path / ".lock"
+    lock.write_text("process 1 on another, since yesterday\n")
+    with locked(lock):
+        later = threading.Timer(0.3, record)
+        later.start()
+        with pytest.raises(BlockingIOError, match=f"process {os.getpid()} on here, since now"), owned(tmp_path):
+            pass
+        later.join()

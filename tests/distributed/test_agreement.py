@@ -13,7 +13,7 @@ HOSTS = ["node1", "node1", "node2", "node2", "node3"]
 SCRIPT = """
 import json, os, sys
 
-
+from gptoss_dist.distributed import agreement
 from gptoss_dist.distributed.agreement import Fact, check_agreement
 from gptoss_dist.distributed.processes import init_distributed, shut_down
 

@@ -181,6 +181,7 @@ def test_a_stopped_rank_is_named_and_shown_and_nothing_is_left(settings, tmp_pat
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks.values())
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_rank_that_holds_the_store_is_named_too(settings, tmp_path):
     """Without torchrun rank 0's process holds the store: the others cannot ask each other any more."""

@@ -163,12 +163,9 @@ def test_samples_that_fail_do_not_end_a_run(ranks):
     assert len(messages) == 1 and messages[0].startswith("step 3: no sample, UnicodeEncodeError: 'ascii' codec")
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
-@pytest.mark.parametrize(
-    "bf16_products",
-    ["multiplied in float32", pytest.param("multiplied in bf16", marks=pytest.mark.slow)],
-    indirect=True,
-)
+@pytest.mark.parametrize("bf16_products", ["multiplied in float32", "multiplied in bf16"], indirect=True)
 def test_compiled_blocks_agree_in_bf16(ranks, bf16_products):
     """Tokens in whole blocks of the attention's band, which is where its strides were once misdeclared."""
     tokens = torch.randint(0, 101, (2, 65), generator=torch.Generator().manual_seed(0))
