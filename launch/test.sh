@@ -2,7 +2,7 @@
 # Install with the test tools and run the tests.
 #
 #   sh launch/test.sh                      all that a change must pass
-#   sh launch/test.sh --fast               before each commit: no further processes, no compilation
+#   sh launch/test.sh --fast               before each commit: no further processes, no compilation, nothing long
 #   sh launch/test.sh --slow               before a release: the slow variants too
 #   sh launch/test.sh tests/model -k rope  what pytest's arguments select
 #
@@ -23,7 +23,7 @@ case ${1-} in
         shift
         export OMP_NUM_THREADS=1
         exec "$venv/bin/python" -m pytest -n "$cores" --dist worksteal \
-            -m "not slow and not distributed and not compiled" "$@"
+            -m "not (slow or distributed or compiled or heavy)" "$@"
         ;;
     --slow) shift; group="" ;;
     *) group=" and not slow" ;;

@@ -176,6 +176,7 @@ def test_an_owner_elsewhere_is_dead_when_its_record_has_not_been_touched(tmp_pat
     assert "belongs to process" in said and r"on node\x1b7, since" in said and "waits 1 s" in said
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("content", [b"", b"{", b'{"host": 5}', b"\xff"])
 def test_a_record_that_cannot_be_read_is_watched_too(tmp_path, no_locks, fast, content):
     (tmp_path / ".owner-1").write_bytes(content)

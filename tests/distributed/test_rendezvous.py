@@ -84,6 +84,7 @@ def test_rank_0_says_who_is_missing_and_gives_up(meet, capfd):
     assert f"rank 0 on {platform.node()} waits at localhost:" in capfd.readouterr().err
 
 
+@pytest.mark.heavy
 def test_who_is_missing_is_named_by_host(meet, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "gpu[08-10]")
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x3)")
@@ -113,6 +114,7 @@ def _program(monkeypatch):
     monkeypatch.setattr(launchers, "_program", "gptoss_dist")
 
 
+@pytest.mark.heavy
 def test_another_rank_says_that_it_waits_for_rank_0(meet, capfd):
     (error,) = meet([1], 2)
     assert f"rank 1 on {platform.node()} did not reach rank 0 at localhost:" in error and "MASTER_PORT" in error

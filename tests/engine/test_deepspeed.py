@@ -37,6 +37,7 @@ def values(engine) -> dict[str, torch.Tensor]:
     return copies
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "stage, variant", [(1, ""), (2, ""), (3, ""), (1, "bf16"), (2, "offloaded"), (3, "persistent")]
 )
@@ -78,6 +79,7 @@ def test_a_non_finite_step_leaves_no_trace(ranks, stage, variant):
     assert not unchanged()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_state_has_the_names_and_shapes_of_the_other_engine(ranks, stage, tmp_path):
     """And a checkpoint of one is a checkpoint of the other, weights in bf16 or not."""

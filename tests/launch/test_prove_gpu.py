@@ -46,6 +46,7 @@ def wait_for(condition, seconds: float = 60.0):
     return value
 
 
+@pytest.mark.heavy
 def test_every_item_has_its_result_and_none_stops_another(tmp_path):
     items = [
         fake("right", "check(True); say('figure', value=1234.5, unit='ms', note='a | note')"),

@@ -179,6 +179,7 @@ def report_steps(folder, start, last):
     return report
 
 
+@pytest.mark.heavy
 def test_report_writes_warns_resumes_and_plots(tmp_path, capsys):
     report_steps(tmp_path, 0, 4)  # killed
     assert capsys.readouterr().err.count("1 of 4 experts got no token in the last 2 steps (layer 0: 1)") == 1
@@ -191,6 +192,7 @@ def test_report_writes_warns_resumes_and_plots(tmp_path, capsys):
     assert spans(tmp_path) == [(1, 1)]
 
 
+@pytest.mark.heavy
 def test_a_broken_device_does_not_hide_how_the_run_ended(tmp_path, monkeypatch):
     report = report_steps(tmp_path, 0, 1)
 

@@ -113,6 +113,7 @@ def test_missing_metrics_leave_their_files_out(tmp_path):
         plot_run(write_run(tmp_path / "empty", []))
 
 
+@pytest.mark.heavy
 def test_expert_tokens_are_a_map_of_the_newest_row(tmp_path, monkeypatch):
     figures = {}
     save = Figure.savefig

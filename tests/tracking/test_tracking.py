@@ -72,6 +72,7 @@ def test_a_server_that_accepts_and_says_nothing_cannot_hold_close(tmp_path, monk
         assert not tracker._thread.is_alive(), "the abandoned thread gives up after its request"
 
 
+@pytest.mark.heavy
 def test_server_lost_mid_run_every_point_arrives_once(tmp_path, client, store, monkeypatch):
     """Requests fail before the store has acted, and after it has (the answer is lost), in the middle of training."""
     import mlflow

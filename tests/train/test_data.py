@@ -240,6 +240,7 @@ def test_contradictions_are_one_line(data, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_later_lists_take_the_place_of_earlier_ones(tmp_path, count):
     """Whatever their lengths: no weight, limit or name of an earlier source stays."""

@@ -41,6 +41,7 @@ def test_samples_of_any_text_are_kept_under_an_ascii_locale(tmp_path, monkeypatc
     assert "na\\xefve \\u732b" in shown and "the display goes on" in shown
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "place, kind",
     [

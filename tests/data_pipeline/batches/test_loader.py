@@ -80,6 +80,7 @@ def consume(dataset, steps, start, world_size, accumulation, workers, varlen):
 KINDS = [(packing, mixed) for packing in ("contiguous", "best_fit", "varlen") for mixed in (False, True)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0]}{' mixture' if kind[1] else ''}")
 def test_consumed_order_is_the_same_everywhere(directories, kind, monkeypatch):
     monkeypatch.setattr("data_pipeline.batches.loader._PLANNED_AT_ONCE", (50 * T, 100))  # several blocks of steps

@@ -222,6 +222,7 @@ def test_the_model_sees_each_document_alone(directory, packing):
     assert abs(together.item() - alone.item()) > 1e-4 * alone.item()
 
 
+@pytest.mark.heavy
 def test_a_document_of_more_than_31_bits_is_cut_like_any_other():
     def opened(kind):
         dataset = object.__new__(kind)

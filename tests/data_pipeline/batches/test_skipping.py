@@ -63,6 +63,7 @@ def read(dataset, ranges, start, steps, layout, workers, prefetch):
     return batches, places
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("packing", "mixed"), KINDS, ids=lambda value: {True: "mixture", False: "one"}.get(value, value)
 )

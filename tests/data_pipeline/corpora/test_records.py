@@ -90,6 +90,7 @@ def test_a_window_of_2_gib_is_read(tmp_path):
     assert read(tmp_path / "a.jsonl.zst") == TEXTS
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "json"])
 @pytest.mark.parametrize(
     ("suffix", "pack"), [(".zst", zstandard.compress), (".xz", lzma.compress), (".bz2", bz2.compress)]

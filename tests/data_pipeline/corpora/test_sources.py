@@ -172,6 +172,7 @@ def huggingface(directory, *splits):
     return result.stdout.splitlines()
 
 
+@pytest.mark.heavy
 def test_huggingface_dataset_offline(tmp_path):
     write_parquet(tmp_path / "someone/Stories/data/train-00000-of-00001.parquet", TEXTS)
     write_parquet(tmp_path / "someone/Stories/data/validation-00000-of-00001.parquet", ["held out"])

@@ -72,6 +72,7 @@ def expected_documents(sources, most=None):
     return list(dict.fromkeys(text.replace("\ud800", "\ufffd") for text in texts))[:most]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("most", [None, 290])
 def test_workers_change_nothing(tmp_path, corpora, monkeypatch, most):
     monkeypatch.setattr("data_pipeline.prepare.part.BATCH_CHARACTERS", 9000)
@@ -217,6 +218,7 @@ def test_malformed_records_are_counted_named_and_left_out(tmp_path, capsys, monk
     assert code == 2 and "no column 'txt', only 'text'" in err and "the first 100 records" in err
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("most", [None, 10])
 def test_a_file_that_is_named_twice(tmp_path, corpus, most):
     """Its second copy is all duplicates, and the first one stays; what is read in parts is read once."""
@@ -296,6 +298,7 @@ def test_recipes(tmp_path, corpus, capsys):
         assert parse(PrepareConfig, ["--config", str(path), "--output", "x"], prog="prepare").sources
 
 
+@pytest.mark.heavy
 def test_parquet_in_row_groups_and_shards_of_a_huggingface_dataset(tmp_path, monkeypatch):
     monkeypatch.setattr("data_pipeline.corpora.part.MIN_PART_BYTES", 2000)
     texts = list(open_source("synthetic:documents=120").documents())

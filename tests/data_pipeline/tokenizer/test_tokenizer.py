@@ -59,6 +59,7 @@ def test_a_million_spaces_and_lone_surrogates_are_counted_not_fatal():
     assert tokenizer.irregular == {"split": 1, "repaired": 1}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_faster_pattern_cuts_every_text_as_the_published_one_does(name):
     """Cases, digits, marks, line breaks and spaces of every kind in random order; and sources. Every pair of bytes is a

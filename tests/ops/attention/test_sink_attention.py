@@ -242,6 +242,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "kernel, window, documents",
     [

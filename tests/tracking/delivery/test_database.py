@@ -42,6 +42,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("interruption", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_interrupted_making_leaves_nothing_and_the_next_one_succeeds(tmp_path, quick_making, interruption):
     database = Database(tmp_path / "mlflow.db")
