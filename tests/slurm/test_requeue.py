@@ -105,7 +105,7 @@ def test_elements_of_an_array_requeue_themselves_alone(lab: Lab, tiny, tmp_path)
         *shlex.split(
             f"python launch/submit.py --config {tiny} --run.dir {tmp_path / 'lr'} "
             "--nodes 1 --gpus-per-node 1 --array optim.lr=3e-3,1e-3 --time 10 --tracking.mlflow true "
-            f"--tracking.uri {uri} --tracking.experiment tests --train.steps 60"
+            f"--tracking.uri {uri} --tracking.experiment tests --train.steps 300"
         ),
     )
     (job,) = re.findall(r"submitted job (\d+);", said)
@@ -113,12 +113,13 @@ def test_elements_of_an_array_requeue_themselves_alone(lab: Lab, tiny, tmp_path)
     for number in (1, 0):  # of the last element, SLURM_JOB_ID is the id of the whole array
         lab.await_step(runs[number], 3)
         lab("scancel", "--batch", "--signal=USR1", f"{job}_{number}")
+    for number in (1, 0):
         lab.await_restart(runs[number], f"{job}_{number}", 1)
     lab.await_end(job, "COMPLETED")
 
     for number, run in enumerate(runs):
         assert [(name, start) for name, start, _ in starts_of(run)] == [(f"{job}_{number}", 0), (f"{job}_{number}", 1)]
-        assert_whole(run, 60)
+        assert_whole(run, 300)
     client = mlflow.MlflowClient(tracking_uri=uri)
     recorded = runs_of(client)
     (parent,) = [each.info.run_id for each in recorded if "sweep" in each.data.tags]

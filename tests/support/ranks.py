@@ -122,7 +122,7 @@ class Started:
         """
         codes = self._ask({"wait": self.processes})
         folder, ranks = Path(self.job["folder"]), range(len(self.processes))
-        output = {s: "".join((folder / f"{r}.{s}").read_text() for r in ranks) for s in ("stdout", "stderr")}
+        output = {s: "".join(_text(folder / f"{r}.{s}") for r in ranks) for s in ("stdout", "stderr")}
         shutil.rmtree(folder)
         failed = [code for code in codes if code not in (0, -signal.SIGTERM)]
         if len(set(failed)) > 1:
@@ -138,6 +138,10 @@ class Started:
             _fork_server.cache_clear()
             raise AssertionError(f"{self.job['script']} {self.job['arguments']} did not end in {timeout_s} s")
         return json.loads(self.fork_server.stdout.readline())
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""  # the rank was killed before it had opened it
 
 
 def start(
