@@ -6,20 +6,9 @@ from torch.utils.checkpoint import checkpoint
 from gptoss_dist import GptOss, ModelConfig
 from gptoss_dist.model import transformer
 from gptoss_dist.model.init import initialize
+from tests.support.sizes import SMALL
 
-CONFIG = ModelConfig(
-    vocab_size=50,
-    hidden_size=16,
-    intermediate_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    num_local_experts=4,
-    num_experts_per_tok=2,
-    sliding_window=8,
-    initializer_range=0.3,
-)
+CONFIG = ModelConfig(**SMALL | {"num_local_experts": 4, "sliding_window": 8, "initializer_range": 0.3})
 
 
 def ids_of(borders: list[int], T: int = 30) -> torch.Tensor:

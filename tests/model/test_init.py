@@ -2,18 +2,9 @@ import torch
 
 from gptoss_dist import GptOss, ModelConfig
 from gptoss_dist.model.init import fill, initialize
+from tests.support.sizes import SMALL
 
-CONFIG = ModelConfig(
-    vocab_size=50,
-    hidden_size=16,
-    intermediate_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    num_local_experts=6,
-    num_experts_per_tok=2,
-)
+CONFIG = ModelConfig(**SMALL)
 
 
 def test_any_part_of_a_parameter_is_drawn_alike():

@@ -10,18 +10,8 @@ from gptoss_dist import GptOss, ModelConfig
 from gptoss_dist.model.init import initialize
 from gptoss_dist.model.losses import updated_selection_bias
 from gptoss_dist.model.moe import Router, router_stats
+from tests.support.sizes import SMALL as SIZES
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "num_local_experts": 6,
-    "num_experts_per_tok": 2,
-}
 E, K, D = SIZES["num_local_experts"], SIZES["num_experts_per_tok"], SIZES["hidden_size"]
 
 
