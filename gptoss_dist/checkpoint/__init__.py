@@ -16,6 +16,7 @@ from gptoss_dist.checkpoint.store import (
     resolve,
     set_aside,
     step_of,
+    tidy,
     verify,
 )
 
@@ -49,6 +50,7 @@ __all__ = [
     "save_pretrained",
     "set_aside",
     "step_of",
+    "tidy",
     "verify",
     "write_skipped",
 ]

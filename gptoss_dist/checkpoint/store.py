@@ -129,10 +129,7 @@ def write(
                 shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"checkpoint {final} not written: {error}") from error
     if rank == 0:
-        try:
-            prune(folder, keep)
-        except OSError as error:  # the new one is complete all the same
-            log.warning("old checkpoints in %s cannot be deleted: %s", folder, error)
+        tidy(folder, keep)
     return final
 
 
@@ -144,9 +141,7 @@ def _check(check: Callable[[], None] | None) -> None:
 def _begin(folder: Path, partial: Path, check: Callable[[], None] | None) -> None:
     """Create the unfinished directory, and delete those that earlier saves left behind."""
     _check(check)
-    for stale in folder.glob("step_*.tmp*"):
-        if re.fullmatch(r"step_\d{8,}\.tmp(\.old)?", stale.name):
-            shutil.rmtree(stale, ignore_errors=True)  # what somebody still reads may stay
+    _remove_unfinished(folder)
     partial.mkdir(parents=True)
 
 
@@ -201,12 +196,26 @@ def _counts(parts: Parts) -> dict[str, int]:
     return {name: sum(box.values.numel() for box in boxes) for name, (_, boxes) in parts.items()}
 
 
-def prune(folder: str | Path, keep: Retention) -> None:
-    """Delete the checkpoints that `keep` does not name. Only one rank may call it.
+def tidy(folder: str | Path, keep: Retention) -> None:
+    """Delete the checkpoints that `keep` does not name, and what saves that were killed have left behind.
 
-    Raises:
-        OSError: A checkpoint cannot be deleted.
+    What cannot be deleted is logged: the newest checkpoint is complete all the same. Only one rank may call it.
     """
+    folder = Path(folder)
+    try:
+        _remove_unfinished(folder)
+        _prune(folder, keep)
+    except OSError as error:
+        log.warning("old checkpoints in %s cannot be deleted: %s", folder, error)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for stale in folder.glob("step_*.tmp*"):
+        if re.fullmatch(r"step_\d{8,}\.tmp(\.old)?", stale.name):
+            shutil.rmtree(stale, ignore_errors=True)  # what somebody still reads may stay
+
+
+def _prune(folder: Path, keep: Retention) -> None:
     if keep.newest == 0:
         return
     found = checkpoints(folder)

@@ -145,6 +145,7 @@ class Run:
             message(spanned)
         for moved in checkpoint.set_aside(config.checkpoint_folder, after=start.step):
             message(f"a later checkpoint is now {moved}")
+        checkpoint.tidy(config.checkpoint_folder, self.saver.keep)  # a kill right after a save may have left more
         checkpoint.write_skipped(config.checkpoint_folder, start.skipped)
         self.report.skipping()
 

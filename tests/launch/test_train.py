@@ -65,6 +65,11 @@ def test_interrupted_and_resumed_is_bit_identical(settings, tmp_path, processes)
     if processes == 1:
         ids = [json.loads((folder / "tracking" / "cursor.json").read_text())["run_id"] for folder in (whole, parts)]
         assert ids[0] is not None and ids[0] == ids[1]
+        # What a kill between the last checkpoint and the deletion of older ones leaves: the next start deletes it.
+        shutil.copytree(whole / "checkpoints" / "step_00000004", parts / "checkpoints" / "step_00000004")
+        shutil.copytree(whole / "checkpoints" / "step_00000004", parts / "checkpoints" / "step_00000003.tmp.old")
+        run("launch/train.py", *options, "--run.dir", str(parts), "--resume", "auto")
+        assert sorted((parts / "checkpoints").glob("step_*")) == saved
 
 
 @pytest.mark.slow
