@@ -19,6 +19,8 @@ from typing import IO
 
 _held: set[int] = set()
 """File descriptors of the locks that this process holds."""
+_tokens: dict[int, str] = {}
+"""What is part of the hidden names of a process, which a forked one does not take over."""
 
 
 def sync_file(file: IO) -> None:
@@ -53,7 +55,9 @@ def write_file_atomically(path: Path, data: bytes) -> None:
 
 def unfinished(path: Path) -> Path:
     """Return the hidden name, this process's own, under which a file is written until `finish` renames it."""
-    return path.with_name(f".{path.name}-{os.getpid()}")
+    # Its number alone is not its own: a process on another machine, or in another container, may have the same.
+    token = _tokens.setdefault(os.getpid(), secrets.token_hex(8))
+    return path.with_name(f".{path.name}.{token}")
 
 
 def finish(path: Path) -> None:

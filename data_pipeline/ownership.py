@@ -40,6 +40,8 @@ from data_pipeline.disk import create_exclusively, locked
 from data_pipeline.foreign import convert, parse_json
 from data_pipeline.printable import printable
 
+HEARTBEAT = "owner's heartbeat"
+"""The name of the thread that does it."""
 HEARTBEAT_S = 5.0
 """Seconds between two touches of a record."""
 STALE_AFTER_S = 60.0
@@ -149,7 +151,7 @@ class Ownership:
         self._ended, self._one_at_a_time = threading.Event(), threading.Lock()
         self.lost_to: str | None = None
         """Who has taken the folder over, as far as `lost` has found out. A thread calls it every few seconds."""
-        self._thread = threading.Thread(target=self._beat, name="owner", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name=HEARTBEAT, daemon=True)
         self._thread.start()
 
     def lost(self) -> str | None:
@@ -260,6 +262,21 @@ def _claim(folder: Path, me: Owner, message: Callable[[str], None]) -> Path:
                 return path
             path.unlink(missing_ok=True)
             time.sleep(random.uniform(0.0, 0.2))
+
+
+def await_free(folder: Path, message: Callable[[str], None] = lambda text: None) -> None:
+    """Return once no process owns a folder, which stays free for others to take.
+
+    Args:
+        folder: A folder, or where one may be.
+        message: As for `owned`.
+
+    Raises:
+        BlockingIOError: A process owns it; the message is that process, its machine and since when.
+    """
+    me = _this_process()
+    for record in _records(folder) if folder.is_dir() else []:
+        _await_death(record, me, message)
 
 
 def _await_death(record: _Record, me: Owner, message: Callable[[str], None]) -> None:

@@ -129,20 +129,26 @@ _TYPES = {
     "<class 'list'>": "a list, as [1, 2]",
     "<class 'dict'>": "keys and values, as {a: 1}",
 }
+_ONE_TYPE = re.compile(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)')
+_ONE_TYPE_OR_NULL = re.compile(
+    r'Parser key "([^"]+)": Does not validate against any of the Union subtypes Subtypes: '
+    r"\[(\S+ '\w+'>|typing\.Literal\[.*?\]), <class 'NoneType'>\] Errors: .* Given value: (.*)"
+)
 
 
 def _of_one_type(message: str) -> str | None:
-    """Return in plain words what jsonargparse says of a value that has one type; None if it says something else."""
-    found = re.fullmatch(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', message)
+    """Return in plain words what jsonargparse says of a value that has one type, or null; None of anything else."""
+    found = _ONE_TYPE.fullmatch(message) or _ONE_TYPE_OR_NULL.fullmatch(message)
     if found is None:
         return None
     key, kind, value = found.groups()
+    null = " or null" if found.re is _ONE_TYPE_OR_NULL else ""
     if words := _TYPES.get(kind):
-        return f"{key}={value} must be {words}"
+        return f"{key}={value} must be {words}{null}"
     if not (choices := re.fullmatch(r"typing\.Literal\[(.*)\]", kind)):
         return None
     known = [word.strip(" '\"") for word in choices[1].split(",")]
-    return f"{key}={value} must be one of {', '.join(known)}{suggestion(value, known)}"
+    return f"{key}={value} must be one of {', '.join(known)}{null}{suggestion(value, known)}"
 
 
 def _near_miss(message: str, parser: jsonargparse.ArgumentParser) -> str:

@@ -9,12 +9,14 @@ command was killed and given again.
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial
 
 from data_pipeline.command_line import MISTAKE, Program, print_line, run
 from data_pipeline.corpora.part import TextSource
 from data_pipeline.corpora.sources import open_source
 from data_pipeline.prepare.allowed_code import import_from_allowed
-from data_pipeline.prepare.pipeline import prepare
+from data_pipeline.prepare.pipeline import prepare, prepare_range
 from data_pipeline.prepare.settings import PrepareConfig
 from data_pipeline.tokenizer.published import load_tokenizer
 
@@ -47,12 +49,17 @@ def _prepare(settings: PrepareConfig) -> None:
         for spec in settings.sources
     ]
     _check_used(settings, sources)
-    prepare(
+    if settings.range_and_count is None:
+        work: Callable = partial(prepare, max_malformed=settings.max_malformed)
+    else:
+        index, count = settings.range_and_count
+        work = partial(prepare_range, index=index, count=count)
+    work(
         sources,
         settings.output,
         tokenizer,
         workers=settings.workers,
-        max_malformed=settings.max_malformed,
+        executor=settings.executor,
         overwrite=settings.overwrite,
         report=print_line,
         normalization=settings.normalization,

@@ -5,7 +5,6 @@ record, KEY.json, comes last and says that it is complete. KEY is a hash of ever
 on, so a run that was killed, or a run with other sources, takes over the parts that fit.
 """
 
-import contextlib
 import hashlib
 import json
 import re
@@ -276,10 +275,3 @@ def write_hashes(path: Path, digests: list[bytes]) -> None:
 def finished_keys(directory: Path) -> set[str]:
     """Return the keys of the parts whose records are in `directory`."""
     return {path.stem for path in directory.glob("*.json") if re.fullmatch("[0-9a-f]{32}", path.stem)}
-
-
-def remove_temporary_files(directory: Path) -> None:
-    """Remove what killed processes left under temporary names."""
-    for path in directory.glob(".*"):
-        with contextlib.suppress(OSError):
-            path.unlink()

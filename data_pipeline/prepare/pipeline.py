@@ -1,14 +1,15 @@
 """From sources of text to a dataset in its place: what `python -m data_pipeline.prepare` does."""
 
 import contextlib
+import functools
 import json
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,11 +17,18 @@ from data_pipeline.corpora.part import Part, TextSource
 from data_pipeline.disk import write_file_atomically
 from data_pipeline.foreign import read_json
 from data_pipeline.prepare.dedupe import assemble_splits
+from data_pipeline.prepare.on_ray import prepare_parts_on_ray
 from data_pipeline.prepare.part import HASHES, Preparation, PreparedPart, finished_keys, hashes_path, part_key
 from data_pipeline.prepare.pool import prepare_parts
 from data_pipeline.prepare.progress import Progress
 from data_pipeline.prepare.rules import Rules
-from data_pipeline.prepare.workdir import output_path, publish_dataset, remove_if_finished, working_directory
+from data_pipeline.prepare.workdir import (
+    output_path,
+    publish_dataset,
+    range_directory,
+    remove_if_finished,
+    working_directory,
+)
 from data_pipeline.printable import printable
 from data_pipeline.shards.checksums import check_content, record_content
 from data_pipeline.shards.manifest import FILE_NAME, MOST_MANIFEST_BYTES, VERSION, Manifest, Shard, open_shards
@@ -43,16 +51,20 @@ class _Request:
     """The texts, in order."""
     tokenizer: Tokenizer
     rules: Rules
-    workers: int
-    """The number of processes."""
-    max_malformed: float
-    """The share of the records that may hold no text."""
     report: Callable[[str], None]
     """What takes lines for people."""
+    workers: int | None = None
+    """The number of processes; None is 1, and with Ray as many as its machines have processors."""
+    executor: Literal["processes", "ray"] = "processes"
+    """What runs them."""
+    max_malformed: float = 0.001
+    """The share of the records that may hold no text."""
 
     def __post_init__(self):
-        if self.workers < 1:
+        if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers {self.workers}: must be at least 1")
+        if self.executor not in ("processes", "ray"):
+            raise ValueError(f"executor {self.executor!r}: must be processes or ray")
         if not 0 <= self.max_malformed <= 1:
             raise ValueError(f"max_malformed {self.max_malformed}: must be a share, from 0 to 1")
 
@@ -66,8 +78,16 @@ class _Request:
         }
         return json.loads(json.dumps(settings))
 
-    def keyed_parts(self) -> list[tuple[str, Part]]:
-        """Return the parts of all sources in order, each with its key."""
+    def keys(self) -> list[str]:
+        """Return the keys of the parts of all sources, in order."""
+        return [key for key, _ in self._keyed]
+
+    def keyed_parts(self) -> dict[str, Part]:
+        """Return the parts of all sources in order, by key. A file that is named twice has two parts of one key."""
+        return dict(self._keyed)
+
+    @functools.cached_property
+    def _keyed(self) -> list[tuple[str, Part]]:
         parts = [part for source in self.sources for part in source.parts]
         return [(part_key(part, self.rules, self.tokenizer), part) for part in parts]
 
@@ -77,7 +97,8 @@ def prepare(
     output: str | Path,
     tokenizer: Tokenizer,
     *,
-    workers: int = 1,
+    workers: int | None = None,
+    executor: Literal["processes", "ray"] = "processes",
     max_malformed: float = 0.001,
     overwrite: bool = False,
     report: Callable[[str], None] = print,
@@ -95,7 +116,9 @@ def prepare(
         sources: The texts.
         output: The directory to create.
         tokenizer: What makes ids of the texts.
-        workers: The number of processes.
+        workers: The number of processes; None is 1, and with Ray as many as its machines have processors.
+        executor: What runs them: "processes" of this machine, or "ray", on the cluster of RAY_ADDRESS, on one that
+            runs on this machine, or else by itself.
         max_malformed: The share of the records that may hold no text; they are left out and listed in malformed.log.
         overwrite: Replace a prepared dataset that is at `output`, but nothing else.
         report: Takes lines for people.
@@ -109,27 +132,86 @@ def prepare(
             else.
         OSError: The dataset cannot be written.
     """
-    request = _Request(sources, tokenizer, Rules(**options), workers, max_malformed, report)
+    request = _Request(sources, tokenizer, Rules(**options), report, workers, executor, max_malformed)
     output = output_path(output)
     settings = request.settings()
     if (existing := _existing_dataset(output, settings, overwrite)) is not None:
         report(f"{output}: already prepared, {_summary(existing)}")
-        remove_if_finished(output, {key for key, _ in request.keyed_parts()})
+        remove_if_finished(output, set(request.keyed_parts()), report)
         return existing
-    for source in sources:
-        report(f"{source.spec}: {source.description}")
-        if source.left_out:
-            report(f"  left out: {source.left_out}")
-    with working_directory(output) as folder, _naming_folder_in_errors(folder):
+    _report_sources(request)
+    with working_directory(output, report) as (folder, ownership), _naming_folder_in_errors(folder):
         # Again, now that no other process can be at it; and once more before something might be replaced.
         if (existing := _existing_dataset(output, settings, overwrite)) is not None:
             return existing
         manifest = _prepare_in_folder(request, settings, folder)
         _existing_dataset(output, settings, overwrite)
+        if lost_to := ownership.lost():
+            raise ValueError(f"{folder}: {lost_to} has taken it over, as this process was suspended for long")
         publish_dataset(folder, folder / FINAL, output)
         record_content(output, manifest)  # now that nothing else links to its files
     _report_result(output, manifest, request)
     return manifest
+
+
+def prepare_range(
+    sources: list[TextSource],
+    output: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    index: int,
+    count: int,
+    workers: int | None = None,
+    executor: Literal["processes", "ray"] = "processes",
+    overwrite: bool = False,
+    report: Callable[[str], None] = print,
+    **options,
+) -> None:
+    """Prepare the parts `index`, `index + count`, `index + 2 * count`... of the sources, and no dataset yet.
+
+    Processes on any machines that see the folder OUTPUT.preparing may prepare all ranges side by side. A call of
+    `prepare` with the same arguments after that takes the parts over, prepares what is missing, and makes the dataset.
+
+    Args:
+        sources: The texts.
+        output: The directory that `prepare` will create.
+        tokenizer: What makes ids of the texts.
+        index: The number of the range, from 0.
+        count: The number of ranges.
+        workers: As for `prepare`.
+        executor: As for `prepare`.
+        overwrite: As for `prepare`; nothing is replaced yet.
+        report: Takes lines for people.
+        **options: The fields of `Rules`.
+
+    Raises:
+        ValueError: As for `prepare`, but for the share of bad records.
+        OSError: The parts cannot be written.
+    """
+    if not 0 <= index < count:
+        raise ValueError(f"range {index}/{count}: must be from 0/{count} to {count - 1}/{count}")
+    request = _Request(sources, tokenizer, Rules(**options), report, workers, executor)
+    output = output_path(output)
+    if (existing := _existing_dataset(output, request.settings(), overwrite)) is not None:
+        report(f"{output}: already prepared, {_summary(existing)}")
+        return
+    _report_sources(request)
+    parts = request.keyed_parts()
+    own = dict(list(parts.items())[index::count])
+    with range_directory(output, index, count, report) as folder, _naming_folder_in_errors(folder):
+        tokenizer.save(folder)
+        prepared = _prepare_missing_parts(request, folder, list(own), own)
+    report(
+        f"{folder}: range {index}/{count} is done, {len(prepared)} of {len(parts)} parts; when all are, the same "
+        "command without --part-range makes the dataset"
+    )
+
+
+def _report_sources(request: _Request) -> None:
+    for source in request.sources:
+        request.report(f"{source.spec}: {source.description}")
+        if source.left_out:
+            request.report(f"  left out: {source.left_out}")
 
 
 def _report_result(output: Path, manifest: Manifest, request: _Request) -> None:
@@ -157,7 +239,7 @@ def _prepare_in_folder(request: _Request, settings: dict, folder: Path) -> Manif
     """Write the whole dataset to FOLDER/final."""
     tokenizer = request.tokenizer
     tokenizer.save(folder)
-    parts = _prepare_missing_parts(request, folder)
+    parts = _prepare_missing_parts(request, folder, request.keys(), request.keyed_parts())
     examples = _check_malformed(parts, request.max_malformed, request.report)
     final = folder / FINAL
     shutil.rmtree(final, ignore_errors=True)
@@ -239,34 +321,46 @@ def _difference(key: str, theirs: object, ours: object) -> str:
     return printable(f"{key} {theirs}, not {ours}")
 
 
-def _prepare_missing_parts(request: _Request, folder: Path) -> list[PreparedPart]:
+def _prepare_missing_parts(
+    request: _Request, folder: Path, keys: list[str], parts: dict[str, Part]
+) -> list[PreparedPart]:
     """Return the prepared parts in order: all of them, or as many as hold `max_documents`.
 
-    Those that are complete in `folder` are taken over. A file that is named twice has two parts of one key, and is read
-    once.
+    Those that are complete in `folder` are taken over.
+
+    Args:
+        request: What was asked for.
+        folder: The working directory.
+        keys: The keys of the parts that are wanted, in order; one that comes twice is prepared once.
+        parts: These parts by key.
     """
-    keyed_parts = request.keyed_parts()
-    keys, parts = [key for key, _ in keyed_parts], dict(keyed_parts)
     prepared = {key: part for key in parts if (part := PreparedPart.read(folder, key)) is not None}
     if prepared:
         done = sum(key in prepared for key in keys)
         request.report(f"continuing: {done} of {len(keys)} parts are done already")
-    if others := finished_keys(folder) - parts.keys():
+    if others := finished_keys(folder) - request.keyed_parts().keys():
         request.report(f"{folder} holds {len(others)} parts of another request; they are removed when this one is done")
     missing = {key: part for key, part in parts.items() if key not in prepared}
     first_parts = _FirstParts(folder, keys, request.rules)
     if missing and not first_parts.hold_enough(prepared):
         preparation = Preparation(folder, request.rules, request.tokenizer)
-        with Progress(sum(part.size for part in missing.values()), request.report) as progress:
-            arriving = prepare_parts(missing, preparation, request.workers, progress.count)
-            with contextlib.closing(arriving):
-                for part in arriving:
-                    prepared[part.key] = part
-                    progress.finish_part(parts[part.key].size)
-                    if first_parts.hold_enough(prepared):
-                        break
+        progress = Progress(sum(part.size for part in missing.values()), request.report)
+        with progress, contextlib.closing(_arriving(request, missing, preparation, progress.count)) as arriving:
+            for part in arriving:
+                prepared[part.key] = part
+                progress.finish_part(parts[part.key].size)
+                if first_parts.hold_enough(prepared):
+                    break
     used = keys[: first_parts.counted] if first_parts.hold_enough(prepared) else keys
     return [prepared[key] for key in used]
+
+
+def _arriving(
+    request: _Request, missing: dict[str, Part], preparation: Preparation, watch: Callable[[int, int], None]
+) -> Generator[PreparedPart, None, None]:
+    if request.executor == "ray":
+        return prepare_parts_on_ray(missing, preparation, request.workers, watch, request.report)
+    return prepare_parts(missing, preparation, request.workers or 1, watch)
 
 
 class _FirstParts:

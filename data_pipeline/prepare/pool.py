@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data_pipeline.corpora.part import Part
 from data_pipeline.disk import forget_locks
+from data_pipeline.ownership import HEARTBEAT
 from data_pipeline.prepare.part import Preparation, PreparedPart, prepare_part
 from data_pipeline.prepare.rules import Rules
 from data_pipeline.tokenizer.tokenizer import Tokenizer
@@ -119,12 +120,14 @@ def _start_pool(preparation: Preparation, workers: int) -> tuple[ProcessPoolExec
 def _start_method() -> str:
     """Return "fork" where it is safe, else "spawn".
 
-    `fork` starts at once and shares the tokenizer, but not after libraries have started threads of their own. gigatoken
-    imports pyarrow, whose one thread then is its allocator's, made for forks; its modules that read start others.
+    `fork` starts at once and shares the tokenizer, but not after libraries have started threads of their own. The one
+    that keeps a folder's ownership holds nothing that a worker needs. gigatoken imports pyarrow, whose one thread then
+    is its allocator's, made for forks; its modules that read start others.
     """
     reading = {f"pyarrow._{name}" for name in ("parquet", "dataset", "csv", "json", "fs", "flight")}
     threaded = ({"torch", "datasets"} | reading) & sys.modules.keys()
-    return "spawn" if threaded or threading.active_count() > 1 else "fork"
+    started = {thread.name for thread in threading.enumerate()} - {threading.main_thread().name, HEARTBEAT}
+    return "spawn" if threaded or started else "fork"
 
 
 @dataclass(frozen=True)

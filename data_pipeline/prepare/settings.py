@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,8 +64,13 @@ class PrepareConfig:
     """Most tokens of a shard file."""
     max_documents: int | None = ranged(None, at_least=1)
     """Stop after this many documents."""
-    workers: int = ranged(1, at_least=1, at_most=1024)
-    """Processes."""
+    executor: Literal["processes", "ray"] = "processes"
+    """What runs the workers: processes of this machine, or Ray on the machines of a cluster (RAY_ADDRESS)."""
+    workers: int | None = ranged(None, at_least=1, at_most=1024)
+    """Processes; null is 1, and with Ray as many as its machines have processors."""
+    part_range: str | None = option(None, metavar="I/N")
+    """Prepare only range I of N of the parts, from 0/N to N-1/N, beside other such commands on machines that share the
+    folder of --output; when all have ended, the same command without this makes the dataset."""
     overwrite: bool = False
     """Replace an existing dataset."""
 
@@ -76,6 +82,7 @@ class PrepareConfig:
                 f"--min-characters {self.min_characters}: must not be more than --max-characters, which is "
                 f"{self.max_characters}"
             )
+        _ = self.range_and_count
         if self.allow_code and not self.filter:
             raise ValueError("--allow-code: means nothing without --filter MODULE:FUNCTION; leave it out")
         if self.ids_column is None:
@@ -89,3 +96,19 @@ class PrepareConfig:
         }
         if given := [name for name, is_given in rules.items() if is_given]:
             raise ValueError(f"{given[0]}: is about texts, and --ids-column reads token ids; give one of them")
+
+    @property
+    def range_and_count(self) -> tuple[int, int] | None:
+        """The number of the range, and how many there are, if `part_range` is given.
+
+        Raises:
+            ValueError: It is none.
+        """
+        if self.part_range is None:
+            return None
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.part_range)
+        if not found or int(found[1]) >= int(found[2]):
+            raise ValueError(
+                f"--part-range {self.part_range}: must be I/N with I from 0 to N-1, such as 0/3, 1/3 and 2/3"
+            )
+        return int(found[1]), int(found[2])

@@ -1,17 +1,25 @@
 """OUTPUT.preparing, the folder in which a dataset is made.
 
-It outlives a kill, and belongs to one process at a time. It goes away when the finished dataset in it is renamed to its
-place.
+It outlives a kill, and goes away when the finished dataset in it is renamed to its place. One process at a time, of
+those on all machines that see it, makes the dataset. Before that, any number of them may prepare a range of its parts
+there, each as the owner of a folder `ranges/I-of-N`:
+
+    who prepares a range    owns ranges/I-of-N, then looks whether somebody owns OUTPUT.preparing
+    who makes the dataset   owns OUTPUT.preparing, then looks whether somebody owns one of ranges/*
+
+So of two that begin at once, one sees the other.
 """
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data_pipeline.corpora.files import local_path
-from data_pipeline.disk import locked, move, publish
-from data_pipeline.prepare.part import finished_keys, remove_temporary_files
+from data_pipeline.disk import move, publish, remove_unfinished
+from data_pipeline.ownership import Ownership, await_free, owned
+from data_pipeline.prepare.part import finished_keys
 
 _MARK = "unfinished.txt"
 _TEXT = "An unfinished dataset of `python -m data_pipeline.prepare`; the same command continues, and removes this.\n"
@@ -36,33 +44,94 @@ def _preparing_path(output: Path) -> Path:
 
 
 @contextlib.contextmanager
-def working_directory(output: Path) -> Iterator[Path]:
-    """Create OUTPUT.preparing, or take it over, and lock it while it is in use.
+def working_directory(output: Path, message: Callable[[str], None]) -> Iterator[tuple[Path, Ownership]]:
+    """Create OUTPUT.preparing, or take it over, and own it.
 
     It stays when the work was not finished, unless there is nothing in it that could be taken over.
+
+    Args:
+        output: Where the dataset will be.
+        message: Gets a line if a process on another machine that was at work there seems to be dead.
 
     Raises:
         ValueError: Another process is at work there, or the folder is somebody else's.
     """
-    folder = _preparing_path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder))
-        except BlockingIOError as error:
-            raise ValueError(f"{folder}: another process is preparing this dataset; wait for it, or end it") from error
-        if not (folder / _MARK).exists():
-            if any(folder.iterdir()):
-                raise ValueError(f"{folder}: is needed for unfinished work, but holds something else; move it away")
-            (folder / _MARK).write_text(_TEXT)
+    folder = _made(output)
+    with _owned(folder, message) as ownership:
+        _mark(folder)  # once more: who has just finished there removes it last
         if (folder / "replaced").exists() and not output.exists():  # killed between two renames
             move(folder / "replaced", output)
-        remove_temporary_files(folder)
+        remove_unfinished(folder)
         try:
-            yield folder
+            yield folder, ownership
         finally:
-            if not finished_keys(folder):
+            if not finished_keys(folder) and ownership.lost() is None:
                 _remove(folder)
+
+
+@contextlib.contextmanager
+def range_directory(output: Path, index: int, count: int, message: Callable[[str], None]) -> Iterator[Path]:
+    """Create OUTPUT.preparing, or join those who work there, and own range `index` of `count`; it stays.
+
+    Args:
+        output: Where the dataset will be.
+        index: The number of the range, from 0.
+        count: How many there are.
+        message: That of `working_directory`.
+
+    Raises:
+        ValueError: Another process is at work on this range or on the whole, or the folder is somebody else's.
+    """
+    folder = _made(output)
+    own = folder / "ranges" / f"{index}-of-{count}"
+    own.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(owned(own, message))
+            await_free(folder, message)
+        except BlockingIOError as error:
+            raise ValueError(_busy(folder, error)) from error
+        yield folder
+
+
+def _made(output: Path) -> Path:
+    folder = _preparing_path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    _mark(folder)
+    return folder
+
+
+def _mark(folder: Path) -> None:
+    """Mark a folder as ours if it is new.
+
+    Raises:
+        ValueError: It holds something and has no mark.
+    """
+    if not (folder / _MARK).exists():
+        others = [path for path in folder.iterdir() if not path.name.startswith((".lock", ".owner-"))]
+        if others and not (folder / _MARK).exists():
+            raise ValueError(f"{folder}: is needed for unfinished work, but holds something else; move it away")
+        (folder / _MARK).write_text(_TEXT)
+
+
+@contextlib.contextmanager
+def _owned(folder: Path, message: Callable[[str], None]) -> Iterator[Ownership]:
+    """Own the folder, with nobody at work on a range in it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            ownership = stack.enter_context(owned(folder, message))
+            if ranges := [*(folder / "ranges").glob("*-of-*")]:
+                with ThreadPoolExecutor(
+                    min(len(ranges), 256)
+                ) as pool:  # each dead one on another machine is watched for a while
+                    list(pool.map(lambda path: await_free(path, message), ranges))
+        except BlockingIOError as error:
+            raise ValueError(_busy(folder, error)) from error
+        yield ownership
+
+
+def _busy(folder: Path, owner: BlockingIOError) -> str:
+    return f"{folder}: another process is preparing this dataset ({owner}); wait for it, or end it"
 
 
 def publish_dataset(folder: Path, final: Path, output: Path) -> None:
@@ -86,17 +155,19 @@ def publish_dataset(folder: Path, final: Path, output: Path) -> None:
     _remove(folder)
 
 
-def remove_if_finished(output: Path, keys: set[str]) -> None:
+def remove_if_finished(output: Path, keys: set[str], message: Callable[[str], None]) -> None:
     """Remove OUTPUT.preparing if a kill just after the end left it, but not what belongs to another request.
 
     Args:
         output: The place of the dataset, which is complete.
         keys: The keys of all its parts.
+        message: That of `working_directory`.
     """
     folder = _preparing_path(output)
-    with contextlib.suppress(OSError), locked(folder):
-        if (folder / _MARK).exists() and finished_keys(folder) <= keys:
-            _remove(folder)
+    if (folder / _MARK).exists() and finished_keys(folder) <= keys:
+        with contextlib.suppress(OSError, ValueError), _owned(folder, message):
+            if finished_keys(folder) <= keys:
+                _remove(folder)
 
 
 def _remove(folder: Path) -> None:
@@ -105,7 +176,7 @@ def _remove(folder: Path) -> None:
     A worker of a killed run that is still at its last file may put that there meanwhile; then the mark stays too.
     """
     with contextlib.suppress(OSError):
-        for path in folder.iterdir():
+        for path in sorted(folder.iterdir(), key=lambda path: path.name.startswith(".")):  # who owns it, next to last
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             elif path.name != _MARK:

@@ -1,10 +1,10 @@
 """The folder that `prepare` writes: what is there already is recognised, refused or replaced, and never lost."""
 
-import fcntl
 import os
 import shutil
 
 from data_pipeline import Manifest
+from data_pipeline.ownership import owned
 from data_pipeline.prepare.dedupe import assemble_splits
 from tests.support.prepared import contents, run
 
@@ -59,13 +59,13 @@ def test_unwritable_output_is_one_line(tmp_path, capsys):
 
 def test_only_one_process_prepares_a_dataset(tmp_path, capsys):
     (tmp_path / "data.preparing").mkdir()
-    descriptor = os.open(tmp_path / "data.preparing", os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    (tmp_path / "data.preparing/begun").touch()
-    code, _, err = run("synthetic:documents=20", "--output", tmp_path / "data", capsys=capsys)
-    assert (tmp_path / "data.preparing/begun").exists(), "the other's work is left alone"
-    assert code == 2 and "another process is preparing this dataset" in err and err.count("\n") == 1
-    os.close(descriptor)
+    with owned(tmp_path / "data.preparing"):
+        (tmp_path / "data.preparing/unfinished.txt").touch()
+        (tmp_path / "data.preparing/begun").touch()
+        code, _, err = run("synthetic:documents=20", "--output", tmp_path / "data", capsys=capsys)
+        assert (tmp_path / "data.preparing/begun").exists(), "the other's work is left alone"
+        assert code == 2 and "another process is preparing this dataset (process" in err and err.count("\n") == 1
+    (tmp_path / "data.preparing/unfinished.txt").unlink()
     code, _, err = run("synthetic:documents=20", "--output", tmp_path / "data", capsys=capsys)
     assert code == 2 and "data.preparing: is needed for unfinished work, but holds something else" in err
     (tmp_path / "data.preparing/begun").unlink()

@@ -286,8 +286,8 @@ def test_recipes(tmp_path, corpus, capsys):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     for line, message in (
         ("tokeniser: bytes", "'tokeniser' is not accepted"),
-        ("workers: many", "workers=many must be a whole number"),
-        ("normalization: NFX", "Given value: NFX"),
+        ("workers: many", "workers=many must be a whole number or null"),
+        ("normalization: NFX", "normalization=NFX must be one of NFC, NFD, NFKC, NFKD or null"),
         ("sources: x", "sources=x must be a list"),
         ("a: [", "is not readable YAML"),
     ):
