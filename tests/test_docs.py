@@ -51,6 +51,7 @@ UNCHECKED = {
     "pip",
     "pre-commit",
     "python3",
+    "ray",
     "touch",
     "uv",
 }
@@ -176,6 +177,8 @@ def _check(words: list[str], monkeypatch) -> None:
             _check_launched(words, monkeypatch)
         case ["sbatch", *_] if (script := "launch/slurm/train.sbatch") in words:  # what follows is train.py's
             _check_launched(["python", "launch/train.py", *words[words.index(script) + 1 :]], monkeypatch)
+        case ["bash", "launch/slurm/prepare.sbatch", *rest]:
+            _check(["python", "-m", "data_pipeline.prepare", *rest[rest.index("--") + 1 :]], monkeypatch)
         case [first, *_] if first.rpartition("/")[2] not in UNCHECKED:
             raise Wrong(f"{first}: not known to this test")
 
@@ -280,6 +283,7 @@ def test_commands_of_the_documents_parse(check, document, line):
         "torchrun --standalone --nproc_per_node 2 launch/trains.py",
         "deepspeed --num_gpu_s 2 launch/train.py --config configs/quickstart.yaml",
         "python -m data_pipeline.prepare pystdlib --output data/x --wrokers 8",
+        "bash launch/slurm/prepare.sbatch --array=0-3 -- pystdlib --outputs data/x",
         "python -m data_pipeline.verifies data/x",
         "python -m data_pipeline.verify data/x && python -m data_pipeline.verify data/x --wrokers 2",
         "python launch/convert.py exports runs/mine --output x",
