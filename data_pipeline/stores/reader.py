@@ -48,7 +48,7 @@ class RemoteReader(io.RawIOBase):
         self._file: Any = None
         self._state: FileState | None = None
         self._is_stream = False
-        self._position = self._farthest = 0
+        self._position = 0
         self._most, self._came = _MOST_BYTES, 0
         self._size = self._repeat(self._open).size  # what is not there is noticed now
 
@@ -77,12 +77,10 @@ class RemoteReader(io.RawIOBase):
         data = self._repeat(lambda: self._read(min(len(buffer), self._most)))
         buffer[: len(data)] = data
         self._position += len(data)
-        if self._position > self._farthest:
-            self._farthest = self._position
-            self._attempts.succeed()
-            self._came += 1
-            if self._came % _SUCCESSES == 0:
-                self._most = min(2 * self._most, _MOST_BYTES)
+        self._attempts.succeed()
+        self._came += 1
+        if self._came % _SUCCESSES == 0:
+            self._most = min(2 * self._most, _MOST_BYTES)
         return len(data)
 
     def close(self) -> None:

@@ -65,7 +65,7 @@ class Request:
     start: int
     """The first byte that was asked for."""
     count: int
-    """How often a request of this method and path has come, with this one."""
+    """How often this request has come, with this one."""
 
 
 @dataclass
@@ -109,10 +109,10 @@ def proxy(target: int, fault: Callable[[Request], Fault | None] = lambda request
 
         def handle_any(self):
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            asked = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0]
+            first = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0]
             with lock:
-                count = 1 + sum((r.method, r.path) == (self.command, self.path) for r in made.requests)
-                request = Request(self.command, self.path, int(asked or 0), count)
+                asked = self.command, self.path, int(first or 0)
+                request = Request(*asked, 1 + sum((r.method, r.path, r.start) == asked for r in made.requests))
                 made.requests.append(request)
                 found = made.fault(request)
                 made.faults += found is not None

@@ -41,8 +41,8 @@ def connect(monkeypatch):
 def small_parts(monkeypatch):
     """Cut files into parts of some kilobytes, and ask for as little at once."""
     monkeypatch.setattr("data_pipeline.corpora.part.MIN_PART_BYTES", 20_000)
-    monkeypatch.setattr("data_pipeline.stores.reader._MOST_BYTES", 5000)
-    monkeypatch.setattr("data_pipeline.stores.reader._LEAST_BYTES", 1000)
+    monkeypatch.setattr("data_pipeline.stores.reader._MOST_BYTES", 8000)
+    monkeypatch.setattr("data_pipeline.stores.reader._LEAST_BYTES", 2000)
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +58,7 @@ def corpus(tmp_path_factory, texts):
     (folder / "deep/er").mkdir(parents=True)
     (folder / ".git").mkdir()
     (folder / "a.jsonl").write_text("".join(lines[:100]))
-    (folder / "b.jsonl.zst").write_bytes(zstandard.compress("".join(lines[80:140]).encode()))
+    (folder / "b.jsonl.zst").write_bytes(zstandard.compress("".join(lines[80:200]).encode()))
     (folder / "deep/c.json.gz").write_bytes(gzip.compress("".join(lines[140:150]).encode()))
     table = pyarrow.table({"id": range(100), "text": texts[150:250]})
     pyarrow.parquet.write_table(table, folder / "deep/d.parquet", row_group_size=9, compression="none")
