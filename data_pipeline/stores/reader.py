@@ -43,9 +43,9 @@ class RemoteReader(io.RawIOBase):
 
     def __init__(self, url: str):
         super().__init__()
+        self._file: Any = None  # first, because an object that could not be made is closed too
         self._attempts = Attempts(url, READING)
         self._system, self._path = open_system(url)
-        self._file: Any = None
         self._state: FileState | None = None
         self._is_stream = False
         self._position = 0

@@ -54,7 +54,7 @@ def open_system(url: str) -> tuple[Any, str]:
     protocols = re.findall(r"(?:^|::)([a-z0-9]+)://", url)
     options = {protocol: found for protocol in protocols if (found := _options(protocol))}
     system, path = fsspec.core.url_to_fs(url, **options)
-    if "s3" in system.protocol and "retries" not in fsspec.config.conf.get("s3", {}):
+    if "s3" in system.protocol:
         system.retries = 1  # s3fs would ask for the same range five times, and a smaller one may come through
     return system, path
 
@@ -62,7 +62,7 @@ def open_system(url: str) -> tuple[Any, str]:
 def _options(protocol: str) -> dict[str, dict]:
     import fsspec
 
-    name, own = "", {}
+    name, own = "", dict[str, Any]()
     if protocol in ("s3", "s3a") and "AWS_MAX_ATTEMPTS" not in os.environ:
         # Of one request, as a listing has for every 1,000 names. Five of these after each other, boto's default, take
         # half a minute where a store is down.

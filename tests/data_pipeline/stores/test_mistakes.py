@@ -1,5 +1,6 @@
 """A mistake about a store is one line with a remedy, within seconds, and no key is in anything that is left."""
 
+import importlib
 import re
 import sys
 import time
@@ -90,7 +91,7 @@ def test_no_keys_no_endpoint_no_package(tmp_path, server, connect, monkeypatch, 
     assert "NoCredentialsError" in err and "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE" in err
     connect(server)
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(__import__("fsspec").registry._registry, "s3")
+    monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "s3")
     assert "install s3fs (sh launch/install.sh --extras s3)" in prepare("s3://there/e.jsonl", tmp_path, capsys)
 
 
@@ -105,10 +106,8 @@ def test_keys_are_in_nothing_that_is_left_or_printed(tmp_path, server, connect, 
         options = ("--tokenizer", "bytes", "--max-malformed", 0.5)
         assert run("s3://secrets/*.jsonl", "--output", tmp_path / "done", *options) == 0
         between.fault = lambda r: Fault(403, "AccessDenied") if r.path.endswith("b.jsonl") and r.start else None
-        for workers in (1, 2):
-            name = tmp_path / f"broken{workers}"
-            assert run("s3://secrets", "--output", name, "--workers", workers, *options) == 2
-            assert list(tmp_path.glob(f"broken{workers}.preparing/*.json"))
+        assert run("s3://secrets", "--output", tmp_path / "broken", "--workers", 2, *options) == 2
+        assert list(tmp_path.glob("broken.preparing/*.json"))
     printed += capfd.readouterr()
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"manifest.json", "prepare.json", "malformed.log", "unfinished.txt"} <= {path.name for path in left}
