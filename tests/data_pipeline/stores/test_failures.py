@@ -74,14 +74,14 @@ def test_what_never_stops_failing_is_an_error_and_can_be_continued(
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.zst", "deep/d.parquet", "deep/er/250 \u00fc.txt"])
-@pytest.mark.parametrize("when", ["before", "while"])
+@pytest.mark.parametrize("when", ["found", "opened", "while"])
 def test_an_object_that_changes_is_noticed(tmp_path, server, connect, small_parts, objects, name, when, capsys):
     other = bytearray(objects[name])
     other[-9] ^= 1  # of the same size
     upload(server, "changing", {name: objects[name]})
 
     def change(request):
-        if is_object(request) and (when == "before" or request.start > 0):
+        if is_object(request) and (when == "opened" or request.start > 0):
             between.fault = lambda request: None
             return Fault(before=lambda: upload(server, "changing", {name: bytes(other)}))
         return None
@@ -89,7 +89,10 @@ def test_an_object_that_changes_is_noticed(tmp_path, server, connect, small_part
     with proxy(server) as between:
         connect(between.port)
         source = open_source(f"s3://changing/{name}")
-        between.fault = change
+        if when == "found":
+            upload(server, "changing", {name: bytes(other)})
+        else:
+            between.fault = change
         if when == "while" and name.endswith(".txt"):
             pytest.skip("it is read by one request")
         with pytest.raises(ValueError, match=r"was changed since it was found; leave inputs as they are") as error:
