@@ -56,7 +56,7 @@ class Attempts:
         self._failures += 1
         seconds = time.monotonic() - self._since
         if self._failures >= self._patience.tries or seconds > self._patience.seconds:
-            times = f"{self._failures} tries in {seconds:.0f} s"
+            times = f"{self._failures} {'try' if self._failures == 1 else 'tries'} in {seconds:.0f} s"
             raise StoreError(f"{explained(error, self._url)} ({times}); the same command continues") from error
         # Many processes that were refused at once had better not come back at once.
         pause = min(_FIRST_PAUSE * 2 ** (self._failures - 1), _LONGEST_PAUSE)
