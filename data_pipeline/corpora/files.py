@@ -5,16 +5,24 @@ They are decompressed as they are read.
 
 import os
 import stat
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from data_pipeline.corpora.compression import decompressed
 from data_pipeline.corpora.folders import files_of
 from data_pipeline.corpora.kinds import SUFFIXES, LeftOut, suffixes_of, why_left_out
+from data_pipeline.printable import shown
 from data_pipeline.secrets import without_secrets
+from data_pipeline.stores.attempts import ONCE, repeat
+from data_pipeline.stores.errors import ChangedError, StoreError, explained
+from data_pipeline.stores.listing import files_below, files_matching
+from data_pipeline.stores.reader import open_remote
+from data_pipeline.stores.systems import FileState, check_unchanged, open_system, state_of
 
+Record = TypeVar("Record")
 _LOCAL = "file://"  # fsspec's name for what is on this machine
 
 
@@ -110,63 +118,71 @@ def local_file(path: Path) -> File:
 
 
 def _find_remote(spec: str) -> FoundFiles:
-    import fsspec
-
     try:
-        system, path = fsspec.core.url_to_fs(spec)
-        paths, left_out = _remote_paths(system, path, spec)
-        found = []
-        for name in sorted(paths):
-            info = system.info(name)
-            if info.get("type") == "other":
-                raise OSError("is a pipe or a device, no file; write to a file what comes out of it")
-            versions = [str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "updated") if info.get(key)]
-            found.append(File(system.unstrip_protocol(name), info.get("size") or 0, "/".join(versions)))
-        return FoundFiles(found, left_out)
+        system, path = open_system(spec)
+        return repeat(spec, lambda: _look(system, path, spec))
     except Exception as error:  # each store raises its own kinds
-        reason = without_secrets(first_line(error))
-        raise ValueError(f"source {without_secrets(spec)!r} cannot be looked at: {reason}") from None
+        raise ValueError(f"source {without_secrets(spec)!r} cannot be looked at: {explained(error, spec)}") from None
 
 
-def _remote_paths(system, path: str, spec: str) -> tuple[list[str], LeftOut]:
+def _look(system: Any, path: str, spec: str) -> FoundFiles:
+    system.invalidate_cache()  # it may be the second try
+    infos, left_out = _remote_infos(system, path, spec)
+    found = []
+    for name in sorted(infos):
+        info = infos[name]
+        if info.get("size") is None or not state_of(info).version:  # a listing need not have them
+            info = system.info(name)
+        if info.get("type") == "other":
+            raise ValueError("is a pipe or a device, no file; write to a file what comes out of it")
+        state = state_of(info)
+        found.append(File(system.unstrip_protocol(name), state.size or 0, state.version))
+    return FoundFiles(found, left_out)
+
+
+def _remote_infos(system: Any, path: str, spec: str) -> tuple[dict[str, dict], LeftOut]:
+    """Return fsspec's descriptions of the files that are taken, by name."""
     import glob
 
-    has_query = spec.startswith(("http://", "https://")) and "?" in spec
-    if glob.has_magic(path) and not has_query:
-        names = system.glob(path)
-    elif suffixes_of(name_of(spec))[0] not in SUFFIXES and system.isdir(path):
-        names = system.find(path)
+    is_web = spec.startswith(("http://", "https://"))
+    if glob.has_magic(path) and not (is_web and "?" in spec):
+        infos = files_matching(system, path)
+    elif is_web and suffixes_of(name_of(spec))[0] not in SUFFIXES and system.isdir(path):
+        infos = files_below(system, path)
     else:
-        return [path], LeftOut()
-    left_out, root = LeftOut(), os.path.commonpath([*names, path]) if names else path
-    taken = []
-    for name in names:
+        info = system.info(path)
+        if info["type"] != "directory":
+            return {path: info}, LeftOut()
+        infos = files_below(system, path)
+    left_out, root = LeftOut(), os.path.commonpath([*infos, path]) if infos else path
+    taken = {}
+    for name, info in infos.items():
         # Below the folder that was asked for; what is above it may have any name.
         parts = name.removeprefix(root).strip("/").split("/")
         hidden = next((part for part in parts[:-1] if part.startswith(".")), None)
         if reason := why_left_out(hidden or parts[-1] or name_of(name)):
             left_out.add(reason)
         else:
-            taken.append(name)
+            taken[name] = info
     return taken, left_out
 
 
-def open_bytes(path: str) -> BinaryIO:
+def open_bytes(path: str, buffer_size: int = 4 << 20) -> BinaryIO:
     """Open a file, to be read as it is.
 
+    Args:
+        path: A local path or a URL.
+        buffer_size: Bytes that are asked of a store where fewer are read.
+
     Raises:
-        OSError: It cannot be opened, whatever a store raises for that.
+        OSError: It cannot be opened.
     """
     if not is_url(path):
         return open(path, "rb", buffering=1 << 20)
-    import fsspec
-
     try:
-        return fsspec.open(path, "rb", block_size=1 << 23).open()
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(first_line(error)) from error
+        return open_remote(path, buffer_size)
+    except ImportError as error:
+        raise StoreError(explained(error, path)) from error
 
 
 def open_decompressed(path: str) -> BinaryIO:
@@ -174,6 +190,31 @@ def open_decompressed(path: str) -> BinaryIO:
     return decompressed(open_bytes(path), suffixes_of(name_of(path))[1])
 
 
-def first_line(error: BaseException) -> str:
-    """Return the kind and the first line of an error of another library, for a message of one line."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+def read_unchanged(files: list[File], read: Callable[[], Iterator[Record]]) -> Iterator[Record]:
+    """Yield what `read` does, and check after it that files behind URLs are what they were when they were found.
+
+    Raises:
+        ValueError: They are not, or reading failed.
+    """
+    try:
+        yield from read()
+    except ValueError as error:
+        if not isinstance(error.__cause__, StoreError):
+            _check_unchanged_instead(files)
+        raise
+    for file in files:
+        try:
+            check_unchanged(file.path, FileState(file.size or None, file.version))
+        except StoreError as changed:
+            raise ValueError(f"{shown(file.path)}: {changed}") from changed
+
+
+def _check_unchanged_instead(files: list[File]) -> None:
+    """Raise that a file was changed in place of another error: half of each of two files look like a damaged one."""
+    for file in files:
+        try:
+            check_unchanged(file.path, FileState(file.size or None, file.version), ONCE)
+        except ChangedError as changed:
+            raise ValueError(f"{shown(file.path)}: {changed}") from changed
+        except StoreError:
+            return

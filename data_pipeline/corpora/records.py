@@ -10,8 +10,9 @@ import orjson
 
 from data_pipeline.corpora.columns import MOST_BYTES, TOO_LONG, Column, Malformed
 from data_pipeline.corpora.compression import ERRORS
-from data_pipeline.corpora.files import first_line, is_url, open_bytes, open_decompressed
+from data_pipeline.corpora.files import is_url, open_bytes, open_decompressed
 from data_pipeline.printable import shown
+from data_pipeline.stores.errors import first_line
 
 Records = Iterator[str | np.ndarray | Malformed]
 

@@ -3,14 +3,14 @@
 import glob
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.corpora.builtin import installed, pystdlib, synthetic
 from data_pipeline.corpora.columns import Column
-from data_pipeline.corpora.files import File, FoundFiles, all_files, find_files, first_line, is_url, local_path
+from data_pipeline.corpora.files import File, FoundFiles, all_files, find_files, is_url, local_path, read_unchanged
 from data_pipeline.corpora.kinds import KNOWN, LINES_SUFFIXES, SUFFIXES, TEXT_SUFFIXES, is_known, suffixes_of
 from data_pipeline.corpora.part import Part, TextSource, fingerprint_of, grouped, part_bytes
 from data_pipeline.corpora.records import read_huggingface, read_json, read_jsonl, read_texts, stream_huggingface
@@ -18,6 +18,7 @@ from data_pipeline.corpora.saved import is_saved, saved_files
 from data_pipeline.corpora.tables import parquet_file, read_arrow, read_parquet
 from data_pipeline.printable import shown
 from data_pipeline.secrets import without_secrets
+from data_pipeline.stores.errors import first_line
 
 
 def open_source(
@@ -132,11 +133,17 @@ def _folder_before_magic(pattern: Path) -> Path:
     return Path(*parts[:count])
 
 
+def _reading(files: list[File], read: Callable[..., Iterator], *arguments: object) -> Callable[[], Iterator]:
+    """Return what starts one pass over the records of files, and notices when files behind URLs change meanwhile."""
+    reading = partial(read, *arguments)
+    return partial(read_unchanged, files, reading) if any(is_url(file.path) for file in files) else reading
+
+
 def _text_parts(files: list[File]) -> Iterator[Part]:
     for group in grouped(files):
         name = group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
         paths = [file.path for file in group]
-        yield Part(name, fingerprint_of(group), sum(file.size for file in group), partial(read_texts, paths))
+        yield Part(name, fingerprint_of(group), sum(file.size for file in group), _reading(group, read_texts, paths))
 
 
 def _record_parts(file: File, column: Column) -> Iterator[Part]:
@@ -146,18 +153,18 @@ def _record_parts(file: File, column: Column) -> Iterator[Part]:
         yield from _parquet_parts(file, part_bytes(file), column)
     else:
         read = read_arrow if file.suffix == ".arrow" else read_json
-        yield Part(file.name, fingerprint_of([file], column.key), file.size, partial(read, file.path, column))
+        yield Part(file.name, fingerprint_of([file], column.key), file.size, _reading([file], read, file.path, column))
 
 
 def _jsonl_parts(file: File, most: int, column: Column) -> Iterator[Part]:
     # Servers of web pages need not answer for a range of bytes.
     if file.is_compressed or file.path.startswith(("http://", "https://")) or file.size <= most:
-        read = partial(read_jsonl, file.path, 0, None, column)
+        read = _reading([file], read_jsonl, file.path, 0, None, column)
         yield Part(file.name, fingerprint_of([file], column.key), file.size, read)
         return
     for start in range(0, file.size, most):
         stop = min(start + most, file.size)
-        read = partial(read_jsonl, file.path, start, stop, column)
+        read = _reading([file], read_jsonl, file.path, start, stop, column)
         yield Part(
             f"{file.name}, bytes {start} to {stop}", fingerprint_of([file], column.key, start, stop), stop - start, read
         )
@@ -172,7 +179,9 @@ def _parquet_parts(file: File, most: int, column: Column) -> Iterator[Part]:
     for group in groups:
         name = file.name + (f", row groups {group[0]} to {group[-1]}" if group else "")
         fingerprint = fingerprint_of([file], column.key, group)
-        yield Part(name, fingerprint, file.size // len(groups), partial(read_parquet, file.path, group, column))
+        yield Part(
+            name, fingerprint, file.size // len(groups), _reading([file], read_parquet, file.path, group, column)
+        )
 
 
 # --- Hugging Face datasets ------------------------------------------------------------------------

@@ -11,11 +11,13 @@ import numpy as np
 
 from data_pipeline.corpora.columns import MOST_BYTES, Column, Malformed
 from data_pipeline.corpora.compression import MOST_EXPANSION
-from data_pipeline.corpora.files import first_line, open_bytes
+from data_pipeline.corpora.files import open_bytes
 from data_pipeline.printable import shown
+from data_pipeline.stores.errors import StoreError, first_line
 
 _ROWS = 1024  # at a time
 _BATCH_BYTES = 64 << 20
+_BUFFER = 256 << 10  # a column is read in pieces that need not be neighbours
 _ARROW_FILE = b"ARROW1"
 
 
@@ -51,7 +53,7 @@ def parquet_file(path: str):
     """Open a parquet file, wherever it is, and close it at the end."""
     import pyarrow.parquet
 
-    with _table(path, "parquet"), open_bytes(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
+    with _table(path, "parquet"), open_bytes(path, _BUFFER) as stream, pyarrow.parquet.ParquetFile(stream) as file:
         yield file
 
 
@@ -60,7 +62,7 @@ def open_arrow(path: str):
     """Open an Arrow file, wherever it is: give an iterator of its batches, whose places have to be checked."""
     import pyarrow
 
-    with _table(path, "Arrow"), open_bytes(path) as stream:
+    with _table(path, "Arrow"), open_bytes(path, _BUFFER) as stream:
         magic = stream.read(len(_ARROW_FILE))
         stream.seek(0)
         if magic == _ARROW_FILE:
@@ -77,6 +79,8 @@ def _table(path: str, kind: str) -> Iterator[None]:
 
     try:
         yield
+    except StoreError as error:
+        raise ValueError(f"{shown(path)}: cannot be read: {shown(str(error))}") from error
     except (OSError, MemoryError, pyarrow.ArrowException) as error:
         raise ValueError(f"{shown(path)}: cannot be read as {kind}: {shown(first_line(error))}") from error
 

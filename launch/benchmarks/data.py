@@ -3,6 +3,7 @@
 
     python launch/benchmark_data.py prepare --tokenizer o200k_harmony [--megabytes 200] [--rounds 3]
     python launch/benchmark_data.py load [--gigabytes 1]
+    python launch/benchmark_data.py peer --tokenizer o200k_harmony [--peer-python PYTHON]
 
 `prepare` times the way from a .jsonl file to tokens on disk, each competitor in a process of its own, in turns, with
 the same tokenizer: tiktoken alone on texts in memory (nothing is written), with the pattern as published and as
@@ -12,6 +13,7 @@ of Megatron-LM's tools/preprocess_data.py (a pool of processes that hand lists o
 Not counted: imports, loading the tokenizer and its engine (of gigatoken: half a second).
 `load` times random access to packed batches on one core: an epoch in ten parts, and which of these had the core to
 themselves.
+`peer` compares `prepare` with datatrove; see peer.py.
 """
 
 import argparse
@@ -33,6 +35,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.benchmarks.arguments import Parser, amount, whole
+from launch.benchmarks.peer import peer_benchmark
 from launch.benchmarks.protocol import Spread, add_quick, progress, rounds, run_worker
 
 PARTS = 10
@@ -446,13 +449,14 @@ def report_epochs(epochs: list[Epoch], cores: list[float], size: int) -> None:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["prepare", "load"])
+    parser.add_argument("what", choices=["prepare", "load", "peer"])
     parser.add_argument("--tokenizer", default="builtin")
     parser.add_argument("--megabytes", type=whole, default=200)
     parser.add_argument("--gigabytes", type=amount, default=1.0)
     parser.add_argument("--documents", type=whole, default=10_000_000)
     parser.add_argument("--rounds", type=whole, default=3)
     parser.add_argument("--directory", help="where to put the corpus and the results (a temporary folder)")
+    parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has datatrove")
     parser.add_argument("--only", choices=list(COMPETITORS), help=argparse.SUPPRESS)
     parser.add_argument("--corpus", help=argparse.SUPPRESS)
     add_quick(parser, sys.argv, megabytes=5, gigabytes=0.05, documents=200_000, rounds=1)
@@ -460,7 +464,8 @@ def main() -> None:
     if arguments.only:
         compete(arguments)
     else:
-        {"prepare": prepare_benchmark, "load": load_benchmark}[arguments.what](arguments)
+        modes = {"prepare": prepare_benchmark, "load": load_benchmark, "peer": peer_benchmark}
+        modes[arguments.what](arguments)
 
 
 if __name__ == "__main__":
