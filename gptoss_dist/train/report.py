@@ -279,8 +279,8 @@ def _source_tags() -> dict[str, str]:
 def git_revision() -> str:
     """Return the commit of this code, with `-dirty` if files differ from it, or `unknown`.
 
-    An image has no repository, but a file that was written when it was built (docker/). It lies beside the code, so that
-    other code mounted into the image is not taken for the image's.
+    An image has no repository, but a file that was written when it was built (docker/). It lies beside the code: code
+    that is mounted into the image is not taken for the image's.
     """
     return _git("describe", "--always", "--dirty", "--abbrev=12") or _built_from() or "unknown"
 

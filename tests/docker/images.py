@@ -24,6 +24,10 @@ CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 BUILD_LIMIT_S = 3000
 
 
+class NoBase(Exception):
+    """There is no Debian to build upon."""
+
+
 def why_not() -> str | None:
     """Return why no image can be built here, or None."""
     missing = [name for name in NEEDED if shutil.which(name) is None]
@@ -88,13 +92,20 @@ def build(dockerfile: str, tag: str, **arguments: str) -> str:
 
 
 def make_base() -> None:
-    """Make the stand-in for the base images, unless it is there."""
+    """Make the stand-in for the base images, unless it is there.
+
+    Raises:
+        NoBase: Debian's archive cannot be reached.
+    """
     if BASE in buildah("images", "--format", "{{.Name}}:{{.Tag}}").split():
         return
     rootfs, context = lab() / "rootfs", lab() / "base"
     if not (rootfs / "usr").is_dir():
         command = ["debootstrap", "--variant=minbase", "--include=ca-certificates", "bookworm", str(rootfs)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=900)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+        if done.returncode:
+            shutil.rmtree(rootfs, ignore_errors=True)
+            raise NoBase(f"debootstrap: code {done.returncode}: {done.stdout[-500:]}")
     if CERTIFICATES.exists():
         shutil.copy(CERTIFICATES, rootfs / CERTIFICATES.relative_to("/"))
     context.mkdir(exist_ok=True)
@@ -125,7 +136,7 @@ def _pip_files() -> dict[str, str]:
 def run(
     tag: str, *arguments: str, volume: Path, user: int, entrypoint: bool = True, limit_s: float = 600
 ) -> subprocess.CompletedProcess:
-    """Run a container as `docker run --read-only --tmpfs /tmp:exec --user USER --volume VOLUME:/workspace TAG ...` does.
+    """Run a container as `docker run --read-only --tmpfs /tmp:exec --user USER -v VOLUME:/workspace TAG ...` does.
 
     It is crun's, the runtime below podman: root is read-only, the id is in no list of users, capabilities and network
     are taken away, and of the environment there is what the image sets, which is no HOME.
@@ -137,7 +148,7 @@ def run(
         bundle.mkdir(parents=True, exist_ok=True)
         process = {
             "user": {"uid": user, "gid": user},
-            "args": [*(entrypoint and settings["Entrypoint"] or []), *arguments],
+            "args": [*((settings["Entrypoint"] or []) if entrypoint else []), *arguments],
             "env": settings["Env"],
             "cwd": settings["WorkingDir"],
             "noNewPrivileges": True,

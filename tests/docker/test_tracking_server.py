@@ -1,4 +1,4 @@
-"""The services of docker/compose.yaml by their own commands, without Docker: MLflow on a real Postgres takes 20 runs at once."""
+"""The services of docker/compose.yaml by their own commands, without Docker: 20 runs at once lose no point."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from gptoss_dist.tracking.tracker import read_metrics
 from tests.docker import compose, postgres
 from tests.docker.log_points import METRICS
 from tests.support.fork_server import free_port
-from tests.support.ranks import ROOT, command, environment
+from tests.support.ranks import command, environment
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -73,7 +73,11 @@ def server(tmp_path_factory):
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     with postgres.running() as database:
         service = compose.services(POSTGRES_PASSWORD=postgres.PASSWORD)["mlflow"]
-        replaced = {"@postgres:5432": f"@127.0.0.1:{database}", "=5000": f"={port}", "=/artifacts": f"={folder}/artifacts"}
+        replaced = {
+            "@postgres:5432": f"@127.0.0.1:{database}",
+            "=5000": f"={port}",
+            "=/artifacts": f"={folder}/artifacts",
+        }
         line = service["command"]
         for before, after in replaced.items():
             assert sum(before in word for word in line) == 1
@@ -99,8 +103,10 @@ def server(tmp_path_factory):
 def test_twenty_runs_at_once_lose_no_point(server, corpus, settings, tmp_path):
     at_once = [sys.executable, str(Path(__file__).with_name("log_points.py")), str(tmp_path), str(RUNS), str(STEPS)]
     trained = [
-        command("launch/train.py", *("--config", str(settings), "--tracking.mlflow", "true"))
-        + ["--run.name", name, "--run.dir", str(tmp_path / name)]
+        command(
+            *("launch/train.py", "--config", str(settings), "--tracking.mlflow", "true"),
+            *("--run.name", name, "--run.dir", str(tmp_path / name)),
+        )
         for name in ("one", "two")
     ]
     variables = environment(MLFLOW_TRACKING_URI=server.uri)
@@ -116,7 +122,7 @@ def test_twenty_runs_at_once_lose_no_point(server, corpus, settings, tmp_path):
             assert server.points(run, key) == [(step, number + step / 1000) for step in range(1, STEPS + 1)]
         (note,) = (server.folder / "artifacts").glob(f"*/{run['info']['run_id']}/artifacts/notes/note.txt")
         assert note.read_text() == "hello"
-        assert run["info"]["artifact_uri"].startswith("mlflow-artifacts:/"), "the server's volume, not the client's disk"
+        assert run["info"]["artifact_uri"].startswith("mlflow-artifacts:/")  # not the client's disk
 
     runs = server.runs("gptoss_dist")
     for name in ("one", "two"):

@@ -92,9 +92,7 @@ def test_an_experiment_that_another_run_makes_meanwhile_is_taken(tmp_path, clien
     made = client.create_experiment("tests")
     seen = iter([None])  # at first it was not there
     find = mlflow.MlflowClient.get_experiment_by_name
-    monkeypatch.setattr(
-        mlflow.MlflowClient, "get_experiment_by_name", lambda self, name: next(seen, find(self, name))
-    )
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", lambda self, name: next(seen, find(self, name)))
     tracker = start(tmp_path / "run", uri=store)
     tracker.log(1, {"loss/train": 1.0})
     tracker.close()
