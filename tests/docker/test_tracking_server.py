@@ -96,7 +96,7 @@ def server(tmp_path_factory):
             started.wait(process)
             yield started
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGKILL)  # asked to end, it takes half a minute on a busy machine
             process.wait(30)
 
 
