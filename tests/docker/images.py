@@ -163,10 +163,12 @@ def run(
                 {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
                 {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "size=64m"]},
                 {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=1777"]},
+                {"destination": "/etc/hosts", "type": "bind", "source": f"{bundle}/hosts", "options": ["bind", "ro"]},
                 {"destination": "/workspace", "type": "bind", "source": str(volume), "options": ["rbind", "rw"]},
             ],
             "linux": {"namespaces": [{"type": name} for name in ("pid", "network", "ipc", "uts", "mount")]},
         }
+        (bundle / "hosts").write_text("127.0.0.1 localhost container\n")
         (bundle / "config.json").write_text(json.dumps(specification))
         crun = f"crun --root {lab()}/crun --cgroup-manager=disabled run --bundle {bundle} {container}"
         # crun refuses a machine with control groups of both versions: let it see those of the second alone.

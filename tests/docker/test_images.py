@@ -5,12 +5,14 @@ That takes twenty minutes and 20 GB of disk while it lasts; with IMAGE_LAB=FOLDE
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.docker import images
+from tests.docker import compose, images
 
 pytestmark = [
     pytest.mark.distributed,
@@ -80,8 +82,9 @@ def test_an_unknown_user_without_a_home_trains_on_a_read_only_root(cpu, volume):
 def test_without_the_entry_point_it_trains_and_tracks_too(cpu, volume):
     """As in a pod whose `command` replaces the entry point; two processes, under torchrun."""
     run(cpu, *PREPARE, volume=volume)
+    quick = ("--train.steps", "3", "--sampling.every", "0", "--validation.samples", "8")
     train = ("torchrun", "--standalone", "--nproc_per_node", "2", f"{CODE}/launch/train.py", *QUICKSTART)
-    said = run(cpu, *train, "--train.steps", "3", "--sampling.every", "0", volume=volume, entrypoint=False)
+    said = run(cpu, *train, *quick, volume=volume, entrypoint=False)
     assert "finished at step 3" in said and "cannot be imported" not in said, said
     assert (volume / "mlflow.db").exists()
     assert {path.name for path in volume.iterdir()} <= {"data", "runs", "mlflow.db", "mlflow.db.lock", "mlartifacts"}
@@ -109,3 +112,9 @@ def test_the_server_of_compose_is_built_with_its_driver(volume):
     said = run(tag, "python", "-c", "import mlflow, psycopg2; print(mlflow.__version__)", volume=volume)
     pinned = next(line for line in (images.ROOT / "launch/constraints.txt").read_text().split() if "mlflow==" in line)
     assert said.strip() == pinned.removeprefix("mlflow==")
+    # Its command and its health check, with a database of its own: nothing but /tmp is written to, as Compose has it.
+    service = compose.services(POSTGRES_PASSWORD="x")["mlflow"]
+    line = [re.sub(r"=postgresql.*", "=sqlite:////tmp/mlflow.db", word) for word in service["command"]]
+    check = shlex.join(service["healthcheck"]["test"][1:])
+    wait = f'"$@" >/tmp/log 2>&1 & for _ in $(seq 90); do sleep 2; {check} && exit; done; cat /tmp/log; exit 1'
+    run(tag, "sh", "-c", wait, "sh", *line, volume=volume)
