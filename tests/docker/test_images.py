@@ -1,6 +1,6 @@
 """Both Dockerfiles are really built, and what they make runs where images have to run.
 
-That takes twenty minutes and 20 GB of disk while it lasts; with IMAGE_LAB=FOLDER a second time takes one or two.
+That takes half an hour and 20 GB of disk while it lasts; with IMAGE_LAB=FOLDER a second time takes one or two.
 """
 
 import json
