@@ -14,7 +14,7 @@ failed=
 for check in "$@"; do
     printf '== %s\n' "$check"
     case $check in
-        lint) "$venv/bin/ruff" check . ;;
+        lint) "$venv/bin/ruff" check . && "$venv/bin/hadolint" docker/*.Dockerfile ;;
         format) "$venv/bin/ruff" format --check . ;;
         types) "$venv/bin/mypy" ;;
         spelling) git ls-files -z | xargs -0 "$venv/bin/codespell" ;;

@@ -1,10 +1,11 @@
 #!/bin/sh
 # Install this project and everything it needs into a virtual environment.
 #
-#   sh launch/install.sh [--venv DIR] [--extras test,eval]
+#   sh launch/install.sh [--venv DIR] [--extras test,eval] [--only-dependencies]
 #
 # Without --venv the active virtual environment is used, or .venv beside this folder, created if need be. A torch that
 # is already there is kept, whatever its version. Repeating a finished install takes a fraction of a second.
+# --only-dependencies needs no source code, and leaves the project itself to a later install: for a layer of an image.
 # Details and choices: docs/install.md.
 set -eu
 
@@ -21,14 +22,17 @@ die() {
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 venv=${VIRTUAL_ENV:-$root/.venv}
 extras=
+only_dependencies=
 while [ $# -gt 0 ]; do
     case $1 in
         --venv) [ $# -gt 1 ] || die "--venv needs a directory"; venv=$2; shift 2 ;;
         --venv=*) venv=${1#*=}; shift ;;
         --extras) [ $# -gt 1 ] || die "--extras needs a list such as test,eval"; extras=$2; shift 2 ;;
         --extras=*) extras=${1#*=}; shift ;;
-        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
-        *) die "unknown argument '$1'; usage: sh launch/install.sh [--venv DIR] [--extras test,eval]" ;;
+        --only-dependencies) only_dependencies=1; shift ;;
+        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) die "unknown argument '$1'; usage: sh launch/install.sh [--venv DIR] [--extras test,eval]" \
+            "[--only-dependencies]" ;;
     esac
 done
 python=$venv/bin/python
@@ -164,6 +168,17 @@ install_megablocks() {
     [ $status -eq 0 ] || die "$MEGABLOCKS did not install; see the message above"
 }
 
+# The dependencies of the project and of its extras, one per line. pip itself takes them only together with the project.
+requirements() {
+    "$python" -c '
+import configparser, sys
+setup = configparser.ConfigParser()
+setup.read(sys.argv[1])
+print(setup["options"]["install_requires"])
+for extra in filter(None, sys.argv[2].split(",")):
+    print(setup["options.extras_require"][extra])' "$root/setup.cfg" "$extras" 2>/dev/null
+}
+
 # What the installed state depends on.
 digest() {
     { cat "$root/setup.cfg" "$root/pyproject.toml" "$root/launch/constraints.txt" "$root/launch/install.sh"
@@ -206,14 +221,26 @@ pip_install "setuptools>=77.0.3" wheel packaging || die "the build tools did not
 install_torch
 # DeepSpeed compiles what it needs at first use; its build would otherwise look for a CUDA toolkit.
 export DS_BUILD_OPS="${DS_BUILD_OPS:-0}"
-say "installing gptoss_dist${extras:+[$extras]} and its dependencies"
-pip_install -c "$constraints" --no-build-isolation -e "$root${extras:+[$extras]}" triton ||
+if [ -n "$only_dependencies" ]; then
+    say "installing the dependencies of gptoss_dist${extras:+[$extras]}"
+    requirements >"$venv/requirements.txt" || die "no such extra in setup.cfg: $extras"
+    set -- -r "$venv/requirements.txt"
+else
+    say "installing gptoss_dist${extras:+[$extras]} and its dependencies"
+    set -- -e "$root${extras:+[$extras]}"
+fi
+pip_install -c "$constraints" --no-build-isolation "$@" triton ||
     die "the dependencies did not install; see the message above"
 if [ "$(package_version megablocks)" = "${MEGABLOCKS#*==}" ] && [ "$(cat "$venv/.megablocks-torch" 2>/dev/null)" = "$torch" ]; then
     say "$MEGABLOCKS is there already"
 else
     install_megablocks
     echo "$torch" >"$venv/.megablocks-torch"
+fi
+if [ -n "$only_dependencies" ]; then
+    compile_packages
+    say "done: $venv has all that gptoss_dist needs"
+    exit 0
 fi
 "$python" -c 'from gptoss_dist.parallel.megablocks_compat import load_megablocks; load_megablocks()' ||
     die "everything is installed but does not import; see the message above"

@@ -175,6 +175,8 @@ def _check(words: list[str], monkeypatch) -> None:
             _start(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True), [module, *rest], monkeypatch)
         case ["python" | "torchrun" | "deepspeed" | "srun" | "mpirun", *_]:
             _check_launched(words, monkeypatch)
+        case ["docker", *_] if "run" in words:
+            _check_in_container(words, monkeypatch)
         case ["sbatch", *_] if (script := "launch/slurm/train.sbatch") in words:  # what follows is train.py's
             _check_launched(["python", "launch/train.py", *words[words.index(script) + 1 :]], monkeypatch)
         case ["bash", "launch/slurm/prepare.sbatch", *rest]:
@@ -202,6 +204,16 @@ def _check_launched(words: list[str], monkeypatch) -> None:
     for option in options:
         if not re.search(rf"{re.escape(option)}(?![\w-])", known):
             raise Wrong(f"{words[0]} has no option {option}")
+
+
+def _check_in_container(words: list[str], monkeypatch) -> None:
+    """What follows the image, or Compose's service: options of train.py, or a command (docker/entrypoint.sh)."""
+    at = next((index for index, word in enumerate(words) if word.startswith(("gptoss_dist:", "train"))), None)
+    if at is None:
+        raise Wrong("docker run: no image of this project")
+    rest = [word.removeprefix("/opt/gptoss_dist/") for word in words[at + 1 :]]
+    if rest:
+        _check(["python", "launch/train.py", *rest] if rest[0].startswith("-") else rest, monkeypatch)
 
 
 def _start(run: Callable, argv: list[str], monkeypatch) -> None:
@@ -293,6 +305,9 @@ def test_commands_of_the_documents_parse(check, document, line):
         "pytest tests -k there_is_no_such_test",
         "pytest tests -m there_is_no_such_marker",
         "make tset",
+        "docker run --rm gptoss_dist:cpu --config configs/quickstart.yaml --train.stepz 3",
+        "docker run --rm gptoss_dist:cpu python -m data_pipeline.prepare pystdlib --outputs data/x",
+        "docker compose -f docker/compose.yaml run --rm train --config configs/quickstarts.yaml",
         "trains.py",
     ],
 )

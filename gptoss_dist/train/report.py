@@ -277,8 +277,19 @@ def _source_tags() -> dict[str, str]:
 
 @functools.cache
 def git_revision() -> str:
-    """Return the commit of this code, with `-dirty` if files differ from it, or `unknown`."""
-    return _git("describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+    """Return the commit of this code, with `-dirty` if files differ from it, or `unknown`.
+
+    An image has no repository, but a file that was written when it was built (docker/). It lies beside the code: code
+    that is mounted into the image is not taken for the image's.
+    """
+    return _git("describe", "--always", "--dirty", "--abbrev=12") or _built_from() or "unknown"
+
+
+def _built_from() -> str:
+    try:
+        return (Path(__file__).parents[2] / "revision.txt").read_text(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _git(*arguments: str) -> str:

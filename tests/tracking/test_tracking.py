@@ -3,8 +3,10 @@
 import json
 import logging
 import math
+import re
 import shutil
 import socket
+import subprocess
 import sys
 import time
 
@@ -12,6 +14,7 @@ import pytest
 
 from gptoss_dist.tracking.delivery import shipper
 from gptoss_dist.tracking.tracker import main, read_metrics, read_resume_steps, sync
+from tests.support.ranks import environment
 from tests.support.tracked import history, runs_of, start
 
 POINTS = 300
@@ -249,6 +252,25 @@ def test_without_mlflow_one_warning_and_local_files(tmp_path, caplog, monkeypatc
     tracker.close()
     assert len(caplog.records) == 1 and "mlflow cannot be imported" in caplog.text
     assert len(read_metrics(tmp_path / "run")) == 1
+
+
+@pytest.mark.heavy
+def test_a_user_without_a_name_and_a_home_has_mlflow(tmp_path):
+    """As in a container that is started under any id: importing mlflow fails where there is no home."""
+    tracked = (
+        "import os, pwd, sys; os.environ.pop('HOME', None); pwd.getpwuid = {}.__getitem__\n"
+        "from tests.support.tracked import start\n"
+        "tracker = start(sys.argv[1], message=print)\n"
+        "tracker.log(1, {'loss/train': 1.0}); tracker.close(timeout=60); print(tracker.run_id)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", tracked, str(tmp_path / "run")],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert re.fullmatch(r"[0-9a-f]{32}\n", done.stdout), done.stdout + done.stderr
 
 
 def test_close_refuses_an_unknown_status(tmp_path):

@@ -87,6 +87,15 @@ def test_a_run_knows_the_source_of_its_code(tmp_path):
     assert '"mlflow.source.type": "LOCAL"' in journal and '"mlflow.user": "' in journal
 
 
+def test_code_in_an_image_knows_what_it_was_built_from(tmp_path, monkeypatch):
+    file = tmp_path / "gptoss_dist/train/report.py"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setattr("gptoss_dist.train.report.__file__", str(file))
+    assert git_revision.__wrapped__() == "unknown"
+    (tmp_path / "revision.txt").write_text("0123456789ab-dirty\n")
+    assert git_revision.__wrapped__() == "0123456789ab-dirty"
+
+
 @pytest.mark.parametrize("every, prompts, written", [(0, ["a"], False), (5, ["a"], True), (5, [], False)])
 def test_no_samples_are_written_every_0_steps(every, prompts, written):
     config = Config(model=ModelConfig(), sampling=SamplingConfig(every=every, prompts=prompts))

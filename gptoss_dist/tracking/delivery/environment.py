@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,10 @@ def prepare_environment() -> None:
     """
     for key, value in _MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    try:
+        Path.home()
+    except RuntimeError:  # a container's user without a name, and no HOME: importing mlflow asks for one
+        os.environ["HOME"] = tempfile.gettempdir()
 
 
 @dataclass(frozen=True)

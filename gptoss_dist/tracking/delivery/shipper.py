@@ -308,23 +308,32 @@ class Shipper:
         inputs = [DatasetInput(entity)]
         requests.optional(f"the dataset {name}", lambda: self._client.log_inputs(self.cursor.run_id, datasets=inputs))
 
+    def _experiment_id(self, name: str) -> str:
+        """Return the id of an experiment, which is created if there is none."""
+        from mlflow.exceptions import MlflowException
+
+        client, database = self._client, self._database
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return client.create_experiment(name, artifact_location=database.artifacts if database else None)
+            except MlflowException:  # another run has made it meanwhile: those of a sweep start together
+                experiment = client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+        if experiment.lifecycle_stage != "active":
+            raise DeliveryRefused(
+                f"MLflow's experiment {name!r} is deleted: restore it with "
+                f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`, or choose another for the "
+                "next run by --tracking.experiment"
+            )
+        if database is not None:
+            database.adopt_artifacts(experiment.experiment_id)
+        return experiment.experiment_id
+
     def _create_run(self, record: RunStart) -> str:
         """Return the id of a new run, or of the one that an earlier attempt made without hearing the answer."""
-        client, database = self._client, self._database
-        experiment = client.get_experiment_by_name(record.experiment)
-        if experiment is None:
-            location = database.artifacts if database else None
-            experiment_id = client.create_experiment(record.experiment, artifact_location=location)
-        else:
-            experiment_id = experiment.experiment_id
-            if experiment.lifecycle_stage != "active":
-                raise DeliveryRefused(
-                    f"MLflow's experiment {record.experiment!r} is deleted: restore it with "
-                    f"`mlflow experiments restore --experiment-id {experiment_id}`, or choose another for the next run "
-                    "by --tracking.experiment"
-                )
-            if database is not None:
-                database.adopt_artifacts(experiment_id)
+        client, experiment_id = self._client, self._experiment_id(record.experiment)
         found = client.search_runs([experiment_id], f"tags.`{_UID_TAG}` = '{record.uid}'", max_results=1)
         if found:
             return found[0].info.run_id

@@ -86,6 +86,21 @@ def test_a_deleted_experiment_is_named_with_the_remedy(tmp_path, client, store, 
     assert history(client, sync(tmp_path / "run"), "loss/train") == [(1, 1.0)]
 
 
+def test_an_experiment_that_another_run_makes_meanwhile_is_taken(tmp_path, client, store, monkeypatch, caplog):
+    import mlflow
+
+    made = client.create_experiment("tests")
+    seen = iter([None])  # at first it was not there
+    find = mlflow.MlflowClient.get_experiment_by_name
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", lambda self, name: next(seen, find(self, name)))
+    tracker = start(tmp_path / "run", uri=store)
+    tracker.log(1, {"loss/train": 1.0})
+    tracker.close()
+    (run,) = runs_of(client)
+    assert run.info.experiment_id == made and run.info.status == "FINISHED"
+    assert not caplog.records
+
+
 def test_a_clock_that_jumps_back_does_not_end_a_run_before_it_began(tmp_path, client, store, monkeypatch):
     tracker = start(tmp_path / "run")
     wait_for(lambda: tracker.run_id)
