@@ -6,6 +6,8 @@
 ARG BASE_IMAGE=debian:bookworm-slim
 
 FROM ${BASE_IMAGE} AS builder
+# Further sets of packages: "s3,ray" reads buckets, and prepares on Ray.
+ARG EXTRAS=
 # Another package index than PyPI.
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
@@ -21,7 +23,7 @@ WORKDIR /opt/gptoss_dist
 # The dependencies are a layer of their own, which a change of the code does not touch.
 COPY setup.cfg pyproject.toml ./
 COPY launch/install.sh launch/constraints.txt launch/mb_cuda13_compat.h launch/
-RUN sh launch/install.sh --venv /opt/venv --only-dependencies \
+RUN sh launch/install.sh --venv /opt/venv --extras "$EXTRAS" --only-dependencies \
     && /opt/venv/bin/python -m pip uninstall --yes --quiet uv
 COPY . .
 ARG REVISION=

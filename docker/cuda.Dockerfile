@@ -12,6 +12,8 @@ FROM ${BUILD_IMAGE} AS builder
 ARG CUDA=1
 # GPUs that the extension is compiled for, such as "9.0"; by default what launch/install.sh names.
 ARG TORCH_CUDA_ARCH_LIST=
+# Further sets of packages: "s3,ray" reads buckets, and prepares on Ray.
+ARG EXTRAS=
 # Another package index than PyPI.
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
@@ -32,7 +34,7 @@ RUN python3 -m venv /opt/venv \
     && if [ "$CUDA" = 1 ]; then \
            /opt/venv/bin/python -m pip install --no-compile "$(grep '^torch==' launch/constraints.txt)"; \
        fi \
-    && sh launch/install.sh --venv /opt/venv --only-dependencies \
+    && sh launch/install.sh --venv /opt/venv --extras "$EXTRAS" --only-dependencies \
     && if [ "$CUDA" = 1 ]; then /opt/venv/bin/python -c "import torch, megablocks_ops"; fi \
     && /opt/venv/bin/python -m pip uninstall --yes --quiet uv
 COPY . .
