@@ -45,9 +45,16 @@ def write_synced(path: Path, text: str) -> None:
         sync_file(file)
 
 
-def write_file_atomically(path: Path, data: bytes) -> None:
-    """Write a file durably; after a crash at any moment it is either as before or complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_file_atomically(path: Path, data: bytes, *, make_folder: bool = True) -> None:
+    """Write a file durably; after a crash at any moment it is either as before or complete.
+
+    Args:
+        path: The file.
+        data: Its content.
+        make_folder: Create the folder if it is missing; else that is an error.
+    """
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, open(temporary, "xb") as file:
         file.write(data)
         sync_file(file)

@@ -167,6 +167,13 @@ class Ownership:
                 self.lost_to = str(others[-1]) if others else "a process that has ended since"
         return self.lost_to
 
+    def holds(self, folder: Path) -> bool:
+        """Return whether what is at the path of a folder is still the one that this process owns."""
+        with contextlib.suppress(OSError):
+            found = _look(folder / self._path.name)
+            return found is not None and found.identity == self._owner.token
+        return False
+
     def release(self) -> None:
         """Let others have the folder."""
         self._ended.set()

@@ -22,6 +22,8 @@ from data_pipeline.corpora.kinds import (
     NO_FILES,
     PREPARED,
     PREPARED_FILE,
+    UNFINISHED_ENDING,
+    UNFINISHED_FILE,
     UNREADABLE,
     LeftOut,
     why_left_out,
@@ -60,7 +62,8 @@ def _folders_below(root: Path, left_out: LeftOut) -> Iterator[Path]:
             left_out.add(LINKS)
             continue
         visited.add((status.st_dev, status.st_ino))
-        if any(entry.name == PREPARED_FILE for entry in entries):
+        names = {entry.name for entry in entries}
+        if PREPARED_FILE in names or (folder.name.endswith(UNFINISHED_ENDING) and UNFINISHED_FILE in names):
             left_out.add(PREPARED)
             continue
         yield folder

@@ -22,6 +22,8 @@ DATASET_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json",
 """Files beside the data of a Hugging Face dataset."""
 PREPARED_FILE = "tokenizer.gptoss.json"
 """A file that only a prepared dataset has, which is no text."""
+UNFINISHED_ENDING, UNFINISHED_FILE = ".preparing", "unfinished.txt"
+"""How the folder of a dataset ends that is being prepared, and a file in it."""
 _CARD = re.compile(r"(readme|licen[cs]e)([-_.].*)?", re.IGNORECASE)
 
 HIDDEN, CARDS = "hidden", "cards (README, LICENSE and the like)"

@@ -12,13 +12,14 @@ import os
 import platform
 import socket
 import sys
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.corpora.part import Part
-from data_pipeline.prepare.part import Preparation, PreparedPart, part_key, prepare_part
+from data_pipeline.prepare.part import Preparation, PreparedPart, part_key, prepare_part, tokenizer_folder
 from data_pipeline.prepare.rules import Rules
 from data_pipeline.stores.errors import first_line
 from data_pipeline.tokenizer.tokenizer import Tokenizer
@@ -26,6 +27,8 @@ from data_pipeline.tokenizer.tokenizer import Tokenizer
 _MOST_LOSSES = 5
 """How often a part is begun anew because its process or machine was lost."""
 _PATIENCE_S = 10.0
+_ARRIVAL_S = 90.0
+"""What another machine has written on NFS is seen here after some seconds, a minute at most."""
 
 
 def prepare_parts_on_ray(
@@ -71,6 +74,7 @@ def prepare_parts_on_ray(
                     break
                 for done in ray.wait(list(running), timeout=1.0)[0]:
                     part = _result(ray, done, running.pop(done))
+                    _await_arrival(preparation.folder, part)
                     documents += part.documents
                     tokens += sum(shard.tokens for shards in part.shards.values() for shard in shards)
                     yield part
@@ -79,6 +83,8 @@ def prepare_parts_on_ray(
             for unwanted in running:
                 with contextlib.suppress(Exception):
                     ray.cancel(unwanted, force=True)
+            with contextlib.suppress(Exception):  # they are not to write into a folder that is being published
+                ray.wait(list(running), num_returns=len(running), timeout=_PATIENCE_S)
 
 
 @contextlib.contextmanager
@@ -92,6 +98,7 @@ def _connected(workers: int | None, report: Callable[[str], None]) -> Generator[
         yield ray
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_task_oom_retries", str(_MOST_LOSSES))  # by default without an end
     address = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
@@ -112,6 +119,22 @@ def _connected(workers: int | None, report: Callable[[str], None]) -> Generator[
         yield ray
     finally:
         ray.shutdown()
+
+
+def _await_arrival(folder: Path, part: PreparedPart) -> None:
+    """Wait until this machine sees a part that another one may have written.
+
+    Raises:
+        ValueError: It does not.
+    """
+    deadline = time.monotonic() + _ARRIVAL_S
+    while PreparedPart.read(folder, part.key) is None:
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{folder}: a part that another machine has prepared ({part.source}) does not appear here; choose an "
+                "--output on a file system that all machines of Ray share"
+            )
+        time.sleep(0.5)
 
 
 def _check_reachable(address: str) -> None:
@@ -144,7 +167,7 @@ class _Setup:
     """That of the preparation, like the rules."""
     rules: Rules
     tokenizer: str
-    """Its SHA-256; it is loaded from `folder`."""
+    """Its SHA-256; it is loaded from `tokenizer_folder`."""
     engine: str
     """What tokenizes."""
     path: tuple[str, ...]
@@ -152,6 +175,7 @@ class _Setup:
 
 
 def _prepare_on_worker(setup: _Setup, key: str, part: Part) -> PreparedPart:
+    sys.path += [place for place in setup.path if place not in sys.path]
     preparation = _preparation(setup)
     if part_key(part, preparation.rules, preparation.tokenizer) != key:
         raise ValueError(f"{platform.node()}: has another version of data_pipeline; install the same on all machines")
@@ -160,15 +184,12 @@ def _prepare_on_worker(setup: _Setup, key: str, part: Part) -> PreparedPart:
 
 @functools.lru_cache(maxsize=1)
 def _preparation(setup: _Setup) -> Preparation:
-    sys.path += [place for place in setup.path if place not in sys.path]
     try:
-        tokenizer = Tokenizer.load(setup.folder)
+        tokenizer = Tokenizer.load(tokenizer_folder(setup.folder, setup.tokenizer))
     except ValueError as error:
         raise ValueError(
             f"{setup.folder}: is not on {platform.node()}, or another folder there ({error}); choose an --output on a "
             "file system that all machines of Ray share"
         ) from error
-    if tokenizer.sha256 != setup.tokenizer:
-        raise ValueError(f"{setup.folder}: is another folder on {platform.node()}; choose an --output that is shared")
     tokenizer.engine = setup.engine
     return Preparation(setup.folder, setup.rules, tokenizer)

@@ -41,9 +41,17 @@ class Preparation:
     """What all parts of one preparation have in common."""
 
     folder: Path
-    """Where the prepared parts go. The tokenizer is saved there too."""
+    """Where the prepared parts go."""
     rules: Rules
     tokenizer: Tokenizer
+
+
+def tokenizer_folder(folder: Path, sha256: str) -> Path:
+    """Return where other processes find the tokenizer of a preparation in `folder`, by its SHA-256.
+
+    A preparation with another one may be at work in the same folder.
+    """
+    return folder / f"tokenizer-{sha256[:16]}"
 
 
 def part_key(part: Part, rules: Rules, tokenizer: Tokenizer) -> str:
@@ -215,9 +223,9 @@ class _PartWriter:
     def finish(self) -> PreparedPart:
         """Complete the shards, write the hashes, and last the record."""
         self.write_batch()
+        shards = {split: writer.close() for split, writer in self.shard_writers.items()}
         hashes = hashes_path(self.folder, self.key)
         write_hashes(hashes, self.hashes)
-        shards = {split: writer.close() for split, writer in self.shard_writers.items()}
         files = [hashes]
         for shard in (shard for found in shards.values() for shard in found):
             files += [data_path(self.folder / shard.name), index_path(self.folder / shard.name)]
@@ -233,7 +241,10 @@ class _PartWriter:
             examples=self.examples,
             sizes={path.name: path.stat().st_size for path in files},
         )
-        write_file_atomically(self.folder / f"{self.key}.json", json.dumps(asdict(prepared)).encode())
+        # A folder that somebody else has finished and removed meanwhile is not made anew.
+        write_file_atomically(
+            self.folder / f"{self.key}.json", json.dumps(asdict(prepared)).encode(), make_folder=False
+        )
         return prepared
 
     def _count_malformed(self, record: Malformed) -> None:
@@ -269,7 +280,7 @@ def write_hashes(path: Path, digests: list[bytes]) -> None:
     numbers = np.frombuffer(b"".join(digests), dtype=[("high", ">u8"), ("low", ">u8")])
     table = np.empty(len(numbers), HASHES)
     table["high"], table["low"], table["place"] = numbers["high"], numbers["low"], np.arange(len(numbers))
-    write_file_atomically(path, table[np.argsort(table["high"], kind="stable")].tobytes())
+    write_file_atomically(path, table[np.argsort(table["high"], kind="stable")].tobytes(), make_folder=False)
 
 
 def finished_keys(directory: Path) -> set[str]:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import platform
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator
@@ -18,7 +19,15 @@ from data_pipeline.disk import write_file_atomically
 from data_pipeline.foreign import read_json
 from data_pipeline.prepare.dedupe import assemble_splits
 from data_pipeline.prepare.on_ray import prepare_parts_on_ray
-from data_pipeline.prepare.part import HASHES, Preparation, PreparedPart, finished_keys, hashes_path, part_key
+from data_pipeline.prepare.part import (
+    HASHES,
+    Preparation,
+    PreparedPart,
+    finished_keys,
+    hashes_path,
+    part_key,
+    tokenizer_folder,
+)
 from data_pipeline.prepare.pool import prepare_parts
 from data_pipeline.prepare.progress import Progress
 from data_pipeline.prepare.rules import Rules
@@ -39,7 +48,7 @@ SETTINGS_FILE_NAME = (
     "prepare.json"  # what was asked for, to recognise the same request; it may name local files, the manifest does not
 )
 MALFORMED_FILE_NAME = "malformed.log"
-FINAL = "final"
+FINAL = "final-"  # the rest of the name is random: no process that was taken for dead writes to this folder
 _FIRST_NAMED = 3  # malformed records
 
 
@@ -117,8 +126,8 @@ def prepare(
         output: The directory to create.
         tokenizer: What makes ids of the texts.
         workers: The number of processes; None is 1, and with Ray as many as its machines have processors.
-        executor: What runs them: "processes" of this machine, or "ray", on the cluster of RAY_ADDRESS, on one that
-            runs on this machine, or else by itself.
+        executor: What runs them: "processes" of this machine, or "ray", on the cluster of RAY_ADDRESS, or else on
+            one that is begun on this machine.
         max_malformed: The share of the records that may hold no text; they are left out and listed in malformed.log.
         overwrite: Replace a prepared dataset that is at `output`, but nothing else.
         report: Takes lines for people.
@@ -144,11 +153,11 @@ def prepare(
         # Again, now that no other process can be at it; and once more before something might be replaced.
         if (existing := _existing_dataset(output, settings, overwrite)) is not None:
             return existing
-        manifest = _prepare_in_folder(request, settings, folder)
+        final, manifest = _prepare_in_folder(request, settings, folder)
         _existing_dataset(output, settings, overwrite)
         if lost_to := ownership.lost():
             raise ValueError(f"{folder}: {lost_to} has taken it over, as this process was suspended for long")
-        publish_dataset(folder, folder / FINAL, output)
+        publish_dataset(folder, final, output)
         record_content(output, manifest)  # now that nothing else links to its files
     _report_result(output, manifest, request)
     return manifest
@@ -199,8 +208,14 @@ def prepare_range(
     parts = request.keyed_parts()
     own = dict(list(parts.items())[index::count])
     with range_directory(output, index, count, report) as folder, _naming_folder_in_errors(folder):
-        tokenizer.save(folder)
-        prepared = _prepare_missing_parts(request, folder, list(own), own)
+        # Again, now that nobody can be about to make it.
+        if (existing := _existing_dataset(output, request.settings(), overwrite)) is None:
+            tokenizer.save(tokenizer_folder(folder, tokenizer.sha256))
+            prepared = _prepare_missing_parts(request, folder, list(own), own)
+    if existing is not None:
+        report(f"{output}: already prepared, {_summary(existing)}")
+        remove_if_finished(output, set(parts), report)
+        return
     report(
         f"{folder}: range {index}/{count} is done, {len(prepared)} of {len(parts)} parts; when all are, the same "
         "command without --part-range makes the dataset"
@@ -235,14 +250,15 @@ def _naming_folder_in_errors(folder: Path) -> Iterator[None]:
         raise
 
 
-def _prepare_in_folder(request: _Request, settings: dict, folder: Path) -> Manifest:
-    """Write the whole dataset to FOLDER/final."""
+def _prepare_in_folder(request: _Request, settings: dict, folder: Path) -> tuple[Path, Manifest]:
+    """Write the whole dataset to a new directory in `folder`."""
     tokenizer = request.tokenizer
-    tokenizer.save(folder)
+    tokenizer.save(tokenizer_folder(folder, tokenizer.sha256))
     parts = _prepare_missing_parts(request, folder, request.keys(), request.keyed_parts())
     examples = _check_malformed(parts, request.max_malformed, request.report)
-    final = folder / FINAL
-    shutil.rmtree(final, ignore_errors=True)
+    for killed in folder.glob(f"{FINAL}*"):
+        shutil.rmtree(killed, ignore_errors=True)
+    final = folder / (FINAL + secrets.token_hex(8))
     final.mkdir()
     tokenizer.save(final)
     splits, dropped = assemble_splits(folder, final, parts, request.rules, token_dtype(tokenizer.n_vocab))
@@ -265,7 +281,7 @@ def _prepare_in_folder(request: _Request, settings: dict, folder: Path) -> Manif
         write_file_atomically(final / MALFORMED_FILE_NAME, "".join(f"{line}\n" for line in examples).encode())
     write_file_atomically(final / SETTINGS_FILE_NAME, (json.dumps(settings, indent=1) + "\n").encode())
     write_file_atomically(final / FILE_NAME, manifest.to_json())
-    return manifest
+    return final, manifest
 
 
 def _remove_parts(folder: Path, parts: list[PreparedPart]) -> None:

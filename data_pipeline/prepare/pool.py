@@ -17,7 +17,7 @@ from pathlib import Path
 from data_pipeline.corpora.part import Part
 from data_pipeline.disk import forget_locks
 from data_pipeline.ownership import HEARTBEAT
-from data_pipeline.prepare.part import Preparation, PreparedPart, prepare_part
+from data_pipeline.prepare.part import Preparation, PreparedPart, prepare_part, tokenizer_folder
 from data_pipeline.prepare.rules import Rules
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
@@ -109,6 +109,7 @@ def _start_pool(preparation: Preparation, workers: int) -> tuple[ProcessPoolExec
         folder=preparation.folder,
         rules=preparation.rules,
         tokenizer=tokenizer if forked else None,
+        tokenizer_folder=tokenizer_folder(preparation.folder, tokenizer.sha256),
         engine=tokenizer.engine,
         counters=context.Array("q", 2),
         parent=os.getpid(),
@@ -138,7 +139,9 @@ class _WorkerSetup:
     """That of the preparation, like the rules."""
     rules: Rules
     tokenizer: Tokenizer | None
-    """That of the preparation; a process that was not forked gets None, and loads it from `folder`."""
+    """That of the preparation; a process that was not forked gets None, and loads it."""
+    tokenizer_folder: Path
+    """From where."""
     engine: str
     """What tokenizes."""
     counters: SynchronizedArray
@@ -157,7 +160,7 @@ def _start_worker(setup: _WorkerSetup) -> None:
     forget_locks()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     threading.Thread(target=_exit_with_parent, args=(setup.parent,), daemon=True).start()
-    tokenizer = setup.tokenizer or Tokenizer.load(setup.folder)
+    tokenizer = setup.tokenizer or Tokenizer.load(setup.tokenizer_folder)
     tokenizer.engine = setup.engine
     _preparation, _counters = Preparation(setup.folder, setup.rules, tokenizer), setup.counters
 

@@ -17,11 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data_pipeline.corpora.files import local_path
+from data_pipeline.corpora.kinds import UNFINISHED_ENDING, UNFINISHED_FILE
 from data_pipeline.disk import move, publish, remove_unfinished
 from data_pipeline.ownership import Ownership, await_free, owned
 from data_pipeline.prepare.part import finished_keys
 
-_MARK = "unfinished.txt"
 _TEXT = "An unfinished dataset of `python -m data_pipeline.prepare`; the same command continues, and removes this.\n"
 
 
@@ -40,7 +40,7 @@ def output_path(output: str | Path) -> Path:
 
 
 def _preparing_path(output: Path) -> Path:
-    return output.with_name(f"{output.name}.preparing")
+    return output.with_name(output.name + UNFINISHED_ENDING)
 
 
 @contextlib.contextmanager
@@ -65,7 +65,8 @@ def working_directory(output: Path, message: Callable[[str], None]) -> Iterator[
         try:
             yield folder, ownership
         finally:
-            if not finished_keys(folder) and ownership.lost() is None:
+            # After the end of the work it may be the folder of the next command.
+            if ownership.holds(folder) and not finished_keys(folder):
                 _remove(folder)
 
 
@@ -82,16 +83,21 @@ def range_directory(output: Path, index: int, count: int, message: Callable[[str
     Raises:
         ValueError: Another process is at work on this range or on the whole, or the folder is somebody else's.
     """
-    folder = _made(output)
+    folder = _preparing_path(output)
     own = folder / "ranges" / f"{index}-of-{count}"
-    own.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(owned(own, message))
-            await_free(folder, message)
-        except BlockingIOError as error:
-            raise ValueError(_busy(folder, error)) from error
-        yield folder
+    while True:
+        _made(output)
+        own.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                ownership = stack.enter_context(owned(own, message))
+                await_free(folder, message)
+            except BlockingIOError as error:
+                raise ValueError(_busy(folder, error)) from error
+            if ownership.holds(own):  # else who has just finished there has removed it
+                _mark(folder)
+                yield folder
+                return
 
 
 def _made(output: Path) -> Path:
@@ -107,27 +113,29 @@ def _mark(folder: Path) -> None:
     Raises:
         ValueError: It holds something and has no mark.
     """
-    if not (folder / _MARK).exists():
-        others = [path for path in folder.iterdir() if not path.name.startswith((".lock", ".owner-"))]
-        if others and not (folder / _MARK).exists():
+    if not (folder / UNFINISHED_FILE).exists():
+        others = [path for path in folder.iterdir() if not path.name.startswith((".lock", ".owner-", "ranges"))]
+        if others and not (folder / UNFINISHED_FILE).exists():
             raise ValueError(f"{folder}: is needed for unfinished work, but holds something else; move it away")
-        (folder / _MARK).write_text(_TEXT)
+        (folder / UNFINISHED_FILE).write_text(_TEXT)
 
 
 @contextlib.contextmanager
 def _owned(folder: Path, message: Callable[[str], None]) -> Iterator[Ownership]:
     """Own the folder, with nobody at work on a range in it."""
-    with contextlib.ExitStack() as stack:
-        try:
-            ownership = stack.enter_context(owned(folder, message))
-            if ranges := [*(folder / "ranges").glob("*-of-*")]:
-                with ThreadPoolExecutor(
-                    min(len(ranges), 256)
-                ) as pool:  # each dead one on another machine is watched for a while
+    try:
+        with contextlib.ExitStack() as stack:
+            try:
+                ownership = stack.enter_context(owned(folder, message))
+                ranges = [*(folder / "ranges").glob("*-of-*")]
+                # Each one that is dead on another machine is watched for a while.
+                with ThreadPoolExecutor(min(max(len(ranges), 1), 256)) as pool:
                     list(pool.map(lambda path: await_free(path, message), ranges))
-        except BlockingIOError as error:
-            raise ValueError(_busy(folder, error)) from error
-        yield ownership
+            except BlockingIOError as error:
+                raise ValueError(_busy(folder, error)) from error
+            yield ownership
+    finally:
+        _remove_if_empty(folder)
 
 
 def _busy(folder: Path, owner: BlockingIOError) -> str:
@@ -164,7 +172,7 @@ def remove_if_finished(output: Path, keys: set[str], message: Callable[[str], No
         message: That of `working_directory`.
     """
     folder = _preparing_path(output)
-    if (folder / _MARK).exists() and finished_keys(folder) <= keys:
+    if (folder / UNFINISHED_FILE).exists() and finished_keys(folder) <= keys:
         with contextlib.suppress(OSError, ValueError), _owned(folder, message):
             if finished_keys(folder) <= keys:
                 _remove(folder)
@@ -179,8 +187,17 @@ def _remove(folder: Path) -> None:
         for path in sorted(folder.iterdir(), key=lambda path: path.name.startswith(".")):  # who owns it, next to last
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.name != _MARK:
+            elif path.name != UNFINISHED_FILE:
                 path.unlink(missing_ok=True)
-        if [path.name for path in folder.iterdir()] == [_MARK]:
-            (folder / _MARK).unlink()
-        folder.rmdir()
+    _remove_if_empty(folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a working directory in which only the mark is left.
+
+    NFS keeps the lock, which is open while the folder is owned, under another name: then this is for the time after.
+    """
+    with contextlib.suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {UNFINISHED_FILE}:
+            (folder / UNFINISHED_FILE).unlink(missing_ok=True)
+            folder.rmdir()

@@ -20,8 +20,10 @@ def test_an_array_and_a_last_job_make_the_same_bytes_whatever_is_killed(lab: Lab
     for index in range(9):
         texts = open_source(f"synthetic:documents=150,seed={index}").documents()
         (folder / f"{index}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (tmp_path / "slow_filter.py").write_text("import time\n\ndef keep(text):\n    time.sleep(0.01)\n    return True\n")
-    options = [folder, "--filter", "slow_filter:keep", "--allow-code", tmp_path / "slow_filter.py"]
+    (tmp_path / "slow_filter_slurm.py").write_text(
+        "import time\n\ndef keep(text):\n    time.sleep(0.01)\n    return True\n"
+    )
+    options = [folder, "--filter", "slow_filter_slurm:keep", "--allow-code", tmp_path / "slow_filter_slurm.py"]
     log = f"--output={lab.folder}/log/job-%A_%a.log"
     words = ["--array=0-2", log, "--", *options, "--output", tmp_path / "data"]
     said = lab("bash", "launch/slurm/prepare.sbatch", *words)
@@ -44,6 +46,8 @@ def test_an_array_and_a_last_job_make_the_same_bytes_whatever_is_killed(lab: Lab
         ((), "usage: bash launch/slurm/prepare.sbatch --array=0-15"),
         (("--array=0-2", "synthetic", "--output", "x"), "usage: bash launch/slurm/prepare.sbatch --array=0-15"),
         (("--time=1", "--", "synthetic", "--output", "x"), "usage: bash launch/slurm/prepare.sbatch --array=0-15"),
+        (("--array=0,2,5", "--", "synthetic", "--output", "x"), "usage: bash launch/slurm/prepare.sbatch --array=0-15"),
+        (("-a", "0-2", "--", "synthetic", "--output", "x", "--part-range", "0/3"), "usage: bash launch/slurm/prepare"),
         (("--array=0-2", "--", "synthetic", "--outputs", "x"), "--outputs"),
     ],
 )

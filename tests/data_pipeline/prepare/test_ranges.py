@@ -1,18 +1,24 @@
 """Ranges of the parts prepared by commands of their own, on machines that share a folder."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from data_pipeline import load_tokenizer, open_source
-from data_pipeline.ownership import owned
+from data_pipeline.ownership import HEARTBEAT, owned
+from data_pipeline.prepare.part import Preparation, prepare_part
 from data_pipeline.prepare.pipeline import prepare_range
+from data_pipeline.prepare.pool import prepare_parts
+from data_pipeline.prepare.rules import Rules
 from tests.support.prepared import contents, run
 from tests.support.ranks import ROOT
 
@@ -111,6 +117,78 @@ def test_many_ranges_at_once_make_one_folder(tmp_path, folder):
     assert not failures
     assert len(list((tmp_path / "data.preparing/ranges").iterdir())) == 12
     assert run(folder, "--tokenizer", "bytes", "--output", tmp_path / "data") == 0
+
+
+def test_commands_with_other_tokenizers_do_not_mix(tmp_path, folder, monkeypatch):
+    """One that begins in the same folder before the workers of another have loaded theirs."""
+    monkeypatch.setattr("data_pipeline.prepare.pool._start_method", lambda: "spawn")
+    assert run(folder, "--tokenizer", "bytes", "--output", tmp_path / "whole") == 0
+    preparing, others = tmp_path / "data.preparing", []
+
+    def prepare_parts_after_another(*arguments):
+        if not others:
+            others.append(0)
+            others.append(run(folder, "--output", tmp_path / "data", "--part-range", "1/3"))
+        return prepare_parts(*arguments)
+
+    monkeypatch.setattr("data_pipeline.prepare.pipeline.prepare_parts", prepare_parts_after_another)
+    options = [folder, "--tokenizer", "bytes", "--output", tmp_path / "data"]
+    assert run(*options, "--part-range", "0/2", "--workers", 2) == 0 and others == [0, 0]
+    assert run(*options) == 0
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole") and not preparing.exists()
+
+
+def test_a_range_that_comes_late_prepares_nothing(tmp_path, folder, monkeypatch, capsys):
+    """The whole is made between its first look and the moment in which it owns its range."""
+    options = [folder, "--tokenizer", "bytes", "--output", tmp_path / "data"]
+
+    def await_free(*_):
+        monkeypatch.undo()
+        shutil.rmtree(tmp_path / "data.preparing")  # as who has finished there does
+        assert run(*options) == 0
+
+    monkeypatch.setattr("data_pipeline.prepare.workdir.await_free", await_free)
+    code, out, _ = run(*options, "--part-range", "1/3", capsys=capsys)
+    assert code == 0 and "already prepared" in out
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("data")] == ["data"]
+
+
+def test_who_comes_late_does_not_make_a_finished_folder_anew(tmp_path, folder):
+    """Such as a process on a machine that was cut off: it has lost its files, and leaves nothing."""
+    (part, *_) = open_source(str(folder)).parts
+    (tmp_path / "data.preparing").mkdir()
+    preparation = Preparation(tmp_path / "data.preparing", Rules(), load_tokenizer("bytes"))
+    with pytest.raises(FileNotFoundError):
+        prepare_part(part, "0" * 32, preparation, lambda *_: shutil.rmtree(preparation.folder))
+    assert not preparation.folder.exists()
+
+
+def test_the_folder_of_the_next_command_stays(tmp_path, folder, monkeypatch):
+    """It is made anew as soon as the dataset is in its place, before the command that made it has ended."""
+    preparing = tmp_path / "data.preparing"
+
+    def next_command(*_):
+        preparing.mkdir()
+        for name in ("unfinished.txt", "begun"):
+            (preparing / name).touch()
+
+    monkeypatch.setattr("data_pipeline.prepare.pipeline.record_content", next_command)
+    assert run(folder, "--tokenizer", "bytes", "--output", tmp_path / "data") == 0
+    assert (preparing / "begun").exists() and (preparing / "unfinished.txt").exists()
+
+
+def test_a_folder_that_cannot_be_removed_while_it_is_owned_goes_after_that(tmp_path, folder, monkeypatch):
+    """NFS renames the lock that is removed while it is open."""
+    rmdir, preparing = Path.rmdir, tmp_path / "data.preparing"
+
+    def rmdir_of_nfs(path):
+        if path == preparing and any(thread.name == HEARTBEAT for thread in threading.enumerate()):
+            (path / "unfinished.txt").touch()
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", rmdir_of_nfs)
+    assert run(folder, "--tokenizer", "bytes", "--output", tmp_path / "data") == 0 and not preparing.exists()
 
 
 @pytest.mark.parametrize("text", ["3/3", "1", "-1/3", "1/0", "a/b", "0/3/1"])

@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 from data_pipeline import open_source
+from data_pipeline.prepare.on_ray import _await_arrival
+from data_pipeline.prepare.part import PreparedPart
 from tests.support.prepared import contents, run
 from tests.support.ranks import ROOT
 
@@ -111,10 +113,11 @@ def command(tmp_path, monkeypatch):
         texts = open_source(f"synthetic:documents=250,seed={index}").documents()
         lines = [json.dumps({"text": text}) for text in (f"part {index}", *texts)]
         (folder / f"{index}.jsonl").write_text("\n".join(lines))
-    (tmp_path / "slow_filter.py").write_text(SLOW_FILTER)
+    (tmp_path / "filter_for_ray.py").write_text(SLOW_FILTER)
+    monkeypatch.delitem(sys.modules, "filter_for_ray", raising=False)
     monkeypatch.setenv("BEGUN", str(tmp_path / "begun_before"))
-    options = shlex.split("--filter slow_filter:keep --shard-tokens 20000 --tokenizer bytes")
-    return [folder, "--allow-code", tmp_path / "slow_filter.py", *options]
+    options = shlex.split("--filter filter_for_ray:keep --shard-tokens 20000 --tokenizer bytes")
+    return [folder, "--allow-code", tmp_path / "filter_for_ray.py", *options]
 
 
 @pytest.mark.slow
@@ -155,9 +158,10 @@ def test_ray_on_this_machine_writes_the_same_bytes(tmp_path, corpus, monkeypatch
     """In a process of its own, which a thread of Ray's would change for other tests."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("BEGUN", str(tmp_path / "begun"))
-    (tmp_path / "slow_filter.py").write_text(SLOW_FILTER)
-    sources = [corpus, "synthetic:documents=90,seed=4", "--allow-code", tmp_path / "slow_filter.py"]
-    options = [*sources, "--filter", "slow_filter:keep", "--shard-tokens", 20_000, "--max-documents", 450]
+    (tmp_path / "filter_for_ray.py").write_text(SLOW_FILTER)
+    monkeypatch.delitem(sys.modules, "filter_for_ray", raising=False)
+    sources = [corpus, "synthetic:documents=90,seed=4", "--allow-code", tmp_path / "filter_for_ray.py"]
+    options = [*sources, "--filter", "filter_for_ray:keep", "--shard-tokens", 20_000, "--max-documents", 450]
     assert run(*options, "--output", tmp_path / "one") == 0
     line = [sys.executable, "-m", "data_pipeline.prepare", *options, "--output", tmp_path / "ray", "--executor", "ray"]
     for _ in range(3):
@@ -168,6 +172,14 @@ def test_ray_on_this_machine_writes_the_same_bytes(tmp_path, corpus, monkeypatch
     assert "Ray on this machine, as RAY_ADDRESS is not set: 2 processors on 1 machines" in done.stdout
     assert contents(tmp_path / "one") == contents(tmp_path / "ray")
     assert not list(tmp_path.glob("*.preparing"))
+
+
+def test_a_part_that_does_not_arrive_is_one_line(tmp_path, monkeypatch):
+    """A machine that has a folder of its own under the same path."""
+    monkeypatch.setattr("data_pipeline.prepare.on_ray._ARRIVAL_S", 0.1)
+    part = PreparedPart("0" * 32, "a.jsonl", 1, 1, {}, {}, {}, 0, [], {})
+    with pytest.raises(ValueError, match=r"a part that another machine has prepared \(a\.jsonl\) does not appear here"):
+        _await_arrival(tmp_path, part)
 
 
 def test_no_ray_is_one_line(tmp_path, monkeypatch, capsys):
