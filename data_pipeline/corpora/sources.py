@@ -16,9 +16,8 @@ from data_pipeline.corpora.part import Part, TextSource, fingerprint_of, grouped
 from data_pipeline.corpora.records import read_huggingface, read_json, read_jsonl, read_texts, stream_huggingface
 from data_pipeline.corpora.saved import is_saved, saved_files
 from data_pipeline.corpora.tables import parquet_file, read_arrow, read_parquet
-from data_pipeline.printable import shown
+from data_pipeline.printable import first_line, shown
 from data_pipeline.secrets import without_secrets
-from data_pipeline.stores.errors import first_line
 
 
 def open_source(
