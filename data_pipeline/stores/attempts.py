@@ -20,7 +20,7 @@ class Patience:
     tries: int
     """The most tries without progress."""
     seconds: float
-    """The longest time without progress after which one more try is begun."""
+    """The longest time after the first of the failures after which one more try is begun."""
 
 
 LOOKING = Patience(tries=5, seconds=30)
@@ -35,11 +35,11 @@ class Attempts:
 
     def __init__(self, url: str, patience: Patience):
         self._url, self._patience = url, patience
-        self.succeed()
+        self._failures, self._since = 0, 0.0
 
     def succeed(self) -> None:
         """Forget the failures: something went well."""
-        self._failures, self._since = 0, time.monotonic()
+        self._failures = 0
 
     def fail(self, error: Exception) -> None:
         """Wait after a failure until it is time to try again; each time about twice as long.
@@ -53,6 +53,8 @@ class Attempts:
             raise ChangedError(changed_text()) from error
         if not may_pass(error):
             raise StoreError(explained(error, self._url)) from error
+        if self._failures == 0:  # what the caller did since the last success is no time of failing
+            self._since = time.monotonic()
         self._failures += 1
         seconds = time.monotonic() - self._since
         if self._failures >= self._patience.tries or seconds > self._patience.seconds:
@@ -63,9 +65,11 @@ class Attempts:
         time.sleep(pause * random.uniform(0.5, 1))
 
 
-def changed_text() -> str:
-    """Return a message that a file has changed."""
-    return "was changed since it was found; leave inputs as they are while they are read, and start again"
+def changed_text(here: str = "") -> str:
+    """Return a message that a file has changed, or on the machine called `here` is not the one that was found."""
+    other, everywhere = (f", or is another file on {here}", ", the same on every machine") if here else ("", "")
+    remedy = f"leave inputs as they are while they are read{everywhere}, and start again"
+    return f"was changed since it was found{other}; {remedy}"
 
 
 def repeat(url: str, action: Callable[[], Result], patience: Patience = LOOKING) -> Result:
