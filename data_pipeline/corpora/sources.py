@@ -133,9 +133,8 @@ def _folder_before_magic(pattern: Path) -> Path:
 
 
 def _reading(files: list[File], read: Callable[..., Iterator], *arguments: object) -> Callable[[], Iterator]:
-    """Return what starts one pass over the records of files, and notices when files behind URLs change meanwhile."""
-    reading = partial(read, *arguments)
-    return partial(read_unchanged, files, reading) if any(is_url(file.path) for file in files) else reading
+    """Return what starts one pass over the records of files, and notices when they are not what was found."""
+    return partial(read_unchanged, files, partial(read, *arguments))
 
 
 def _text_parts(files: list[File]) -> Iterator[Part]:
