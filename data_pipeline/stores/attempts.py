@@ -20,7 +20,7 @@ class Patience:
     tries: int
     """The most tries without progress."""
     seconds: float
-    """The longest time after the first of the failures after which one more try is begun."""
+    """The longest time without progress after which one more try is begun."""
 
 
 LOOKING = Patience(tries=5, seconds=30)
@@ -34,8 +34,13 @@ class Attempts:
     """A count of the failures since something last went well."""
 
     def __init__(self, url: str, patience: Patience):
-        self._url, self._patience = url, patience
-        self._failures, self._since = 0, 0.0
+        self._url, self._patience, self._failures = url, patience, 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Count the time from here, unless something has failed: what the caller did before is no time of failing."""
+        if not self._failures:
+            self._since = time.monotonic()
 
     def succeed(self) -> None:
         """Forget the failures: something went well."""
@@ -53,8 +58,6 @@ class Attempts:
             raise ChangedError(changed_text()) from error
         if not may_pass(error):
             raise StoreError(explained(error, self._url)) from error
-        if self._failures == 0:  # what the caller did since the last success is no time of failing
-            self._since = time.monotonic()
         self._failures += 1
         seconds = time.monotonic() - self._since
         if self._failures >= self._patience.tries or seconds > self._patience.seconds:

@@ -5,11 +5,12 @@ import json
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from data_pipeline import open_source
-from data_pipeline.stores.attempts import Patience
+from data_pipeline.stores.attempts import READING
 from tests.support.bucket import Fault, proxy, upload
 from tests.support.prepared import contents, documents_of, run
 
@@ -54,14 +55,16 @@ def test_a_connection_that_always_breaks_makes_progress(server, connect, small_p
 
 def test_what_the_reader_does_between_two_reads_is_no_time_of_failing(server, connect, small_parts, texts, monkeypatch):
     """A connection that was idle for long is often reset; one failure is no reason to give up."""
-    monkeypatch.setattr("data_pipeline.stores.reader.READING", Patience(tries=3, seconds=0.2))
+    passed = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0], sleep=time.sleep)
+    monkeypatch.setattr("data_pipeline.stores.attempts.time", clock)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     upload(server, "idle", {"a.jsonl": lines})
     with proxy(server) as between:
         connect(between.port)
         documents = open_source("s3://idle/a.jsonl").documents()
         assert next(documents) == texts[0]
-        time.sleep(0.3)
+        passed[0] = READING.seconds + 1
         between.fault = lambda request: Fault(cut_after=0) if is_object(request) and not between.faults else None
         assert list(documents) == texts[1:] and between.faults == 1
 
