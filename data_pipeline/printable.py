@@ -38,3 +38,8 @@ def shortened(text: object, most: int = 60) -> str:
     text = str(text)
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[: most - 3 - half]}...{text[-half:]}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the kind and the first line of an error of another library, for a message of one line."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -17,6 +17,9 @@ _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>(?:[^\s'\"<>`
 # USER:PASSWORD@ or TOKEN@. SQLAlchemy takes a password with a slash in it, so one is looked for beyond the first slash
 # where the text after the colon is no port.
 _USER = re.compile(r"^(?:[^/?#]*|[^/?#:@]*:(?!\d*(?:[/?#]|$))[^?#]*|[^/?#:@]*:(?!\d*(?:[/?#]|$))[^@]*)@")
+# The address of a bucket has no port, and the secret key before it may begin with a slash.
+_KEYS = re.compile(r"^[^/?#:@]*:[^@]*@")
+_BUCKETS = ("s3", "s3a", "gs", "gcs")
 _VALUE = re.compile(r"=(?!\*\*\*)[^&;#]*")
 _QUERY = re.compile(r"(?<=[\w/])\?(?=[\w.-]+=)[^\s'\"<>`]*")
 """The query of a URL without its host, as libraries print it: `url: /path?token=abc`."""
@@ -48,7 +51,8 @@ def _hidden(url: re.Match) -> str:
 
 
 def _without(rest: str, scheme: str) -> str:
-    rest = _USER.sub(f"{_HIDDEN}@", rest)
+    user = _KEYS if scheme.lower() in _BUCKETS and _KEYS.match(rest) else _USER
+    rest = user.sub(f"{_HIDDEN}@", rest)
     address, mark, parameters = _cut_at_query(rest)
     if "=" in parameters:
         parameters = _VALUE.sub(f"={_HIDDEN}", parameters)

@@ -40,6 +40,8 @@ RUN apt-get update \
 COPY --from=builder /opt/venv /opt/venv
 COPY --from=builder /opt/gptoss_dist /opt/gptoss_dist
 ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1
+# Another Python than that of the stage above does not find the packages.
+RUN ["/opt/venv/bin/python", "-c", "import numpy"]
 ARG REVISION=
 LABEL org.opencontainers.image.title="gptoss_dist" \
       org.opencontainers.image.description="Distributed training of GPT-OSS style mixture-of-experts models, on CPUs" \

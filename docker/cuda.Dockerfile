@@ -3,7 +3,8 @@
 #   docker build -f docker/cuda.Dockerfile --build-arg REVISION="$(git describe --always --dirty --abbrev=12)" -t gptoss_dist:cuda .
 #
 # docs/containers.md says how it is run. CUDA's major version is that of the tested torch (launch/constraints.txt): torch
-# brings the libraries of its own minor version, and the compiler has to fit its headers.
+# brings the libraries of its own minor version, and the compiler has to fit its headers. Both images have to be the same
+# distribution with the same Python.
 ARG BUILD_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 
@@ -54,6 +55,8 @@ RUN apt-get update \
 COPY --from=builder /opt/venv /opt/venv
 COPY --from=builder /opt/gptoss_dist /opt/gptoss_dist
 ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1
+# Another Python than that of the stage above does not find the packages.
+RUN ["/opt/venv/bin/python", "-c", "import numpy"]
 ARG REVISION=
 LABEL org.opencontainers.image.title="gptoss_dist" \
       org.opencontainers.image.description="Distributed training of GPT-OSS style mixture-of-experts models, on NVIDIA GPUs" \

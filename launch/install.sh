@@ -61,11 +61,8 @@ create_venv() {
 # Values of a pip setting (index-url, extra-index-url, find-links, cert) from its files and environment, one per word.
 pip_setting() { "$python" -m pip config list 2>/dev/null | sed -n "s/^[^=]*\.$1='\(.*\)'\$/\1/p" | sed 's/\\n/ /g'; }
 
-# uv is faster but does not read pip's settings: hand them on where uv has none of its own.
+# uv does not read pip's settings: hand them on where uv has none of its own.
 configure_uv() {
-    uv=$(command -v uv || true)
-    [ -z "$(pip_setting no-index)" ] || uv=
-    [ -n "$uv" ] || return 0
     first() { pip_setting "$1" | head -n 1; }
     words() { pip_setting "$1" | tr -s ' ' '\n' | sed '/^$/d' | sort -u | paste -s -d "$2" -; }
     : "${UV_FIND_LINKS:=$(words find-links ,)}" "${UV_INDEX:=$(words extra-index-url ' ')}"
@@ -75,6 +72,12 @@ configure_uv() {
     done
     # pip looks for the best version on every index; uv by default stops at the first index that has the name.
     export UV_INDEX_STRATEGY="${UV_INDEX_STRATEGY:-unsafe-best-match}"
+}
+
+# uv is faster than pip, but is not used where pip is to use no index.
+find_uv() {
+    uv=$(command -v uv || true)
+    [ -z "$(pip_setting no-index)" ] || uv=
 }
 
 pip_install() {
@@ -105,7 +108,10 @@ write_constraints() {
 
 # uv knows where PyTorch publishes its CPU builds; pip has to be told.
 install_torch_by_uv() {
-    [ -n "$uv" ] || "$python" -m pip install --quiet --disable-pip-version-check uv || return 1
+    if [ -z "$uv" ]; then
+        "$python" -m pip install --quiet --disable-pip-version-check uv || return 1
+        configure_uv
+    fi
     "${uv:-$venv/bin/uv}" pip install --quiet --python "$python" --torch-backend cpu -c "$constraints" "$wanted"
 }
 
@@ -210,9 +216,10 @@ if is_installed; then
     say "nothing to do: $venv is up to date"
     exit 0
 fi
-configure_uv
+find_uv
 if [ -n "$uv" ]; then
     say "using $uv"
+    configure_uv
 else
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null || die "$venv has no pip"
 fi

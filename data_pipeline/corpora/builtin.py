@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_pipeline.corpora.files import local_file
+from data_pipeline.corpora.files import local_file, read_unchanged
 from data_pipeline.corpora.part import Part, TextSource, fingerprint_of, grouped
 
 _TEST_FOLDERS = {"test", "tests", "idle_test", "lib2to3"}
@@ -58,7 +58,7 @@ def _python_parts(paths: list[Path]) -> list[Part]:
             f"{group[0].name} and {len(group) - 1} more Python files",
             fingerprint_of(group),
             sum(file.size for file in group),
-            partial(_read_python, [file.path for file in group]),
+            partial(read_unchanged, group, partial(_read_python, [file.path for file in group])),
         )
         for group in grouped(files)
     ]

@@ -4,6 +4,7 @@ They are decompressed as they are read.
 """
 
 import os
+import socket
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from data_pipeline.corpora.folders import files_of
 from data_pipeline.corpora.kinds import SUFFIXES, LeftOut, suffixes_of, why_left_out
 from data_pipeline.printable import shown
 from data_pipeline.secrets import without_secrets
-from data_pipeline.stores.attempts import ONCE, repeat
+from data_pipeline.stores.attempts import ONCE, READING, Patience, changed_text, repeat
 from data_pipeline.stores.errors import ChangedError, StoreError, explained
 from data_pipeline.stores.listing import files_below, files_matching
 from data_pipeline.stores.reader import open_remote
@@ -191,11 +192,18 @@ def open_decompressed(path: str) -> BinaryIO:
 
 
 def read_unchanged(files: list[File], read: Callable[[], Iterator[Record]]) -> Iterator[Record]:
-    """Yield what `read` does, and check after it that files behind URLs are what they were when they were found.
+    """Yield what `read` does, and check that the files are what they were when they were found.
+
+    They are checked after it, and those of this machine also before it: where several machines work on one corpus, a
+    path may lead to another file than on the machine that has found it.
 
     Raises:
         ValueError: They are not, or reading failed.
+        OSError: A file of this machine is not there.
     """
+    for file in files:
+        if not is_url(file.path):
+            _check_unchanged(file)
     try:
         yield from read()
     except ValueError as error:
@@ -203,18 +211,33 @@ def read_unchanged(files: list[File], read: Callable[[], Iterator[Record]]) -> I
             _check_unchanged_instead(files)
         raise
     for file in files:
-        try:
-            check_unchanged(file.path, FileState(file.size or None, file.version))
-        except StoreError as changed:
-            raise ValueError(f"{shown(file.path)}: {changed}") from changed
+        _check_unchanged(file)
 
 
 def _check_unchanged_instead(files: list[File]) -> None:
     """Raise that a file was changed in place of another error: half of each of two files look like a damaged one."""
     for file in files:
         try:
-            check_unchanged(file.path, FileState(file.size or None, file.version), ONCE)
-        except ChangedError as changed:
-            raise ValueError(f"{shown(file.path)}: {changed}") from changed
-        except StoreError:
+            _check_unchanged(file, ONCE)
+        except ValueError as changed:
+            if isinstance(changed.__cause__, ChangedError):
+                raise
             return
+        except OSError:
+            return
+
+
+def _check_unchanged(file: File, patience: Patience = READING) -> None:
+    """Check that a file is what it was when it was found.
+
+    Raises:
+        ValueError: It is another one, or its store cannot be asked; the cause is the StoreError.
+        OSError: It is on this machine, and not there any more.
+    """
+    try:
+        if is_url(file.path):
+            check_unchanged(file.path, FileState(file.size or None, file.version), patience)
+        elif local_file(Path(file.path)) != file:
+            raise ChangedError(changed_text(here=socket.gethostname()))
+    except StoreError as error:
+        raise ValueError(f"{shown(file.path)}: {error}") from error

@@ -11,8 +11,7 @@ import orjson
 from data_pipeline.corpora.columns import MOST_BYTES, TOO_LONG, Column, Malformed
 from data_pipeline.corpora.compression import ERRORS
 from data_pipeline.corpora.files import is_url, open_bytes, open_decompressed
-from data_pipeline.printable import shown
-from data_pipeline.stores.errors import first_line
+from data_pipeline.printable import first_line, shown
 
 Records = Iterator[str | np.ndarray | Malformed]
 

@@ -16,9 +16,8 @@ from data_pipeline.corpora.part import Part, TextSource, fingerprint_of, grouped
 from data_pipeline.corpora.records import read_huggingface, read_json, read_jsonl, read_texts, stream_huggingface
 from data_pipeline.corpora.saved import is_saved, saved_files
 from data_pipeline.corpora.tables import parquet_file, read_arrow, read_parquet
-from data_pipeline.printable import shown
+from data_pipeline.printable import first_line, shown
 from data_pipeline.secrets import without_secrets
-from data_pipeline.stores.errors import first_line
 
 
 def open_source(
@@ -134,9 +133,8 @@ def _folder_before_magic(pattern: Path) -> Path:
 
 
 def _reading(files: list[File], read: Callable[..., Iterator], *arguments: object) -> Callable[[], Iterator]:
-    """Return what starts one pass over the records of files, and notices when files behind URLs change meanwhile."""
-    reading = partial(read, *arguments)
-    return partial(read_unchanged, files, reading) if any(is_url(file.path) for file in files) else reading
+    """Return what starts one pass over the records of files, and notices when they are not what was found."""
+    return partial(read_unchanged, files, partial(read, *arguments))
 
 
 def _text_parts(files: list[File]) -> Iterator[Part]:

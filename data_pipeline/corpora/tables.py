@@ -12,8 +12,8 @@ import numpy as np
 from data_pipeline.corpora.columns import MOST_BYTES, Column, Malformed
 from data_pipeline.corpora.compression import MOST_EXPANSION
 from data_pipeline.corpora.files import open_bytes
-from data_pipeline.printable import shown
-from data_pipeline.stores.errors import StoreError, first_line
+from data_pipeline.printable import first_line, shown
+from data_pipeline.stores.errors import StoreError
 
 _ROWS = 1024  # at a time
 _BATCH_BYTES = 64 << 20

@@ -21,7 +21,7 @@ from typing import Any
 from data_pipeline.corpora.part import Part
 from data_pipeline.prepare.part import Preparation, PreparedPart, part_key, prepare_part, tokenizer_folder
 from data_pipeline.prepare.rules import Rules
-from data_pipeline.stores.errors import first_line
+from data_pipeline.printable import first_line
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
 _MOST_LOSSES = 5

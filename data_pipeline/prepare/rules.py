@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_pipeline.stores.errors import first_line
+from data_pipeline.printable import first_line
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,17 @@ class Attempts:
     """A count of the failures since something last went well."""
 
     def __init__(self, url: str, patience: Patience):
-        self._url, self._patience = url, patience
-        self.succeed()
+        self._url, self._patience, self._failures = url, patience, 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Count the time from here, unless something has failed: what the caller did before is no time of failing."""
+        if not self._failures:
+            self._since = time.monotonic()
 
     def succeed(self) -> None:
         """Forget the failures: something went well."""
-        self._failures, self._since = 0, time.monotonic()
+        self._failures = 0
 
     def fail(self, error: Exception) -> None:
         """Wait after a failure until it is time to try again; each time about twice as long.
@@ -63,9 +68,11 @@ class Attempts:
         time.sleep(pause * random.uniform(0.5, 1))
 
 
-def changed_text() -> str:
-    """Return a message that a file has changed."""
-    return "was changed since it was found; leave inputs as they are while they are read, and start again"
+def changed_text(here: str = "") -> str:
+    """Return a message that a file has changed, or on the machine called `here` is not the one that was found."""
+    other, everywhere = (f", or is another file on {here}", ", the same on every machine") if here else ("", "")
+    remedy = f"leave inputs as they are while they are read{everywhere}, and start again"
+    return f"was changed since it was found{other}; {remedy}"
 
 
 def repeat(url: str, action: Callable[[], Result], patience: Patience = LOOKING) -> Result:

@@ -9,6 +9,7 @@ import errno
 import ssl
 from collections.abc import Iterator
 
+from data_pipeline.printable import first_line
 from data_pipeline.secrets import without_secrets
 
 _STATUS_MAY_PASS = {408, 425, 429}
@@ -54,11 +55,6 @@ class StoreError(OSError):
 
 class ChangedError(StoreError):
     """A file is not what it was when it was found."""
-
-
-def first_line(error: BaseException) -> str:
-    """Return the kind and the first line of an error of another library, for a message of one line."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
 def may_pass(error: BaseException) -> bool:

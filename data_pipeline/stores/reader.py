@@ -77,7 +77,6 @@ class RemoteReader(io.RawIOBase):
         data = self._repeat(lambda: self._read(min(len(buffer), self._most)))
         buffer[: len(data)] = data
         self._position += len(data)
-        self._attempts.succeed()
         self._came += 1
         if self._came % _SUCCESSES == 0:
             self._most = min(2 * self._most, _MOST_BYTES)
@@ -89,9 +88,12 @@ class RemoteReader(io.RawIOBase):
         super().close()
 
     def _repeat(self, action):
+        self._attempts.begin()
         while True:
             try:
-                return action()
+                result = action()
+                self._attempts.succeed()
+                return result
             except Exception as error:  # each store raises its own kinds
                 self._drop_file()
                 if isinstance(error, ValueError) and not self._is_stream and self._position and self._is_web:

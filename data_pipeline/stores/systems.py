@@ -11,7 +11,8 @@ from data_pipeline.stores.errors import ChangedError, StoreError
 
 # What changes with the content, the surest first. Times are last: a listing may have them more exactly than the file.
 _VERSIONS = ("ETag", "etag", "blob_id", "Content-MD5", "Digest", "mtime", "LastModified", "Last-Modified", "updated")
-_KEYS_IN_BUCKET = re.compile(r"(?:^|::)(?:s3a?|gc?s)://[^/]*@")
+# A secret key may hold slashes. The name of an access point, which is allowed, begins with `arn:`.
+_KEYS_IN_BUCKET = re.compile(r"(?:^|::)(?:s3a?|gc?s)://(?:[^/]*@|(?!arn:)[^/:@]*:[^@]*@)")
 _CONNECT_SECONDS, _READ_SECONDS = 10, 30
 
 

@@ -3,10 +3,10 @@
 
 Two files of .jsonl become tokens on disk, with two processes each and the same tokenizer; datatrove reads it as the
 tokenizer.json that this project exports. Both write each document with its end-of-text token in the order of the files,
-so their ids are compared byte for byte, in every turn. datatrove's settings are those that are the fastest on a
-tenth of the text. `prepare` runs twice with each engine: as datatrove does it,
-without looking for copies and holding out nothing, and with its defaults. Not counted: imports, loading the tokenizer.
-CPU time is that of all processes; on a machine that others use it is the surer comparison.
+so their ids are compared byte for byte, in every turn. datatrove's settings are those that are the fastest on a tenth
+of the text. `prepare` runs twice with each engine: as datatrove does it, without looking for copies and holding out
+nothing, and with its defaults. Not counted: imports, loading the tokenizer. CPU time is that of all processes; on a
+machine that others use it is the surer comparison.
 """
 
 import argparse

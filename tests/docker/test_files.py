@@ -1,12 +1,14 @@
 """The files of docker/ by themselves: linted, parsed by Compose, and consistent with the commands that they name."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gptoss_dist.config import parse_arguments
 from tests.docker import compose, images
@@ -53,7 +55,6 @@ def test_services_name_what_is_there():
         compose.services()
     services = compose.services(POSTGRES_PASSWORD="secret")
     assert set(services) == {"postgres", "mlflow", "train", "train-gpu"}
-    assert "secret" not in compose.FILE.read_text()
     for name, service in services.items():
         if "build" in service:
             assert (ROOT / service["build"]["dockerfile"]).is_file()
@@ -61,6 +62,52 @@ def test_services_name_what_is_there():
     for service in (services["train"], services["train-gpu"]):
         assert service["environment"]["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
         assert service["read_only"] and service["tmpfs"] == ["/tmp:exec"]
+
+
+def passwords(value: object) -> list[str]:
+    """What is written in a tree under keys that name a password."""
+    if isinstance(value, list):
+        return [found for item in value for found in passwords(item)]
+    if not isinstance(value, dict):
+        return []
+    own = [str(item) for key, item in value.items() if re.search("passw|secret|token", str(key), re.IGNORECASE)]
+    return own + [found for item in value.values() for found in passwords(item)]
+
+
+def test_no_password_is_in_the_file():
+    text = compose.FILE.read_text()
+    found = passwords(yaml.safe_load(text))
+    assert len(found) == 2, "the database's, and that of the server that uses it"
+    for password in found:
+        assert re.fullmatch(r"\$\{POSTGRES_PASSWORD:\?[^{}]+\}", password), password
+    assert not re.search(r"://[^/\s@]*:[^/\s@]*@", text), "nor in an address"
+
+
+@pytest.mark.heavy
+def test_mlflow_knows_the_options_and_lets_named_pages_change_things():
+    from mlflow.cli import server
+    from mlflow.server.security_utils import should_block_cors_request
+
+    def options(**variables: str) -> dict:
+        words = compose.services(POSTGRES_PASSWORD="x", **variables)["mlflow"]["command"]
+        assert words[:2] == ["mlflow", "server"]
+        return server.make_context("server", words[2:]).params
+
+    plain, page = options(), "https://curves.example.org"
+    assert plain["port"] == 5000 and plain["serve_artifacts"] and "mlflow:*" in plain["allowed_hosts"].split(",")
+    for given, blocked in ((plain, True), (options(MLFLOW_ALLOWED_ORIGINS=f"https://a.example.org,{page}"), False)):
+        origins = given["cors_allowed_origins"].split(",")
+        assert should_block_cors_request(page, "POST", origins) is blocked
+        assert not should_block_cors_request("http://localhost:5000", "POST", origins)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_a_base_of_another_python_fails_in_the_build(name):
+    """The environment is made in one stage and runs in another, whose Python has to find its packages."""
+    last = (ROOT / f"docker/{name}.Dockerfile").read_text().rpartition("\nFROM ")[2]
+    copied, checked, user = (last.find(words) for words in ("COPY --from=builder /opt/venv", "RUN [", "\nUSER "))
+    assert 0 < copied < last.find("PYTHONDONTWRITEBYTECODE=1") < checked < user
+    assert last[checked:].startswith('RUN ["/opt/venv/bin/python", "-c", "import numpy"]\n')
 
 
 def test_the_training_services_start_a_run_of_the_clone(monkeypatch):

@@ -22,6 +22,8 @@ from tests.support.ranks import command, environment
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 RUNS, STEPS = 20, 200
+PAGE = "https://curves.example.org"
+"""Where a proxy shows the server to browsers."""
 START_LIMIT_S, LOG_LIMIT_S = 180, 600
 
 
@@ -72,7 +74,7 @@ def server(tmp_path_factory):
         pytest.skip("no driver for Postgres here: pip install -c launch/constraints.txt psycopg2-binary")
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     with postgres.running() as database:
-        service = compose.services(POSTGRES_PASSWORD=postgres.PASSWORD)["mlflow"]
+        service = compose.services(POSTGRES_PASSWORD=postgres.PASSWORD, MLFLOW_ALLOWED_ORIGINS=PAGE)["mlflow"]
         replaced = {
             "@postgres:5432": f"@127.0.0.1:{database}",
             "=5000": f"={port}",
@@ -137,3 +139,12 @@ def test_the_server_knows_its_names_and_no_others(server):
     assert server.ask(experiments, Host="mlflow:5000")
     with pytest.raises(urllib.error.HTTPError, match="403"):
         server.ask(experiments, Host="elsewhere.example.org")
+
+
+def test_pages_of_named_origins_may_ask_by_post_and_no_others(server):
+    """As MLflow's own page searches for runs, and as another page would change some."""
+    question = ("/experiments/search", {"max_results": 1})
+    for origin in (PAGE, "http://localhost:5000"):
+        assert server.ask(*question, Origin=origin)
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        server.ask(*question, Origin="https://elsewhere.example.org")

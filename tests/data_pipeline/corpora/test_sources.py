@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -114,6 +115,55 @@ def test_large_files_are_cut_into_equal_parts_for_2_or_4_processes(tmp_path, meb
     parts = open_source(str(tmp_path / "a.jsonl")).parts
     sizes = [part.size for part in parts]
     assert len(parts) == count and sum(sizes) == size and max(sizes) - min(sizes) < count
+
+
+def touched(path):
+    """Give a file another time of change, as a copy of the same name on another machine has."""
+    os.utime(path, ns=(0, path.stat().st_mtime_ns - 1))
+
+
+def replaced(path):
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"t", b"T"))
+    touched(path)  # the clock of a file system may stand still for some milliseconds
+
+
+def cut_off(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("change", [touched, replaced, cut_off])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.txt", "a.txt.zst"])
+@pytest.mark.parametrize("when", ["found", "while"])
+def test_a_local_file_that_is_not_the_one_that_was_found_is_noticed(tmp_path, name, when, change):
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(name[-len(name.rpartition(".")[2]) - 1 :], bytes)
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        write_parquet(path, TEXTS * 2000)
+    else:
+        path.write_bytes(pack(JSONL * 5000))
+    (tmp_path / "b.txt").write_text("a part with the first one if that is text too")
+    (part, *_) = pickle.loads(pickle.dumps(open_source(str(tmp_path)).parts))
+    records = part.read()
+    if when == "while":
+        next(records)
+    change(path)
+    message = rf"{name}: was changed since it was found, or is another file on \S+; leave inputs as they are"
+    with pytest.raises(ValueError, match=message) as error:
+        list(records)
+    assert "\n" not in str(error.value)
+
+
+def test_python_files_that_change_are_noticed_too(tmp_path, monkeypatch):
+    path = tmp_path / "a.py"
+    path.write_text("x = 1  # one\n" * 100)
+    monkeypatch.setattr(builtin, "_stdlib_files", lambda: [path])
+    monkeypatch.setattr(builtin, "_PYSTDLIB_MIN_FILES", 1)
+    part = open_source("pystdlib").parts[0]
+    assert list(part.read()) == [path.read_text()]
+    replaced(path)
+    with pytest.raises(ValueError, match=r"a\.py: was changed since it was found"):
+        list(part.read())
 
 
 def test_fingerprints_follow_the_input(tmp_path):

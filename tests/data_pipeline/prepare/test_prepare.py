@@ -355,9 +355,15 @@ def test_inputs_and_filters_that_change_are_noticed(tmp_path, capsys, monkeypatc
     options += ("--allow-code", tmp_path / "my_filter.py")
     rules = Rules(filters=("my_filter:f",))
     (tmp_path / "my_filter.py").write_text("def f(text):\n    return text + '2'\n")
-    part = open_source(str(tmp_path / "in")).parts[0]
+    source = open_source(str(tmp_path / "in"))
     with pytest.raises(ValueError, match="my_filter:f: was changed"):
-        prepare_part(part, "0" * 32, Preparation(tmp_path, rules, load_tokenizer("bytes")))
+        prepare_part(source.parts[0], "0" * 32, Preparation(tmp_path, rules, load_tokenizer("bytes")))
+    (tmp_path / "in/b.jsonl").write_text(json.dumps({"text": "changed"}) + "\n")
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match=r"b\.jsonl: was changed since it was found, or is another file on"):
+            prepare([source], tmp_path / "data", load_tokenizer("bytes"), workers=workers)
+        assert not (tmp_path / "data").exists()
+    (tmp_path / "in/b.jsonl").write_text(json.dumps({"text": "b"}) + "\n")
     del sys.modules["my_filter"]
     assert run(tmp_path / "in", *options) == 0 and documents_of(tmp_path / "data", "train") == ["a2", "b2"]
     del sys.modules["my_filter"]

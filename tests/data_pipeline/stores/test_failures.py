@@ -5,10 +5,12 @@ import json
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from data_pipeline import open_source
+from data_pipeline.stores.attempts import READING
 from tests.support.bucket import Fault, proxy, upload
 from tests.support.prepared import contents, documents_of, run
 
@@ -49,6 +51,22 @@ def test_a_connection_that_always_breaks_makes_progress(server, connect, small_p
     with proxy(server, lambda request: Fault(cut_after=2000) if is_object(request) else None) as between:
         connect(between.port)
         assert list(open_source("s3://slow/a.jsonl").documents()) == texts
+
+
+def test_what_the_reader_does_between_two_reads_is_no_time_of_failing(server, connect, small_parts, texts, monkeypatch):
+    """A connection that was idle for long is often reset; one failure is no reason to give up."""
+    passed = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0], sleep=time.sleep)
+    monkeypatch.setattr("data_pipeline.stores.attempts.time", clock)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    upload(server, "idle", {"a.jsonl": lines})
+    with proxy(server) as between:
+        connect(between.port)
+        documents = open_source("s3://idle/a.jsonl").documents()
+        assert next(documents) == texts[0]
+        passed[0] = READING.seconds + 1
+        between.fault = lambda request: Fault(cut_after=0) if is_object(request) and not between.faults else None
+        assert list(documents) == texts[1:] and between.faults == 1
 
 
 def test_what_never_stops_failing_is_an_error_and_can_be_continued(

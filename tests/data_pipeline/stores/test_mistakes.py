@@ -38,13 +38,19 @@ def prepare(source, tmp_path, capsys):
             f"s3://{KEY}:{SECRET}@there/a.jsonl",
             r"'s3://\*\*\*@there/a\.jsonl' .* cannot hold keys; leave them out, and set",
         ),
+        (
+            f"s3://{KEY}:w/{SECRET}/x+@there/a.jsonl",
+            r"'s3://\*\*\*@there/a\.jsonl' .* cannot hold keys; leave them out",
+        ),
+        (f"s3://{KEY}:/{SECRET}@there/*.jsonl", r"'s3://\*\*\*@there/\*\.jsonl' .* cannot hold keys; leave them out"),
+        (f"zip://x::gs://{KEY}:7/{SECRET}@there/a.zip", r"'zip://x::gs://\*\*\*@there/a\.zip' .* cannot hold keys"),
     ],
 )
 def test_what_is_not_there(tmp_path, server, connect, source, message, capsys):
     upload(server, "there", {"a.csv": b"x", "a/b.jsonl": b"{}\n"})
     connect(server)
     err = prepare(source, tmp_path, capsys)
-    assert SECRET not in err
+    assert SECRET not in err and KEY not in err
     assert re.search(message, err), err
 
 
