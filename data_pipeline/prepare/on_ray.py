@@ -109,7 +109,8 @@ def _connected(workers: int | None, report: Callable[[str], None]) -> Generator[
             ray.init("local", num_cpus=workers, include_dashboard=False, **quiet)
     except Exception as error:  # such as another version of Python there
         raise ValueError(
-            f"--executor ray: no connection to Ray, RAY_ADDRESS={address or ''}: {first_line(error)}"
+            f"--executor ray: no connection to Ray, RAY_ADDRESS={address or ''}: {first_line(error)}; `ray start` "
+            "begins it there, and without RAY_ADDRESS it is begun here"
         ) from error
     try:
         machines = [node for node in ray.nodes() if node["Alive"]]

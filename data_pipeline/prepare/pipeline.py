@@ -217,8 +217,9 @@ def prepare_range(
         remove_if_finished(output, set(parts), report)
         return
     report(
-        f"{folder}: range {index}/{count} is done, {len(prepared)} of {len(parts)} parts; when all are, the same "
-        "command without --part-range makes the dataset"
+        f"{folder}: range {index}/{count} is done, which is {len(prepared)} parts; of all {len(parts)}, "
+        f"{len(finished_keys(folder) & parts.keys())} are; when all ranges are, the same command without --part-range "
+        "makes the dataset"
     )
 
 
@@ -355,7 +356,10 @@ def _prepare_missing_parts(
         done = sum(key in prepared for key in keys)
         request.report(f"continuing: {done} of {len(keys)} parts are done already")
     if others := finished_keys(folder) - request.keyed_parts().keys():
-        request.report(f"{folder} holds {len(others)} parts of another request; they are removed when this one is done")
+        request.report(
+            f"{folder} holds {len(others)} parts of another request (are the options the same?); they are removed when "
+            "the dataset is made"
+        )
     missing = {key: part for key, part in parts.items() if key not in prepared}
     first_parts = _FirstParts(folder, keys, request.rules)
     if missing and not first_parts.hold_enough(prepared):

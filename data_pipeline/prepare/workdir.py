@@ -91,6 +91,9 @@ def range_directory(output: Path, index: int, count: int, message: Callable[[str
         with contextlib.ExitStack() as stack:
             try:
                 ownership = stack.enter_context(owned(own, message))
+            except BlockingIOError as error:
+                raise ValueError(_busy(folder, error, f"range {index}/{count} of ")) from error
+            try:
                 await_free(folder, message)
             except BlockingIOError as error:
                 raise ValueError(_busy(folder, error)) from error
@@ -127,19 +130,22 @@ def _owned(folder: Path, message: Callable[[str], None]) -> Iterator[Ownership]:
         with contextlib.ExitStack() as stack:
             try:
                 ownership = stack.enter_context(owned(folder, message))
+            except BlockingIOError as error:
+                raise ValueError(_busy(folder, error)) from error
+            try:
                 ranges = [*(folder / "ranges").glob("*-of-*")]
                 # Each one that is dead on another machine is watched for a while.
                 with ThreadPoolExecutor(min(max(len(ranges), 1), 256)) as pool:
                     list(pool.map(lambda path: await_free(path, message), ranges))
             except BlockingIOError as error:
-                raise ValueError(_busy(folder, error)) from error
+                raise ValueError(_busy(folder, error, "a range of ")) from error
             yield ownership
     finally:
         _remove_if_empty(folder)
 
 
-def _busy(folder: Path, owner: BlockingIOError) -> str:
-    return f"{folder}: another process is preparing this dataset ({owner}); wait for it, or end it"
+def _busy(folder: Path, owner: BlockingIOError, what: str = "") -> str:
+    return f"{folder}: another process is preparing {what}this dataset ({owner}); wait for it, or end it"
 
 
 def publish_dataset(folder: Path, final: Path, output: Path) -> None:

@@ -43,11 +43,13 @@ def test_an_array_and_a_last_job_make_the_same_bytes_whatever_is_killed(lab: Lab
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "usage: bash launch/slurm/prepare.sbatch --array=0-15"),
-        (("--array=0-2", "synthetic", "--output", "x"), "usage: bash launch/slurm/prepare.sbatch --array=0-15"),
-        (("--time=1", "--", "synthetic", "--output", "x"), "usage: bash launch/slurm/prepare.sbatch --array=0-15"),
-        (("--array=0,2,5", "--", "synthetic", "--output", "x"), "usage: bash launch/slurm/prepare.sbatch --array=0-15"),
-        (("-a", "0-2", "--", "synthetic", "--output", "x", "--part-range", "0/3"), "usage: bash launch/slurm/prepare"),
+        ((), "the words of `prepare` are missing: bash launch/slurm/prepare.sbatch --array=0-15"),
+        (("--array=0-2", "synthetic", "--output", "x"), "the words of `prepare` are missing"),
+        (("--time=1", "--", "synthetic", "--output", "x"), "--array=: must be one range before `--`"),
+        (("--array=0,2,5", "--", "synthetic", "--output", "x"), "--array=0,2,5: must be one range"),
+        (("-a", "0-2", "--", "synthetic", "--output", "x", "--part-range", "0/3"), "--part-range: is given by this"),
+        (("-a", "0-2", "--", "synthetic"), "required: --output"),
+        (("-a", "0-2", "--", "synthetic", "--output", "x", "--workers", "0"), "workers=0 must be"),
         (("--array=0-2", "--", "synthetic", "--outputs", "x"), "--outputs"),
     ],
 )

@@ -42,7 +42,7 @@ def test_ranges_and_a_last_command_make_the_same_bytes(tmp_path, folder, capsys,
     for index, workers in ((2, 1), (0, 2)):  # the second of three is never begun
         again = [*options, "--output", tmp_path / "data", "--part-range", f"{index}/3", "--workers", workers]
         assert run(*again) == 0 and not (tmp_path / "data").exists()
-    assert most or "range 0/3 is done, 3 of 7 parts" in capsys.readouterr().out
+    assert most or "range 0/3 is done, which is 3 parts; of all 7, 5 are; when" in capsys.readouterr().out
     code, out, _ = run(*options, "--output", tmp_path / "data", capsys=capsys)
     assert code == 0 and (most or "continuing: 5 of 7 parts are done already" in out)
     assert contents(tmp_path / "data") == expected
@@ -57,10 +57,10 @@ def test_who_works_where_is_seen_by_all(tmp_path, folder, capsys):
     assert run(*options, "--part-range", "0/2") == 0
     finished = contents_of_parts(preparing)
     with owned(preparing / "ranges" / "0-of-2"):
-        for other in (["--part-range", "0/2"], []):
+        for other, what in ((["--part-range", "0/2"], "range 0/2"), ([], "a range")):
             code, _, err = run(*options, *other, capsys=capsys)
             assert code == 2 and err.count("\n") == 1
-            assert f"another process is preparing this dataset (process {os.getpid()} on " in err
+            assert f"another process is preparing {what} of this dataset (process {os.getpid()} on " in err
         assert run(*options, "--part-range", "1/2") == 0
     with owned(preparing):
         code, _, err = run(*options, "--part-range", "1/2", capsys=capsys)
