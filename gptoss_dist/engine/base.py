@@ -101,7 +101,7 @@ class Engine(ABC):
 
     The loss does not depend on how many ranks share the global batch.
 
-    A subclass builds `model`, `module`, `layout` and `exchange`, then calls `_prepare_routers`.
+    A subclass builds `model`, `layout` and `exchange` on the meta device; `materialize` makes the rest.
     """
 
     name: str
@@ -128,6 +128,32 @@ class Engine(ABC):
             self.finder = NonFiniteFinder(self.model)
 
     # What a subclass provides ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def materialize(self, *, initial: bool = True) -> None:
+        """Allocate what the engine holds; collective.
+
+        Args:
+            initial: Fill in the initial weights. Without, they hold anything: the planner traces shapes only.
+        """
+
+    @abstractmethod
+    def held(self) -> dict[str, list[Tensor]]:
+        """Return the tensors that live from step to step, by what they are for; several may share memory.
+
+        Between the backward pass and `update`, gradients are among them. Keys are `weights` (master weights and what is
+        computed with, if that is kept), `optimizer` and `gradients`.
+        """
+
+    def holds(self) -> dict[str, int]:
+        """Return the bytes of `held`, each block of memory counted once, under the first name that it has."""
+        seen: set[int] = set()
+        sizes = {}
+        for role, tensors in self.held().items():
+            blocks = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+            sizes[role] = sum(nbytes for block, nbytes in blocks.items() if block not in seen)
+            seen |= set(blocks)
+        return sizes
 
     @abstractmethod
     def _begin_micro_batch(self, last: bool) -> None:

@@ -32,6 +32,13 @@ def build_engine(settings: EngineSettings, ranks: Ranks, objective: Objective) -
     Raises:
         ValueError: Settings do not fit each other or the number of processes.
     """
+    engine = lay_out_engine(settings, ranks, objective)
+    engine.materialize()
+    return engine
+
+
+def lay_out_engine(settings: EngineSettings, ranks: Ranks, objective: Objective) -> Engine:
+    """Do as `build_engine`, but leave the model on the meta device: `materialize` gives it memory; collective."""
     if engine_kind(settings.engine) == "deepspeed":
         from gptoss_dist.engine.deepspeed import DeepSpeedEngine  # imports DeepSpeed, which takes seconds
 

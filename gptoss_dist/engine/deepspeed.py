@@ -115,19 +115,23 @@ class DeepSpeedEngine(Engine):
             self.model = GptOss(settings.model)
         check_offload(configuration, sum(p.numel() for p in self.model.parameters()), self.layout)
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
-        library = load_deepspeed(ranks)
+        self.library, self.configuration = load_deepspeed(ranks), configuration
         meshes = build_meshes(self.layout, ranks.device.type)
         self.exchange = place_experts(self.model, settings.train.precision, settings.parallel, meshes)
         if self.exchange is not None:
             _hold_experts(self.model, self.layout.expert_parallel)
         wrap_blocks(self.model, settings.train)
+
+    def materialize(self, *, initial: bool = True) -> None:
+        """Hand the model to DeepSpeed, which allocates all it holds, and fill in the initial weights."""
+        settings, configuration = self.settings, self.configuration
         dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
         with _in_one_line():
-            _materialize(self.model, dtype, ranks.device, configuration if self.stage == 3 else None)
+            _materialize(self.model, dtype, self.ranks.device, configuration if self.stage == 3 else None)
             freeze(self.model, settings.optim.freeze)
             by_home = parameter_groups(self.model, settings.optim, lambda p: getattr(p, "group_name", None))
             groups = [{**group, "moe": True, "name": home} if home else group for home, group in by_home]
-            self.deepspeed, self.zero, *_ = library.initialize(
+            self.deepspeed, self.zero, *_ = self.library.initialize(
                 model=self.model,
                 optimizer=adamw(groups, settings.optim),
                 config=configuration,
@@ -140,7 +144,8 @@ class DeepSpeedEngine(Engine):
         self.optimizer = self.zero.optimizer
         self.flats = self._flats()
         allocate_state(self.optimizer, self.flats)
-        self._fill()
+        if initial:
+            self._fill()
 
     def _flats(self) -> list[Tensor]:
         """Return DeepSpeed's float32 master weights: this rank's share of each group of parameters, in one piece."""
@@ -169,6 +174,10 @@ class DeepSpeedEngine(Engine):
         self._weights_from_master()
 
     # One step --------------------------------------------------------------------------------------------------------
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """Return DeepSpeed's flat tensors and what shares their memory, its gradient buffers included."""
+        raise NotImplementedError
 
     def _begin_micro_batch(self, last: bool) -> None:
         self.deepspeed.set_gradient_accumulation_boundary(last)

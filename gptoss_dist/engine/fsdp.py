@@ -35,20 +35,38 @@ class FsdpEngine(Engine):
         meshes = build_meshes(self.layout, ranks.device.type)
         self.exchange = parallelize(self.model, settings.train, settings.parallel, meshes)
         self.sharded = cast(FSDPModule, self.model)
-        self.model.to_empty(device=ranks.device)
-        freeze(self.model, settings.optim.freeze)
+
+    def materialize(self, *, initial: bool = True) -> None:
+        """Allocate parameters and optimizer state, and fill in the initial weights."""
+        self.model.to_empty(device=self.ranks.device)
+        freeze(self.model, self.settings.optim.freeze)
         self._prepare_routers()
+        if initial:
+            self._fill()
+        # Fused AdamW reads two attributes that its class does not declare, `grad_scale` and `found_inf`.
+        self.optimizer: Any = build_optimizer(self.model, self.settings.optim)
+
+    def _fill(self) -> None:
+        """Draw the initial weights, each rank its own part."""
+        model, seed = self.settings.model, self.settings.seed
         for name, parameter in self.model.named_parameters():
             assert isinstance(parameter, DTensor)
             shape, offset = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
             assert tuple(shape) == tuple(local(parameter).shape)
-            fill(local(parameter).data, name, parameter.shape, settings.model, settings.seed, tuple(offset))
+            fill(local(parameter).data, name, parameter.shape, model, seed, tuple(offset))
         for name, buffer in self.model.named_buffers():
-            fill(buffer, name, buffer.shape, settings.model, settings.seed)
-        # Fused AdamW reads two attributes that its class does not declare, `grad_scale` and `found_inf`.
-        self.optimizer: Any = build_optimizer(self.model, settings.optim)
+            fill(buffer, name, buffer.shape, model, seed)
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """Return this rank's shards of weights, moments and gradients."""
+        parameters = list(self.model.parameters())
+        return {
+            "weights": [local(p.detach()) for p in parameters] + list(self.model.buffers()),
+            "optimizer": [local(t) for state in self.optimizer.state.values() for t in state.values()],
+            "gradients": [local(p.grad) for p in parameters if p.grad is not None],
+        }
 
     def _begin_micro_batch(self, last: bool) -> None:
         self.sharded.set_requires_gradient_sync(last)

@@ -42,7 +42,7 @@ class _Mode(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
             name = function._schema.name.split("::")[1]
-            self.sent.by_name[name] = self.sent.by_name.get(name, 0) + _sent(name, args)
+            self.sent.by_name[name] = self.sent.by_name.get(name, 0) + sent_bytes(name, args)
         return function(*args, **(kwargs or {}))
 
 
@@ -52,7 +52,13 @@ def _bytes(tensors) -> int:
     return sum(map(_bytes, tensors)) if isinstance(tensors, (list, tuple)) else 0
 
 
-def _sent(name: str, args: tuple) -> float:
+def sent_bytes(name: str, args: tuple) -> float:
+    """Return what this process sends in one collective, by the model of `SentBytes`.
+
+    Args:
+        name: Of the operator in the namespace c10d.
+        args: Of the call.
+    """
     group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))
     n, rank = group.size(), group.rank()
     share = (n - 1) / n

@@ -1,0 +1,178 @@
+"""The real training step of any layout, run on tensors that hold nothing: what it computes, sends and keeps.
+
+`trace_step` builds the engine of a run as rank R of a world of N processes, with a process group that reaches nobody
+and tensors that have shapes and no memory, and runs steps with it. So `parallelize`, FSDP2, DeepSpeed, the model and
+its back ends are those that will run, and what a `Recorder` sees is what they will do: a 120B model on 512 GPUs takes
+seconds and megabytes here.
+
+Three things are made up, because tensors without values cannot say them:
+
+- Routing is balanced: every expert gets the same number of tokens, so every all-to-all brings as many as it takes.
+- Whatever else the host reads is answered alike (`_answer`): labels are all valid, no activation is near its clamp.
+- For a GPU the tensors are told apart from a CPU's by what they answer when asked for their device (`_OnCuda`): what
+  chooses between ways to compute then chooses as it would there. Below torch's dispatcher they stay on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gptoss_dist.distributed.processes import Ranks
+from gptoss_dist.engine import EngineSettings, Objective, lay_out_engine
+from gptoss_dist.parallel.mesh import DeviceLayout
+from gptoss_dist.planner.recorder import Operator, Recorder, Storage
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one process is given in a step, and where it stands."""
+
+    seq_len: int
+    world_size: int
+    objective: Objective
+    capability: tuple[int, int] | None = None
+    """CUDA's compute capability of the devices; None for CPUs."""
+    rank: int = 0
+    documents: bool = False
+    """Whether batches say where documents end (`data.document_mask`)."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One recorded step of one process."""
+
+    operators: list[Operator]
+    storages: list[Storage]
+    begin: int
+    """Index of the step's first operator."""
+    holds: dict[str, int]
+    """Bytes by what they are for, between the backward pass and the update (`Engine.holds`)."""
+    layout: DeviceLayout
+
+    @property
+    def step(self) -> list[Operator]:
+        """The operators of the step."""
+        return self.operators[self.begin :]
+
+    @property
+    def collectives(self) -> list[Operator]:
+        """The collectives of the step."""
+        return [operator for operator in self.step if operator.group]
+
+
+def trace_step(settings: EngineSettings, workload: Workload, *, warm_up: bool = True) -> Trace:
+    """Record one optimizer step of one process of a world that is not there.
+
+    Args:
+        settings: What the engine reads of the configuration.
+        workload: What the process is given.
+        warm_up: Run a step before the recorded one, so that what comes with a first step is there already.
+
+    Raises:
+        ValueError: The settings do not fit each other or the number of processes.
+    """
+    with _world(workload) as ranks:
+        engine = lay_out_engine(settings, ranks, workload.objective)
+        recorder = Recorder(settings.model.vocab_size, _answer)
+        with _fake(settings, workload), recorder:
+            engine.materialize(initial=False)
+            for role, tensors in engine.held().items():
+                recorder.adopt(tensors, role)
+            for last in (False, True) if warm_up else (True,):
+                begin = len(recorder.operators)
+                batches = [_batch(settings, workload) for _ in range(settings.train.gradient_accumulation)]
+                recorder.adopt([t for batch in batches for t in batch.values()], "inputs")
+                recorder.phase = "forward"
+                sums = engine.forward_backward(batches)
+                recorder.phase = "update"
+                if last:
+                    held = engine.held()
+                    holds = {role: recorder.adopt(tensors, role) for role, tensors in held.items()}
+                    del held
+                engine.update(sums, 1e-4)
+                del sums, batches
+        return Trace(recorder.operators, recorder.storages, begin, holds, engine.layout)
+
+
+@contextlib.contextmanager
+def _world(workload: Workload) -> Iterator[Ranks]:
+    if dist.is_initialized():
+        raise RuntimeError("a step can only be traced in a process that is in no process group")
+    dist.init_process_group("fake", store=FakeStore(), rank=workload.rank, world_size=workload.world_size)
+    try:
+        yield Ranks(workload.rank, workload.rank, workload.world_size, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _fake(settings: EngineSettings, workload: Workload) -> Iterator[None]:
+    tokens = settings.train.micro_batch_size * workload.seq_len
+    rows = tokens * settings.model.num_experts_per_tok
+
+    def tolist(counts: FakeTensor) -> list:
+        """Return counts of rows as they are if the routing is balanced; the shared expert's are int64 and one."""
+        if counts.is_floating_point():
+            return torch.full(counts.shape, 0.5).tolist()
+        parts = counts.shape[-1]
+        total = tokens if parts == 1 and counts.dtype == torch.int64 else rows
+        one = [total // parts + (index < total % parts) for index in range(parts)]
+        return one if counts.dim() == 1 else [one] * counts.shape[0]
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(FakeTensor, "tolist", tolist))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if workload.capability is not None:
+            stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: workload.capability))
+            stack.enter_context(patch.object(FakeTensor, "device", property(_answered_device)))
+            stack.enter_context(_OnCuda())
+        yield
+
+
+def _answered_device(tensor: FakeTensor) -> torch.device:
+    """Return where a tensor is: a GPU, if it is the code of this project that asks; torch itself is told the truth."""
+    asker = sys._getframe(1).f_globals.get("__name__", "")
+    true = _true_device(tensor)
+    return torch.device("cuda", 0) if asker.startswith("gptoss_dist.") and true.type == "cpu" else true
+
+
+_true_device = FakeTensor.device.fget
+
+
+class _OnCuda(TorchDispatchMode):
+    """What is to be made on a GPU is made on the CPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if _is_cuda(kwargs.get("device")):
+            kwargs = kwargs | {"device": torch.device("cpu")}
+        return function(*args, **kwargs)
+
+
+def _is_cuda(value: object) -> bool:
+    if isinstance(value, str):
+        return value.startswith("cuda")
+    return isinstance(value, torch.device) and value.type == "cuda"
+
+
+def _answer(tensor: Tensor) -> bool | float | int:
+    if tensor.dtype == torch.bool:
+        return True
+    return 0.5 if tensor.dtype.is_floating_point else 1
+
+
+def _batch(settings: EngineSettings, workload: Workload) -> dict[str, Tensor]:
+    shape = (settings.train.micro_batch_size, workload.seq_len)
+    names = ("input_ids", "labels", "document_ids") if workload.documents else ("input_ids", "labels")
+    return {name: torch.zeros(shape, dtype=torch.int64) for name in names}
