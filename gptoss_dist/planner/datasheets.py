@@ -20,9 +20,9 @@ class Efficiency:
     The defaults are those of Hopper. `EFFICIENCY_SOURCES` says where each comes from, for other GPUs too.
     """
 
-    gemm: float = 0.72
+    gemm: float = 0.76
     """Share of the matmul peak that large dense products reach."""
-    grouped_gemm: float = 0.60
+    grouped_gemm: float = 0.63
     """Share of the matmul peak that the experts' products of one layer reach."""
     attention_forward: float = 0.30
     """Share of the matmul peak of the attention kernel: two products over the visible query-key pairs, no others."""
@@ -43,8 +43,8 @@ class Efficiency:
 
 
 EFFICIENCY_SOURCES = {
-    "gemm": "0.9 x the best bf16 product that ml-engineering's finder measured: A100 86.9 %, H100 80.3 %, B200 77.6 %, "
-    "GB200 72.9 %, MI300X 51.4 % of the peak; H20 0.9 x 95 % (TileOPs, pull request 1658); others as the A100",
+    "gemm": "0.95 x the best bf16 product that ml-engineering's finder measured: A100 86.9 %, H100 80.3 %, B200 "
+    "77.6 %, GB200 72.9 %, MI300X 51.4 % of the peak; H20 0.95 x 95 % (TileOPs, pull request 1658); others as the A100",
     "grouped_gemm": "0.83 x gemm, fitted to the table in docs/planning.md. Block-sparse products of equal groups reach "
     "98.6 % of cuBLAS (MegaBlocks, arXiv:2211.15841, not read); uneven and small groups reach less",
     "attention_forward": "FlashAttention-2, causal, 4096 tokens, head dimensions 64 and 128: H100 284 and 319 TFLOP/s "
@@ -67,14 +67,14 @@ EFFICIENCY_SOURCES = {
 """Where each field of `Efficiency` comes from."""
 
 HOPPER = Efficiency()
-AMPERE = replace(HOPPER, gemm=0.78, grouped_gemm=0.65, attention_forward=0.55, attention_backward=0.51, link=0.77)
-ADA = replace(HOPPER, gemm=0.78, grouped_gemm=0.65, attention_forward=0.55, attention_backward=0.40)
+AMPERE = replace(HOPPER, gemm=0.83, grouped_gemm=0.69, attention_forward=0.55, attention_backward=0.51, link=0.77)
+ADA = replace(HOPPER, gemm=0.83, grouped_gemm=0.69, attention_forward=0.55, attention_backward=0.40)
 RTX_4090 = replace(ADA, attention_forward=0.85, attention_backward=0.58)
 BLACKWELL = replace(
-    HOPPER, gemm=0.70, grouped_gemm=0.58, attention_forward=0.13, attention_backward=0.12, link=0.77, all_to_all=0.71
+    HOPPER, gemm=0.74, grouped_gemm=0.61, attention_forward=0.13, attention_backward=0.12, link=0.77, all_to_all=0.71
 )
 CDNA3 = replace(
-    HOPPER, gemm=0.46, grouped_gemm=0.38, attention_forward=0.25, attention_backward=0.18, link=0.70, all_to_all=0.70
+    HOPPER, gemm=0.49, grouped_gemm=0.41, attention_forward=0.25, attention_backward=0.18, link=0.70, all_to_all=0.70
 )
 
 
@@ -309,7 +309,7 @@ GPUS = (
             "NVIDIA H20 product brief, not read",
             "NVLink 4, 900 GB/s both ways (NVIDIA H20 product brief, not read)",
         ),
-        efficiency=replace(HOPPER, gemm=0.86, grouped_gemm=0.71, attention_forward=0.60, attention_backward=0.55),
+        efficiency=replace(HOPPER, gemm=0.90, grouped_gemm=0.75, attention_forward=0.60, attention_backward=0.55),
     ),
     Gpu(
         name="a100-80gb-pcie",
