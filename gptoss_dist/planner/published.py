@@ -141,8 +141,8 @@ _KEMPNER = "github.com/KempnerInstitute/KempnerForge 5666d0d benchmarks/mfu_scal
 PUBLISHED = (
     PublishedRun(
         name="gpt-oss-20b, 8 H100",
-        source=f"{_AUTOMODEL_TABLE}: GPT-OSS 20B | 8 | 256 | 2 | 2 | 16 | 4096 | EP - | FSDP 8 | TE + DeepEP + FlexAttn"
-        " | 10.04 s | 279 | 13,058; EP 8, no checkpointing: 037e04a"
+        source=f"{_AUTOMODEL_TABLE}: GPT-OSS 20B | 8 | 256 | 2 | 2 | 16 | 4096 | EP - | FSDP 8 | Transformer"
+        " Engine + DeepEP + FlexAttn | 10.04 s | 279 | 13,058; EP 8, no checkpointing: 037e04a"
         " examples/benchmark/configs/gptoss_20b_te_deepep.yaml",
         date="2025-10",
         model=_gpt_oss(24, 32),
@@ -163,9 +163,9 @@ PUBLISHED = (
     ),
     PublishedRun(
         name="gpt-oss-120b, 64 H100",
-        source=f"{_AUTOMODEL_TABLE}: GPT-OSS 120B | 64 | 512 | 2 | 2 | 4 | 4096 | EP - | FSDP 64 | TE + DeepEP +"
-        " FlexAttn | 4.30 s | 231 | 7,626; EP 64, no checkpointing, weights freed after forward: 037e04a"
-        " examples/benchmark/configs/gptoss_120b_te_deepep.yaml",
+        source=f"{_AUTOMODEL_TABLE}: GPT-OSS 120B | 64 | 512 | 2 | 2 | 4 | 4096 | EP - | FSDP 64 | Transformer"
+        " Engine + DeepEP + FlexAttn | 4.30 s | 231 | 7,626; EP 64, no checkpointing, weights freed after"
+        " forward: 037e04a examples/benchmark/configs/gptoss_120b_te_deepep.yaml",
         date="2025-10",
         model=_gpt_oss(36, 128),
         parameters=116.8e9,
@@ -185,8 +185,9 @@ PUBLISHED = (
     ),
     PublishedRun(
         name="qwen3-30b-a3b, 8 H100",
-        source=f"{_AUTOMODEL_TABLE}: Qwen3 MoE 30B | 8 | 512 | 4 | 4 | 16 | 4096 | EP 8 | FSDP 8 | TE + DeepEP |"
-        " 21.773 s | 277 | 12,040; checkpointing: 092af93 examples/benchmark/configs/qwen3_moe_30b_te_deepep.yaml",
+        source=f"{_AUTOMODEL_TABLE}: Qwen3 MoE 30B | 8 | 512 | 4 | 4 | 16 | 4096 | EP 8 | FSDP 8 | Transformer"
+        " Engine + DeepEP | 21.773 s | 277 | 12,040; checkpointing: 092af93"
+        " examples/benchmark/configs/qwen3_moe_30b_te_deepep.yaml",
         date="2025-10",
         model=_qwen3_30b(),
         parameters=30.5e9,
