@@ -122,8 +122,8 @@ def _mpt(hidden: int, intermediate: int, layers: int) -> ModelConfig:
 _AUTOMODEL = "github.com/NVIDIA-NeMo/Automodel"
 _AUTOMODEL_TABLE = f"{_AUTOMODEL} 36044ad docs/performance-summary.mdx, DGX-H100 BF16"
 _AUTOMODEL_DIFFERS = (
-    "Transformer Engine's products and norms, DeepEP's exchange instead of NCCL's, no gradient clipping, "
-    "routing forced to be even"
+    "Transformer Engine's products and norms; DeepEP, which sends a token once to each GPU and node that needs it, "
+    "where an all-to-all sends it once per expert; no gradient clipping; routing forced to be even"
 )
 _AUTOMODEL_ASSUMED = "the network, 400 Gbit/s per GPU as in DGX H100; the type of weights and optimizer state"
 _EXCHANGES = f"{_AUTOMODEL} 60dfabf docs/deepep_vs_hybridep_benchmark.md"
