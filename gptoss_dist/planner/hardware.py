@@ -1,4 +1,4 @@
-"""Peak FLOP/s of the device that a run uses."""
+"""GPUs and networks by name, and the peak FLOP/s of the device that a run uses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from gptoss_dist.ops import gemm
+from gptoss_dist.planner.datasheets import GPUS, NETWORKS, Efficiency, Gpu, Network
+
+__all__ = ["Efficiency", "Gpu", "Network", "Peak", "find_gpu", "find_network", "gpu_of_driver", "peak_flops"]
 
 
 @dataclass(frozen=True)
@@ -26,37 +29,38 @@ class Peak:
         return f"{self.value / 1e12:.4g} TFLOP/s ({self.label}; {self.source})"
 
 
-@dataclass(frozen=True)
-class _Accelerator:
-    """Dense TFLOP/s with fp32 accumulation.
+def find_gpu(name: str) -> Gpu:
+    """Return the GPU that a user means by `name`.
 
-    Vendors print twice these where they assume 2:4 sparsity.
+    Raises:
+        ValueError: No GPU has that name; the message lists the names.
     """
-
-    pattern: str
-    """Whole words of the name that the driver reports."""
-    bf16: float
-    tf32: float
-    fp32: float
-    source: str
+    for gpu in GPUS:
+        if gpu.name == name:
+            return gpu
+    raise ValueError(f"gpu={name!r} is unknown; use one of {', '.join(sorted(gpu.name for gpu in GPUS))}")
 
 
-# The first match wins, so a variant stands before the family's plain name.
-_ACCELERATORS = (
-    _Accelerator(r"GB200", 2500, 1250, 90, "NVIDIA Blackwell architecture technical brief, GB200, half of sparse"),
-    _Accelerator(r"B200", 2250, 1100, 80, "NVIDIA Blackwell architecture technical brief, HGX B200, half of sparse"),
-    _Accelerator(r"H200 NVL", 835.5, 417.5, 60, "NVIDIA H200 datasheet, NVL column, half of sparse"),
-    _Accelerator(r"H200", 989.5, 494.5, 67, "NVIDIA H200 datasheet, SXM column, half of sparse"),
-    _Accelerator(r"H100 NVL", 835.5, 417.5, 60, "NVIDIA H100 datasheet, NVL column, half of sparse"),
-    _Accelerator(r"H100 PCIe", 756, 378, 51, "NVIDIA H100 datasheet, PCIe column, half of sparse"),
-    _Accelerator(r"H100", 989.5, 494.5, 67, "NVIDIA H100 datasheet, SXM column, half of sparse"),
-    _Accelerator(r"H20", 148, 74, 44, "NVIDIA H20 product brief"),
-    _Accelerator(r"A100", 312, 156, 19.5, "NVIDIA A100 datasheet"),
-    _Accelerator(r"L40S", 362.05, 183, 91.6, "NVIDIA L40S datasheet"),
-    _Accelerator(r"A10", 125, 62.5, 31.2, "NVIDIA A10 datasheet"),
-    _Accelerator(r"RTX 4090(?! (?:D|Laptop))", 165.2, 82.6, 82.6, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
-    _Accelerator(r"MI300X", 1307.4, 653.7, 163.4, "AMD Instinct MI300X datasheet"),
-)
+def find_network(name: str) -> Network:
+    """Return the network that a user means by `name`.
+
+    Raises:
+        ValueError: No network has that name; the message lists the names.
+    """
+    for network in NETWORKS:
+        if network.name == name:
+            return network
+    raise ValueError(f"network={name!r} is unknown; use one of {', '.join(network.name for network in NETWORKS)}")
+
+
+def gpu_of_driver(name: str) -> Gpu | None:
+    """Return the GPU whose driver reports `name`, or None if the table has no such GPU.
+
+    A MIG slice reports the whole card's name but has a part of its rates, and is unknown.
+    """
+    if re.search(r"\bMIG\b", name):
+        return None
+    return next((gpu for gpu in GPUS if re.search(rf"\b{gpu.pattern}\b", name)), None)
 
 
 def peak_flops(device: torch.device | str, dtype: torch.dtype) -> Peak | None:
@@ -86,13 +90,10 @@ def _datasheet_peak(name: str, dtype: torch.dtype, tf32: bool) -> Peak | None:
         torch.float16: ("bf16", "fp16"),
         torch.float32: ("tf32", "tf32") if tf32 else ("fp32", "fp32"),
     }.get(dtype, (None, None))
-    # A MIG slice reports the whole card's name but has a part of its rate.
-    if column is not None and not re.search(r"\bMIG\b", name):
-        for accelerator in _ACCELERATORS:
-            if re.search(rf"\b{accelerator.pattern}\b", name):
-                rate = getattr(accelerator, column) * 1e12
-                return Peak(rate, f"dense {label} peak of {name}", accelerator.source)
-    return None
+    gpu = gpu_of_driver(name)
+    if column is None or gpu is None:
+        return None
+    return Peak(getattr(gpu, column), f"dense {label} peak of {name}", gpu.source.flops)
 
 
 def _measured_gemm_peak(dtype: torch.dtype, budget_s: float = 0.3) -> Peak:
