@@ -1,7 +1,7 @@
 """What a step does, operator by operator: its work, its memory and its collectives.
 
-A `Recorder` is a dispatch mode. It sees every operator that reaches torch's dispatcher, on real tensors and on fake ones
-alike, and keeps for each
+A `Recorder` is a dispatch mode. It sees every operator that reaches the dispatcher of torch, on real tensors and on
+fake ones alike, and keeps for each
 
     operators     name, phase, matrix FLOPs, bytes read and written, the storages that it reads and writes
     collectives   the same, and how many processes take part and how many bytes this one sends
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gptoss_dist.parallel.traffic import sent_bytes
-from gptoss_dist.planner.work import matrix_flops
+from gptoss_dist.planner.tracing.work import matrix_flops
 
 aten = torch.ops.aten
 

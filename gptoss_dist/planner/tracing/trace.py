@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine import EngineSettings, Objective, lay_out_engine
 from gptoss_dist.parallel.mesh import DeviceLayout
-from gptoss_dist.planner.recorder import Operator, Recorder, Storage
+from gptoss_dist.planner.tracing.recorder import Operator, Recorder, Storage
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""How long a traced step takes: the model, what it is calibrated with, what it is compared with."""
