@@ -1,82 +1,125 @@
-"""How many parameters a model has, and the memory that a process needs to train it."""
+"""Memory of one process over a step, from a trace of it: how much there is at every instant, and what it is for.
+
+The recorder knows when each block of memory came and went, and a few things about it. What it is for follows:
+
+    weights, optimizer, inputs    the engine said so before the step
+    gradients                     the engine said so at the update; or a backward pass made it and left it behind
+    gathered weights              written by an all-gather, or freed and filled again, as FSDP does with them
+    gradient buffers              read or written by a reduce-scatter or an all-reduce
+    all-to-all buffers            read or written by an all-to-all
+    head                          has the vocabulary among its dimensions
+    activations                   came in a forward pass, and stayed for the backward pass
+    temporary                     all else: gone before the pass ends in which it came
+
+A kernel's workspace is not among them, nor what an allocator keeps free or an idle CUDA context takes: `Margin` is.
+"""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
-from gptoss_dist.engine import EngineSettings, engine_kind
-from gptoss_dist.engine.zero_settings import zero_stage
-from gptoss_dist.model.config import ModelConfig
-from gptoss_dist.model.transformer import GptOss
-from gptoss_dist.parallel.mesh import DeviceLayout
+from gptoss_dist.planner.tracing.recorder import Storage
+from gptoss_dist.planner.tracing.trace import Trace
+
+KINDS = (
+    "weights",
+    "optimizer",
+    "gradients",
+    "gathered weights",
+    "gradient buffers",
+    "all-to-all buffers",
+    "head",
+    "activations",
+    "temporary",
+    "inputs",
+)
+_BY_USE = {
+    "all-gather": "gathered weights",
+    "resized": "gathered weights",
+    "reduce-scatter": "gradient buffers",
+    "all-reduce": "gradient buffers",
+    "all-to-all": "all-to-all buffers",
+}
 
 
 @dataclass(frozen=True)
-class ParameterCount:
-    """Number of weights; a tied head counts once."""
+class Margin:
+    """What a device needs beyond the blocks that a step asks for."""
 
-    total: int
-    experts: int
-    """The weights of routed experts, which are among these."""
-    active: int
-    """The weights that one token uses: top-k of the experts; the input embedding only if it is also the head (the
-    convention of OpenAI's GPT-OSS model card)."""
+    fixed: float = 1.6e9
+    """Bytes of a CUDA context with its loaded kernels (0.5 GB), NCCL's buffers and cuBLAS's workspaces (1 GB): assumed,
+    to be measured by `launch/prove_gpu.sh` (memory that the driver counts, less what torch reserves)."""
+    fragmentation: float = 0.05
+    """Share of the peak that the caching allocator holds beside it: assumed; OLMo-core and torchtitan report reserved
+    memory 2 to 10 % above allocated memory."""
 
-
-def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Return the exact counts, from the model built on the meta device."""
-    with torch.device("meta"):
-        model = GptOss(config)
-    total = experts = active = 0
-    for name, parameter in model.named_parameters():
-        total += parameter.numel()
-        if ".experts." in name:
-            experts += parameter.numel()
-            active += parameter.numel() * config.num_experts_per_tok // config.num_local_experts
-        elif "embed_tokens" not in name or config.tie_word_embeddings:
-            active += parameter.numel()
-    return ParameterCount(total, experts, active)
+    def of(self, peak: float) -> float:
+        """Return the bytes beside a peak of `peak` bytes."""
+        return self.fixed + self.fragmentation * peak
 
 
-def memory_estimate(settings: EngineSettings, seq_len: int, layout: DeviceLayout) -> dict[str, float]:
-    """Return bytes per process of the parts that grow with model and batch; fragmentation and buffers come on top.
+NO_MARGIN = Margin(0.0, 0.0)
+"""For CPUs, where the peak is compared with what the allocator counted."""
 
-    Master weights and Adam's moments are float32 and sharded, gradients and the weights that the model computes with as
-    the engine says. What is offloaded to the host still counts. Activations are those that the backward pass needs,
-    per token: the residual stream, norms, projections, and K rows of each expert stage (if the routing is even).
-    """
-    model, compute = settings.model, 2 if settings.train.precision == "bf16" else 4
-    count = count_parameters(model)
-    # What a process holds once everything that it computes with is gathered.
-    whole = count.total - count.experts + count.experts / layout.expert_parallel
-    tables = (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
-    block = (whole - tables) / model.num_hidden_layers
-    passing = 2 * block + tables  # gathered at one time, where weights are freed as soon as they have been used
-    if engine_kind(settings.engine) == "deepspeed":
-        stage, share = zero_stage(settings.engine), count.total / layout.shard
-        # Stage 3 computes with a sharded copy, the others with a whole one.
-        gathered = whole if stage < 3 else share + passing
-        if stage == 1 and settings.train.precision == "bf16":
-            gathered += whole  # gradients, before they are added to the float32 ones
-        gradients = share if stage > 1 else whole
-    else:
-        gathered = passing if settings.parallel.reshard_after_forward and layout.world_size > 1 else whole
-        # Between the micro-batches of a step each process keeps the gradients of all that it gathers.
-        gradients = count.total / layout.shard if settings.train.gradient_accumulation == 1 else whole
-    tokens = settings.train.micro_batch_size * seq_len
-    D, I, K = model.hidden_size, model.intermediate_size, model.num_experts_per_tok  # noqa: E741
-    q, kv = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
-    width = 6 * D + 3 * q + 2 * kv + K * (2 * D + 3 * I) + 4 * model.num_shared_experts * I
-    every = settings.train.activation_checkpointing
-    kept = model.num_hidden_layers - (model.num_hidden_layers // every if every else 0)
-    recomputed = model.num_hidden_layers - kept
-    return {
-        "master weights, float32": 4 * count.total / layout.shard,
-        "gradients, float32": 4 * gradients,
-        "AdamW moments, float32": 8 * count.total / layout.shard,
-        f"weights in use, {settings.train.precision}": compute * max(gathered, 0),
-        "activations": compute * tokens * (width * max(kept, 1) + D * recomputed),
-        "head: gradient and logits": 4 * model.vocab_size * (D + 3 * min(tokens, max(D, 512), 4096)),
-    }
+
+@dataclass(frozen=True)
+class MemoryTimeline:
+    """Bytes by what they are for, at every operator of a step."""
+
+    by_kind: dict[str, np.ndarray]
+    """For each of `KINDS` that occurs, the bytes after each operator, int64 [operators]."""
+    phases: list[str]
+    """The phase of each operator."""
+
+    @property
+    def total(self) -> np.ndarray:
+        """Bytes in all after each operator, int64 [operators]."""
+        return np.sum(list(self.by_kind.values()), axis=0)
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at any instant."""
+        return int(self.total.max())
+
+    def at_peak(self, phase: str | None = None) -> dict[str, int]:
+        """Return the bytes by kind at the instant with the most of them, of one phase if it is named."""
+        total = self.total
+        if phase is not None:
+            total = np.where(np.array(self.phases) == phase, total, -1)
+        instant = int(total.argmax())
+        return {kind: int(values[instant]) for kind, values in self.by_kind.items()}
+
+
+def memory_timeline(trace: Trace) -> MemoryTimeline:
+    """Return what a traced process holds over its step."""
+    phases = [operator.phase for operator in trace.step]
+    segments = [0, *itertools.accumulate(int(a != b) for a, b in itertools.pairwise(phases))]
+    changes = {kind: np.zeros(len(phases) + 1, dtype=np.int64) for kind in KINDS}
+    for storage in trace.storages:
+        change, size = changes[_kind(storage, trace.begin, segments)], 0
+        for index, nbytes in storage.sizes:
+            # A block that an operator brings is there after it; one that goes before the first is not seen at all.
+            change[min(max(index - trace.begin, 0), len(phases))] += nbytes - size
+            size = nbytes
+    by_kind = {kind: change[:-1].cumsum() for kind, change in changes.items()}
+    return MemoryTimeline({kind: values for kind, values in by_kind.items() if values.any()}, phases)
+
+
+def _kind(storage: Storage, begin: int, segments: list[int]) -> str:
+    if storage.role is not None:
+        return storage.role
+    for use, kind in _BY_USE.items():
+        if use in storage.uses:
+            return kind
+    if storage.vocabulary:
+        return "head"
+    born, died = storage.sizes[0][0] - begin, storage.last - begin
+    if born < 0:  # left by the step before
+        return "temporary"
+    stays = died >= len(segments) or segments[min(born, len(segments) - 1)] != segments[int(died)]
+    if not stays or storage.phase == "update":
+        return "temporary"
+    return "activations" if storage.phase == "forward" else "gradients"

@@ -9,7 +9,7 @@ from gptoss_dist.engine import engine_kind
 from gptoss_dist.engine.zero_settings import check_layout, deepspeed_settings
 from gptoss_dist.parallel.mesh import plan_layout
 from gptoss_dist.planner.flops import flops_per_token
-from gptoss_dist.planner.memory import count_parameters, memory_estimate
+from gptoss_dist.planner.parameters import count_parameters, memory_estimate
 from gptoss_dist.train.data import open_training_data, open_validation
 from gptoss_dist.train.start import engine_settings
 

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,21 +72,22 @@ class Trace:
         return [operator for operator in self.step if operator.group]
 
 
-def trace_step(settings: EngineSettings, workload: Workload, *, warm_up: bool = True) -> Trace:
+def trace_step(settings: EngineSettings, workload: Workload, *, warm_up: bool = False) -> Trace:
     """Record one optimizer step of one process of a world that is not there.
 
     Args:
         settings: What the engine reads of the configuration.
         workload: What the process is given.
-        warm_up: Run a step before the recorded one, so that what comes with a first step is there already.
+        warm_up: Run a step before the recorded one: twice the time, to see that it makes no difference.
 
     Raises:
         ValueError: The settings do not fit each other or the number of processes.
     """
     with _world(workload) as ranks:
         engine = lay_out_engine(settings, ranks, workload.objective)
-        recorder = Recorder(settings.model.vocab_size, _answer)
-        with _fake(settings, workload), recorder:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        recorder = Recorder(settings.model.vocab_size, mode, _answer)
+        with mode, _answers(settings, workload), recorder, _without_questions(recorder):
             engine.materialize(initial=False)
             for role, tensors in engine.held().items():
                 recorder.adopt(tensors, role)
@@ -117,7 +119,7 @@ def _world(workload: Workload) -> Iterator[Ranks]:
 
 
 @contextlib.contextmanager
-def _fake(settings: EngineSettings, workload: Workload) -> Iterator[None]:
+def _answers(settings: EngineSettings, workload: Workload) -> Iterator[None]:
     tokens = settings.train.micro_batch_size * workload.seq_len
     rows = tokens * settings.model.num_experts_per_tok
 
@@ -132,11 +134,26 @@ def _fake(settings: EngineSettings, workload: Workload) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(FakeTensor, "tolist", tolist))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if workload.capability is not None:
             stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: workload.capability))
             stack.enter_context(patch.object(FakeTensor, "device", property(_answered_device)))
             stack.enter_context(_OnCuda())
+        yield
+
+
+@contextlib.contextmanager
+def _without_questions(recorder: Recorder) -> Iterator[None]:
+    """Record nothing while DTensor asks what shape a result would have, which it does by computing it in the mode."""
+    ask = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def unrecorded(*args, **kwargs):
+        recorder.paused = True
+        try:
+            return ask(*args, **kwargs)
+        finally:
+            recorder.paused = False
+
+    with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", unrecorded):
         yield
 
 
