@@ -84,13 +84,29 @@ class MemoryTimeline:
         """The most bytes at any instant."""
         return int(self.total.max())
 
-    def at_peak(self, phase: str | None = None) -> dict[str, int]:
-        """Return the bytes by kind at the instant with the most of them, of one phase if it is named."""
-        total = self.total
-        if phase is not None:
-            total = np.where(np.array(self.phases) == phase, total, -1)
-        instant = int(total.argmax())
-        return {kind: int(values[instant]) for kind, values in self.by_kind.items()}
+    def passes(self) -> list[tuple[str, slice]]:
+        """Return the phases in order, each with its operators: a forward and a backward pass per micro-batch, ..."""
+        borders = [0, *(i for i in range(1, len(self.phases)) if self.phases[i] != self.phases[i - 1])]
+        return [(self.phases[a], slice(a, b)) for a, b in itertools.pairwise([*borders, len(self.phases)])]
+
+    def peaks(self) -> dict[str, dict[str, int]]:
+        """Return, for each phase, the bytes by kind at its instant with the most of them."""
+        return peaks([(phase, {k: v[part] for k, v in self.by_kind.items()}) for phase, part in self.passes()])
+
+
+def peaks(passes: list[tuple[str, dict[str, np.ndarray]]]) -> dict[str, dict[str, int]]:
+    """Return, for each phase, the bytes by kind at its instant with the most of them.
+
+    Args:
+        passes: Each phase with the bytes by kind at its instants; a phase may come more than once.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for phase, by_kind in passes:
+        instant = int(np.sum(list(by_kind.values()), axis=0).argmax())
+        here = {kind: int(values[instant]) for kind, values in by_kind.items()}
+        if sum(here.values()) > sum(found.get(phase, {}).values()):
+            found[phase] = here
+    return found
 
 
 def memory_timeline(trace: Trace) -> MemoryTimeline:

@@ -6,7 +6,7 @@ import torch
 
 from gptoss_dist import GptOss, ModelConfig
 from gptoss_dist.model.config import SHAPING
-from gptoss_dist.planner.memory import count_parameters
+from gptoss_dist.planner.parameters import count_parameters
 from tests.support.reference import SIZES
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"

@@ -9,7 +9,7 @@ import pytest
 from gptoss_dist.planner.datasheets import EFFICIENCY_SOURCES, GPUS, NETWORKS
 from gptoss_dist.planner.flops import flops_per_token
 from gptoss_dist.planner.hardware import Efficiency, find_gpu, find_network, gpu_of_driver
-from gptoss_dist.planner.memory import count_parameters
+from gptoss_dist.planner.parameters import count_parameters
 from gptoss_dist.planner.timing.published import PUBLISHED, PublishedRun
 
 PAGE = Path(__file__).parents[2] / "docs/planning_hardware.md"

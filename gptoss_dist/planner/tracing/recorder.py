@@ -114,6 +114,7 @@ class Recorder(TorchDispatchMode):
         self.operators: list[Operator] = []
         self.storages: list[Storage] = []
         self.phase = "forward"
+        """Set it to `forward` at each forward pass and to `update` at the update; `backward` comes by itself."""
         self.paused = False
         """While it is set, nothing is recorded."""
         self._vocab_size, self._read_host = vocab_size, read_host
@@ -185,8 +186,11 @@ class Recorder(TorchDispatchMode):
         self._resizes.__exit__(None, None, None)
 
     def _phase(self) -> str:
-        # Autograd's node is there while a backward pass runs, in what it recomputes too.
-        return "backward" if torch._C._current_autograd_node() is not None else self.phase
+        # Autograd's node is there while a backward pass runs, in what it recomputes too, but not in what FSDP does at
+        # its very end: the pass lasts until whoever records says what comes next.
+        if self.phase == "forward" and torch._C._current_autograd_node() is not None:
+            self.phase = "backward"
+        return self.phase
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

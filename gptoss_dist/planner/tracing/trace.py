@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine import EngineSettings, Objective, lay_out_engine
+from gptoss_dist.model.transformer import LossSums
 from gptoss_dist.parallel.mesh import DeviceLayout
 from gptoss_dist.planner.tracing.recorder import Operator, Recorder, Storage
 
@@ -84,9 +85,14 @@ def trace_step(settings: EngineSettings, workload: Workload, *, warm_up: bool = 
         ValueError: The settings do not fit each other or the number of processes.
     """
     with _world(workload) as ranks:
-        engine = lay_out_engine(settings, ranks, workload.objective)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         recorder = Recorder(settings.model.vocab_size, mode, _answer)
+
+        def objective(model: nn.Module, batch: dict[str, Tensor]) -> LossSums:
+            recorder.phase = "forward"
+            return workload.objective(model, batch)
+
+        engine = lay_out_engine(settings, ranks, objective)
         with mode, _answers(settings, workload), recorder, _without_questions(recorder):
             engine.materialize(initial=False)
             for role, tensors in engine.held().items():
@@ -95,7 +101,6 @@ def trace_step(settings: EngineSettings, workload: Workload, *, warm_up: bool = 
                 begin = len(recorder.operators)
                 batches = [_batch(settings, workload) for _ in range(settings.train.gradient_accumulation)]
                 recorder.adopt([t for batch in batches for t in batch.values()], "inputs")
-                recorder.phase = "forward"
                 sums = engine.forward_backward(batches)
                 recorder.phase = "update"
                 if last:
