@@ -25,7 +25,6 @@ from gptoss_dist.planner.memory import MemoryTimeline, memory_timeline, peaks
 from gptoss_dist.planner.tracing.recorder import collective_kind
 from gptoss_dist.planner.tracing.trace import Trace, Workload, trace_step
 
-
 K = TypeVar("K", bound=Hashable)
 
 
