@@ -132,6 +132,7 @@ def _fake(settings: EngineSettings, workload: Workload) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(FakeTensor, "tolist", tolist))
+        stack.enter_context(patch.object(torch.nn.Module, "to", lambda module, *_, **__: module))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if workload.capability is not None:
             stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: workload.capability))
