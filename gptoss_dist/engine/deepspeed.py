@@ -54,6 +54,17 @@ def load_deepspeed(ranks: Ranks):
     Raises:
         ValueError: It cannot be imported, or is of another version.
     """
+    deepspeed = import_deepspeed(ranks)
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
+    return deepspeed
+
+
+def import_deepspeed(ranks: Ranks):
+    """Import DeepSpeed for the device of this process; nothing is compiled.
+
+    Raises:
+        ValueError: It cannot be imported, or is of another version.
+    """
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # which it asks for even without a launcher
     try:
@@ -69,7 +80,6 @@ def load_deepspeed(ranks: Ranks):
     warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+_tensor` is deprecated", category=FutureWarning)
     # DeepSpeed would compile a shared-memory all-reduce for the CPU at start-up, which only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
     return deepspeed
 
 
