@@ -61,13 +61,13 @@ def answered(reads: HostReads) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
             stack.enter_context(patch.object(optimizer, "has_overflow", _returning(False, optimizer.has_overflow)))
-        for function, replacement in (
-            (utils.is_invalid_grad_norm, _returning(False, utils.is_invalid_grad_norm)),
-            (utils.get_norm_with_moe_layers, _returning(LARGE_NORM, utils.get_norm_with_moe_layers)),
-            (assert_ints_same_as_other_ranks, all_agree),
+        for name, function, replacement in (
+            ("is_invalid_grad_norm", finite := utils.is_invalid_grad_norm, _returning(False, finite)),
+            ("get_norm_with_moe_layers", norm := utils.get_norm_with_moe_layers, _returning(LARGE_NORM, norm)),
+            ("assert_ints_same_as_other_ranks", assert_ints_same_as_other_ranks, all_agree),
         ):
-            for module in _importers(function):
-                stack.enter_context(patch.object(module, function.__name__, replacement))
+            for module in _importers(name, function):
+                stack.enter_context(patch.object(module, name, replacement))
         yield
 
 
@@ -111,7 +111,7 @@ def _returning(value: Any, function: Callable) -> Callable:
     return run
 
 
-def _importers(function: Callable) -> list[Any]:
-    """Return DeepSpeed's modules that have imported a function by its name."""
-    loaded = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "deepspeed" and module]
-    return [module for module in loaded if vars(module).get(function.__name__) is function]
+def _importers(name: str, function: Callable) -> list[Any]:
+    """Return DeepSpeed's modules that know a function by its name."""
+    loaded = [module for key, module in list(sys.modules.items()) if key.split(".")[0] == "deepspeed" and module]
+    return [module for module in loaded if vars(module).get(name) is function]
