@@ -34,10 +34,33 @@ from gptoss_dist.parallel.mesh import build_meshes, local, plan_layout
 from gptoss_dist.parallel.parallelize import place_experts, wrap_blocks
 
 SUPPORTED = "0.19."
+# Where DeepSpeed's optimizers keep tensors from step to step, besides parameters and float32 master weights: flat weights
+# and what they are copied through, and gradients that are summed up, reduced or on their way to the host.
+_WEIGHTS = ("bf16_groups_flat", "bit16_groups_flat", "lp_param_buffer", "param_buffer_of_bit16_for_cpu_offload_groups")
+_GRADIENTS = (
+    "fp32_groups_gradients_flat",
+    "averaged_gradients",
+    "all_grad_tensors",
+    "grad_partitions_flat_buffer",
+    "accumulated_grads_in_cpu",
+    "temp_grad_buffer_for_cpu_offload",
+    "temp_grad_buffer_for_gpu_offload",
+)
 
 
 def load_deepspeed(ranks: Ranks):
     """Import DeepSpeed and join it to the process group that is there; nothing is compiled.
+
+    Raises:
+        ValueError: It cannot be imported, or is of another version.
+    """
+    deepspeed = import_deepspeed(ranks)
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
+    return deepspeed
+
+
+def import_deepspeed(ranks: Ranks):
+    """Import DeepSpeed for the device of this process; nothing is compiled.
 
     Raises:
         ValueError: It cannot be imported, or is of another version.
@@ -57,7 +80,6 @@ def load_deepspeed(ranks: Ranks):
     warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+_tensor` is deprecated", category=FutureWarning)
     # DeepSpeed would compile a shared-memory all-reduce for the CPU at start-up, which only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
     return deepspeed
 
 
@@ -177,7 +199,26 @@ class DeepSpeedEngine(Engine):
 
     def held(self) -> dict[str, list[Tensor]]:
         """Return DeepSpeed's flat tensors and what shares their memory, its gradient buffers included."""
-        raise NotImplementedError
+        parameters: list[Any] = list(self.model.parameters())
+        # Under ZeRO 3 a parameter is empty while it is not gathered, and its share is an attribute of it; so is the
+        # copy within a node (hpZ).
+        shares = [getattr(p, name, None) for p in parameters for name in ("ds_tensor", "ds_secondary_tensor")]
+        return {
+            "weights": [
+                *(p.data for p in parameters),
+                *(share.data for share in shares if share is not None),
+                *self.model.buffers(),
+                *self.flats,
+                *_tensors_of(self.zero, *_WEIGHTS),
+            ],
+            "optimizer": [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)],
+            "gradients": [
+                *(p.grad for p in (*parameters, *self.flats) if p.grad is not None),
+                *(p.grad_accum for p in parameters if getattr(p, "grad_accum", None) is not None),
+                *_tensors_of(self.zero, *_GRADIENTS),
+                *(t for bucket in getattr(self.zero, "ipg_buckets", {}).values() for t in _tensors(bucket.buffer)),
+            ],
+        }
 
     def _begin_micro_batch(self, last: bool) -> None:
         self.deepspeed.set_gradient_accumulation_boundary(last)
@@ -273,6 +314,18 @@ class DeepSpeedEngine(Engine):
             parameter.ds_secondary_tensor = None
         if persistent:
             persistent[0].all_gather(persistent)
+
+
+def _tensors_of(zero: Any, *names: str) -> list[Tensor]:
+    return [tensor for name in names for tensor in _tensors(getattr(zero, name, None))]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in lists and dictionaries of any depth."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ seconds and megabytes here.
 Three things are made up, because tensors without values cannot say them:
 
 - Routing is balanced: every expert gets the same number of tokens, so every all-to-all brings as many as it takes.
-- Whatever else the host reads is answered alike (`_answer`): labels are all valid, no activation is near its clamp.
+- Whatever else the host reads is answered alike (`HostReads`): labels are all valid, no activation is near its clamp,
+  and gradients are finite.
 - For a GPU the tensors are told apart from a CPU's by what they answer when asked for their device (`_OnCuda`): what
   chooses between ways to compute then chooses as it would there. Below torch's dispatcher they stay on the CPU.
 """
@@ -16,6 +17,7 @@ Three things are made up, because tensors without values cannot say them:
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,9 +32,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptoss_dist.distributed.processes import Ranks
-from gptoss_dist.engine import EngineSettings, Objective, lay_out_engine
+from gptoss_dist.engine import EngineSettings, Objective, engine_kind, lay_out_engine
 from gptoss_dist.model.transformer import LossSums
 from gptoss_dist.parallel.mesh import DeviceLayout
+from gptoss_dist.planner.tracing.deepspeed import HostReads, answered, globals_put_back
 from gptoss_dist.planner.tracing.recorder import Operator, Recorder, Storage
 
 
@@ -84,9 +87,10 @@ def trace_step(settings: EngineSettings, workload: Workload, *, warm_up: bool = 
     Raises:
         ValueError: The settings do not fit each other or the number of processes.
     """
-    with _world(workload) as ranks:
+    reads = HostReads()
+    with _world(workload) as ranks, _prepared_deepspeed(settings, ranks, reads):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        recorder = Recorder(settings.model.vocab_size, mode, _answer)
+        recorder = Recorder(settings.model.vocab_size, mode, reads)
 
         def objective(model: nn.Module, batch: dict[str, Tensor]) -> LossSums:
             recorder.phase = "forward"
@@ -104,9 +108,9 @@ def trace_step(settings: EngineSettings, workload: Workload, *, warm_up: bool = 
                 sums = engine.forward_backward(batches)
                 recorder.phase = "update"
                 if last:
-                    held = engine.held()
-                    holds = {role: recorder.adopt(tensors, role) for role, tensors in held.items()}
-                    del held
+                    for role, tensors in engine.held().items():
+                        recorder.adopt(tensors, role)
+                    holds = engine.holds()
                 engine.update(sums, 1e-4)
                 del sums, batches
         return Trace(recorder.operators, recorder.storages, begin, holds, engine.layout)
@@ -121,6 +125,20 @@ def _world(workload: Workload) -> Iterator[Ranks]:
         yield Ranks(workload.rank, workload.rank, workload.world_size, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _prepared_deepspeed(settings: EngineSettings, ranks: Ranks, reads: HostReads) -> Iterator[None]:
+    """Prepare DeepSpeed for a trace, if it is the engine; to import it takes seconds."""
+    if engine_kind(settings.engine) != "deepspeed":
+        yield
+        return
+    from gptoss_dist.engine.deepspeed import import_deepspeed
+
+    with patch.dict(os.environ):
+        import_deepspeed(ranks)
+        with globals_put_back(), answered(reads):
+            yield
 
 
 @contextlib.contextmanager
@@ -139,6 +157,8 @@ def _answers(settings: EngineSettings, workload: Workload) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(FakeTensor, "tolist", tolist))
+        # DeepSpeed moves the module to the device where it is; torch would swap its parameters, which fake ones refuse.
+        stack.enter_context(patch.object(torch.nn.Module, "to", lambda module, *_, **__: module))
         if workload.capability is not None:
             stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: workload.capability))
             stack.enter_context(patch.object(FakeTensor, "device", property(_answered_device)))
@@ -186,12 +206,6 @@ def _is_cuda(value: object) -> bool:
     if isinstance(value, str):
         return value.startswith("cuda")
     return isinstance(value, torch.device) and value.type == "cuda"
-
-
-def _answer(tensor: Tensor) -> bool | float | int:
-    if tensor.dtype == torch.bool:
-        return True
-    return 0.5 if tensor.dtype.is_floating_point else 1
 
 
 def _batch(settings: EngineSettings, workload: Workload) -> dict[str, Tensor]:
