@@ -7,13 +7,15 @@ kind of memory or of one kind of collective, is read off the line through both:
     layers    2          4                        24
     bytes     b          b + one period           b + 11 periods
 
-The real trace of all layers is there for whoever has the time (`trace_step`); `tests/planner/test_reduced.py` compares.
+The micro-batches of a step repeat in the same way, from the second one on. The trace of them all is there for whoever
+has the time (`in_full`); `tests/planner/test_reduced.py` compares.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,7 +24,7 @@ import numpy as np
 
 from gptoss_dist.engine import EngineSettings
 from gptoss_dist.planner.memory import MemoryTimeline, memory_timeline, peaks
-from gptoss_dist.planner.tracing.recorder import collective_kind
+from gptoss_dist.planner.tracing.recorder import Operator, collective_kind
 from gptoss_dist.planner.tracing.trace import Trace, Workload, trace_step
 
 K = TypeVar("K", bound=Hashable)
@@ -43,36 +45,43 @@ class Traffic:
     """Bytes that this process sends, by the ring model."""
 
 
+Size = tuple[int, int]
+"""Layers of a model, and micro-batches of its step."""
+
+
 @dataclass(frozen=True)
 class TracedStep:
-    """A step of a model of `layers` layers, from traces of models of as many or fewer."""
+    """A step of a model of some size, from traces of the same size or of smaller ones."""
 
-    layers: int
-    traces: dict[int, Trace]
-    """By number of layers; one, or two to draw a line through."""
-    timelines: dict[int, MemoryTimeline]
+    size: Size
+    traces: dict[Size, Trace]
+    timelines: dict[Size, MemoryTimeline]
 
-    @property
-    def whole(self) -> Trace | None:
-        """The trace of all layers, if that is what was traced."""
-        return self.traces.get(self.layers)
+    def quantities(self, of: Callable[[Trace], dict[K, float]]) -> dict[K, float]:
+        """Return quantities of the step that are straight lines in layers and in micro-batches."""
+        return self.on_the_line({size: of(trace) for size, trace in self.traces.items()})
 
-    def quantity(self, of: Callable[[Trace], float]) -> float:
-        """Return a quantity of the step that is a straight line in the number of layers."""
-        return self._line({layers: {None: of(trace)} for layers, trace in self.traces.items()})[None]
+    def on_the_line(self, values: dict[Size, dict[K, float]]) -> dict[K, float]:
+        """Return what values of the traced sizes say of the step: by layers first, then by micro-batches."""
+        by_count = {}
+        for count in sorted({count for _, count in values}):
+            depths = {layers: value for (layers, c), value in values.items() if c == count}
+            by_count[count] = _line(depths, self.size[0])
+        return _line(by_count, self.size[1])
 
     def peaks(self) -> dict[str, dict[str, int]]:
         """Return, for each phase, the bytes by kind at its instant with the most of them.
 
-        Where that instant lies may depend on the number of layers. So the line is drawn for every instant of the
-        shallower model, with that of the deeper one that is as far from the beginning of the same pass, or, in the
-        second half of the pass, as far from its end. Between the layers near both ends nothing is higher: from layer
-        to layer memory grows, or shrinks, evenly.
+        From the second micro-batch on all are alike. Where in a pass the instant lies may depend on the number of
+        layers. So the line is drawn for every instant of the shallower model, with that of the deeper one that is as
+        far from the beginning of the same pass, or, in the second half of the pass, as far from its end. Between the
+        layers near both ends nothing is higher: from layer to layer memory grows, or shrinks, evenly.
         """
-        few, many = min(self.timelines), max(self.timelines)
+        count = max(count for _, count in self.timelines)
+        few, many = min(depths := [layers for layers, c in self.timelines if c == count]), max(depths)
+        low, high = self.timelines[few, count], self.timelines[many, count]
         if few == many:
-            return self.timelines[few].peaks()
-        low, high = self.timelines[few], self.timelines[many]
+            return low.peaks()
         deep = []
         for (phase, a), (same, b) in zip(low.passes(), high.passes(), strict=True):
             assert phase == same
@@ -83,13 +92,13 @@ class TracedStep:
             for kind in dict.fromkeys([*low.by_kind, *high.by_kind]):
                 less = low.by_kind[kind][a] if kind in low.by_kind else np.zeros(n, dtype=np.int64)
                 more = high.by_kind[kind][partner] if kind in high.by_kind else np.zeros(n, dtype=np.int64)
-                by_kind[kind] = more + (more - less) // (many - few) * (self.layers - many)
+                by_kind[kind] = more + (more - less) // (many - few) * (self.size[0] - many)
             deep.append((phase, by_kind))
         return peaks(deep)
 
     def holds(self) -> dict[str, float]:
         """Return what the engine holds between the backward pass and the update, in bytes."""
-        return self._line({layers: trace.holds for layers, trace in self.traces.items()})
+        return self.quantities(lambda trace: trace.holds)
 
     def traffic(self, node_size: int) -> list[Traffic]:
         """Return the collectives of a step, those with the most bytes first.
@@ -97,26 +106,34 @@ class TracedStep:
         Args:
             node_size: Consecutive ranks that share a machine.
         """
-        calls: dict[int, dict[tuple, float]] = {layers: {} for layers in self.traces}
-        sent: dict[int, dict[tuple, float]] = {layers: {} for layers in self.traces}
-        for layers, trace in self.traces.items():
+
+        def calls(trace: Trace) -> dict[tuple, float]:
+            return Counter(_group(operator, node_size) for operator in trace.collectives)
+
+        def sent(trace: Trace) -> dict[tuple, float]:
+            total: dict[tuple, float] = {}
             for operator in trace.collectives:
-                nodes = {rank // node_size for rank in operator.group}
-                kind = collective_kind(operator.name.split(".")[1])
-                key = (kind, len(operator.group), len(nodes) > 1)
-                calls[layers][key] = calls[layers].get(key, 0) + 1
-                sent[layers][key] = sent[layers].get(key, 0) + operator.sent
-        all_calls, all_sent = self._line(calls), self._line(sent)
-        found = [Traffic(*key, all_calls[key], all_sent[key]) for key in all_calls]
+                group = _group(operator, node_size)
+                total[group] = total.get(group, 0) + operator.sent
+            return total
+
+        all_calls, all_sent = self.quantities(calls), self.quantities(sent)
+        found = [Traffic(*group, all_calls[group], all_sent[group]) for group in all_calls]
         return sorted(found, key=lambda traffic: -traffic.sent)
 
-    def _line(self, values: dict[int, dict[K, float]]) -> dict[K, float]:
-        (few, less), (many, more) = min(values.items()), max(values.items())
-        keys = dict.fromkeys([*less, *more])
-        if few == many:
-            return dict(less)
-        slope = {key: (more.get(key, 0) - less.get(key, 0)) / (many - few) for key in keys}
-        return {key: more.get(key, 0) + slope[key] * (self.layers - many) for key in keys}
+
+def _group(operator: Operator, node_size: int) -> tuple[str, int, bool]:
+    nodes = {rank // node_size for rank in operator.group}
+    return collective_kind(operator.name.split(".")[1]), len(operator.group), len(nodes) > 1
+
+
+def _line(values: dict[int, dict[K, float]], at: int) -> dict[K, float]:
+    """Return the values at `at`, of one or two that are known."""
+    (few, less), (many, more) = min(values.items()), max(values.items())
+    if few == many:
+        return dict(less)
+    slope = {key: (more.get(key, 0) - less.get(key, 0)) / (many - few) for key in dict.fromkeys([*less, *more])}
+    return {key: more.get(key, 0) + slope[key] * (at - many) for key in slope}
 
 
 def period(settings: EngineSettings) -> int:
@@ -124,26 +141,28 @@ def period(settings: EngineSettings) -> int:
     return math.lcm(2, settings.train.activation_checkpointing or 1)
 
 
-def trace_model(settings: EngineSettings, workload: Workload, *, all_layers: bool = False) -> TracedStep:
-    """Trace a step of all layers, or of as few as tell the rest.
+def trace_model(settings: EngineSettings, workload: Workload, *, in_full: bool = False) -> TracedStep:
+    """Trace a step of all layers and micro-batches, or of as few as tell the rest.
 
     Args:
         settings: What the engine reads of the configuration.
         workload: What the process is given.
-        all_layers: Trace them all, which takes seconds where few take one.
+        in_full: Trace them all, which takes seconds to minutes where few take one.
 
     Raises:
         ValueError: As `trace_step`.
     """
-    layers, step = settings.model.num_hidden_layers, period(settings)
-    depths = [layers] if all_layers or layers <= 2 * step else [step, 2 * step]
-    traces = {depth: trace_step(_with_layers(settings, depth), workload) for depth in depths}
-    return TracedStep(layers, traces, {depth: memory_timeline(trace) for depth, trace in traces.items()})
+    layers, count, repeats = settings.model.num_hidden_layers, settings.train.gradient_accumulation, period(settings)
+    depths = [layers] if in_full or layers <= 2 * repeats else [repeats, 2 * repeats]
+    counts = [count] if in_full or count <= 2 else [1, 2]
+    traces = {(n, c): trace_step(_resized(settings, n, c), workload) for n in depths for c in counts}
+    return TracedStep((layers, count), traces, {size: memory_timeline(trace) for size, trace in traces.items()})
 
 
-def _with_layers(settings: EngineSettings, layers: int) -> EngineSettings:
+def _resized(settings: EngineSettings, layers: int, micro_batches: int) -> EngineSettings:
     kinds = settings.model.layer_types
     model = dataclasses.replace(
         settings.model, num_hidden_layers=layers, layer_types=None if kinds is None else kinds[:layers]
     )
-    return dataclasses.replace(settings, model=model)
+    train = dataclasses.replace(settings.train, gradient_accumulation=micro_batches)
+    return dataclasses.replace(settings, model=model, train=train)

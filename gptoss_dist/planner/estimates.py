@@ -1,0 +1,150 @@
+"""Memory and time of thousands of layouts at once, roughly, so that a search traces the promising ones only.
+
+Two traces of a single process, without checkpointing and with every block checkpointed, say what a token costs in
+activations and in time. How weights are gathered, sharded and reduced is restated here in a few lines. That is good to
+some ten percent, which decides what is traced next and nothing else: what a search prints comes from traces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from gptoss_dist.config import ParallelConfig
+from gptoss_dist.engine import EngineSettings, Objective, engine_kind
+from gptoss_dist.engine.zero_settings import zero_stage
+from gptoss_dist.parallel.mesh import DeviceLayout
+from gptoss_dist.planner.parameters import count_parameters
+from gptoss_dist.planner.plan import Machines, Plan, make_plan
+from gptoss_dist.planner.timing.prices import DatasheetHardware, collective_s
+from gptoss_dist.planner.tracing.recorder import Operator
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What one process needs for one micro-batch of one sample, nothing being sharded."""
+
+    activations_per_layer: float
+    activations_beside: float
+    head: float
+    compute_s: float
+
+
+class Estimator:
+    """Rough memory and time of any layout of one model on given machines.
+
+    Args:
+        settings: The model, its precision and engine; how it is laid out is ignored.
+        seq_len: Tokens of a sample.
+        machines: What is planned for, GPUs.
+        objective: What the model is trained for.
+    """
+
+    def __init__(self, settings: EngineSettings, seq_len: int, machines: Machines, objective: Objective) -> None:
+        self.machines, self.model, self.seq_len = machines, settings.model, seq_len
+        self.count = count_parameters(settings.model)
+        self.layers = settings.model.num_hidden_layers
+        alone = dataclasses.replace(machines, devices=1, node_size=1, network=None)
+        self.units = {}
+        for every in (0, 1):
+            train = dataclasses.replace(
+                settings.train, micro_batch_size=1, gradient_accumulation=1, activation_checkpointing=every
+            )
+            single = dataclasses.replace(
+                settings, train=train, parallel=ParallelConfig(experts=settings.parallel.experts)
+            )
+            single = dataclasses.replace(
+                single, engine=dataclasses.replace(settings.engine, kind="fsdp", zero_stage=None)
+            )
+            self.units[every] = self._unit(make_plan(single, seq_len, 1, alone, objective))
+
+    def _unit(self, plan: Plan) -> _Unit:
+        timelines = plan.step.timelines
+        few, many = min(timelines), max(timelines)
+        low, high = (timelines[size].peaks()["forward"] for size in (few, many))
+        slope = (high["activations"] - low["activations"]) / max(many[0] - few[0], 1)
+        assert plan.time is not None, "a search needs to know the device's rates"
+        update_s = plan.time.by_phase.get("update", 0.0)
+        return _Unit(slope, low["activations"] - few[0] * slope, low["head"], plan.time.seconds - update_s)
+
+    def memory(self, settings: EngineSettings, layout: DeviceLayout) -> float:
+        """Return the peak of a process in bytes, margin excluded."""
+        train, count = settings.train, self.count
+        compute = 2 if train.precision == "bf16" else 4
+        whole, tables, block = self._sizes(layout)
+        passing = 2 * block + tables
+        share = count.total / layout.shard
+        if engine_kind(settings.engine) == "deepspeed":
+            stage = zero_stage(settings.engine)
+            gathered = compute * (whole if stage < 3 else share + passing)
+            gradients = 4 * (share if stage > 1 else whole) + (compute * whole if stage == 1 else 0)
+            while_forward = gradients if stage == 1 or train.gradient_accumulation > 1 else 0.0
+        else:
+            keeps = not settings.parallel.reshard_after_forward or layout.world_size == 1
+            gathered = compute * (whole if keeps else passing)
+            gradients = 4 * (share if train.gradient_accumulation == 1 else whole)
+            while_forward = gradients if train.gradient_accumulation > 1 else 0.0
+        every, samples = train.activation_checkpointing, train.micro_batch_size
+        kept = self.layers - (self.layers // every if every else 0)
+        whole_block = self.units[0].activations_per_layer
+        activations = kept * whole_block + (self.layers - kept) * self.units[1].activations_per_layer
+        activations = samples * (activations + self.units[0].activations_beside + (whole_block if every else 0))
+        forward = gathered + activations + self.units[0].head + while_forward
+        backward = gathered + gradients + 4 * (2 * tables + 2 * block)
+        return 12 * share + max(forward, backward)
+
+    def seconds(self, settings: EngineSettings, layout: DeviceLayout) -> float:
+        """Return the seconds of a step."""
+        train = settings.train
+        every, micro_batches = train.activation_checkpointing, train.gradient_accumulation
+        recomputed = (self.layers // every) / self.layers if every else 0.0
+        unit = self.units[0].compute_s + recomputed * (self.units[1].compute_s - self.units[0].compute_s)
+        compute = unit * train.micro_batch_size * micro_batches
+        gathers, reductions = self._passes(settings)
+        whole, _, _ = self._sizes(layout)
+        width = 2 if train.precision == "bf16" else 4
+        weights = gathers * self._collective("_allgather_base_", width * whole, tuple(range(layout.shard)))
+        gradients = reductions * self._collective("_reduce_scatter_base_", 4 * whole, tuple(range(layout.shard)))
+        if layout.replicate > 1:
+            group = tuple(range(0, layout.world_size, layout.shard))
+            gradients += self._collective("allreduce_", 2 * 4 * whole / layout.shard, group)
+        # Gathers hide behind the forward pass and gathers and reductions behind the backward pass, rows do not.
+        hidden = max(0.0, weights + gradients - 0.9 * compute)
+        return compute + hidden + self._rows_s(settings, layout)
+
+    def _passes(self, settings: EngineSettings) -> tuple[int, int]:
+        """Return how often a step gathers all weights and reduces all gradients."""
+        micro_batches = settings.train.gradient_accumulation
+        if engine_kind(settings.engine) == "deepspeed":
+            stage = zero_stage(settings.engine)
+            return (2 * micro_batches if stage == 3 else 1), (1 if stage == 1 else micro_batches)
+        return (2 if settings.parallel.reshard_after_forward else 1) * micro_batches, 1
+
+    def _sizes(self, layout: DeviceLayout) -> tuple[float, float, float]:
+        """Return the parameters of a process once all is gathered, of the embedding and head, and of a block."""
+        whole = self.count.total - self.count.experts + self.count.experts / layout.expert_parallel
+        tables = (1 if self.model.tie_word_embeddings else 2) * self.model.vocab_size * self.model.hidden_size
+        return whole, tables, (whole - tables) / self.layers
+
+    def _rows_s(self, settings: EngineSettings, layout: DeviceLayout) -> float:
+        ep, train, model = layout.expert_parallel, settings.train, self.model
+        if ep == 1:
+            return 0.0
+        tokens = train.micro_batch_size * self.seq_len
+        width = 2 if train.precision == "bf16" else 4
+        rows = tokens * model.num_experts_per_tok * model.hidden_size * width
+        # Out and back, forward and backward; checkpointing repeats the forward ones.
+        every = train.activation_checkpointing
+        times = 4 + (2 / every if every and not train.keep_all_to_all else 0)
+        once = self._collective("alltoall_base_", rows, tuple(range(ep)))
+        return times * self.layers * train.gradient_accumulation * once
+
+    def _collective(self, name: str, nbytes: float, group: tuple[int, ...]) -> float:
+        n = len(group)
+        if n == 1:
+            return 0.0
+        operator = Operator(f"c10d.{name}.default", "forward", 0, 0, 0, None, (), (), (), group, nbytes * (n - 1) / n)
+        machines = self.machines
+        assert machines.gpu is not None
+        hardware = machines.hardware or DatasheetHardware(machines.gpu)
+        return collective_s(operator, hardware, machines.network, machines.node_size)

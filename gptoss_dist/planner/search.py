@@ -1,0 +1,200 @@
+"""The best layouts of a model on given machines, for a fixed global batch.
+
+Every combination of replicate, shard and expert parallel degrees, micro-batch, checkpointing and engine is estimated
+(`estimates.py`), and the most promising are traced (`plan.py`) until there are enough, or the time is over. What is
+printed comes from traces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gptoss_dist.config import EngineConfig
+from gptoss_dist.engine import EngineSettings, Objective, engine_kind
+from gptoss_dist.engine.zero_settings import zero_stage
+from gptoss_dist.parallel.mesh import DeviceLayout, plan_layout
+from gptoss_dist.planner.estimates import Estimator
+from gptoss_dist.planner.plan import Machines, Plan, make_plan
+
+CHECKPOINTING = (0, 2, 1)
+"""Choices of `train.activation_checkpointing`."""
+LARGEST_MICRO_BATCH = 64
+SLACK = 1.2
+"""An estimate of memory that is above the limit by less is traced all the same."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layout, and what it is estimated to need."""
+
+    settings: EngineSettings
+    layout: DeviceLayout
+    memory: float
+    """Bytes, margin included."""
+    seconds: float
+
+    @property
+    def words(self) -> str:
+        """What is particular about it."""
+        train, layout = self.settings.train, self.layout
+        engine = "fsdp" if self.settings.parallel.reshard_after_forward else "fsdp, gathered"
+        if engine_kind(self.settings.engine) == "deepspeed":
+            engine = f"ZeRO-{zero_stage(self.settings.engine)}"
+        return (
+            f"{engine:<15}{layout.replicate:>4} x {layout.shard:<5}{layout.expert_parallel:>3}   "
+            f"{train.micro_batch_size:>3} x {train.gradient_accumulation:<4}{train.activation_checkpointing:>3}"
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found."""
+
+    best: list[tuple[Candidate, Plan]]
+    """Those that fit, the fastest first."""
+    refused: list[tuple[Candidate, str]]
+    """Those that would be as fast or faster, and why not."""
+    candidates: int
+    """How many there are."""
+    traced: int
+
+
+def search(
+    settings: EngineSettings,
+    seq_len: int,
+    samples: int,
+    steps: int,
+    machines: Machines,
+    objective: Objective,
+    *,
+    wanted: int = 10,
+    budget_s: float = 45.0,
+) -> Found:
+    """Find the fastest layouts that fit.
+
+    Args:
+        settings: Model, precision, compile and whatever else is not searched for.
+        seq_len: Tokens of a sample.
+        samples: Of the global batch, which all layouts share.
+        steps: Of the run.
+        machines: What is planned for, GPUs.
+        objective: What the model is trained for.
+        wanted: How many to return.
+        budget_s: Seconds after which no further one is traced; at least one is.
+
+    Raises:
+        ValueError: The batch cannot be split over the devices.
+    """
+    started = time.monotonic()
+    if samples % machines.devices:
+        raise ValueError(
+            f"a global batch of {samples} samples cannot be split over {machines.devices} devices; "
+            "give --global-batch a multiple"
+        )
+    estimator = Estimator(settings, seq_len, machines, objective)
+    limit = machines.limit
+    assert limit is not None, "a search needs to know the device's memory"
+    candidates = [
+        _estimated(choice, estimator, machines) for choice in layouts(settings, samples // machines.devices, machines)
+    ]
+    candidates.sort(key=lambda candidate: candidate.seconds)
+    best: list[tuple[Candidate, Plan]] = []
+    refused: list[tuple[Candidate, str]] = []
+    traced = 0
+    for candidate in candidates:
+        if candidate.memory > SLACK * limit:
+            refused.append((candidate, _too_much(candidate.memory, limit, "estimated")))
+            continue
+        over = time.monotonic() - started > budget_s
+        if len(best) >= wanted or (over and best):
+            break
+        plan = make_plan(candidate.settings, seq_len, steps, machines, objective)
+        traced += 1
+        if plan.fits:
+            best.append((candidate, plan))
+        else:
+            refused.append((candidate, _too_much(plan.needed, limit, "traced")))
+    best.sort(key=lambda found: found[1].time.seconds if found[1].time is not None else float("inf"))
+    return Found(best, refused, len(candidates), traced)
+
+
+def layouts(
+    settings: EngineSettings, samples: int, machines: Machines
+) -> Iterator[tuple[EngineSettings, DeviceLayout]]:
+    """Return all that is searched through.
+
+    Args:
+        settings: What is the same everywhere.
+        samples: Of a step on one device.
+        machines: How many devices there are.
+    """
+    engines = [
+        *((EngineConfig(kind="fsdp"), reshard) for reshard in (True, False)),
+        *((EngineConfig(kind="deepspeed", zero_stage=stage), True) for stage in (1, 2, 3)),
+    ]
+    micro_batches = [n for n in range(1, min(samples, LARGEST_MICRO_BATCH) + 1) if samples % n == 0]
+    experts = settings.model.num_local_experts
+    for engine, reshard in engines:
+        for replicate in _divisors(machines.devices) if engine.kind == "fsdp" else [1]:
+            shard = machines.devices // replicate
+            degrees = [n for n in _divisors(shard) if experts % n == 0] if settings.parallel.experts != "plain" else [1]
+            for expert_parallel in degrees:
+                parallel = dataclasses.replace(
+                    settings.parallel,
+                    replicate=replicate,
+                    expert_parallel=expert_parallel,
+                    reshard_after_forward=reshard,
+                )
+                layout = plan_layout(parallel, experts, machines.devices, machines.node_size)
+                for micro_batch in micro_batches:
+                    for every in CHECKPOINTING:
+                        train = dataclasses.replace(
+                            settings.train,
+                            micro_batch_size=micro_batch,
+                            gradient_accumulation=samples // micro_batch,
+                            activation_checkpointing=every,
+                        )
+                        yield dataclasses.replace(settings, train=train, parallel=parallel, engine=engine), layout
+
+
+def _estimated(choice: tuple[EngineSettings, DeviceLayout], estimator: Estimator, machines: Machines) -> Candidate:
+    settings, layout = choice
+    peak = estimator.memory(settings, layout)
+    return Candidate(settings, layout, peak + machines.margin.of(peak), estimator.seconds(settings, layout))
+
+
+def _too_much(needed: float, limit: float, how: str) -> str:
+    return f"needs {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB ({how})"
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+HEADER = "  engine         repl x shard  ep   batch     ckpt"
+
+
+def to_text(found: Found, refused: int = 5) -> str:
+    """Return the best layouts and why the next ones do not fit, as text.
+
+    Args:
+        found: What was found.
+        refused: How many of those that do not fit to name.
+    """
+    lines = [
+        f"search       {found.candidates:,} layouts estimated, {found.traced} traced",
+        HEADER + "   s/step  tokens/s/device    GiB",
+    ]
+    for candidate, plan in found.best:
+        assert plan.time is not None
+        rate = plan.time.tokens_per_s(plan.tokens_per_device)
+        lines.append(f"  {candidate.words}{plan.time.seconds:>10.3f}{rate:>17,.0f}{plan.needed / 2**30:>7.1f}")
+    if not found.best:
+        lines.append("  none of those that were traced fits")
+    if found.refused:
+        lines.append("would not fit")
+    lines += [f"  {candidate.words}   {why}" for candidate, why in found.refused[:refused]]
+    return "\n".join(lines)
