@@ -23,6 +23,7 @@ from data_pipeline.command_line.options import option, positional
 from data_pipeline.command_line.parser import new_parser, parse, parse_with, show_ranges
 from data_pipeline.command_line.program import MISTAKE, Program, print_line, run, run_verb
 from data_pipeline.command_line.ranges import Range, check_ranges, ranged, ranges_of
+from data_pipeline.command_line.split import split_arguments
 
 __all__ = [
     "MISTAKE",
@@ -40,4 +41,5 @@ __all__ = [
     "run",
     "run_verb",
     "show_ranges",
+    "split_arguments",
 ]

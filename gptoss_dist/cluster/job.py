@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import re
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from data_pipeline import command_line
 from data_pipeline.command_line import option, parse, ranged
 
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")
@@ -175,32 +173,9 @@ def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
         argv: The command line without the program, both kinds of options mixed.
 
     Raises:
-        ValueError: One is nearly an option of `JobOptions`; of the training's, nearly all have a dot.
+        ValueError: One is nearly an option of `JobOptions`.
     """
-    own = {field.name.replace("_", "-"): field for field in dataclasses.fields(JobOptions)}
-    mine: list[str] = []
-    others: list[str] = []
-    words = iter(argv)
-    for word in words:
-        name, equals, _ = word.removeprefix("--").partition("=")
-        plain = name.replace("_", "-")
-        if plain in ("help", "h", "-h") and word.startswith("-"):
-            mine.append(word)
-        elif word.startswith("--") and (plain in own or plain.removeprefix("no-") in ("follow", "dry-run")):
-            mine.append(word)
-            if not equals and plain.removeprefix("no-") not in ("follow", "dry-run"):
-                mine += [value for value in [next(words, None)] if value is not None]
-        else:
-            _check_spelling(word, name, plain, own)
-            others.append(word)
-    return mine, others
-
-
-def _check_spelling(word: str, name: str, plain: str, own: Iterable[str]) -> None:
-    if not word.startswith("--") or "." in name or plain in _OF_TRAINING:
-        return
-    if near := difflib.get_close_matches(plain, own, n=1, cutoff=0.8):
-        raise ValueError(f"unrecognized option --{name}; did you mean --{near[0]}?")
+    return command_line.split_arguments(argv, JobOptions, _OF_TRAINING)
 
 
 @dataclass(frozen=True)

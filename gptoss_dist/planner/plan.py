@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from gptoss_dist.engine import EngineSettings, Objective
 from gptoss_dist.planner.flops import FlopCount, flops_per_token
 from gptoss_dist.planner.hardware import Gpu, Network, Peak
-from gptoss_dist.planner.memory import NO_MARGIN, Margin
 from gptoss_dist.planner.parameters import ParameterCount, count_parameters
-from gptoss_dist.planner.reduced import TracedStep, Traffic, trace_model
 from gptoss_dist.planner.timing.prices import DatasheetHardware, Hardware
 from gptoss_dist.planner.timing.roofline import StepTime, extrapolate, simulate
+from gptoss_dist.planner.tracing.memory import NO_MARGIN, Margin
+from gptoss_dist.planner.tracing.reduced import TracedStep, Traffic, trace_model
 from gptoss_dist.planner.tracing.trace import Workload
 
 CHECKPOINT_BYTES = 12

@@ -7,8 +7,8 @@ from typing import Any
 from gptoss_dist.engine import engine_kind
 from gptoss_dist.engine.zero_settings import zero_stage
 from gptoss_dist.planner.flops import MFU_CONVENTION
-from gptoss_dist.planner.memory import KINDS
 from gptoss_dist.planner.plan import Plan
+from gptoss_dist.planner.tracing.memory import KINDS
 
 GIB = 2**30
 
@@ -50,13 +50,11 @@ def _memory(plan: Plan) -> list[str]:
         f"  {'sum at the peak of each':<22}" + "".join(f"{sum(k.values()) / GIB:12.3f}" for k in peaks.values())
     )
     margin = plan.machines.margin.of(plan.peak)
-    if plan.machines.limit is None:
+    if (limit := plan.machines.limit) is None:
         return lines
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     beside = f" + {margin / GIB:.2f} for context and fragments" if margin else ""
-    lines.append(
-        f"  {plan.peak / GIB:.2f}{beside} = {plan.needed / GIB:.2f} of {plan.machines.limit / GIB:.2f}: {verdict}"
-    )
+    lines.append(f"  {plan.peak / GIB:.2f}{beside} = {plan.needed / GIB:.2f} of {limit / GIB:.2f}: {verdict}")
     return lines
 
 

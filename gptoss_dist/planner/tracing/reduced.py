@@ -23,7 +23,7 @@ from typing import TypeVar
 import numpy as np
 
 from gptoss_dist.engine import EngineSettings
-from gptoss_dist.planner.memory import MemoryTimeline, memory_timeline, peaks
+from gptoss_dist.planner.tracing.memory import MemoryTimeline, memory_timeline, peaks
 from gptoss_dist.planner.tracing.recorder import Operator, collective_kind
 from gptoss_dist.planner.tracing.trace import Trace, Workload, trace_step
 

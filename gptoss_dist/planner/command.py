@@ -1,0 +1,143 @@
+"""The command `launch/plan.py`: a plan of a run, or a search for its best layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.command_line import option, parse, ranged, split_arguments
+from data_pipeline.disk import write_file_atomically
+from gptoss_dist.config import Config, check_named, parse_arguments
+from gptoss_dist.engine import EngineSettings, Objective
+from gptoss_dist.planner import report, search
+from gptoss_dist.planner.hardware import find_gpu, find_network
+from gptoss_dist.planner.plan import Machines, Plan, make_plan
+
+OF_TRAINING = ("config", "model", "resume", "print-config")
+"""Options of launch/train.py without a dot."""
+
+
+@dataclass
+class PlanOptions:
+    """Say what a run will need on given machines: memory, traffic, step time, cost."""
+
+    gpus: int = ranged(at_least=1)
+    """Devices in all."""
+    gpu: str = option()
+    """Which ones, such as h100-80gb; an unknown name lists them."""
+    nodes: int | None = ranged(None, at_least=1)
+    """Machines; null is as few as there can be with 8 devices each."""
+    interconnect: str = "ib-400"
+    """What joins the machines, such as ib-400 or ethernet-100."""
+    hardware: str | None = None
+    """A file that `launch/plan.py calibrate` wrote, instead of the datasheet."""
+    disk: float = ranged(2.0, above=0)
+    """GB/s at which a machine writes checkpoints."""
+    in_full: bool = False
+    """Trace every layer and micro-batch, instead of as few as tell the rest."""
+    json: str | None = None
+    """File for the plan as JSON."""
+    picture: str | None = None
+    """File for a PNG of memory and time over the step; it is traced in full then."""
+    search: bool = False
+    """Find the best layout for the same global batch, instead of planning the one that is given."""
+    global_batch: int | None = ranged(None, at_least=1)
+    """Samples of a step, of all devices, for --search; null takes the settings' micro-batch x accumulation x devices."""
+    output: str | None = None
+    """File for the settings of the best layout, for --search; it must not exist."""
+
+
+def plan_run(argv: list[str], objective: Objective) -> int:
+    """Do what the command line asks for.
+
+    Args:
+        argv: The command line without the program.
+        objective: What a model is trained for.
+
+    Returns:
+        The exit code: 1 if the run, or every layout, would not fit.
+
+    Raises:
+        ValueError: An option or a setting is wrong; one line that names it.
+    """
+    own, training = split_arguments(argv, PlanOptions, OF_TRAINING)
+    epilog = "All other options are those of launch/train.py. Verbs: calibrate, operators, published."
+    options = parse(PlanOptions, own, prog="plan.py", epilog=epilog)
+    check_named(training)
+    config, _ = parse_arguments(training)
+    machines = machines_of(options)
+    if options.output and Path(options.output).exists():
+        raise ValueError(f"--output {options.output} exists already; name another file")
+    settings = EngineSettings(
+        config.model, config.train, config.optim, config.loss, config.parallel, config.engine, config.run.seed
+    )
+    if options.search:
+        return _search(options, config, settings, machines, objective)
+    plan = make_plan(
+        settings,
+        config.data.seq_len,
+        config.train.steps,
+        machines,
+        objective,
+        documents=config.data.document_mask,
+        in_full=options.in_full or options.picture is not None,
+    )
+    print(report.to_text(plan))
+    _write(options, plan)
+    return 0 if plan.fits else 1
+
+
+def machines_of(options: PlanOptions) -> Machines:
+    """Return the machines that the options name.
+
+    Raises:
+        ValueError: A name is unknown, or the devices do not fill the machines.
+    """
+    nodes = options.nodes or -(-options.gpus // 8)
+    if options.gpus % nodes:
+        raise ValueError(f"--gpus {options.gpus} cannot be split over --nodes {nodes}; name another number of machines")
+    hardware = None
+    if options.hardware is not None:
+        from gptoss_dist.planner.timing.calibration import Calibration
+
+        hardware = Calibration.read(options.hardware)
+    return Machines(
+        options.gpus,
+        options.gpus // nodes,
+        find_gpu(options.gpu),
+        find_network(options.interconnect) if nodes > 1 else None,
+        disk_bytes_per_s=1e9 * options.disk,
+        hardware=hardware,
+    )
+
+
+def _search(
+    options: PlanOptions, config: Config, settings: EngineSettings, machines: Machines, objective: Objective
+) -> int:
+    train = config.train
+    samples = options.global_batch or train.micro_batch_size * train.gradient_accumulation * machines.devices
+    found = search.search(settings, config.data.seq_len, samples, train.steps, machines, objective)
+    print(search.to_text(found))
+    if not found.best:
+        return 1
+    best, plan = found.best[0]
+    print()
+    print(report.to_text(plan))
+    _write(options, plan)
+    if options.output:
+        for section in ("train", "parallel", "engine"):
+            setattr(config, section, getattr(best.settings, section))
+        config.check()
+        config.save(options.output)
+        print(f"wrote {options.output}")
+    return 0
+
+
+def _write(options: PlanOptions, plan: Plan) -> None:
+    if options.json is not None:
+        write_file_atomically(Path(options.json), (json.dumps(report.to_json(plan), indent=2) + "\n").encode())
+    if options.picture is not None:
+        from gptoss_dist.planner.picture import draw
+
+        draw(plan, Path(options.picture))
