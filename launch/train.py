@@ -39,11 +39,14 @@ def _train(argv: list[str]) -> int:
         config, flags = parse_arguments(argv, parser)
         check_named(argv)
         if flags["dry_run"]:
+            if int(os.environ.get("RANK", 0)) > 0:
+                return 0
             from gptoss_dist.train.dry_run import describe
 
-            plan = describe(config)
-            if int(os.environ.get("RANK", 0)) == 0:
-                print(plan)
+            plan, refusal = describe(config)
+            print(plan, flush=True)
+            if refusal is not None:
+                raise ValueError(refusal)
             return 0
     except Exception as error:
         if not is_explained(error):

@@ -63,7 +63,7 @@ class Machines:
         """The machines in words."""
         device = self.gpu.name if self.gpu is not None else "CPU processes"
         joined = f", {self.network.name}" if self.network is not None and self.nodes > 1 else ""
-        return f"{self.devices} x {device} on {self.nodes} machine{'s' * (self.nodes > 1)}{joined}"
+        return f"{self.devices} {'x ' if self.gpu is not None else ''}{device} on {self.nodes} machine{'s' * (self.nodes > 1)}{joined}"
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,7 @@ def make_plan(
         objective,
         None if machines.gpu is None else machines.gpu.capability or (9, 0),
         documents=documents,
+        memory_only=machines.gpu is None and machines.hardware is None,
     )
     step = trace_model(eager, workload, in_full=in_full)
     return Plan(

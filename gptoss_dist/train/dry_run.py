@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Iterator
 
-from gptoss_dist.config import Config
+import psutil
+import torch
+
+from gptoss_dist.config import Config, TrainConfig
 from gptoss_dist.engine import engine_kind
-from gptoss_dist.engine.zero_settings import check_layout, deepspeed_settings
-from gptoss_dist.parallel.mesh import plan_layout
-from gptoss_dist.planner.flops import flops_per_token
-from gptoss_dist.planner.parameters import count_parameters, memory_estimate
+from gptoss_dist.engine.zero_settings import check_layout
+from gptoss_dist.parallel.mesh import plan_layout, ranks_per_node
+from gptoss_dist.planner.hardware import find_network, gpu_of_driver
+from gptoss_dist.planner.plan import Machines, Plan, make_plan
+from gptoss_dist.planner.report import GIB, to_text
 from gptoss_dist.train.data import open_training_data, open_validation
+from gptoss_dist.train.objectives import next_token_prediction
 from gptoss_dist.train.start import engine_settings
-
-GIB = 2**30
 
 
 def _describe_data(config: Config, samples_per_step: int) -> list[str]:
@@ -48,39 +53,79 @@ def _describe_data(config: Config, samples_per_step: int) -> list[str]:
     return lines
 
 
-def describe(config: Config, world_size: int | None = None) -> str:
-    """Return the text of a dry run: parameters, tokens, FLOPs, memory and layout.
+def describe(config: Config, world_size: int | None = None) -> tuple[str, str | None]:
+    """Return the text of a dry run: parameters, tokens, FLOPs, memory and layout; and why the run cannot fit, if so.
+
+    Args:
+        config: The run.
+        world_size: Processes; None takes the launcher's.
 
     Raises:
         ValueError: The processes cannot be laid out as `parallel` says, or the engine refuses its settings.
     """
     world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
-    layout = plan_layout(config.parallel, config.model.num_local_experts, world_size)
-    engine = "fsdp"
+    plan_layout(config.parallel, config.model.num_local_experts, world_size)
     if engine_kind(config.engine) == "deepspeed":
         check_layout(config.parallel)
-        engine = f"deepspeed ZeRO-{deepspeed_settings(engine_settings(config), layout)['zero_optimization']['stage']}"
-    train, count, flops = (
-        config.train,
-        count_parameters(config.model),
-        flops_per_token(config.model, config.data.seq_len),
-    )
-    batch = train.micro_batch_size * train.gradient_accumulation * world_size
-    tokens = batch * config.data.seq_len
-    memory = memory_estimate(engine_settings(config), config.data.seq_len, layout)
+    plan = _plan(config, machines_here(world_size))
+    samples = config.train.micro_batch_size * config.train.gradient_accumulation * world_size
     lines = [
         f"run          {config.run.name} in {config.folder}",
-        f"parameters   {count.total:,} total, {count.active:,} active per token",
-        f"batch        {batch:,} samples x {config.data.seq_len:,} tokens = {tokens:,} tokens per step "
-        f"({train.micro_batch_size} x {train.gradient_accumulation} accumulated x {world_size} processes)",
-        f"tokens       {tokens * train.steps:,} in {train.steps:,} steps",
-        *(f"data         {line}" for line in _describe_data(config, batch)),
-        f"compute      {flops}, {flops.training * tokens * train.steps:.3e} FLOP in all",
-        f"layout       {engine}, {layout}, dispatch {config.parallel.experts}, {train.precision}, "
-        f"activation checkpointing {train.activation_checkpointing or 'off'}, "
-        f"compile {'on' if train.compile else 'off'}",
-        "memory per process, estimated:",
-        *(f"  {name:<28}{size / GIB:9.2f} GiB" for name, size in memory.items()),
-        f"  {'sum':<28}{sum(memory.values()) / GIB:9.2f} GiB",
+        *(f"data         {line}" for line in _describe_data(config, samples)),
+        to_text(plan),
     ]
-    return "\n".join(lines)
+    return "\n".join(lines), None if plan.fits else _refusal(config, plan)
+
+
+def machines_here(world_size: int) -> Machines:
+    """Return this machine, as one of those that have `world_size` devices between them."""
+    node_size = min(ranks_per_node(world_size), world_size)
+    if world_size % node_size:
+        raise ValueError(f"WORLD_SIZE={world_size} is no multiple of LOCAL_WORLD_SIZE={node_size}")
+    if not torch.cuda.is_available():
+        return Machines(world_size, node_size, memory_bytes=psutil.virtual_memory().total / node_size)
+    gpu, memory = gpu_of_driver(torch.cuda.get_device_name()), torch.cuda.get_device_properties(0).total_memory
+    # Between machines the network is not known here: the fastest of the table, which flatters.
+    network = find_network("ib-400") if world_size > node_size else None
+    return Machines(world_size, node_size, gpu, network, memory_bytes=memory)
+
+
+def _plan(config: Config, machines: Machines) -> Plan:
+    return make_plan(
+        engine_settings(config),
+        config.data.seq_len,
+        config.train.steps,
+        machines,
+        next_token_prediction,
+        documents=config.data.document_mask,
+    )
+
+
+def _refusal(config: Config, plan: Plan) -> str:
+    """Return one line: which settings need too much, and what would fit."""
+    limit, train = plan.machines.limit or 0.0, config.train
+    asked = f"train.micro_batch_size={train.micro_batch_size} with train.activation_checkpointing="
+    problem = (
+        f"{asked}{train.activation_checkpointing} needs {plan.needed / GIB:.1f} GiB of each process, and there are "
+        f"{limit / GIB:.1f}"
+    )
+    for change in _smaller(train):
+        other = _plan(dataclasses.replace(config, train=dataclasses.replace(train, **change)), plan.machines)
+        if other.fits:
+            words = " ".join(f"--train.{name} {value}" for name, value in change.items())
+            return f"{problem}; {words} would fit ({other.needed / GIB:.1f} GiB)"
+    return (
+        f"{problem}; no micro-batch fits, with checkpointing neither: take more processes or other devices "
+        "(launch/plan.py --search finds a layout)"
+    )
+
+
+def _smaller(train: TrainConfig) -> Iterator[dict[str, int]]:
+    """Return changes for the same global batch, those that cost less time first."""
+    if train.activation_checkpointing != 1:
+        yield {"activation_checkpointing": 1}
+    size = train.micro_batch_size
+    while size > 1 and size % 2 == 0:
+        size //= 2
+        accumulation = train.gradient_accumulation * train.micro_batch_size // size
+        yield {"micro_batch_size": size, "gradient_accumulation": accumulation, "activation_checkpointing": 1}

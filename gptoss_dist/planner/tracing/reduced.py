@@ -136,9 +136,9 @@ def _line(values: dict[int, dict[K, float]], at: int) -> dict[K, float]:
     return {key: more.get(key, 0) + slope[key] * (at - many) for key in slope}
 
 
-def period(settings: EngineSettings) -> int:
-    """Return after how many layers a model repeats itself."""
-    return math.lcm(2, settings.train.activation_checkpointing or 1)
+def period(settings: EngineSettings, *, memory_only: bool = False) -> int:
+    """Return after how many layers a model repeats itself; sliding and full attention take the same memory."""
+    return math.lcm(1 if memory_only else 2, settings.train.activation_checkpointing or 1)
 
 
 def trace_model(settings: EngineSettings, workload: Workload, *, in_full: bool = False) -> TracedStep:
@@ -152,9 +152,12 @@ def trace_model(settings: EngineSettings, workload: Workload, *, in_full: bool =
     Raises:
         ValueError: As `trace_step`.
     """
-    layers, count, repeats = settings.model.num_hidden_layers, settings.train.gradient_accumulation, period(settings)
+    layers, count = settings.model.num_hidden_layers, settings.train.gradient_accumulation
+    repeats = period(settings, memory_only=workload.memory_only)
     depths = [layers] if in_full or layers <= 2 * repeats else [repeats, 2 * repeats]
     counts = [count] if in_full or count <= 2 else [1, 2]
+    if workload.memory_only and workload.world_size == 1:  # nothing but peaks is asked for, and they are the second's
+        counts = counts[-1:]
     traces = {(n, c): trace_step(_resized(settings, n, c), workload) for n in depths for c in counts}
     return TracedStep((layers, count), traces, {size: memory_timeline(trace) for size, trace in traces.items()})
 

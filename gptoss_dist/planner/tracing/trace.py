@@ -34,6 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine import EngineSettings, Objective, engine_kind, lay_out_engine
 from gptoss_dist.model.transformer import LossSums
+from gptoss_dist.ops import cross_entropy
+from gptoss_dist.ops.experts import activation
 from gptoss_dist.parallel.mesh import DeviceLayout
 from gptoss_dist.planner.tracing.deepspeed import HostReads, answered, globals_put_back
 from gptoss_dist.planner.tracing.recorder import Operator, Recorder, Storage
@@ -51,6 +53,9 @@ class Workload:
     rank: int = 0
     documents: bool = False
     """Whether batches say where documents end (`data.document_mask`)."""
+    memory_only: bool = False
+    """Leave out what a CPU computes in thousands of operators on parts that fit into its cache: they work in place, so
+    that memory and traffic are the same, and time cannot be told."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,13 @@ def _answers(settings: EngineSettings, workload: Workload) -> Iterator[None]:
         stack.enter_context(patch.object(FakeTensor, "tolist", tolist))
         # DeepSpeed moves the module to the device where it is; torch would swap its parameters, which fake ones refuse.
         stack.enter_context(patch.object(torch.nn.Module, "to", lambda module, *_, **__: module))
+        if workload.memory_only:
+            for owner, name in (
+                (activation.BetweenGemms, "forward"),
+                (activation.BetweenGemms, "backward"),
+                (cross_entropy, "_add_weight_gradient"),
+            ):
+                stack.enter_context(patch.object(owner, name, lambda *_: None))
         if workload.capability is not None:
             stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: workload.capability))
             stack.enter_context(patch.object(FakeTensor, "device", property(_answered_device)))
