@@ -43,7 +43,7 @@ class PlanOptions:
     search: bool = False
     """Find the best layout for the same global batch, instead of planning the one that is given."""
     global_batch: int | None = ranged(None, at_least=1)
-    """Samples of a step, of all devices, for --search; null takes the settings' micro-batch x accumulation x devices."""
+    """Samples of a step, of all devices, for --search; null takes those that the settings give."""
     output: str | None = None
     """File for the settings of the best layout, for --search; it must not exist."""
 

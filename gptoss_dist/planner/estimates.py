@@ -19,6 +19,9 @@ from gptoss_dist.planner.plan import Machines, Plan, make_plan
 from gptoss_dist.planner.timing.prices import DatasheetHardware, collective_s
 from gptoss_dist.planner.tracing.recorder import Operator
 
+NEVER_HIDDEN = 0.3
+"""Share of the communication that a step waits for although there is enough to compute: traced steps lie around it."""
+
 
 @dataclass(frozen=True)
 class _Unit:
@@ -108,9 +111,10 @@ class Estimator:
         if layout.replicate > 1:
             group = tuple(range(0, layout.world_size, layout.shard))
             gradients += self._collective("allreduce_", 2 * 4 * whole / layout.shard, group)
-        # Gathers hide behind the forward pass and gathers and reductions behind the backward pass, rows do not.
-        hidden = max(0.0, weights + gradients - 0.9 * compute)
-        return compute + hidden + self._rows_s(settings, layout)
+        # Gathers and reductions hide behind computation, as far as there is any, and never quite; rows do not.
+        communication = weights + gradients
+        exposed = max(NEVER_HIDDEN * communication, communication - compute)
+        return compute + exposed + self._rows_s(settings, layout)
 
     def _passes(self, settings: EngineSettings) -> tuple[int, int]:
         """Return how often a step gathers all weights and reduces all gradients."""

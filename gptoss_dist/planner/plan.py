@@ -63,7 +63,8 @@ class Machines:
         """The machines in words."""
         device = self.gpu.name if self.gpu is not None else "CPU processes"
         joined = f", {self.network.name}" if self.network is not None and self.nodes > 1 else ""
-        return f"{self.devices} {'x ' if self.gpu is not None else ''}{device} on {self.nodes} machine{'s' * (self.nodes > 1)}{joined}"
+        machines = f"{self.nodes} machine{'s' * (self.nodes > 1)}"
+        return f"{self.devices} {'x ' if self.gpu is not None else ''}{device} on {machines}{joined}"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def _run(plan: Plan) -> list[str]:
         f"machines     {plan.machines.name}",
         f"parameters   {plan.parameters.total:,} total, {plan.parameters.active:,} active per token",
         f"layout       {engine_in_words(plan)}, {plan.layout}, {train.precision}, "
-        f"activation checkpointing {train.activation_checkpointing or 'off'}, compile {'on' if train.compile else 'off'}",
+        f"activation checkpointing {train.activation_checkpointing or 'off'}, "
+        f"compile {'on' if train.compile else 'off'}",
         f"batch        {train.micro_batch_size} x {train.gradient_accumulation} accumulated x {plan.machines.devices} "
         f"processes x {plan.seq_len:,} tokens = {plan.tokens_per_step:,} tokens per step, "
         f"{plan.tokens_per_step * plan.steps:,} in {plan.steps:,} steps",
@@ -93,7 +94,8 @@ def _time(plan: Plan) -> list[str]:
 def _disk(plan: Plan) -> list[str]:
     return [
         f"disk         checkpoint {plan.checkpoint_bytes / GIB:,.1f} GiB, written in {plan.checkpoint_s:.0f} s at "
-        f"{plan.machines.disk_bytes_per_s / 1e9:.1f} GB/s per machine; tokens of the run {plan.data_bytes / GIB:,.1f} GiB"
+        f"{plan.machines.disk_bytes_per_s / 1e9:.1f} GB/s per machine; "
+        f"tokens of the run {plan.data_bytes / GIB:,.1f} GiB"
     ]
 
 

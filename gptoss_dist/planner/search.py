@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -35,6 +36,11 @@ class Candidate:
     memory: float
     """Bytes, margin included."""
     seconds: float
+
+    @property
+    def family(self) -> tuple:
+        """What it shares with those that differ in batch and checkpointing only."""
+        return self.settings.engine.zero_stage, self.settings.parallel.reshard_after_forward, self.layout
 
     @property
     def words(self) -> str:
@@ -100,7 +106,7 @@ def search(
     candidates = [
         _estimated(choice, estimator, machines) for choice in layouts(settings, samples // machines.devices, machines)
     ]
-    candidates.sort(key=lambda candidate: candidate.seconds)
+    candidates = _by_turns(sorted(candidates, key=lambda candidate: candidate.seconds), SLACK * limit)
     best: list[tuple[Candidate, Plan]] = []
     refused: list[tuple[Candidate, str]] = []
     traced = 0
@@ -119,6 +125,20 @@ def search(
             refused.append((candidate, _too_much(plan.needed, limit, "traced")))
     best.sort(key=lambda found: found[1].time.seconds if found[1].time is not None else float("inf"))
     return Found(best, refused, len(candidates), traced)
+
+
+def _by_turns(candidates: list[Candidate], limit: float) -> list[Candidate]:
+    """Return candidates in the order in which they are looked at: the fastest of each family, the second ones, ...
+
+    Those that cannot fit come before the first of their family that may, because they say why it is not better.
+    """
+    turns: list[tuple[int, int]] = []
+    seen: Counter[tuple] = Counter()
+    for index, candidate in enumerate(candidates):
+        turns.append((seen[candidate.family], index))
+        if candidate.memory <= limit:
+            seen[candidate.family] += 1
+    return [candidates[index] for _, index in sorted(turns)]
 
 
 def layouts(
