@@ -8,10 +8,15 @@ printed comes from traces.
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+
+import torch
 
 from gptoss_dist.config import EngineConfig
 from gptoss_dist.engine import EngineSettings, Objective, engine_kind
@@ -23,6 +28,8 @@ from gptoss_dist.planner.plan import Machines, Plan, make_plan
 CHECKPOINTING = (0, 2, 1)
 """Choices of `train.activation_checkpointing`."""
 LARGEST_MICRO_BATCH = 64
+TRACED_PER_WANTED = 2
+"""Layouts that fit are traced until there are so many for each that is wanted."""
 SLACK = 1.2
 """An estimate of memory that is above the limit by less is traced all the same."""
 
@@ -107,24 +114,62 @@ def search(
         _estimated(choice, estimator, machines) for choice in layouts(settings, samples // machines.devices, machines)
     ]
     candidates = _by_turns(sorted(candidates, key=lambda candidate: candidate.seconds), SLACK * limit)
+    refused = [(c, _too_much(c.memory, limit, "estimated")) for c in candidates if c.memory > SLACK * limit]
     best: list[tuple[Candidate, Plan]] = []
-    refused: list[tuple[Candidate, str]] = []
     traced = 0
-    for candidate in candidates:
-        if candidate.memory > SLACK * limit:
-            refused.append((candidate, _too_much(candidate.memory, limit, "estimated")))
-            continue
-        over = time.monotonic() - started > budget_s
-        if len(best) >= wanted or (over and best):
-            break
-        plan = make_plan(candidate.settings, seq_len, steps, machines, objective)
+    promising = (candidate for candidate in candidates if candidate.memory <= SLACK * limit)
+    for candidate, plan in _traced(promising, seq_len, steps, machines, objective, started + budget_s):
         traced += 1
-        if plan.fits:
-            best.append((candidate, plan))
-        else:
+        if isinstance(plan, str):
+            refused.append((candidate, plan))
+        elif not plan.fits:
             refused.append((candidate, _too_much(plan.needed, limit, "traced")))
+        else:
+            best.append((candidate, plan))
+        if len(best) >= TRACED_PER_WANTED * wanted:
+            break
     best.sort(key=lambda found: found[1].time.seconds if found[1].time is not None else float("inf"))
-    return Found(best, refused, len(candidates), traced)
+    refused.sort(key=lambda refusal: refusal[0].seconds)
+    return Found(best[:wanted], refused, len(candidates), traced)
+
+
+def _traced(
+    promising: Iterator[Candidate], seq_len: int, steps: int, machines: Machines, objective: Objective, deadline: float
+) -> Iterator[tuple[Candidate, Plan | str]]:
+    """Trace candidates in processes of their own, and return each with its plan, or why it is impossible.
+
+    None is begun after the deadline, a time of `time.monotonic`, but for the first ones.
+    """
+    workers = max(1, min(8, len(os.sched_getaffinity(0))))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        running: dict[Future, Candidate] = {}
+        try:
+            while True:
+                begun = bool(running)
+                while len(running) < workers and (not begun or time.monotonic() < deadline):
+                    candidate = next(promising, None)
+                    if candidate is None:
+                        break
+                    job = pool.submit(_plan_or_reason, candidate.settings, seq_len, steps, machines, objective)
+                    running[job] = candidate
+                if not running:
+                    return
+                for job in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(job), job.result()
+                if time.monotonic() >= deadline:
+                    promising = iter(())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _plan_or_reason(
+    settings: EngineSettings, seq_len: int, steps: int, machines: Machines, objective: Objective
+) -> Plan | str:
+    torch.set_num_threads(1)
+    try:
+        return make_plan(settings, seq_len, steps, machines, objective)
+    except ValueError as error:
+        return str(error)
 
 
 def _by_turns(candidates: list[Candidate], limit: float) -> list[Candidate]:
