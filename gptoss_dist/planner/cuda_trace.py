@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptoss_dist.config import ParallelConfig, TrainConfig
@@ -112,34 +112,18 @@ def trace_cuda(
         LocalError: There are more rows than megablocks' kernels can address.
         RuntimeError: The code does not fit together: torch's shape function of some operator refuses its arguments.
     """
-    if precision not in DTYPES:
-        raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(DTYPES)}")
-    for name, value in (("seq_len", seq_len), ("micro_batch_size", micro_batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if device not in ("meta", "cuda"):
-        raise ValueError(f"device={device!r} cannot be traced; choose meta or cuda")
-    if device == "cuda" and (reason := why_no_fake_cuda()):
-        raise ValueError(f"device='cuda' {reason}; choose device='meta'")
-    from gptoss_dist.parallel.megablocks_compat import torch_twins
-
+    _check(precision, seq_len, micro_batch_size, checkpointing, device)
+    train = TrainConfig(micro_batch_size=micro_batch_size, activation_checkpointing=checkpointing)
+    train.precision = precision  # type: ignore[assignment]
     sizes = Sizes(micro_batch_size * seq_len, seq_len, model.num_experts_per_tok)
-    train = TrainConfig(micro_batch_size=micro_batch_size, precision=precision, activation_checkpointing=checkpointing)  # type: ignore[arg-type]
-    with ExitStack() as stack:
-        stack.enter_context(_capability(capability))
-        stack.enter_context(torch_twins())
+    watch = HostReadWatch(device, _answers(sizes))
+    recorder = _Recorder(watch, capability)
+    with _as_on_cuda(capability):
         backends = chosen_backends(model, precision)
-        fake_mode = None
-        if device == "cuda":
-            torch._C._ensureCUDADeviceGuardSet()  # a stand-in for the driver
-            fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        watch = HostReadWatch(device, _answers(sizes))
-        recorder = _Recorder(watch, capability)
+        fake_mode = _fake_cuda_mode() if device == "cuda" else nullcontext()
         engine = _TracedEngine(EngineSettings(model, train), recorder, backends, fake_mode)
-        for context in (fake_mode, watch, recorder):
-            if context is not None:
-                stack.enter_context(context)
-        engine.train_step(_micro_batch(micro_batch_size, seq_len, documents))
+        with fake_mode, watch, recorder:
+            engine.train_step(_micro_batch(micro_batch_size, seq_len, documents))
     return CudaTrace(
         model=model,
         parameters=sum(p.numel() for p in engine.model.parameters()),
@@ -154,6 +138,20 @@ def trace_cuda(
         phases={name: dict(counts) for name, counts in recorder.phases.items() if counts},
         host_reads=dict(Counter(watch.reads)),
     )
+
+
+def _check(precision: str, seq_len: int, micro_batch_size: int, checkpointing: int, device: str) -> None:
+    if precision not in DTYPES:
+        raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(DTYPES)}")
+    for name, value in (("seq_len", seq_len), ("micro_batch_size", micro_batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if checkpointing < 0:
+        raise ValueError(f"checkpointing={checkpointing} must be at least 0, which recomputes nothing")
+    if device not in ("meta", "cuda"):
+        raise ValueError(f"device={device!r} cannot be traced; choose meta or cuda")
+    if device == "cuda" and (reason := why_no_fake_cuda()):
+        raise ValueError(f"device='cuda' {reason}; choose device='meta'")
 
 
 def describe(trace: CudaTrace) -> str:
@@ -215,14 +213,32 @@ def chosen_backends(model: ModelConfig, precision: str) -> dict[str, str]:
 
 
 @contextmanager
-def _capability(capability: tuple[int, int]) -> Iterator[None]:
-    """Let torch believe in a GPU of this compute capability."""
-    before = torch.cuda.get_device_capability
-    torch.cuda.get_device_capability = lambda device=None: capability
+def _as_on_cuda(capability: tuple[int, int]) -> Iterator[None]:
+    """Let torch believe in a GPU of this compute capability, and tensors without data take the place of its own."""
+    from gptoss_dist.parallel.megablocks_compat import torch_twins
+
+    with (
+        torch_twins(),
+        _replaced(torch.cuda, "get_device_capability", lambda device=None: capability),
+        _replaced(FakeTensor, "tolist", Tensor.tolist),  # its own one asks item by item
+    ):
+        yield
+
+
+def _fake_cuda_mode() -> FakeTensorMode:
+    torch._C._ensureCUDADeviceGuardSet()  # a stand-in for the driver
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Set an attribute for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        torch.cuda.get_device_capability = before
+        setattr(owner, name, before)
 
 
 def _answers(sizes: Sizes) -> Callable[[HostRead, Tensor], list | None]:
@@ -309,7 +325,7 @@ class _TracedEngine(FsdpEngine):
         settings: What is trained.
         recorder: What counts its operators.
         backends: The back ends to choose by name; on CUDA `auto` chooses.
-        fake_mode: Where CUDA tensors are fake.
+        fake_mode: The mode in which CUDA tensors are fake, or else the meta device is traced.
     """
 
     def __init__(
@@ -317,11 +333,12 @@ class _TracedEngine(FsdpEngine):
         settings: EngineSettings,
         recorder: _Recorder,
         backends: dict[str, str],
-        fake_mode: FakeTensorMode | None,
+        fake_mode: AbstractContextManager,
     ) -> None:
         from gptoss_dist.parallel.experts import use_megablocks
 
-        device = torch.device("meta" if fake_mode is None else "cuda")
+        is_fake = isinstance(fake_mode, FakeTensorMode)
+        device = torch.device("cuda" if is_fake else "meta")
         Engine.__init__(self, settings, Ranks(0, 0, 1, device), _next_token_prediction)  # FSDP's own sets up processes
         self.recorder = recorder
         self.layout = plan_layout(ParallelConfig(), settings.model.num_local_experts, 1)
@@ -330,7 +347,7 @@ class _TracedEngine(FsdpEngine):
         self.exchange = use_megablocks(self.model)
         wrap_blocks(self.model, settings.train)
         self._prepare_routers()
-        if fake_mode is not None:
+        if is_fake:
             with fake_mode:
                 self.model.to_empty(device=device)
             self.model.tie()

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 METHODS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 """Methods of Tensor that read it."""
 OPERATORS = {
-    *("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "bincount"),
+    *("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal", "bincount"),
     *("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"),
 }
 """Operators of aten that read a tensor: its value, or how large their result will be."""
@@ -192,8 +192,9 @@ class HostReadWatch(TorchFunctionMode):
         read = self.note(call) if call is not None else None
         if read is None:
             return function(*args, **kwargs)
-        if call == "tolist" and has_no_data(args[0]) and (values := self.answer(read, args[0])) is not None:
-            return values
+        if call == "tolist" and has_no_data(args[0]):
+            values = self.answer(read, args[0])
+            return _zeros(args[0].shape) if values is None else values
         self._is_noted = True
         try:
             return function(*args, **kwargs)
@@ -233,21 +234,23 @@ class _Operators(TorchDispatchMode):
         name = function.overloadpacket.__name__
         call = self._call(name, args, kwargs)
         read = self.watch.note(call) if call is not None else None
-        if call is not None and has_no_data(args[0]):
-            if name == "_local_scalar_dense":
-                return torch.zeros((), dtype=args[0].dtype).item()
-            if name == "nonzero":  # as if there were nothing but ones
-                return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
-            if call == TO_HOST and args[0].is_meta:
-                values = self.watch.answer(read, args[0])
-                zeros = torch.zeros(args[0].shape, dtype=args[0].dtype)
-                return zeros if values is None else torch.tensor(values, dtype=args[0].dtype)
+        if not (args and has_no_data(args[0])):
+            return function(*args, **kwargs)
+        tensor = args[0]
+        if name in ("_local_scalar_dense", "item"):
+            return 0.0 if tensor.is_floating_point() else False if tensor.dtype == torch.bool else 0
+        if name == "nonzero":  # as if there were nothing but ones
+            return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.int64)
+        if call == TO_HOST and tensor.is_meta:
+            values = self.watch.answer(read, tensor)
+            zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
+            return zeros if values is None else torch.tensor(values, dtype=tensor.dtype)
         return function(*args, **kwargs)
 
     def _call(self, name: str, args: tuple, kwargs: dict) -> str | None:
         counts = self.watch.counts
         if name in OPERATORS:
-            return name if counts(args[0]) or has_no_data(args[0]) else None
+            return name if counts(args[0]) else None
         if name == "repeat_interleave":
             return name if counts(args[0]) and kwargs.get("output_size") is None else None
         if name in INDEXING and counts(args[0]):
@@ -270,6 +273,10 @@ class _Operators(TorchDispatchMode):
 def has_no_data(value: object) -> bool:
     """Return whether it is a tensor of a shape and type only."""
     return isinstance(value, Tensor) and (value.is_meta or isinstance(value, FakeTensor))
+
+
+def _zeros(shape: tuple[int, ...]) -> Any:
+    return [_zeros(shape[1:]) for _ in range(shape[0])] if shape else 0
 
 
 def _reading_index(indices: Any, device_type: str) -> str | None:

@@ -1,5 +1,6 @@
 """What runs on CUDA fits together, and where the host waits, on a machine without a GPU."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,16 @@ from gptoss_dist.ops.attention import kernel_op
 from gptoss_dist.planner.cuda_trace import CudaTrace, describe, trace_cuda, why_no_fake_cuda
 from gptoss_dist.planner.host_reads import DOCUMENTED, GROUPED_MM
 
+PLAIN, MORE = {}, {"documents": True, "checkpointing": 1}
+FAST = [
+    ("tiny", "fp32", (8, 0), MORE),
+    ("gptoss_502m", "bf16", (8, 0), PLAIN),
+    ("gptoss_20b", "bf16", (9, 0), MORE),
+    ("gptoss_120b", "bf16", (10, 0), PLAIN),
+]
 MODELS = ("tiny", "gptoss_502m", "gptoss_20b", "gptoss_120b")
-CAPABILITIES = ((8, 0), (9, 0), (10, 0))
+EVERY = product(MODELS, ("bf16", "fp32"), ((8, 0), (9, 0), (10, 0)), (PLAIN, MORE))
+VARIANTS = [pytest.param(*variant, marks=[] if variant in FAST else pytest.mark.slow) for variant in EVERY]
 NO_FAKE_CUDA = why_no_fake_cuda()
 
 
@@ -33,17 +42,18 @@ def check(found: CudaTrace) -> None:
     assert not found.undocumented
     layers = found.model.num_hidden_layers
     recomputed = layers // found.checkpointing if found.checkpointing else 0
-    mlps = 2 if found.model.num_shared_experts else 1
+    shared = int(found.model.num_shared_experts > 0)
     assert found.backends["attention"] == ("flash" if found.precision == "bf16" else "chunked")
     assert found.backends["experts"] == "grouped_mm"
     forward, *rest = found.phases.values()
-    assert forward["_grouped_mm"] == 2 * mlps * layers
+    assert forward["_grouped_mm"] == 2 * (1 + shared) * layers
     flash = found.precision == "bf16"
     assert forward.get("_flash_attention_forward", 0) == flash * layers
     expected = {"rope.py": len(set(found.model.attention_types)), "documents.py": int(found.documents)}
     if found.device == "meta":
         backward, update = rest
-        assert backward["_grouped_mm"] == mlps * (4 * layers + 2 * recomputed)
+        # Recomputation ends before the shared expert's last product, whose result no gradient needs.
+        assert backward["_grouped_mm"] == 4 * (1 + shared) * layers + (2 + shared) * recomputed
         assert backward.get("_flash_attention_backward", 0) == flash * layers
         assert backward.get("_flash_attention_forward", 0) == flash * recomputed
         assert update["_fused_adamw_"] == 2 and update["_foreach_norm"] == 1
@@ -61,33 +71,13 @@ def test_every_variant_of_a_small_model(precision, documents, checkpointing):
     check(trace("tiny", precision, (9, 0), 512, 2, documents=documents, checkpointing=checkpointing))
 
 
-@pytest.mark.parametrize(
-    "name, capability, options",
-    [
-        ("tiny", (10, 0), {}),
-        ("gptoss_502m", (8, 0), {}),
-        ("gptoss_20b", (9, 0), {"documents": True}),
-        pytest.param("gptoss_120b", (10, 0), {"checkpointing": 1}, marks=pytest.mark.heavy),
-    ],
-)
-def test_shipped_models(name, capability, options):
-    check(trace(name, "bf16", capability, **options))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"documents": True, "checkpointing": 1}])
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("name", MODELS[1:])
-def test_every_variant_of_shipped_models(name, precision, capability, options):
+@pytest.mark.parametrize("name, precision, capability, options", VARIANTS)
+def test_shipped_models(name, precision, capability, options):
     check(trace(name, precision, capability, **options))
 
 
 @pytest.mark.skipif(NO_FAKE_CUDA is not None, reason=f"a fake CUDA tensor {NO_FAKE_CUDA}")
-@pytest.mark.parametrize("options", [{}, {"documents": True, "checkpointing": 1}])
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, precision, capability, options", VARIANTS)
 def test_fake_cuda_tensors_run_what_the_meta_device_runs(name, precision, capability, options):
     """On them `auto` chooses by itself: the very same operators, as often and in the same order."""
     fake = trace(name, precision, capability, device="cuda", **options)
@@ -159,8 +149,9 @@ def test_a_planted_read_is_found(plant, device, monkeypatch):
     monkeypatch.setattr(moe, "linear", reading)
     found = trace("tiny", seq_len=64, batch=2, device=device)
     if plant == "in the backward pass":
-        planted = {(r.call, r.function) for r in found.undocumented}
-        assert planted == (set() if device == "cuda" else {("_local_scalar_dense", "backward")})
+        planted = {(r.call, r.file, r.function) for r in found.undocumented}
+        expected = {("_local_scalar_dense", "tests/planner/test_cuda_trace.py", "backward")}
+        assert planted == (set() if device == "cuda" else expected)  # no backward pass there
         return
     (read,) = (read for read in found.undocumented if read.call == plant)
     assert read.file == "tests/planner/test_cuda_trace.py" and read.function == "<lambda>"
@@ -192,6 +183,7 @@ def test_too_many_rows_for_the_kernels_are_refused():
     [
         ({"precision": "fp16"}, "precision='fp16' is unknown; choose one of bf16, fp32"),
         ({"batch": 0}, "micro_batch_size=0 must be at least 1"),
+        ({"checkpointing": -1}, "checkpointing=-1 must be at least 0"),
         ({"device": "cpu"}, "device='cpu' cannot be traced; choose meta or cuda"),
     ],
 )
