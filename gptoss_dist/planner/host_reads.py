@@ -202,13 +202,14 @@ class HostReadWatch(TorchFunctionMode):
             self._is_noted = False
 
     def _call(self, name: str, args: tuple, kwargs: dict) -> str | None:
+        tensor = args[0] if args else kwargs.get("input")
         if name in METHODS:
-            return name if self.counts(args[0]) else None
-        if name == "to" and self.counts(args[0]):
+            return name if self.counts(tensor) else None
+        if name == "to" and self.counts(tensor):
             return name if any(isinstance(a, str) and a == "cpu" for a in (*args[1:], *kwargs.values())) else None
         if name == "repeat_interleave" and kwargs.get("output_size") is None:
             # The length of repeats has to be read back unless the caller states it.
-            return name if self.counts(kwargs.get("repeats", args[1] if len(args) > 1 else args[0])) else None
+            return name if self.counts(kwargs.get("repeats", args[1] if len(args) > 1 else tensor)) else None
         if name in ("tensor", "as_tensor") and self.device_type != "cpu" and kwargs.get("device") is not None:
             return FROM_HOST if torch.device(kwargs["device"]).type == self.device_type else None
         return None

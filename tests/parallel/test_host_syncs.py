@@ -64,7 +64,7 @@ def test_the_watch_sees_what_it_is_for():
     assert forward.calls == ["tolist"]
     with HostReadWatch("cpu") as seen:
         x = torch.tensor([1.0, 0.0])
-        x[0].item(), x.nonzero(), x.cpu(), x.to("cpu"), bool(x[0] > 0), x[x > 0], torch.nonzero(x), x.unique()
+        x[0].item(), x.nonzero(), x.cpu(), x.to("cpu"), bool(x[0] > 0), x[x > 0], torch.nonzero(input=x), x.unique()
         torch.repeat_interleave(x, torch.tensor([1, 2])), x.repeat_interleave(2), torch.equal(x, x)
         torch.ops.aten._local_scalar_dense(x[0])
     assert seen.calls == [
