@@ -22,7 +22,7 @@ from gptoss_dist.parallel.parallelize import parallelize
 class FsdpEngine(Engine):
     """An engine whose parameters are DTensors of their whole shape.
 
-    On CUDA there is no host synchronisation inside a step.
+    On CUDA nothing here makes the host wait inside a step; `docs/cuda_trace.md` lists what does.
     """
 
     name = "fsdp"

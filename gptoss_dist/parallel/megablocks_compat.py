@@ -17,7 +17,8 @@ import logging
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,8 @@ def load_megablocks() -> MegaBlocks:
     except ImportError as error:
         del sys.modules["megablocks_ops"]
         raise ImportError(f"megablocks cannot be imported ({error}); install it with: sh launch/install.sh") from error
-    for name, torch_function in (("gather", gather), ("scatter", scatter), ("scatter_wgrad", scatter_wgrad)):
+    for torch_function in (gather, scatter, scatter_wgrad):
+        name = torch_function.__name__
         triton_function = _limited_to_int32(getattr(modules.kernels, name))
         setattr(modules.kernels, name, _by_device(torch_function, triton_function))
     if not torch.cuda.is_available():
@@ -83,18 +85,32 @@ def _ops_module(compiled: types.ModuleType | None) -> types.ModuleType:
     """Make a stand-in for `megablocks_ops`: compiled functions for CUDA tensors where they exist, torch otherwise."""
     module = types.ModuleType("megablocks_ops", "torch equivalents of megablocks' CUDA extension")
     module.__spec__ = importlib.machinery.ModuleSpec("megablocks_ops", None)
-    for function in (
-        exclusive_cumsum,
-        inclusive_cumsum,
-        histogram,
-        sort,
-        indices,
-        replicate_forward,
-        replicate_backward,
-    ):
+    for function in _index_functions():
         name = function.__name__
         setattr(module, name, function if compiled is None else _by_device(function, getattr(compiled, name)))
     return module
+
+
+def _index_functions() -> tuple[Callable, ...]:
+    return exclusive_cumsum, inclusive_cumsum, histogram, sort, indices, replicate_forward, replicate_backward
+
+
+@contextmanager
+def torch_twins() -> Iterator[None]:
+    """Let the torch twins serve CUDA tensors too, within the limit of what they stand for.
+
+    It is for tensors without data, on which no kernel of Triton or of the CUDA extension can be launched.
+    """
+    twins = [(load_megablocks().kernels, _limited_to_int32(function)) for function in (gather, scatter, scatter_wgrad)]
+    twins += [(sys.modules["megablocks_ops"], function) for function in _index_functions()]
+    before = [(module, twin.__name__, getattr(module, twin.__name__)) for module, twin in twins]
+    try:
+        for module, twin in twins:
+            setattr(module, twin.__name__, twin)
+        yield
+    finally:
+        for module, name, function in before:
+            setattr(module, name, function)
 
 
 def _by_device(torch_function: Callable, cuda_function: Callable) -> Callable:

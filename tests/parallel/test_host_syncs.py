@@ -3,58 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.moe import MoE
 from gptoss_dist.parallel.exchange import Exchange
 from gptoss_dist.parallel.experts import DroplessExperts
 from gptoss_dist.parallel.recompute import checkpoint_activations
-
-METHODS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
-"""Of Tensor: what makes the host wait for a CUDA tensor. On a CPU tensor the same code runs, and waits for nothing."""
-OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
-
-
-class Watch(TorchFunctionMode):
-    """Names of the calls that would wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls, self.operators = [], _Operators()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = getattr(function, "__name__", str(function))
-        # A literal "cpu": the device of another tensor would be CUDA there.
-        to_host = name == "to" and any(isinstance(a, str) and a == "cpu" for a in (*args[1:], *kwargs.values()))
-        # The length of repeats has to be read back unless the caller states it.
-        repeats = name == "repeat_interleave" and kwargs.get("output_size") is None
-        if name in METHODS or to_host or repeats:
-            self.calls.append(name)
-        return function(*args, **kwargs)
-
-    def __enter__(self):
-        self.operators.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.operators.__exit__(*error)
-
-
-class _Operators(TorchDispatchMode):
-    """Sees also what the backward pass and autograd functions call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__.lstrip("_").startswith(tuple(o.lstrip("_") for o in OPERATORS)):
-            self.calls.append(str(function))
-        return function(*args, **(kwargs or {}))
+from gptoss_dist.planner.host_reads import HostReadWatch, documented
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,13 +31,13 @@ def layer(spread: bool, **fields) -> MoE:
     return moe
 
 
-def watch(moe: MoE) -> tuple[Watch, Watch]:
-    """The forward and the backward pass."""
+def watch(moe: MoE) -> tuple[HostReadWatch, HostReadWatch]:
+    """The forward and the backward pass. On CPU tensors the same code runs, and waits for nothing."""
     x_BTD = torch.randn(2, 20, 32, requires_grad=True)
-    with Watch() as forward:
+    with HostReadWatch("cpu") as forward:
         y_BTD, stats = moe(x_BTD)
         loss = y_BTD.square().sum() + stats.probability_E.square().sum() + stats.z
-    with Watch() as backward:
+    with HostReadWatch("cpu") as backward:
         loss.backward()
     return forward, backward
 
@@ -91,7 +46,7 @@ def watch(moe: MoE) -> tuple[Watch, Watch]:
 def test_the_host_waits_at_most_once(spread, expected):
     forward, backward = watch(layer(spread, router_selection_bias=True))
     assert forward.calls == expected and backward.calls == []
-    assert forward.operators.calls == backward.operators.calls == []
+    assert all(documented(read) for read in forward.reads)
 
 
 @pytest.mark.parametrize("keep_large", [False, True])
@@ -107,9 +62,15 @@ def test_the_watch_sees_what_it_is_for():
     moe.experts.backend = "loop"  # which reads row counts on the host
     forward, _ = watch(moe)
     assert forward.calls == ["tolist"]
-    with Watch() as seen:
+    with HostReadWatch("cpu") as seen:
         x = torch.tensor([1.0, 0.0])
-        x[0].item(), x.nonzero(), x.cpu(), x.to("cpu"), bool(x[0] > 0), x[x > 0]
-        torch.repeat_interleave(x, torch.tensor([1, 2]))
-    assert seen.calls == ["item", "nonzero", "cpu", "to", "__bool__", "repeat_interleave"]
-    assert {name.split(".")[1] for name in seen.operators.calls} >= {"nonzero", "_local_scalar_dense"}
+        x[0].item(), x.nonzero(), x.cpu(), x.to("cpu"), bool(x[0] > 0), x[x > 0], torch.nonzero(input=x), x.unique()
+        torch.repeat_interleave(x, torch.tensor([1, 2])), x.repeat_interleave(2), torch.equal(x, x)
+        torch.ops.aten._local_scalar_dense(x[0])
+    assert seen.calls == [
+        *("item", "nonzero", "cpu", "to", "__bool__", "index by a mask", "nonzero", "_unique2"),
+        *("repeat_interleave", "equal", "_local_scalar_dense"),
+    ]
+    assert {(read.file, read.function) for read in seen.reads} == {
+        ("tests/parallel/test_host_syncs.py", "test_the_watch_sees_what_it_is_for")
+    }

@@ -22,7 +22,7 @@ def why_not(dtype: torch.dtype, sizes: tuple[int, ...], device: torch.device) ->
         return f"computes in bf16 or fp16 on CUDA, not {dtype}"
     if D % 8 or D > MAX_HEAD_DIM:
         return f"needs a head_dim in multiples of 8 up to {MAX_HEAD_DIM} on CUDA, not {D}"
-    if torch.cuda.get_device_capability(device)[0] < 8:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         return "needs a GPU of compute capability 8.0 or later"
     return None
 

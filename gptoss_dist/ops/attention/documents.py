@@ -29,7 +29,7 @@ class Documents(NamedTuple):
 
 @torch.compiler.disable
 def locate_documents(document_ids_BT: Tensor) -> Documents:
-    """Find the documents of a batch. The host waits for the device here, so do it once for all layers.
+    """Find the documents of a batch. The host waits for the device here, once, so do it once for all layers.
 
     Args:
         document_ids_BT: Integers, non-decreasing along T; equal ids of a sequence are one document.
@@ -41,11 +41,14 @@ def locate_documents(document_ids_BT: Tensor) -> Documents:
         raise ValueError(f"document_ids_BT has shape {tuple(document_ids_BT.shape)}; need [B, T]")
     B, T = document_ids_BT.shape
     step_BT = document_ids_BT.diff(dim=1)
-    if (step_BT < 0).any():
-        raise ValueError("document_ids_BT decreases along T; number the documents of a sequence in order")
     position_T = torch.arange(T, device=document_ids_BT.device)
     first_BT = torch.zeros_like(document_ids_BT, dtype=torch.int64)
     first_BT[:, 1:] = torch.where(step_BT > 0, position_T[1:], 0).cummax(dim=1).values
-    starts = (first_BT == position_T).flatten().nonzero().flatten()
+    starts_N = (first_BT == position_T).flatten()
+    longest = (position_T - first_BT).max() + 1
+    decreases, count, longest = torch.stack([(step_BT < 0).any().long(), starts_N.sum(), longest]).tolist()
+    if decreases:
+        raise ValueError("document_ids_BT decreases along T; number the documents of a sequence in order")
+    starts = torch.nonzero_static(starts_N, size=count).flatten()  # nonzero would ask the device for the size again
     cu_seqlens = torch.nn.functional.pad(starts, (0, 1), value=B * T)
-    return Documents(first_BT, cu_seqlens.int(), int(cu_seqlens.diff().max()))
+    return Documents(first_BT, cu_seqlens.int(), longest)

@@ -8,6 +8,8 @@ Shapes: B batch, T tokens, H query heads, K key/value heads, D head_dim, N = B *
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,8 +45,7 @@ def attend(
     return o_BTHD.transpose(1, 2)
 
 
-@torch.library.custom_op("gptoss_dist::sink_attention", mutates_args=())
-def _attend(
+def forward(
     q_BTHD: Tensor,
     k_BTKD: Tensor,
     v_BTKD: Tensor,
@@ -57,9 +58,12 @@ def _attend(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """Return o_BTHD, contiguous, and lse_HN in float32 (float64 for float64 inputs), both with the sinks counted in."""
-    if kernel == "flash" and q_BTHD.device.type == "cuda":
+    if kernel == "flash" and q_BTHD.device.type != "cpu":
         return cuda.forward(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, cu_seqlens, longest)
     return tiled.forward(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, first_BT, kernel)
+
+
+_attend = torch.library.custom_op("gptoss_dist::sink_attention", forward, mutates_args=())
 
 
 @_attend.register_fake
@@ -69,8 +73,7 @@ def _(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, window, first_BT, cu_seqlens, long
     return q_BTHD.new_empty(q_BTHD.shape), q_BTHD.new_empty((H, B * T), dtype=lse_dtype)
 
 
-@torch.library.custom_op("gptoss_dist::sink_attention_backward", mutates_args=())
-def _attend_backward(
+def backward(
     do_BTHD: Tensor,
     q_BTHD: Tensor,
     k_BTKD: Tensor,
@@ -87,7 +90,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dq_BTHD, dk_BTKD, dv_BTKD, contiguous, and dsinks_H, each in its input's dtype."""
     tensors = (do_BTHD, q_BTHD, k_BTKD, v_BTKD, o_BTHD, lse_HN)
-    if kernel == "flash" and q_BTHD.device.type == "cuda":
+    if kernel == "flash" and q_BTHD.device.type != "cpu":
         dq, dk, dv = cuda.backward(*tensors, scale, window, cu_seqlens, longest)
     else:
         dq, dk, dv = tiled.backward(*tensors, scale, window, first_BT, kernel)
@@ -95,6 +98,9 @@ def _attend_backward(
     sink_probability_HN = torch.exp(sinks_H.to(lse_HN.dtype)[:, None] - lse_HN)
     dsinks_H = -(sink_probability_HN * do_o_HN).sum(1).to(sinks_H.dtype)
     return dq, dk, dv, dsinks_H
+
+
+_attend_backward = torch.library.custom_op("gptoss_dist::sink_attention_backward", backward, mutates_args=())
 
 
 @_attend_backward.register_fake
@@ -115,3 +121,9 @@ def _differentiate(ctx, do_BTHD: Tensor, _):
 
 
 _attend.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "gptoss_dist::sink_attention": forward,
+    "gptoss_dist::sink_attention_backward": backward,
+}
+"""What the custom operators run, by name; `planner/cuda_trace.py` looks into them. Meta tensors go the way of CUDA."""

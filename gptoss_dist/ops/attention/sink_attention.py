@@ -72,7 +72,7 @@ def sink_attention(
     window = None if window is None or window >= T else window
     # `fused` rounds more often, so that it is for those who asked for speed by compiling, and where it brings any.
     compiled = torch.compiler.is_compiling() and gemm.CPU_MULTIPLIES_BF16
-    order = ("fused", "flash", "chunked") if compiled else ("flash", "chunked")
+    order = ("fused", *AUTO_ORDER) if compiled else AUTO_ORDER
     chosen = choose(BACKENDS, backend, order, q_BHTD.dtype, (D,), q_BHTD.device)
     return chosen.run(q_BHTD, k_BKTD, v_BKTD, sinks_H, scale, window, documents)
 
@@ -136,7 +136,9 @@ def _by_definition(q_BHTD, k_BKTD, v_BKTD, sinks_H, scale, window, documents) ->
 def _why_not_flash(dtype: torch.dtype, sizes: tuple[int, ...], device: torch.device) -> str | None:
     if device.type == "cpu":
         return None
-    return cuda.why_not(dtype, sizes, device) if device.type == "cuda" else f"has no kernel on {device.type}"
+    # The meta device computes nothing, and stands for CUDA.
+    is_cuda = device.type in ("cuda", "meta")
+    return cuda.why_not(dtype, sizes, device) if is_cuda else f"has no kernel on {device.type}"
 
 
 BACKENDS = table(
@@ -146,6 +148,9 @@ BACKENDS = table(
     Backend("reference", serves_all, _by_definition),
 )
 """Sizes are (D,). `run` takes q_BHTD, k_BKTD, v_BKTD, sinks_H, scale, window and documents, and returns o_BHTD."""
+
+AUTO_ORDER = ("flash", "chunked")
+"""What `auto` tries outside of torch.compile."""
 
 
 def _check(q, k, v, sinks, window, documents) -> None:

@@ -7,7 +7,8 @@ Every back end computes this function and its gradients:
 
 - `loop` takes one expert at a time under plain autograd. It is the reference, and needs the row counts on the host.
 - `grouped_mm` is for CUDA: two grouped products of torch (`torch.nn.functional.grouped_mm`), and no host
-  synchronisation of ours.
+  synchronisation of ours. Torch has a kernel for bf16 on compute capabilities 9 and 10; elsewhere each product reads
+  on the host where rows end (docs/cuda_trace.md).
 - `grouped_gemm` is the same with the products of the package of that name (https://github.com/tgale96/grouped_gemm),
   for bf16 on CUDA. It has to be asked for: it reads the row counts on the host, once per call.
 - `blocked` is for the CPU: a hand-written forward and backward pass.

@@ -14,12 +14,14 @@ from torch.utils.checkpoint import checkpoint
 from gptoss_dist.ops.attention import cuda, tiled
 from gptoss_dist.ops.attention.documents import locate_documents
 from gptoss_dist.ops.attention.sink_attention import (
+    AUTO_ORDER,
     BACKENDS,
     causal_visibility,
     masked_sink_attention,
     sink_attention,
 )
 from gptoss_dist.ops.backends import choose
+from gptoss_dist.planner.host_reads import HostReadWatch
 
 FAST = ("flash", "chunked")
 NAMES = ("o", "dq", "dk", "dv", "dsinks")
@@ -405,12 +407,12 @@ def test_what_auto_takes_on_cuda(dtype, head_dim, expected, monkeypatch):
     """Without a GPU: the table is asked about one."""
 
     def chosen(device):
-        return choose(BACKENDS, "auto", ("flash", "chunked"), dtype, (head_dim,), torch.device(device)).name
+        return choose(BACKENDS, "auto", AUTO_ORDER, dtype, (head_dim,), torch.device(device)).name
 
     for capability, name in (((9, 0), expected), ((7, 5), "chunked")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert chosen("cuda") == name
-    assert chosen("cpu") == "flash" and chosen("meta") == "chunked"
+    assert chosen("cpu") == "flash" and chosen("meta") == expected  # which stands for CUDA
 
 
 def test_where_documents_lie():
@@ -419,6 +421,10 @@ def test_where_documents_lie():
     assert documents.first_BT.tolist() == [[0, 0, 0, 3, 3, 5], [0] * 6]
     assert documents.cu_seqlens.tolist() == [0, 3, 5, 6, 12] and documents.longest == 6
     assert (documents.first_BT.dtype, documents.cu_seqlens.dtype) == (torch.int64, torch.int32)
+    with HostReadWatch("cpu") as watch:
+        single = locate_documents(torch.tensor([[7], [7]]))
+    assert watch.calls == ["tolist"]  # the host waits once
+    assert single.cu_seqlens.tolist() == [0, 1, 2] and single.longest == 1
     with pytest.raises(ValueError, match=r"document_ids_BT has shape \(8,\)"):
         locate_documents(torch.zeros(8))
     with pytest.raises(ValueError, match="decreases"):
