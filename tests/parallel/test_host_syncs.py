@@ -9,7 +9,7 @@ from gptoss_dist.model.moe import MoE
 from gptoss_dist.parallel.exchange import Exchange
 from gptoss_dist.parallel.experts import DroplessExperts
 from gptoss_dist.parallel.recompute import checkpoint_activations
-from gptoss_dist.planner.host_reads import HostReadWatch, documented
+from gptoss_dist.planner.tracing.host_reads import HostReadWatch, documented
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,8 +10,8 @@ from gptoss_dist.distributed.collectives import LocalError
 from gptoss_dist.model import moe
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.ops.attention import kernel_op
-from gptoss_dist.planner.cuda_trace import CudaTrace, describe, trace_cuda, why_no_fake_cuda
-from gptoss_dist.planner.host_reads import DOCUMENTED, GROUPED_MM
+from gptoss_dist.planner.tracing.cuda_trace import CudaTrace, describe, trace_cuda, why_no_fake_cuda
+from gptoss_dist.planner.tracing.host_reads import DOCUMENTED, GROUPED_MM
 
 PLAIN, MORE = {}, {"documents": True, "checkpointing": 1}
 FAST = [

@@ -21,7 +21,7 @@ from gptoss_dist.ops.attention.sink_attention import (
     sink_attention,
 )
 from gptoss_dist.ops.backends import choose
-from gptoss_dist.planner.host_reads import HostReadWatch
+from gptoss_dist.planner.tracing.host_reads import HostReadWatch
 
 FAST = ("flash", "chunked")
 NAMES = ("o", "dq", "dk", "dv", "dsinks")

@@ -36,7 +36,7 @@ from gptoss_dist.ops.backends import AUTO, choose
 from gptoss_dist.ops.experts import grouped_experts
 from gptoss_dist.parallel.mesh import plan_layout
 from gptoss_dist.parallel.parallelize import wrap_blocks
-from gptoss_dist.planner.host_reads import GROUPED_MM, HostRead, HostReadWatch, Sizes, documented
+from gptoss_dist.planner.tracing.host_reads import GROUPED_MM, HostRead, HostReadWatch, Sizes, documented
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NO_KERNEL = {

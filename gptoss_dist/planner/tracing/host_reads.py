@@ -39,7 +39,7 @@ GROUPED_MM = "within _grouped_mm"
 
 _ROOT = Path(__file__).parents[2]
 _PACKAGES = ("gptoss_dist", "data_pipeline")
-_WATCHERS = {__name__, "gptoss_dist.planner.cuda_trace"}
+_WATCHERS = {__name__, "gptoss_dist.planner.tracing.cuda_trace"}
 """Modules that stand between the code and its operators only because it is being watched."""
 
 
