@@ -54,12 +54,12 @@ CASES = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="benchmark_plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="benchmark_plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     steps = commands.add_parser("steps", help="steps on this machine, predicted and measured")
-    steps.add_argument("--hardware", type=Path, help="a file that `calibrate` wrote; without it this machine is measured")
+    steps.add_argument(
+        "--hardware", type=Path, help="a file that `calibrate` wrote; without it this machine is measured"
+    )
     steps.add_argument("--threads", type=whole, default=1, help="CPU threads of a process (1)")
     steps.add_argument("--steps", type=whole, default=7, help="steps that are timed, after two that warm up (7)")
     steps.add_argument("--cases", type=whole, nargs="+", default=[], help="which cases, from 1 on (all)")

@@ -154,7 +154,8 @@ def measure_products(meter: Meter, sizes: Sizes, dtype: torch.dtype) -> Curves:
 
     def seconds(small: int, other: int) -> float:
         wide, tall, square = (
-            torch.randn(shape, device=meter.device).to(dtype) for shape in ((small, other), (other, small), (other, other))
+            torch.randn(shape, device=meter.device).to(dtype)
+            for shape in ((small, other), (other, small), (other, other))
         )
         inner = meter.seconds(lambda: torch.mm(tall, wide))
         side = meter.seconds(lambda: torch.mm(square, tall))

@@ -52,9 +52,7 @@ def _work(rank: int, device_type: str, messages: tuple[int, ...], folder: str) -
         world_size=PROCESSES,
     )
     try:
-        found = {
-            kind: [_seconds(call, device) for call in calls] for kind, calls in _calls(messages, device).items()
-        }
+        found = {kind: [_seconds(call, device) for call in calls] for kind, calls in _calls(messages, device).items()}
         if rank == 0:
             write_file_atomically(Path(folder) / "found.json", json.dumps(found).encode())
     finally:

@@ -86,6 +86,8 @@ class DatasheetHardware:
             return 0.0
         passes = SORT_PASSES if kind is Kind.SORT else 1
         memory_s = passes * moved_bytes(operator) / (self.gpu.memory_bytes_per_s * self.gpu.efficiency.memory)
+        if kind is Kind.GROUPED and operator.shapes[-1] == (1,):  # a dense network, here one expert
+            kind = Kind.MATRIX
         return max(operator.flops / (self._peak(operator.dtype) * self._share(kind)), memory_s)
 
     def link_s(self, kind: str, sent: float, processes: int) -> float:

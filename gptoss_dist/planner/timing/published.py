@@ -411,4 +411,4 @@ PUBLISHED = (
         assumed="the network, 400 Gbit/s per GPU as in DGX B200; a distributed optimizer",
     ),
 )
-"""The runs that the table in docs/planning.md compares with, best documented first."""
+"""The runs that the table in docs/planning_time.md compares with, best documented first."""

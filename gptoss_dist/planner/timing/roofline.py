@@ -26,12 +26,14 @@ from typing import NamedTuple
 from gptoss_dist.planner.flops import FlopCount
 from gptoss_dist.planner.hardware import Network, Peak
 from gptoss_dist.planner.timing.fusion import fuse
-from gptoss_dist.planner.timing.kinds import Kind, kind_of, label_of
+from gptoss_dist.planner.timing.kinds import Kind, base_name, kind_of, label_of
 from gptoss_dist.planner.timing.prices import Hardware, collective_s
 from gptoss_dist.planner.tracing.recorder import Operator
 from gptoss_dist.planner.tracing.trace import Trace
 
 COMPUTE = "compute"
+PACKS = ("foreach_copy", "all_gather_copy_in", "cat")
+"""Operators that pack weights, if they come right before an all-gather."""
 
 
 class Event(NamedTuple):
@@ -142,7 +144,7 @@ def _packing(operators: list[Operator]) -> set[int]:
         if kind is Kind.NOTHING:
             continue
         if kind is Kind.COLLECTIVE and label_of(operator) == "all-gather" and previous is not None:
-            if kind_of(operators[previous]) is Kind.MEMORY and "copy" in operators[previous].name:
+            if base_name(operators[previous]) in PACKS:
                 found.add(previous)
         previous = index
     return found

@@ -66,9 +66,7 @@ def with_operator_s(calibration: Calibration, objective: Objective) -> Calibrati
     return dataclasses.replace(calibration, operator_s=max(left, 0.0) / work.kernels)
 
 
-def predict_step(
-    settings: EngineSettings, seq_len: int, objective: Objective, calibration: Calibration
-) -> StepTime:
+def predict_step(settings: EngineSettings, seq_len: int, objective: Objective, calibration: Calibration) -> StepTime:
     """Return the step of one process by itself on a calibrated machine."""
     capability = None if calibration.device == "cpu" else torch.cuda.get_device_capability()
     trace = trace_step(settings, Workload(seq_len, 1, objective, capability))
