@@ -62,7 +62,7 @@ EFFICIENCY_SOURCES = {
     "scale: 256 H100 gathered at 200 of 400 (github.com/NVIDIA/nccl, issue 1218); ml-engineering advises 80 %",
     "all_to_all": "GTC 2025, 8 GPUs: A100 210 of 300, H100 320 of 450, B200 640 of 900 GB/s; cards "
     "without a link, PCIe 5: 12 of 63. MI300X: as its all-reduce",
-    "kernel_launch_s": "estimate for eager torch; no run in docs/planning_time.md waits for the host; `calibrate` measures it",
+    "kernel_launch_s": "estimate for eager torch; no run in docs/planning_time.md waits for it; `calibrate` finds it",
     "host_sync_s": "estimate; `calibrate` measures it",
 }
 """Where each field of `Efficiency` comes from."""

@@ -14,6 +14,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -32,7 +33,7 @@ class Case:
     micro_batch: int
     recompute: int = 0
     top_k: int = 2
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __str__(self) -> str:
         checkpointing = f", every {self.recompute}. block recomputed" if self.recompute else ""

@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-
 from gptoss_dist.config import EngineConfig, ParallelConfig, TrainConfig
 from gptoss_dist.engine import EngineSettings, Objective
 from gptoss_dist.planner.hardware import find_gpu, find_network
@@ -69,7 +68,8 @@ def settings_of(run: PublishedRun, layers: int, micro_batches: int) -> EngineSet
 
     Selective checkpointing that keeps every second product is every second block for us.
     """
-    model = dataclasses.replace(run.model, num_hidden_layers=layers, layer_types=run.model.layer_types[:layers])
+    kinds = (run.model.layer_types or [])[:layers]
+    model = dataclasses.replace(run.model, num_hidden_layers=layers, layer_types=kinds)
     recompute = {"none": 0, "selective": 2 if run.recomputes_products else 0, "full": 1}[run.recompute]
     return EngineSettings(
         model,

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ def calibrate(
     report("attention")
     attention = {_name(dtype): measure_attention(meter, sizes, dtype) for dtype in dtypes}
     report("memory, exponentials, sorts, optimizer")
-    rates = {
+    rates: dict[str, Any] = {
         "memory": _curve(sizes.numbers, lambda count: 12 * count, lambda count: _multiplication(meter, count)),
         "rows": _curve(sizes.numbers, lambda count: 8 * count, lambda count: _gather(meter, count)),
         "exponentials": _curve(sizes.numbers, lambda count: count, lambda count: _sigmoid(meter, count)),
@@ -161,10 +162,12 @@ def measure_products(meter: Meter, sizes: Sizes, dtype: torch.dtype) -> Curves:
         side = meter.seconds(lambda: torch.mm(square, tall))
         return math.sqrt(inner * side)
 
-    return {
-        small: _curve([o for o in sizes.others if o >= small], lambda o: o, lambda o: seconds(small, o), small)
-        for small in sizes.smallest
-    }
+    found = {}
+    for small in sizes.smallest:
+        others = [other for other in sizes.others if other >= small]
+        rates = [2.0 * small * other * other / seconds(small, other) for other in others]
+        found[small] = Curve([float(other) for other in others], rates)
+    return found
 
 
 def measure_grouped(meter: Meter, sizes: Sizes, experts: int = 8, width: int = 2048) -> Curve:
@@ -212,16 +215,9 @@ def _attention_rates(
     return 4 * product / forward, 10 * product / backward
 
 
-def _curve(
-    sizes: list[int] | tuple[int, ...],
-    work: Callable[[int], float],
-    seconds: Callable[[int], float],
-    product: int = 0,
-) -> Curve:
-    """Return work per second by work; of matrix products FLOP/s by the size itself."""
-    if product:
-        return Curve([float(s) for s in sizes], [2.0 * product * s * s / seconds(s) for s in sizes])
-    return Curve([float(work(s)) for s in sizes], [work(s) / seconds(s) for s in sizes])
+def _curve(sizes: tuple[int, ...], work: Callable[[int], float], seconds: Callable[[int], float]) -> Curve:
+    """Return work per second by work."""
+    return Curve([float(work(size)) for size in sizes], [work(size) / seconds(size) for size in sizes])
 
 
 def _multiplication(meter: Meter, count: int) -> float:

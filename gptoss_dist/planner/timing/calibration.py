@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,7 @@ class Calibration:
     products: dict[str, Curves]
     """FLOP/s by dtype, by the smallest dimension, by the geometric mean of the others."""
     grouped: dict[str, Curve]
-    """FLOP/s of the experts' products in one call, by dtype and rows of an expert. CPUs call one product after another."""
+    """FLOP/s of the experts' products in one call, by dtype and rows of an expert; CPUs make a call for each expert."""
     attention: dict[str, Attention]
     """By dtype."""
     memory: Curve
@@ -118,7 +119,7 @@ class Calibration:
     def __post_init__(self) -> None:
         for path, curve in _curves(dataclasses.asdict(self)):
             sizes, values = curve["sizes"], curve["values"]
-            if len(sizes) != len(values) or not sizes or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
+            if len(sizes) != len(values) or not sizes or any(a >= b for a, b in itertools.pairwise(sizes)):
                 raise ValueError(f"{path}.sizes={sizes} must ascend, one for each of {len(values)} values; {REMEDY}")
             if min([*sizes, *values]) <= 0:
                 raise ValueError(f"{path} must have sizes and values above 0; {REMEDY}")
@@ -129,27 +130,33 @@ class Calibration:
 
     @property
     def runs_ahead(self) -> bool:
+        """Whether the host issues operators before the device runs them."""
         return self.device != "cpu"
 
     @property
     def launch_s(self) -> float:
+        """Seconds of the host per operator that has a kernel."""
         return self.operator_s
 
     @property
     def host_sync_s(self) -> float:
+        """Seconds that the host takes to notice that the device is done."""
         return self.sync_s
 
     @property
     def network_share(self) -> float:
+        """Share of the network's rate that collectives reach."""
         return self.network
 
     def compute_s(self, operator: Operator) -> float:
+        """Return the device's seconds for an operator that is no collective."""
         kind = kind_of(operator)
         if kind is Kind.NOTHING:
             return 0.0
         return self._work_s(operator, kind) + (0.0 if self.runs_ahead else self.operator_s)
 
     def link_s(self, kind: str, sent: float, processes: int) -> float:
+        """Return the seconds of a collective within a node."""
         if processes < 2 or not sent:
             return 0.0
         curve = self.collectives.get(kind) or self.collectives.get("all-gather")

@@ -1,5 +1,7 @@
 """The planner's throughput of published runs is near what was published, with one set of efficiency factors."""
 
+from pathlib import Path
+
 import pytest
 
 from gptoss_dist.planner.timing.accuracy import Prediction, predict_published, table
@@ -26,6 +28,19 @@ def test_a_published_run_is_predicted_within_30_percent():
 @pytest.mark.parametrize("name", [name for name in BY_NAME if name != FAST])
 def test_every_published_run_is_predicted_within_30_percent(name):
     near(name)
+
+
+def test_the_page_prints_every_run_once():
+    page = (Path(__file__).parents[3] / "docs/planning_time.md").read_text()
+    rows = [line for line in page.split("## Published runs\n")[1].splitlines() if line.startswith("| ")][1:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [(row[0], row[2]) for row in cells] == [(r.name, f"{r.tokens_per_s_per_gpu:,.0f}") for r in PUBLISHED]
+    for _, predicted, published, ratio in cells:
+        assert float(ratio) == pytest.approx(_number(predicted) / _number(published), abs=0.006)
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", ""))
 
 
 def test_the_ratio_is_of_throughputs():
