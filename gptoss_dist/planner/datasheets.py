@@ -20,9 +20,9 @@ class Efficiency:
     The defaults are those of Hopper. `EFFICIENCY_SOURCES` says where each comes from, for other GPUs too.
     """
 
-    gemm: float = 0.76
+    gemm: float = 0.70
     """Share of the matmul peak that large dense products reach."""
-    grouped_gemm: float = 0.63
+    grouped_gemm: float = 0.58
     """Share of the matmul peak that the experts' products of one layer reach."""
     attention_forward: float = 0.30
     """Share of the matmul peak of the attention kernel: two products over the visible query-key pairs, no others."""
@@ -43,10 +43,11 @@ class Efficiency:
 
 
 EFFICIENCY_SOURCES = {
-    "gemm": "0.95 x the best bf16 product that ml-engineering's finder measured: A100 86.9 %, H100 80.3 %, B200 "
-    "77.6 %, GB200 72.9 %, MI300X 51.4 % of the peak; H20 0.95 x 95 % (TileOPs, pull request 1658); others as the A100",
-    "grouped_gemm": "0.83 x gemm, fitted to the table in docs/planning.md. Block-sparse products of equal groups reach "
-    "98.6 % of cuBLAS (MegaBlocks, arXiv:2211.15841, not read); uneven and small groups reach less",
+    "gemm": "0.95 x the best bf16 product that ml-engineering's finder measured: A100 86.9 %, B200 77.6 %, GB200 "
+    "72.9 %, MI300X 51.4 % of the peak; H20 0.95 x 95 % (TileOPs, pull request 1658); Ada as the A100. Hopper, 80.3 % "
+    "there, is fitted to the table in docs/planning_time.md: 0.87 x that, between 0.65 and 0.76, which fit as well",
+    "grouped_gemm": "0.83 x gemm, fitted to the table in docs/planning_time.md. Block-sparse products of equal groups "
+    "reach 98.6 % of cuBLAS (MegaBlocks, arXiv:2211.15841, not read); uneven and small groups reach less",
     "attention_forward": "FlashAttention-2, causal, 4096 tokens, head dimensions 64 and 128: H100 284 and 319 TFLOP/s "
     "(figure in the README of FlashAttention-3; cuDNN there 363 and 518); A100 between the rate of both passes, below, "
     "and 73 % at best (arXiv:2307.08691, as quoted). B200 and GB200: H100's TFLOP/s. RTX 4090: 142 and 151 of 165 at "
@@ -61,7 +62,7 @@ EFFICIENCY_SOURCES = {
     "scale: 256 H100 gathered at 200 of 400 (github.com/NVIDIA/nccl, issue 1218); ml-engineering advises 80 %",
     "all_to_all": "GTC 2025, 8 GPUs: A100 210 of 300, H100 320 of 450, B200 640 of 900 GB/s; cards "
     "without a link, PCIe 5: 12 of 63. MI300X: as its all-reduce",
-    "kernel_launch_s": "estimate for eager torch, fitted to the table in docs/planning.md; `calibrate` measures it",
+    "kernel_launch_s": "estimate for eager torch; no run in docs/planning_time.md waits for it; `calibrate` finds it",
     "host_sync_s": "estimate; `calibrate` measures it",
 }
 """Where each field of `Efficiency` comes from."""

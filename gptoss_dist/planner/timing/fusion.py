@@ -1,8 +1,9 @@
 """What `torch.compile` does to a trace, simply: runs of elementwise operators become one.
 
-The trace is of the eager step. Between matrix products, attention, gathers and collectives, inductor makes one kernel of
-what is elementwise or reduces, which reads what comes from outside once and writes what is used later. That is all that
-is modelled: one kernel per run of such operators. Fusion into matrix products, and kernels that inductor splits, are not.
+The trace is of the eager step. Between matrix products, attention, gathers and collectives, inductor makes one kernel
+of what is elementwise or reduces, which reads what comes from outside once and writes what is used later. That is all
+that is modelled: one kernel per run of such operators. Fusion into matrix products, and kernels that inductor splits,
+are not. It serves GPUs, where the bytes decide; on a CPU exponentials would be priced as if they were copies.
 """
 
 from __future__ import annotations

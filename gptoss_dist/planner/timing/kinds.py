@@ -1,7 +1,7 @@
 """What limits an operator of a trace, and how many bytes it moves.
 
-The recorder counts the bytes of every operand. That is too much where a result is handed in as an argument (`out=`), and
-where only some rows of a table are read; `moved_bytes` corrects both.
+The recorder counts the bytes of every operand. That is too much where a result is handed in as an argument (`out=`),
+and where only some rows of a table are read; `moved_bytes` corrects both.
 """
 
 from __future__ import annotations

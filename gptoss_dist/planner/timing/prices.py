@@ -1,7 +1,7 @@
 """Seconds of one operator on a device: the greater of its work over a rate and its bytes over a bandwidth.
 
-`Hardware` is what the time line (`roofline.py`) asks. `DatasheetHardware` answers by a vendor's figures and the shares of
-them that software reaches (`datasheets.py`), `Calibration` (`calibration.py`) by what was measured on the machine.
+`Hardware` is what the time line (`roofline.py`) asks. `DatasheetHardware` answers by a vendor's figures and the shares
+of them that software reaches (`datasheets.py`), `Calibration` (`calibration.py`) by what was measured on the machine.
 """
 
 from __future__ import annotations
@@ -66,29 +66,37 @@ class DatasheetHardware:
 
     @property
     def name(self) -> str:
+        """What a user calls it."""
         return self.gpu.name
 
     @property
     def launch_s(self) -> float:
+        """Seconds of the host per operator that has a kernel."""
         return self.gpu.efficiency.kernel_launch_s
 
     @property
     def host_sync_s(self) -> float:
+        """Seconds that the host takes to notice that the device is done."""
         return self.gpu.efficiency.host_sync_s
 
     @property
     def network_share(self) -> float:
+        """Share of the network's rate that collectives reach."""
         return self.gpu.efficiency.network
 
     def compute_s(self, operator: Operator) -> float:
+        """Return the device's seconds for an operator that is no collective."""
         kind = kind_of(operator)
         if kind is Kind.NOTHING:
             return 0.0
         passes = SORT_PASSES if kind is Kind.SORT else 1
         memory_s = passes * moved_bytes(operator) / (self.gpu.memory_bytes_per_s * self.gpu.efficiency.memory)
+        if kind is Kind.GROUPED and operator.shapes[-1] == (1,):  # a dense network, here one expert
+            kind = Kind.MATRIX
         return max(operator.flops / (self._peak(operator.dtype) * self._share(kind)), memory_s)
 
     def link_s(self, kind: str, sent: float, processes: int) -> float:
+        """Return the seconds of a collective within a node."""
         efficiency = self.gpu.efficiency
         share = efficiency.all_to_all if kind == "all-to-all" else efficiency.link
         return sent / (self.gpu.link_bytes_per_s * share) + self.link_latency_s if processes > 1 else 0.0

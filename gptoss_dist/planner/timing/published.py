@@ -47,7 +47,13 @@ class PublishedRun:
     expert_parallel: int = 1
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing: `full` of every block, `selective` of its cheaper parts."""
+    recomputes_products: bool = False
+    """Whether selective checkpointing computes every second product again."""
     compiled: bool = False
+    fused_kernels: bool = False
+    """Whether the program has kernels of its own that fuse norms and activations."""
+    deduplicated: bool = False
+    """Whether a token is sent once to each GPU and node that has experts of it (DeepEP), not once per expert."""
     balanced: bool = True
     """Every expert gets the same number of tokens; without meaning for dense models."""
     differs: str = ""
@@ -57,6 +63,11 @@ class PublishedRun:
     def replicate(self) -> int:
         """Copies of the sharded weights."""
         return self.gpus // self.shard
+
+    @property
+    def fused(self) -> bool:
+        """Whether elementwise operators are fused, by torch.compile or by hand."""
+        return self.compiled or self.fused_kernels
 
     @property
     def step_s(self) -> float:
@@ -158,6 +169,8 @@ PUBLISHED = (
         seq_len=4096,
         global_batch=256,
         tokens_per_s_per_gpu=13058,
+        fused_kernels=True,
+        deduplicated=True,
         differs=f"FlexAttention; {_AUTOMODEL_DIFFERS}",
         assumed=_AUTOMODEL_ASSUMED,
     ),
@@ -180,6 +193,8 @@ PUBLISHED = (
         seq_len=4096,
         global_batch=512,
         tokens_per_s_per_gpu=7626,
+        fused_kernels=True,
+        deduplicated=True,
         differs=f"FlexAttention; {_AUTOMODEL_DIFFERS}",
         assumed=_AUTOMODEL_ASSUMED,
     ),
@@ -203,6 +218,8 @@ PUBLISHED = (
         global_batch=512,
         tokens_per_s_per_gpu=12040,
         recompute="full",
+        fused_kernels=True,
+        deduplicated=True,
         differs=f"Transformer Engine's attention, norms of queries and keys; {_AUTOMODEL_DIFFERS}",
         assumed=_AUTOMODEL_ASSUMED,
     ),
@@ -224,6 +241,8 @@ PUBLISHED = (
         global_batch=256,
         tokens_per_s_per_gpu=11096,
         recompute="full",
+        fused_kernels=True,
+        deduplicated=True,
         differs=f"Transformer Engine's attention, norms of queries and keys; {_AUTOMODEL_DIFFERS}",
         assumed="the type of weights and optimizer state; one port per GPU (the text says per GPU pair)",
     ),
@@ -244,6 +263,7 @@ PUBLISHED = (
         global_batch=16,
         tokens_per_s_per_gpu=5762,
         recompute="selective",
+        recomputes_products=True,
         differs=_TITAN_DIFFERS,
     ),
     PublishedRun(
@@ -263,6 +283,7 @@ PUBLISHED = (
         global_batch=16,
         tokens_per_s_per_gpu=6667,
         recompute="selective",
+        recomputes_products=True,
         compiled=True,
         differs=_TITAN_DIFFERS,
     ),
@@ -283,6 +304,7 @@ PUBLISHED = (
         global_batch=256,
         tokens_per_s_per_gpu=6514,
         recompute="selective",
+        recomputes_products=True,
         compiled=True,
         differs=_TITAN_DIFFERS,
     ),
@@ -384,8 +406,9 @@ PUBLISHED = (
         global_batch=1280,
         tokens_per_s_per_gpu=13722,
         recompute="selective",
+        fused_kernels=True,
         differs="Megatron-Core: cuDNN's attention, fused kernels; weights whole but for the experts; even routing",
         assumed="the network, 400 Gbit/s per GPU as in DGX B200; a distributed optimizer",
     ),
 )
-"""The runs that the table in docs/planning.md compares with, best documented first."""
+"""The runs that the table in docs/planning_time.md compares with, best documented first."""

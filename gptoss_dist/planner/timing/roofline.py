@@ -13,25 +13,27 @@ all-gather of the next block's weights overlaps. Three rules are those of FSDP2,
 - At most one all-gather is ahead: each waits until the result of the one before the previous one was unpacked.
 - What works on reduced gradients before the update runs on the stream of the reduce-scatter.
 
-The exchange of row counts makes the host wait, because it needs them for the shapes of what follows. Streams do not slow
-each other down here; in truth NCCL takes some of the multiprocessors and of the memory's bandwidth.
+The exchange of row counts makes the host wait, because it needs them for the shapes of what follows. Streams do not
+slow each other down here; in truth NCCL takes some of the multiprocessors and of the memory's bandwidth.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 from gptoss_dist.planner.flops import FlopCount
 from gptoss_dist.planner.hardware import Network, Peak
 from gptoss_dist.planner.timing.fusion import fuse
-from gptoss_dist.planner.timing.kinds import Kind, kind_of, label_of
+from gptoss_dist.planner.timing.kinds import Kind, base_name, kind_of, label_of
 from gptoss_dist.planner.timing.prices import Hardware, collective_s
 from gptoss_dist.planner.tracing.recorder import Operator
 from gptoss_dist.planner.tracing.trace import Trace
 
 COMPUTE = "compute"
+PACKS = ("foreach_copy", "all_gather_copy_in", "cat")
+"""Operators that pack weights, if they come right before an all-gather."""
 
 
 class Event(NamedTuple):
@@ -141,9 +143,9 @@ def _packing(operators: list[Operator]) -> set[int]:
         kind = kind_of(operator)
         if kind is Kind.NOTHING:
             continue
-        if kind is Kind.COLLECTIVE and label_of(operator) == "all-gather" and previous is not None:
-            if kind_of(operators[previous]) is Kind.MEMORY and "copy" in operators[previous].name:
-                found.add(previous)
+        gathers = kind is Kind.COLLECTIVE and label_of(operator) == "all-gather"
+        if gathers and previous is not None and base_name(operators[previous]) in PACKS:
+            found.add(previous)
         previous = index
     return found
 
@@ -163,7 +165,9 @@ class _TimeLine:
         self.unpacked: list[float] = []
         """When the result of each all-gather was read."""
         self.step = StepTime()
-        self.kinds, self.phases, self.exposed = Counter(), Counter(), Counter()
+        self.kinds: defaultdict[str, float] = defaultdict(float)
+        self.phases: defaultdict[str, float] = defaultdict(float)
+        self.exposed: defaultdict[str, float] = defaultdict(float)
 
     def compute(self, operator: Operator, packs: bool) -> None:
         """Run an operator that is no collective."""
