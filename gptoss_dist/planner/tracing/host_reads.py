@@ -37,7 +37,7 @@ TO_HOST, FROM_HOST = "copy to the host", "copy from the host"
 GROUPED_MM = "within _grouped_mm"
 """A wait inside of a kernel's launch, which whoever knows the GPU has to note."""
 
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[3]
 _PACKAGES = ("gptoss_dist", "data_pipeline")
 _WATCHERS = {__name__, "gptoss_dist.planner.tracing.cuda_trace"}
 """Modules that stand between the code and its operators only because it is being watched."""
