@@ -6,13 +6,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.command_line import option, parse, ranged, split_arguments
+import psutil
+
+from data_pipeline.command_line import parse, ranged, split_arguments
 from data_pipeline.disk import write_file_atomically
 from gptoss_dist.config import Config, check_named, parse_arguments
 from gptoss_dist.engine import EngineSettings, Objective
 from gptoss_dist.planner import report, search
-from gptoss_dist.planner.hardware import find_gpu, find_network
+from gptoss_dist.planner.hardware import find_gpu, find_network, gpu_of_driver
 from gptoss_dist.planner.plan import Machines, Plan, make_plan
+from gptoss_dist.planner.report import GIB
 
 OF_TRAINING = ("config", "model", "resume", "print-config")
 """Options of launch/train.py without a dot."""
@@ -24,14 +27,16 @@ class PlanOptions:
 
     gpus: int = ranged(at_least=1)
     """Devices in all."""
-    gpu: str = option()
-    """Which ones, such as h100-80gb; an unknown name lists them."""
+    gpu: str | None = None
+    """Which ones, such as h100-80gb; an unknown name lists them. Null takes the device of --hardware."""
     nodes: int | None = ranged(None, at_least=1)
     """Machines; null is as few as there can be with 8 devices each."""
     interconnect: str = "ib-400"
     """What joins the machines, such as ib-400 or ethernet-100."""
     hardware: str | None = None
     """A file that `launch/plan.py calibrate` wrote, instead of the datasheet."""
+    memory: float | None = ranged(None, above=0)
+    """GiB of one device, instead of what the table says; of a CPU null is this machine's, shared by its processes."""
     disk: float = ranged(2.0, above=0)
     """GB/s at which a machine writes checkpoints."""
     in_full: bool = False
@@ -97,16 +102,29 @@ def machines_of(options: PlanOptions) -> Machines:
     nodes = options.nodes or -(-options.gpus // 8)
     if options.gpus % nodes:
         raise ValueError(f"--gpus {options.gpus} cannot be split over --nodes {nodes}; name another number of machines")
-    hardware = None
+    gpu, hardware, memory = None, None, None if options.memory is None else GIB * options.memory
     if options.hardware is not None:
-        from gptoss_dist.planner.timing.calibration import Calibration
+        from gptoss_dist.planner.timing.calibration import read_calibration
 
-        hardware = Calibration.read(options.hardware)
+        hardware = read_calibration(options.hardware)
+    elif options.gpu is None:
+        raise ValueError(
+            "no device is named; give --gpu, such as h100-80gb, or --hardware FILE of a calibrated machine"
+        )
+    if options.gpu is not None:
+        gpu = find_gpu(options.gpu)
+    elif hardware is not None and hardware.device != "cpu":
+        gpu = gpu_of_driver(hardware.device)
+        if gpu is None:
+            raise ValueError(f"--hardware {options.hardware}: device={hardware.device!r} is unknown; give --gpu too")
+    elif memory is None:
+        memory = psutil.virtual_memory().total / (options.gpus // nodes)
     return Machines(
         options.gpus,
         options.gpus // nodes,
-        find_gpu(options.gpu),
+        gpu,
         find_network(options.interconnect) if nodes > 1 else None,
+        memory_bytes=memory,
         disk_bytes_per_s=1e9 * options.disk,
         hardware=hardware,
     )
@@ -116,6 +134,8 @@ def _search(
     options: PlanOptions, config: Config, settings: EngineSettings, machines: Machines, objective: Objective
 ) -> int:
     train = config.train
+    if machines.gpu is None:
+        raise ValueError("--search looks for layouts on GPUs; give --gpu")
     samples = options.global_batch or train.micro_batch_size * train.gradient_accumulation * machines.devices
     found = search.search(settings, config.data.seq_len, samples, train.steps, machines, objective)
     print(search.to_text(found))
