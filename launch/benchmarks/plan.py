@@ -19,7 +19,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.benchmarks.arguments import Parser, whole
-from launch.benchmarks.protocol import progress, rounds
+from launch.benchmarks.protocol import add_quick, progress, rounds
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Case:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __str__(self) -> str:
-        checkpointing = f", every {self.recompute}. block recomputed" if self.recompute else ""
+        checkpointing = {0: "", 1: ", all blocks recomputed", 2: ", every second block recomputed"}[self.recompute]
         return (
             f"{self.hidden} wide, {self.layers} layers, {self.top_k} of {self.experts} experts, "
             f"{self.micro_batch} x {self.seq_len} tokens, {self.precision}{checkpointing}"
@@ -54,7 +54,7 @@ CASES = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = Parser(prog="benchmark_plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     steps = commands.add_parser("steps", help="steps on this machine, predicted and measured")
@@ -63,14 +63,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     steps.add_argument("--threads", type=whole, default=1, help="CPU threads of a process (1)")
     steps.add_argument("--steps", type=whole, default=7, help="steps that are timed, after two that warm up (7)")
-    steps.add_argument("--cases", type=whole, nargs="+", default=[], help="which cases, from 1 on (all)")
+    steps.add_argument("--cases", type=whole, default=len(CASES), help=f"how many cases, of {len(CASES)} (all)")
+    add_quick(steps, argv, steps=5, cases=2)
     published = commands.add_parser("published", help="published runs, predicted")
-    published.add_argument("--runs", nargs="+", default=[], help="the beginning of their names (all)")
+    published.add_argument("--run", default="", help="the beginning of the names of runs (all)")
+    add_quick(published, argv, run="gpt-oss-20b")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser(argv).parse_args(argv)
     try:
         return compare_steps(arguments) if arguments.command == "steps" else compare_published(arguments)
     except ValueError as error:
@@ -85,11 +87,9 @@ def compare_steps(arguments: argparse.Namespace) -> int:
     from gptoss_dist.planner.timing.steps import measure_steps, predict_step
     from gptoss_dist.train.objectives import next_token_prediction
 
-    if wrong := [number for number in arguments.cases if number > len(CASES)]:
-        raise ValueError(f"--cases {wrong[0]} is unknown; there are {len(CASES)}")
     torch.set_num_threads(arguments.threads)
     calibration = calibrated(arguments)
-    chosen = [CASES[number - 1] for number in arguments.cases] or list(CASES)
+    chosen = CASES[: arguments.cases]
     print(f"{calibration.name}: {calibration.device}, {calibration.threads} threads; {arguments.steps} steps each")
     print("| case | predicted, ms | measured, ms | wall, ms | measured / predicted |\n|---|---|---|---|---|")
     for index in rounds(len(chosen)):
@@ -159,10 +159,10 @@ def compare_published(arguments: argparse.Namespace) -> int:
     from gptoss_dist.planner.timing.published import PUBLISHED
     from gptoss_dist.train.objectives import next_token_prediction
 
-    starts = tuple(arguments.runs)
-    chosen = [run for run in PUBLISHED if not starts or run.name.startswith(starts)]
+    chosen = [run for run in PUBLISHED if run.name.startswith(arguments.run)]
     if not chosen:
-        raise ValueError(f"--runs {' '.join(starts)} is unknown; use one of {', '.join(run.name for run in PUBLISHED)}")
+        names = ", ".join(f"'{run.name}'" for run in PUBLISHED)
+        raise ValueError(f"--run {arguments.run!r} is the beginning of no name; use one of {names}")
     found = []
     for index in rounds(len(chosen)):
         found.append(predict_published(chosen[index], next_token_prediction))

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from launch.benchmarks import against_transformers, checkpoints, data, engines
+from launch.benchmarks import against_transformers, checkpoints, data, engines, plan
 
 NUMBERS = ("0", "-1", "x", "1.5", "nan", "inf", "1e400", "", "9" * 5000, str(2**64))
 WRONG = {
@@ -20,6 +20,7 @@ WRONG = {
     ],
     (checkpoints, None): [[f"--{name}={n}"] for name in ("processes", "every", "rounds") for n in NUMBERS],
     (engines, None): [["--processes", n] for n in NUMBERS] + [["--precision", "both"], ["--step=3"]],
+    (plan, "steps"): [[f"--{name}={n}"] for name in ("threads", "steps", "cases") for n in NUMBERS] + [["--hardware"]],
     (data, "load"): [[f"--gigabytes={n}"] for n in ("0", "-1", "x", "nan", "inf", "1e400")] + [["--only", "x"]],
 }
 
@@ -41,3 +42,10 @@ def test_what_was_meant(capsys):
         with pytest.raises(SystemExit):
             against_transformers.main(argv)
         assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_a_published_run_and_a_file_of_hardware_that_are_not_there(tmp_path, capsys):
+    for argv in (["published", "--run", "llama-4"], ["steps", "--hardware", str(tmp_path / "none.yaml")]):
+        assert plan.main(argv) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.count("\n") == 1 and argv[-1] in err

@@ -12,7 +12,10 @@ from launch.benchmarks.protocol import QUICKSTART, Spread, run_worker
 LAUNCH = Path(__file__).parents[2] / "launch"
 
 
-@pytest.mark.parametrize("command", ["benchmark", "benchmark_checkpoints", "benchmark_data", "benchmark_engines"])
+COMMANDS = ["benchmark", "benchmark_checkpoints", "benchmark_data", "benchmark_engines", "benchmark_plan"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_start_from_any_folder(tmp_path, command):
     line = [sys.executable, LAUNCH / f"{command}.py", "--help"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)

@@ -6,6 +6,7 @@ import json
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def measure_collectives(device: torch.device, messages: tuple[int, ...]) -> dict
 
 
 def _work(rank: int, device_type: str, messages: tuple[int, ...], folder: str) -> None:
+    # torch 2.13 renamed two functions; what the older releases know, it warns of.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device(device_type)
     dist.init_process_group(
         "nccl" if device_type == "cuda" else "gloo",
