@@ -1,6 +1,6 @@
 """Memory and time of thousands of layouts at once, roughly, so that a search traces the promising ones only.
 
-Two traces of a single process, without checkpointing and with every block checkpointed, say what a token costs in
+Three traces of a single process, of one and two samples and with every block checkpointed, say what a token costs in
 activations and in time. How weights are gathered, sharded and reduced is restated here in a few lines. That is good to
 some ten percent, which decides what is traced next and nothing else: what a search prints comes from traces.
 """
@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from gptoss_dist.config import ParallelConfig
-from gptoss_dist.engine import EngineSettings, Objective, engine_kind
+from gptoss_dist.config import EngineConfig, ParallelConfig
+from gptoss_dist.engine import EngineSettings, engine_kind
 from gptoss_dist.engine.zero_settings import zero_stage
 from gptoss_dist.parallel.mesh import DeviceLayout
-from gptoss_dist.planner.parameters import count_parameters
-from gptoss_dist.planner.plan import Machines, Plan, make_plan
+from gptoss_dist.planner.plan import Machines, Plan
 from gptoss_dist.planner.timing.prices import DatasheetHardware, collective_s
 from gptoss_dist.planner.tracing.recorder import Operator
 
@@ -23,52 +22,63 @@ NEVER_HIDDEN = 0.3
 """Share of the communication that a step waits for although there is enough to compute: traced steps lie around it."""
 
 
+_DEEPSPEED_S = {1: 1.25, 2: 1.35, 3: 1.08}
+"""Traced seconds over estimated ones by stage of ZeRO, of gpt-oss-20b on 64 H100: what DeepSpeed copies and reduces."""
+_DEEPSPEED_BYTES = {1: 0.0, 2: 8.0, 3: 0.0}
+"""The same of memory, in bytes per parameter that a process computes with."""
+
+
 @dataclass(frozen=True)
 class _Unit:
-    """What one process needs for one micro-batch of one sample, nothing being sharded."""
+    """What one process needs for a micro-batch, nothing being sharded."""
 
     activations_per_layer: float
+    """Bytes for one sample."""
     activations_beside: float
+    """Bytes for one sample, of no layer."""
     head: float
-    compute_s: float
+    """Bytes, whatever the batch."""
+    seconds: float
+    """For one sample, beside `fixed_s`."""
+    fixed_s: float
+    """Seconds for any number of samples: weights are read, and their gradients written."""
+
+
+UNITS = ((0, 1), (0, 2), (1, 2))
+"""Checkpointing and samples of the single-process steps that estimates rest on."""
+
+
+def unit_settings(settings: EngineSettings) -> list[EngineSettings]:
+    """Return the settings of `UNITS`, to be planned on one device."""
+    engine = EngineConfig(kind="fsdp")
+    parallel = ParallelConfig(experts=settings.parallel.experts)
+    found = []
+    for every, samples in UNITS:
+        train = dataclasses.replace(
+            settings.train, micro_batch_size=samples, gradient_accumulation=1, activation_checkpointing=every
+        )
+        found.append(dataclasses.replace(settings, train=train, parallel=parallel, engine=engine))
+    return found
 
 
 class Estimator:
     """Rough memory and time of any layout of one model on given machines.
 
     Args:
-        settings: The model, its precision and engine; how it is laid out is ignored.
-        seq_len: Tokens of a sample.
         machines: What is planned for, GPUs.
-        objective: What the model is trained for.
+        units: Plans of `unit_settings` on one such device.
     """
 
-    def __init__(self, settings: EngineSettings, seq_len: int, machines: Machines, objective: Objective) -> None:
-        self.machines, self.model, self.seq_len = machines, settings.model, seq_len
-        self.count = count_parameters(settings.model)
-        self.layers = settings.model.num_hidden_layers
-        alone = dataclasses.replace(machines, devices=1, node_size=1, network=None)
-        self.units = {}
-        for every in (0, 1):
-            train = dataclasses.replace(
-                settings.train, micro_batch_size=1, gradient_accumulation=1, activation_checkpointing=every
-            )
-            single = dataclasses.replace(
-                settings, train=train, parallel=ParallelConfig(experts=settings.parallel.experts)
-            )
-            single = dataclasses.replace(
-                single, engine=dataclasses.replace(settings.engine, kind="fsdp", zero_stage=None)
-            )
-            self.units[every] = self._unit(make_plan(single, seq_len, 1, alone, objective))
-
-    def _unit(self, plan: Plan) -> _Unit:
-        timelines = plan.step.timelines
-        few, many = min(timelines), max(timelines)
-        low, high = (timelines[size].peaks()["forward"] for size in (few, many))
-        slope = (high["activations"] - low["activations"]) / max(many[0] - few[0], 1)
-        assert plan.time is not None, "a search needs to know the device's rates"
-        update_s = plan.time.by_phase.get("update", 0.0)
-        return _Unit(slope, low["activations"] - few[0] * slope, low["head"], plan.time.seconds - update_s)
+    def __init__(self, machines: Machines, units: list[Plan]) -> None:
+        one, two, recomputed = units
+        self.machines, self.model, self.seq_len = machines, one.settings.model, one.seq_len
+        self.count, self.layers = one.parameters, self.model.num_hidden_layers
+        slope = _seconds(two) - _seconds(one)
+        fixed = max(0.0, _seconds(one) - slope)
+        self.units = {
+            0: _unit(one, 1, slope, fixed),
+            1: _unit(recomputed, 2, (_seconds(recomputed) - fixed) / 2, fixed),
+        }
 
     def memory(self, settings: EngineSettings, layout: DeviceLayout) -> float:
         """Return the peak of a process in bytes, margin excluded."""
@@ -77,7 +87,7 @@ class Estimator:
         whole, tables, block = self._sizes(layout)
         passing = 2 * block + tables
         share = count.total / layout.shard
-        if engine_kind(settings.engine) == "deepspeed":
+        if _is_deepspeed(settings):
             stage = zero_stage(settings.engine)
             gathered = compute * (whole if stage < 3 else share + passing)
             gradients = 4 * (share if stage > 1 else whole) + (compute * whole if stage == 1 else 0)
@@ -94,17 +104,19 @@ class Estimator:
         activations = samples * (activations + self.units[0].activations_beside + (whole_block if every else 0))
         forward = gathered + activations + self.units[0].head + while_forward
         backward = gathered + gradients + 4 * (2 * tables + 2 * block)
-        return 12 * share + max(forward, backward)
+        beside = _DEEPSPEED_BYTES[zero_stage(settings.engine)] * whole if _is_deepspeed(settings) else 0.0
+        return 12 * share + max(forward, backward) + beside
 
     def seconds(self, settings: EngineSettings, layout: DeviceLayout) -> float:
         """Return the seconds of a step."""
         train = settings.train
         every, micro_batches = train.activation_checkpointing, train.gradient_accumulation
         recomputed = (self.layers // every) / self.layers if every else 0.0
-        unit = self.units[0].compute_s + recomputed * (self.units[1].compute_s - self.units[0].compute_s)
-        compute = unit * train.micro_batch_size * micro_batches
-        gathers, reductions = self._passes(settings)
+        sample = self.units[0].seconds + recomputed * (self.units[1].seconds - self.units[0].seconds)
         whole, _, _ = self._sizes(layout)
+        fixed = self.units[0].fixed_s * whole / self.count.total
+        compute = (sample * train.micro_batch_size + fixed) * micro_batches
+        gathers, reductions = self._passes(settings)
         width = 2 if train.precision == "bf16" else 4
         weights = gathers * self._collective("_allgather_base_", width * whole, tuple(range(layout.shard)))
         gradients = reductions * self._collective("_reduce_scatter_base_", 4 * whole, tuple(range(layout.shard)))
@@ -114,12 +126,13 @@ class Estimator:
         # Gathers and reductions hide behind computation, as far as there is any, and never quite; rows do not.
         communication = weights + gradients
         exposed = max(NEVER_HIDDEN * communication, communication - compute)
-        return compute + exposed + self._rows_s(settings, layout)
+        total = compute + exposed + self._rows_s(settings, layout)
+        return total * (_DEEPSPEED_S[zero_stage(settings.engine)] if _is_deepspeed(settings) else 1.0)
 
     def _passes(self, settings: EngineSettings) -> tuple[int, int]:
         """Return how often a step gathers all weights and reduces all gradients."""
         micro_batches = settings.train.gradient_accumulation
-        if engine_kind(settings.engine) == "deepspeed":
+        if _is_deepspeed(settings):
             stage = zero_stage(settings.engine)
             return (2 * micro_batches if stage == 3 else 1), (1 if stage == 1 else micro_batches)
         return (2 if settings.parallel.reshard_after_forward else 1) * micro_batches, 1
@@ -152,3 +165,22 @@ class Estimator:
         assert machines.gpu is not None
         hardware = machines.hardware or DatasheetHardware(machines.gpu)
         return collective_s(operator, hardware, machines.network, machines.node_size)
+
+
+def _is_deepspeed(settings: EngineSettings) -> bool:
+    return engine_kind(settings.engine) == "deepspeed"
+
+
+def _seconds(plan: Plan) -> float:
+    """Return the seconds of the passes of a step, without its update."""
+    assert plan.time is not None, "a search needs to know the device's rates"
+    return plan.time.seconds - plan.time.by_phase.get("update", 0.0)
+
+
+def _unit(plan: Plan, samples: int, seconds: float, fixed_s: float) -> _Unit:
+    timelines = plan.step.timelines
+    few, many = min(timelines), max(timelines)
+    low, high = (timelines[size].peaks()["forward"] for size in (few, many))
+    slope = (high["activations"] - low["activations"]) / max(many[0] - few[0], 1)
+    beside = low["activations"] - few[0] * slope
+    return _Unit(slope / samples, beside / samples, low["head"], seconds, fixed_s)

@@ -12,9 +12,10 @@ import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -22,7 +23,7 @@ from gptoss_dist.config import EngineConfig
 from gptoss_dist.engine import EngineSettings, Objective, engine_kind
 from gptoss_dist.engine.zero_settings import zero_stage
 from gptoss_dist.parallel.mesh import DeviceLayout, plan_layout
-from gptoss_dist.planner.estimates import Estimator
+from gptoss_dist.planner.estimates import Estimator, unit_settings
 from gptoss_dist.planner.plan import Machines, Plan, make_plan
 
 CHECKPOINTING = (0, 2, 1)
@@ -84,7 +85,7 @@ def search(
     objective: Objective,
     *,
     wanted: int = 10,
-    budget_s: float = 45.0,
+    budget_s: float = 35.0,
 ) -> Found:
     """Find the fastest layouts that fit.
 
@@ -107,82 +108,93 @@ def search(
             f"a global batch of {samples} samples cannot be split over {machines.devices} devices; "
             "give --global-batch a multiple"
         )
-    estimator = Estimator(settings, seq_len, machines, objective)
     limit = machines.limit
     assert limit is not None, "a search needs to know the device's memory"
-    candidates = [
-        _estimated(choice, estimator, machines) for choice in layouts(settings, samples // machines.devices, machines)
-    ]
-    candidates = _by_turns(sorted(candidates, key=lambda candidate: candidate.seconds), SLACK * limit)
-    refused = [(c, _too_much(c.memory, limit, "estimated")) for c in candidates if c.memory > SLACK * limit]
     best: list[tuple[Candidate, Plan]] = []
-    traced = 0
-    promising = (candidate for candidate in candidates if candidate.memory <= SLACK * limit)
-    for candidate, plan in _traced(promising, seq_len, steps, machines, objective, started + budget_s):
-        traced += 1
-        if isinstance(plan, str):
-            refused.append((candidate, plan))
-        elif not plan.fits:
-            refused.append((candidate, _too_much(plan.needed, limit, "traced")))
-        else:
-            best.append((candidate, plan))
-        if len(best) >= TRACED_PER_WANTED * wanted:
-            break
+    with _Tracers(seq_len, steps, objective) as tracers:
+        alone = dataclasses.replace(machines, devices=1, node_size=1, network=None)
+        units = [tracers.begin(unit, alone) for unit in unit_settings(settings)]
+        estimator = Estimator(machines, [unit.result() for unit in units])
+        choices = layouts(settings, samples // machines.devices, machines)
+        candidates = sorted(
+            (_estimated(choice, estimator, machines) for choice in choices), key=lambda candidate: candidate.seconds
+        )
+        refused = [(c, _too_much(c.memory, limit, "estimated")) for c in candidates if c.memory > SLACK * limit]
+        promising = _by_turns([c for c in candidates if c.memory <= SLACK * limit])
+        traced = 0
+        for candidate, plan in tracers.plans(promising, machines, started + budget_s):
+            traced += 1
+            if isinstance(plan, str):
+                refused.append((candidate, plan))
+            elif not plan.fits:
+                refused.append((candidate, _too_much(plan.needed, limit, "traced")))
+            else:
+                best.append((candidate, plan))
+            if len(best) >= TRACED_PER_WANTED * wanted:
+                break
     best.sort(key=lambda found: found[1].time.seconds if found[1].time is not None else float("inf"))
     refused.sort(key=lambda refusal: refusal[0].seconds)
     return Found(best[:wanted], refused, len(candidates), traced)
 
 
-def _traced(
-    promising: Iterator[Candidate], seq_len: int, steps: int, machines: Machines, objective: Objective, deadline: float
-) -> Iterator[tuple[Candidate, Plan | str]]:
-    """Trace candidates in processes of their own, and return each with its plan, or why it is impossible.
+class _Tracers:
+    """Processes that trace, one for each core; a process can be in one made-up world at a time."""
 
-    None is begun after the deadline, a time of `time.monotonic`, but for the first ones.
-    """
-    workers = max(1, min(8, len(os.sched_getaffinity(0))))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        running: dict[Future, Candidate] = {}
-        try:
-            while True:
-                begun = bool(running)
-                while len(running) < workers and (not begun or time.monotonic() < deadline):
-                    candidate = next(promising, None)
-                    if candidate is None:
-                        break
-                    job = pool.submit(_plan_or_reason, candidate.settings, seq_len, steps, machines, objective)
-                    running[job] = candidate
-                if not running:
-                    return
-                for job in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(job), job.result()
-                if time.monotonic() >= deadline:
-                    promising = iter(())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    def __init__(self, seq_len: int, steps: int, objective: Objective) -> None:
+        self.seq_len, self.steps, self.objective = seq_len, steps, objective
+
+    def __enter__(self) -> Self:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([make_plan.__module__])  # once for all, which takes seconds
+        self.workers = max(1, min(8, len(os.sched_getaffinity(0))))
+        self.pool = ProcessPoolExecutor(self.workers, context)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def begin(self, settings: EngineSettings, machines: Machines) -> Future:
+        """Begin to trace; the result is a plan, or a ValueError."""
+        return self.pool.submit(_plan, settings, self.seq_len, self.steps, machines, self.objective)
+
+    def plans(
+        self, candidates: Iterable[Candidate], machines: Machines, deadline: float
+    ) -> Iterator[tuple[Candidate, Plan | str]]:
+        """Trace candidates in order, and return each with its plan, or why it is impossible.
+
+        But for the first ones, none is begun after the deadline, a time of `time.monotonic`.
+        """
+        waiting, running = iter(candidates), dict[Future, Candidate]()
+        begun = 0
+        while True:
+            while len(running) < self.workers and (begun < self.workers or time.monotonic() < deadline):
+                if (candidate := next(waiting, None)) is None:
+                    break
+                running[self.begin(candidate.settings, machines)] = candidate
+                begun += 1
+            if not running:
+                return
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
+                candidate = running.pop(job)
+                try:
+                    plan: Plan | str = job.result()
+                except ValueError as error:
+                    plan = str(error)
+                yield candidate, plan
 
 
-def _plan_or_reason(
-    settings: EngineSettings, seq_len: int, steps: int, machines: Machines, objective: Objective
-) -> Plan | str:
+def _plan(settings: EngineSettings, seq_len: int, steps: int, machines: Machines, objective: Objective) -> Plan:
     torch.set_num_threads(1)
-    try:
-        return make_plan(settings, seq_len, steps, machines, objective)
-    except ValueError as error:
-        return str(error)
+    return make_plan(settings, seq_len, steps, machines, objective)
 
 
-def _by_turns(candidates: list[Candidate], limit: float) -> list[Candidate]:
-    """Return candidates in the order in which they are looked at: the fastest of each family, the second ones, ...
-
-    Those that cannot fit come before the first of their family that may, because they say why it is not better.
-    """
+def _by_turns(candidates: list[Candidate]) -> list[Candidate]:
+    """Return candidates in the order in which they are traced: the first of each family, then the second ones, ..."""
     turns: list[tuple[int, int]] = []
     seen: Counter[tuple] = Counter()
     for index, candidate in enumerate(candidates):
         turns.append((seen[candidate.family], index))
-        if candidate.memory <= limit:
-            seen[candidate.family] += 1
+        seen[candidate.family] += 1
     return [candidates[index] for _, index in sorted(turns)]
 
 
