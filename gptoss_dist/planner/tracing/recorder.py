@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -96,17 +98,25 @@ class Recorder(TorchDispatchMode):
 
     Args:
         vocab_size: Tensors with this dimension belong to the head.
+        fake_mode: The mode whose tensors are recorded; None records real ones.
         read_host: What a read of the host gives, for fake tensors, which hold nothing: called with the tensor. None
             lets the operator itself run.
     """
 
-    def __init__(self, vocab_size: int = 0, read_host: Callable[[Tensor], Any] | None = None) -> None:
+    def __init__(
+        self,
+        vocab_size: int = 0,
+        fake_mode: FakeTensorMode | None = None,
+        read_host: Callable[[Tensor], Any] | None = None,
+    ) -> None:
         super().__init__()
+        self._fake_mode = fake_mode
         self.operators: list[Operator] = []
         self.storages: list[Storage] = []
         self.phase = "forward"
-        self.recording = True
-        """Off, storages are still followed, and operators are not kept."""
+        """Set it to `forward` at each forward pass and to `update` at the update; `backward` comes by itself."""
+        self.paused = False
+        """While it is set, nothing is recorded."""
         self._vocab_size, self._read_host = vocab_size, read_host
         self._numbers: dict[int, int] = {}
 
@@ -158,6 +168,12 @@ class Recorder(TorchDispatchMode):
         finally:
             torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
+    def _counts(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is one of the step, and not the model's on the meta device."""
+        if isinstance(tensor, FakeTensor):
+            return tensor.fake_mode is self._fake_mode
+        return self._fake_mode is None and not tensor.is_meta
+
     # Operators -------------------------------------------------------------------------------------------------------
 
     def __enter__(self):
@@ -170,18 +186,25 @@ class Recorder(TorchDispatchMode):
         self._resizes.__exit__(None, None, None)
 
     def _phase(self) -> str:
-        # Autograd's node is there while a backward pass runs, in what it recomputes too.
-        return "backward" if torch._C._current_autograd_node() is not None else self.phase
+        # Autograd's node is there while a backward pass runs, in what it recomputes too, but not in what FSDP does at
+        # its very end: the pass lasts until whoever records says what comes next.
+        if self.phase == "forward" and torch._C._current_autograd_node() is not None:
+            self.phase = "backward"
+        return self.phase
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function.namespace == "prim":  # a question about a tensor, such as its device
+        if any(issubclass(kind, DTensor) for kind in types):  # comes again, on this process's part
+            return NotImplemented
+        if self.paused or function.namespace == "prim":  # a question about a tensor, such as its device
             return function(*args, **kwargs)
         if function is aten._local_scalar_dense.default and self._read_host is not None:
             return self._read_host(args[0])
         result = function(*args, **kwargs)
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and self._counts(leaf)]
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and self._counts(leaf)]
+        if not inputs and not outputs:
+            return result
         read = [self._storage(t) for t in inputs]
         written = [self._storage(t) for t in outputs]
         collective = function.namespace == "c10d"
@@ -189,7 +212,7 @@ class Recorder(TorchDispatchMode):
             kind = collective_kind(function._schema.name.split("::")[1])
             for storage in read + written:
                 storage.uses.add(kind)
-        if self.recording and (collective or not _only_a_view(function, read, written)):
+        if collective or not _only_a_view(function, read, written):
             self.operators.append(self._operator(function, args, kwargs, inputs, outputs, read, written))
         return result
 

@@ -17,6 +17,7 @@ Three things are made up, because tensors without values cannot say them:
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -25,13 +26,16 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptoss_dist.distributed.processes import Ranks
-from gptoss_dist.engine import EngineSettings, Objective, engine_kind, lay_out_engine
+from gptoss_dist.engine import Engine, EngineSettings, Objective, engine_kind, lay_out_engine
+from gptoss_dist.engine.zero_settings import zero_stage
+from gptoss_dist.model.transformer import LossSums
 from gptoss_dist.parallel.mesh import DeviceLayout
 from gptoss_dist.planner.tracing.deepspeed import HostReads, answered, globals_put_back
 from gptoss_dist.planner.tracing.recorder import Operator, Recorder, Storage
@@ -74,39 +78,59 @@ class Trace:
         return [operator for operator in self.step if operator.group]
 
 
-def trace_step(settings: EngineSettings, workload: Workload, *, warm_up: bool = True) -> Trace:
+def trace_step(settings: EngineSettings, workload: Workload, *, warm_up: bool = False) -> Trace:
     """Record one optimizer step of one process of a world that is not there.
 
     Args:
         settings: What the engine reads of the configuration.
         workload: What the process is given.
-        warm_up: Run a step before the recorded one, so that what comes with a first step is there already.
+        warm_up: Run a step before the recorded one: twice the time, to see that it makes no difference. ZeRO 3, where
+            it does, is always warmed up.
 
     Raises:
         ValueError: The settings do not fit each other or the number of processes.
     """
     reads = HostReads()
     with _world(workload) as ranks, _prepared_deepspeed(settings, ranks, reads):
-        engine = lay_out_engine(settings, ranks, workload.objective)
-        recorder = Recorder(settings.model.vocab_size, reads)
-        with _fake(settings, workload), recorder:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        recorder = Recorder(settings.model.vocab_size, mode, reads)
+
+        def objective(model: nn.Module, batch: dict[str, Tensor]) -> LossSums:
+            recorder.phase = "forward"
+            return workload.objective(model, batch)
+
+        engine = lay_out_engine(settings, ranks, objective)
+        with mode, _answers(settings, workload), recorder, _without_questions(recorder):
             engine.materialize(initial=False)
-            for role, tensors in engine.held().items():
-                recorder.adopt(tensors, role)
-            for last in (False, True) if warm_up else (True,):
+            _adopt_held(recorder, engine)
+            for last in _steps(settings, warm_up):
                 begin = len(recorder.operators)
                 batches = [_batch(settings, workload) for _ in range(settings.train.gradient_accumulation)]
                 recorder.adopt([t for batch in batches for t in batch.values()], "inputs")
-                recorder.phase = "forward"
                 sums = engine.forward_backward(batches)
                 recorder.phase = "update"
                 if last:
-                    for role, tensors in engine.held().items():
-                        recorder.adopt(tensors, role)
+                    _adopt_held(recorder, engine)
                     holds = engine.holds()
                 engine.update(sums, 1e-4)
                 del sums, batches
         return Trace(recorder.operators, recorder.storages, begin, holds, engine.layout)
+
+
+def _steps(settings: EngineSettings, warm_up: bool) -> list[bool]:
+    """Return, for each step that is run, whether it is the one to record.
+
+    ZeRO 3 notes the order of its parameters in one micro-batch, compares it between ranks in the next, and from then on
+    gathers ahead and keeps what it can: no micro-batch before the third is like those that follow.
+    """
+    if engine_kind(settings.engine) == "deepspeed" and zero_stage(settings.engine) == 3:
+        return [False] * math.ceil(2 / settings.train.gradient_accumulation) + [True]
+    return [False, True] if warm_up else [True]
+
+
+def _adopt_held(recorder: Recorder, engine: Engine) -> None:
+    for role, tensors in engine.held().items():
+        recorder.adopt(tensors, role)
 
 
 @contextlib.contextmanager
@@ -135,7 +159,7 @@ def _prepared_deepspeed(settings: EngineSettings, ranks: Ranks, reads: HostReads
 
 
 @contextlib.contextmanager
-def _fake(settings: EngineSettings, workload: Workload) -> Iterator[None]:
+def _answers(settings: EngineSettings, workload: Workload) -> Iterator[None]:
     tokens = settings.train.micro_batch_size * workload.seq_len
     rows = tokens * settings.model.num_experts_per_tok
 
@@ -152,11 +176,26 @@ def _fake(settings: EngineSettings, workload: Workload) -> Iterator[None]:
         stack.enter_context(patch.object(FakeTensor, "tolist", tolist))
         # DeepSpeed moves the module to the device where it is; torch would swap its parameters, which fake ones refuse.
         stack.enter_context(patch.object(torch.nn.Module, "to", lambda module, *_, **__: module))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if workload.capability is not None:
             stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: workload.capability))
             stack.enter_context(patch.object(FakeTensor, "device", property(_answered_device)))
             stack.enter_context(_OnCuda())
+        yield
+
+
+@contextlib.contextmanager
+def _without_questions(recorder: Recorder) -> Iterator[None]:
+    """Record nothing while DTensor asks what shape a result would have, which it does by computing it in the mode."""
+    ask = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def unrecorded(*args, **kwargs):
+        recorder.paused = True
+        try:
+            return ask(*args, **kwargs)
+        finally:
+            recorder.paused = False
+
+    with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", unrecorded):
         yield
 
 
