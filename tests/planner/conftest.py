@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.support.layouts import Case
+from tests.support.foreseen import Foreseen
 from tests.support.ranks import run
 
 BF16 = {"train.precision": "bf16"}
@@ -29,28 +29,28 @@ def zero(stage: int, persistence: int = 1000, **options) -> dict:
 
 
 CASES = [
-    Case("1x1", 1, options=fsdp()),
-    *(Case(f"1x1 zero-{stage}", 1, options=zero(stage, precision="bf16")) for stage in (1, 2, 3)),
-    Case("2x1 all copies", 2, replicate=2, options=fsdp(precision="bf16")),
-    Case("2x2", 2, ep=2, model=ODD, options=fsdp(precision="bf16")),
-    Case("2x1 zero-1 fp32", 2, model=ODD, options=zero(1)),
-    Case("2x2 zero-2 fp32", 2, ep=2, model=ODD, options=zero(2, gradient_accumulation=2)),
-    Case("2x1 zero-3 tied", 2, model={"tie_word_embeddings": True}, options=zero(3)),
-    Case("4x1", 4, model=ODD, options=fsdp(precision="bf16", activation_checkpointing=1)),
-    Case("4x2 accumulating", 4, ep=2, model=ODD, options=fsdp(gradient_accumulation=2)),
-    Case("4x2 HSDP", 4, ep=2, replicate=2, options=fsdp(activation_checkpointing=1, keep_all_to_all=True)),
-    Case(
-        "4x4 partly frozen",
+    Foreseen("1x1", 1, options=fsdp(precision="bf16")),
+    Foreseen("1x1 zero-2", 1, options=zero(2, precision="bf16")),
+    Foreseen("1x1 zero-3", 1, options=zero(3)),
+    Foreseen("2x1 all copies", 2, replicate=2, options=fsdp(precision="bf16")),
+    Foreseen("2x2", 2, ep=2, model=ODD, options=fsdp(precision="bf16")),
+    Foreseen("2x1 zero-1", 2, model=ODD, options=zero(1)),
+    Foreseen("2x2 zero-2", 2, ep=2, model=ODD, options=zero(2, gradient_accumulation=2)),
+    Foreseen("2x1 zero-3 tied", 2, model={"tie_word_embeddings": True}, options=zero(3)),
+    Foreseen("4x1", 4, model=ODD, options=fsdp(precision="bf16", activation_checkpointing=1), every_rank=True),
+    Foreseen("4x2 accumulating", 4, ep=2, options=fsdp(gradient_accumulation=2)),
+    Foreseen("4x2 HSDP", 4, ep=2, replicate=2, options=fsdp(activation_checkpointing=1, keep_all_to_all=True)),
+    Foreseen(
+        "4x4 tied, partly frozen",
         4,
         ep=4,
         model={"tie_word_embeddings": True},
         options=fsdp(activation_checkpointing=1) | {"optim.freeze": ["*.router.*", "*.q_proj.*"]},
     ),
-    Case("4x2 learned", 4, ep=2, options=fsdp(routing="learned", micro_batch_size=4)),
-    Case("4x1 zero-1", 4, model=ODD, options=zero(1, precision="bf16")),
-    Case("4x2 zero-1", 4, ep=2, options=zero(1, precision="bf16", gradient_accumulation=2)),
-    Case("4x4 zero-2", 4, ep=4, model=ODD, options=zero(2, precision="bf16")),
-    Case("4x2 zero-3", 4, ep=2, model=ODD, options=zero(3, precision="bf16", gradient_accumulation=2)),
+    Foreseen("4x2 learned", 4, ep=2, options=fsdp(routing="learned")),
+    Foreseen("4x2 zero-1", 4, ep=2, options=zero(1, precision="bf16", gradient_accumulation=2)),
+    Foreseen("4x4 zero-2", 4, ep=4, model=ODD, options=zero(2, precision="bf16"), every_rank=True),
+    Foreseen("4x2 zero-3", 4, ep=2, model=ODD, options=zero(3, precision="bf16", gradient_accumulation=2)),
 ]
 
 
@@ -59,7 +59,7 @@ def results(tmp_path_factory):
     """Return a function that traces and trains all cases of a world size in one launch, and gives those of one case."""
     folder, done = tmp_path_factory.mktemp("foreseen"), set()
 
-    def of(case: Case) -> list[dict]:
+    def of(case: Foreseen) -> list[dict]:
         if case.world not in done:
             cases = [dataclasses.asdict(one_layer(other)) for other in CASES if other.world == case.world]
             (folder / "cases.json").write_text(json.dumps(cases))
@@ -71,6 +71,6 @@ def results(tmp_path_factory):
     return of
 
 
-def one_layer(case: Case) -> Case:
+def one_layer(case: Foreseen) -> Foreseen:
     """Return a case with one block, which has all that a second would repeat."""
     return dataclasses.replace(case, model={"num_hidden_layers": 1} | case.model)

@@ -24,6 +24,14 @@ from tests.support.reference import LR
 SEQ_LEN, STEPS = 16, 3  # of the real steps the last is compared
 
 
+@dataclasses.dataclass
+class Foreseen(Case):
+    """A layout whose step is traced and run."""
+
+    every_rank: bool = False
+    """Whether all ranks are traced; otherwise the first and the last are."""
+
+
 def collectives(operators: list[Operator]) -> list:
     """Every collective of some operators in its order: name, ranks, bytes sent."""
     return [[o.name.split(".")[1], list(o.group), o.sent] for o in operators if o.group]
@@ -36,7 +44,7 @@ def foresee(case: Case, rank: int) -> dict:
 
 
 def unnamed(recorder: Recorder, engine: Engine) -> int:
-    """Return the bytes of all memory that is there and that `Engine.held` does not name, by what allocated it."""
+    """Return the bytes of all memory that was allocated, is there still, and is not named by `Engine.held`."""
     gc.collect()  # graphs of the backward pass that hold each other
     now = len(recorder.operators)
     for tensors in engine.held().values():
@@ -44,30 +52,51 @@ def unnamed(recorder: Recorder, engine: Engine) -> int:
     return sum(storage.bytes_at(now) for storage in recorder.storages if storage.role != "held")
 
 
+def note_routing(engine: Engine) -> list:
+    """Return a list that gets, for each layer, the rows that this process sends to each expert [R, E local]."""
+    noted: list = []
+    if engine.exchange is not None:
+        counts = engine.exchange.counts
+
+        def note(sent_RE: torch.Tensor):
+            noted.append(sent_RE.tolist())
+            return counts(sent_RE)
+
+        engine.exchange.counts = note  # type: ignore[method-assign]
+    return noted
+
+
 def train(case: Case, ranks: Ranks) -> dict:
     """Train, and return what one rank held between the last backward pass and its update, and all that it sent."""
     settings = engine_settings(case.config())
     engine = lay_out_engine(settings, ranks, next_token_prediction)
-    recorder = Recorder(settings.model.vocab_size)
+    noted, recorder = note_routing(engine), Recorder(settings.model.vocab_size)
     generator = torch.Generator().manual_seed(ranks.rank)
     shape = (settings.train.gradient_accumulation, settings.train.micro_batch_size, SEQ_LEN)
     with recorder:
         engine.materialize()
         for _ in range(STEPS):
             begin = len(recorder.operators)
+            noted.clear()
             tokens = torch.randint(0, settings.model.vocab_size, shape, generator=generator)
             sums = engine.forward_backward([{"input_ids": x, "labels": x.roll(-1, 1)} for x in tokens])
             holds, rest = engine.holds(), unnamed(recorder, engine)
             skipped = engine.update(sums, LR).skipped
     assert not skipped
-    return {"holds": holds, "unnamed": rest, "collectives": collectives(recorder.operators[begin:])}
+    return {
+        "holds": holds,
+        "unnamed": rest - tokens.nbytes,
+        "collectives": collectives(recorder.operators[begin:]),
+        "sent_rows": list(noted),
+    }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    cases = [Case(**values) for values in json.loads(Path(sys.argv[1]).read_text())]
+    cases = [Foreseen(**values) for values in json.loads(Path(sys.argv[1]).read_text())]
     rank, folder = int(os.environ.get("RANK", 0)), Path(sys.argv[2])
-    traces = [foresee(case, rank) for case in cases]  # first, so that what one left behind would meet the real steps
+    # All traces first: what one of them left behind would meet the real steps.
+    traces = [foresee(case, rank) if case.every_rank or rank in (0, case.world - 1) else None for case in cases]
     ranks = init_distributed()
     for case, foreseen in zip(cases, traces):
         result = {"foreseen": foreseen, "there": train(case, ranks)}
