@@ -12,6 +12,7 @@ BF16 = {"train.precision": "bf16"}
 BALANCED = {"train.routing": "balanced"}
 ODD = {"vocab_size": 103, "hidden_size": 40}
 """Sizes that two and four processes do not share evenly."""
+TIED = {"tie_word_embeddings": True}
 
 
 def fsdp(**options) -> dict:
@@ -31,12 +32,12 @@ def zero(stage: int, persistence: int = 1000, **options) -> dict:
 CASES = [
     Foreseen("1x1", 1, options=fsdp(precision="bf16")),
     Foreseen("1x1 zero-2", 1, options=zero(2, precision="bf16")),
-    Foreseen("1x1 zero-3", 1, options=zero(3)),
+    Foreseen("1x1 zero-3", 1, options=zero(3, gradient_accumulation=2)),
     Foreseen("2x1 all copies", 2, replicate=2, options=fsdp(precision="bf16")),
-    Foreseen("2x2", 2, ep=2, model=ODD, options=fsdp(precision="bf16")),
+    Foreseen("2x2", 2, ep=2, model=ODD | {"router_selection_bias": True}, options=fsdp(precision="bf16")),
     Foreseen("2x1 zero-1", 2, model=ODD, options=zero(1)),
     Foreseen("2x2 zero-2", 2, ep=2, model=ODD, options=zero(2, gradient_accumulation=2)),
-    Foreseen("2x1 zero-3 tied", 2, model={"tie_word_embeddings": True}, options=zero(3)),
+    Foreseen("2x1 zero-3 tied", 2, model=TIED, options=zero(3, gradient_accumulation=2)),
     Foreseen("4x1", 4, model=ODD, options=fsdp(precision="bf16", activation_checkpointing=1), every_rank=True),
     Foreseen("4x2 accumulating", 4, ep=2, options=fsdp(gradient_accumulation=2)),
     Foreseen("4x2 HSDP", 4, ep=2, replicate=2, options=fsdp(activation_checkpointing=1, keep_all_to_all=True)),
@@ -44,7 +45,7 @@ CASES = [
         "4x4 tied, partly frozen",
         4,
         ep=4,
-        model={"tie_word_embeddings": True},
+        model=TIED,
         options=fsdp(activation_checkpointing=1) | {"optim.freeze": ["*.router.*", "*.q_proj.*"]},
     ),
     Foreseen("4x2 learned", 4, ep=2, options=fsdp(routing="learned")),
