@@ -29,7 +29,11 @@ class Foreseen(Case):
     """A layout whose step is traced and run."""
 
     every_rank: bool = False
-    """Whether all ranks are traced; otherwise the first and the last are."""
+    """Whether all ranks are traced; otherwise two are, the last among them, which has the least."""
+
+    def traced(self) -> set[int]:
+        """Return the ranks that are traced."""
+        return set(range(self.world)) if self.every_rank else {len(self.name) % self.world, self.world - 1}
 
 
 def collectives(operators: list[Operator]) -> list:
@@ -99,7 +103,7 @@ if __name__ == "__main__":
     cases = [Foreseen(**values) for values in json.loads(Path(sys.argv[1]).read_text())]
     rank, folder = int(os.environ.get("RANK", 0)), Path(sys.argv[2])
     # All traces first: what one of them left behind would meet the real steps.
-    traces = [foresee(case, rank) if case.every_rank or rank in (0, case.world - 1) else None for case in cases]
+    traces = [foresee(case, rank) if rank in case.traced() else None for case in cases]
     ranks = init_distributed()
     for case, foreseen in zip(cases, traces):
         result = {"foreseen": foreseen, "there": train(case, ranks)}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -60,9 +59,6 @@ def answered(reads: HostReads) -> Iterator[None]:
             assert_ints_same_as_other_ranks(ints)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        # DeepSpeed checks how its flat weights are aligned in memory, which fake ones always are.
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
             stack.enter_context(patch.object(optimizer, "has_overflow", _returning(False, optimizer.has_overflow)))
         for name, function, replacement in (

@@ -20,6 +20,7 @@ import contextlib
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -36,6 +37,8 @@ from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine import Engine, EngineSettings, Objective, engine_kind, lay_out_engine
 from gptoss_dist.engine.zero_settings import zero_stage
 from gptoss_dist.model.transformer import LossSums
+from gptoss_dist.ops import cross_entropy
+from gptoss_dist.ops.experts import activation
 from gptoss_dist.parallel.mesh import DeviceLayout
 from gptoss_dist.planner.tracing.deepspeed import HostReads, answered, globals_put_back
 from gptoss_dist.planner.tracing.recorder import Operator, Recorder, Storage
@@ -53,6 +56,9 @@ class Workload:
     rank: int = 0
     documents: bool = False
     """Whether batches say where documents end (`data.document_mask`)."""
+    memory_only: bool = False
+    """Leave out what a CPU computes in thousands of operators on parts that fit into its cache: they work in place, so
+    that memory and traffic are the same, and time cannot be told."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,10 @@ def _prepared_deepspeed(settings: EngineSettings, ranks: Ranks, reads: HostReads
 
     with patch.dict(os.environ):
         import_deepspeed(ranks)
-        with globals_put_back(), answered(reads):
+        with globals_put_back(), answered(reads), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Accessing the data pointer of FakeTensor"
+            )  # to see if it is aligned
             yield
 
 
@@ -176,8 +185,15 @@ def _answers(settings: EngineSettings, workload: Workload) -> Iterator[None]:
         stack.enter_context(patch.object(FakeTensor, "tolist", tolist))
         # DeepSpeed moves the module to the device where it is; torch would swap its parameters, which fake ones refuse.
         stack.enter_context(patch.object(torch.nn.Module, "to", lambda module, *_, **__: module))
-        if workload.capability is not None:
-            stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: workload.capability))
+        if workload.memory_only:
+            for owner, name in (
+                (activation.BetweenGemms, "forward"),
+                (activation.BetweenGemms, "backward"),
+                (cross_entropy, "_add_weight_gradient"),
+            ):
+                stack.enter_context(patch.object(owner, name, lambda *_: None))
+        if (capability := workload.capability) is not None:
+            stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: capability))
             stack.enter_context(patch.object(FakeTensor, "device", property(_answered_device)))
             stack.enter_context(_OnCuda())
         yield
@@ -206,7 +222,7 @@ def _answered_device(tensor: FakeTensor) -> torch.device:
     return torch.device("cuda", 0) if asker.startswith("gptoss_dist.") and true.type == "cpu" else true
 
 
-_true_device = FakeTensor.device.fget
+_true_device = FakeTensor.device.fget  # type: ignore[attr-defined]
 
 
 class _OnCuda(TorchDispatchMode):

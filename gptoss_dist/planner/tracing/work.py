@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
@@ -32,7 +33,8 @@ def matrix_flops(function, args, kwargs: dict[str, Any], result: list[Tensor]) -
         return 10 * _attention_products(args[1], window=args[8])
     if name == "aten::_grouped_mm":
         return _grouped(args[0], args[1])
-    formula = flop_registry.get(packet)
+    # torch lists products such as `addmm` and forgets that there is an `addmm_`.
+    formula = flop_registry.get(packet) or flop_registry.get(getattr(torch.ops.aten, name[6:].rstrip("_"), None))
     if formula is None:
         return 0
     out = result[0] if len(result) == 1 else tuple(result)
