@@ -34,8 +34,8 @@ from gptoss_dist.parallel.mesh import build_meshes, local, plan_layout
 from gptoss_dist.parallel.parallelize import place_experts, wrap_blocks
 
 SUPPORTED = "0.19."
-# Where DeepSpeed's optimizers keep tensors from step to step, besides parameters and float32 master weights: flat weights
-# and what they are copied through, and gradients that are summed up, reduced or on their way to the host.
+# Where DeepSpeed's optimizers keep tensors from step to step, besides parameters and float32 master weights: flat
+# weights and what they are copied through, and gradients that are summed up, reduced or on their way to the host.
 _WEIGHTS = ("bf16_groups_flat", "bit16_groups_flat", "lp_param_buffer", "param_buffer_of_bit16_for_cpu_offload_groups")
 _GRADIENTS = (
     "fp32_groups_gradients_flat",

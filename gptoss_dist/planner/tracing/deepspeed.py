@@ -78,9 +78,13 @@ def globals_put_back() -> Iterator[None]:
     from deepspeed.accelerator import real_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.comm import comm
+    from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
 
+    # ZeRO 3 numbers all modules that it ever saw in a default argument, and keeps each model in a list.
+    (numbered,) = parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    lists = [(found, list(found)) for found in (numbered, parameter_offload.FWD_MODULE_STACK)]
     kept = [(holder, _state(holder)) for holder in (real_accelerator, comm, groups, Init)]
     real_accelerator.ds_accelerator, comm.cdb = CPU_Accelerator(), None
     for name, value in _state(groups).items():
@@ -90,6 +94,8 @@ def globals_put_back() -> Iterator[None]:
     try:
         yield
     finally:
+        for found, before in lists:
+            found[:] = before
         for holder, state in kept:
             for name, value in state.items():
                 setattr(holder, name, value)

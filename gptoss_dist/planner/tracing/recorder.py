@@ -162,7 +162,7 @@ class Recorder(TorchDispatchMode):
                 storage.sizes.append((len(self.operators), size))
             return result
 
-        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
@@ -217,7 +217,8 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _operator(self, function, args, kwargs, inputs, outputs, read, written) -> Operator:
-        group, sent = (), 0.0
+        group: tuple[int, ...] = ()
+        sent = 0.0
         if function.namespace == "c10d":
             group, sent = _group(args), sent_bytes(function._schema.name.split("::")[1], args)
         dtype = next((t.dtype for t in inputs + outputs if t.dtype.is_floating_point), None)

@@ -17,6 +17,7 @@ Three things are made up, because tensors without values cannot say them:
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import warnings
@@ -33,7 +34,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptoss_dist.distributed.processes import Ranks
-from gptoss_dist.engine import EngineSettings, Objective, engine_kind, lay_out_engine
+from gptoss_dist.engine import Engine, EngineSettings, Objective, engine_kind, lay_out_engine
+from gptoss_dist.engine.zero_settings import zero_stage
 from gptoss_dist.model.transformer import LossSums
 from gptoss_dist.ops import cross_entropy
 from gptoss_dist.ops.experts import activation
@@ -88,7 +90,8 @@ def trace_step(settings: EngineSettings, workload: Workload, *, warm_up: bool = 
     Args:
         settings: What the engine reads of the configuration.
         workload: What the process is given.
-        warm_up: Run a step before the recorded one: twice the time, to see that it makes no difference.
+        warm_up: Run a step before the recorded one: twice the time, to see that it makes no difference. ZeRO 3, where
+            it does, is always warmed up.
 
     Raises:
         ValueError: The settings do not fit each other or the number of processes.
@@ -105,21 +108,35 @@ def trace_step(settings: EngineSettings, workload: Workload, *, warm_up: bool = 
         engine = lay_out_engine(settings, ranks, objective)
         with mode, _answers(settings, workload), recorder, _without_questions(recorder):
             engine.materialize(initial=False)
-            for role, tensors in engine.held().items():
-                recorder.adopt(tensors, role)
-            for last in (False, True) if warm_up else (True,):
+            _adopt_held(recorder, engine)
+            for last in _steps(settings, warm_up):
                 begin = len(recorder.operators)
                 batches = [_batch(settings, workload) for _ in range(settings.train.gradient_accumulation)]
                 recorder.adopt([t for batch in batches for t in batch.values()], "inputs")
                 sums = engine.forward_backward(batches)
                 recorder.phase = "update"
                 if last:
-                    for role, tensors in engine.held().items():
-                        recorder.adopt(tensors, role)
+                    _adopt_held(recorder, engine)
                     holds = engine.holds()
                 engine.update(sums, 1e-4)
                 del sums, batches
         return Trace(recorder.operators, recorder.storages, begin, holds, engine.layout)
+
+
+def _steps(settings: EngineSettings, warm_up: bool) -> list[bool]:
+    """Return, for each step that is run, whether it is the one to record.
+
+    ZeRO 3 notes the order of its parameters in one micro-batch, compares it between ranks in the next, and from then on
+    gathers ahead and keeps what it can: no micro-batch before the third is like those that follow.
+    """
+    if engine_kind(settings.engine) == "deepspeed" and zero_stage(settings.engine) == 3:
+        return [False] * math.ceil(2 / settings.train.gradient_accumulation) + [True]
+    return [False, True] if warm_up else [True]
+
+
+def _adopt_held(recorder: Recorder, engine: Engine) -> None:
+    for role, tensors in engine.held().items():
+        recorder.adopt(tensors, role)
 
 
 @contextlib.contextmanager
@@ -175,8 +192,8 @@ def _answers(settings: EngineSettings, workload: Workload) -> Iterator[None]:
                 (cross_entropy, "_add_weight_gradient"),
             ):
                 stack.enter_context(patch.object(owner, name, lambda *_: None))
-        if workload.capability is not None:
-            stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: workload.capability))
+        if (capability := workload.capability) is not None:
+            stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: capability))
             stack.enter_context(patch.object(FakeTensor, "device", property(_answered_device)))
             stack.enter_context(_OnCuda())
         yield
@@ -205,7 +222,7 @@ def _answered_device(tensor: FakeTensor) -> torch.device:
     return torch.device("cuda", 0) if asker.startswith("gptoss_dist.") and true.type == "cpu" else true
 
 
-_true_device = FakeTensor.device.fget
+_true_device = FakeTensor.device.fget  # type: ignore[attr-defined]
 
 
 class _OnCuda(TorchDispatchMode):
