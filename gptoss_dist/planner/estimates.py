@@ -118,8 +118,8 @@ class Estimator:
         compute = (sample * train.micro_batch_size + fixed) * micro_batches
         gathers, reductions = self._passes(settings)
         width = 2 if train.precision == "bf16" else 4
-        weights = gathers * self._collective("_allgather_base_", width * whole, tuple(range(layout.shard)))
-        gradients = reductions * self._collective("_reduce_scatter_base_", 4 * whole, tuple(range(layout.shard)))
+        weights = gathers * self._over_shards("_allgather_base_", width, layout)
+        gradients = reductions * self._over_shards("_reduce_scatter_base_", 4, layout)
         if layout.replicate > 1:
             group = tuple(range(0, layout.world_size, layout.shard))
             gradients += self._collective("allreduce_", 2 * 4 * whole / layout.shard, group)
@@ -128,6 +128,12 @@ class Estimator:
         exposed = max(NEVER_HIDDEN * communication, communication - compute)
         total = compute + exposed + self._rows_s(settings, layout)
         return total * (_DEEPSPEED_S[zero_stage(settings.engine)] if _is_deepspeed(settings) else 1.0)
+
+    def _over_shards(self, name: str, width: int, layout: DeviceLayout) -> float:
+        """Return the seconds of one collective of all weights: each expert's among the few processes that share it."""
+        dense, ep = self.count.total - self.count.experts, layout.expert_parallel
+        among_all = self._collective(name, width * dense, tuple(range(layout.shard)))
+        return among_all + self._collective(name, width * self.count.experts / ep, tuple(range(0, layout.shard, ep)))
 
     def _passes(self, settings: EngineSettings) -> tuple[int, int]:
         """Return how often a step gathers all weights and reduces all gradients."""

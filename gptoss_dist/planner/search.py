@@ -31,8 +31,10 @@ CHECKPOINTING = (0, 2, 1)
 LARGEST_MICRO_BATCH = 64
 TRACED_PER_WANTED = 2
 """Layouts that fit are traced until there are so many for each that is wanted."""
-SLACK = 1.2
+SLACK = 1.03
 """An estimate of memory that is above the limit by less is traced all the same."""
+GRACE_S = 15.0
+"""Seconds after the deadline in which a trace that was begun may end."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,8 @@ class _Tracers:
 
     def __exit__(self, *error) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():  # of the forkserver
+            process.terminate()
 
     def begin(self, settings: EngineSettings, machines: Machines) -> Future:
         """Begin to trace; the result is a plan, or a ValueError."""
@@ -174,7 +178,11 @@ class _Tracers:
                 begun += 1
             if not running:
                 return
-            for job in wait(running, return_when=FIRST_COMPLETED).done:
+            patience = None if begun <= self.workers else max(0.0, deadline + GRACE_S - time.monotonic())
+            done = wait(running, patience, FIRST_COMPLETED).done
+            if not done:
+                return
+            for job in done:
                 candidate = running.pop(job)
                 try:
                     plan: Plan | str = job.result()
