@@ -64,7 +64,7 @@ def _draw_memory(axes, timeline: MemoryTimeline, plan: Plan) -> None:
     if plan.machines.limit is not None:
         axes.axhline(plan.machines.limit / GIB, color="red", linewidth=1, linestyle="--", label="memory of the device")
     axes.set(xlabel="operator of the step", ylabel="GiB of one process", title=plan.machines.name)
-    axes.legend(loc="upper right", fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
 
 
 def _draw_streams(axes, events: list[Event]) -> None:

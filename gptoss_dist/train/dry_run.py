@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import torch
@@ -120,7 +121,7 @@ def _refusal(config: Config, plan: Plan) -> str:
     )
 
 
-def _smaller(train: TrainConfig) -> Iterator[dict[str, int]]:
+def _smaller(train: TrainConfig) -> Iterator[dict[str, Any]]:
     """Return changes for the same global batch, those that cost less time first."""
     if train.activation_checkpointing != 1:
         yield {"activation_checkpointing": 1}

@@ -16,17 +16,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from gptoss_dist.engine import EngineSettings
+from gptoss_dist.engine import EngineSettings, engine_kind
+from gptoss_dist.engine.zero_settings import zero_stage
+from gptoss_dist.planner.parameters import count_parameters
 from gptoss_dist.planner.tracing.memory import MemoryTimeline, memory_timeline, peaks
 from gptoss_dist.planner.tracing.recorder import Operator, collective_kind
 from gptoss_dist.planner.tracing.trace import Trace, Workload, trace_step
 
+ZERO3_GATHERED = 1e9
+"""Elements that ZeRO 3 leaves gathered by default (`stage3_max_live_parameters` of DeepSpeed 0.19)."""
 K = TypeVar("K", bound=Hashable)
 
 
@@ -49,6 +53,10 @@ Size = tuple[int, int]
 """Layers of a model, and micro-batches of its step."""
 
 
+_Group = tuple[str, int, bool]
+"""The kind of a collective, how many take part, and whether they sit on several machines."""
+
+
 @dataclass(frozen=True)
 class TracedStep:
     """A step of a model of some size, from traces of the same size or of smaller ones."""
@@ -57,11 +65,11 @@ class TracedStep:
     traces: dict[Size, Trace]
     timelines: dict[Size, MemoryTimeline]
 
-    def quantities(self, of: Callable[[Trace], dict[K, float]]) -> dict[K, float]:
+    def quantities(self, of: Callable[[Trace], Mapping[K, float]]) -> dict[K, float]:
         """Return quantities of the step that are straight lines in layers and in micro-batches."""
         return self.on_the_line({size: of(trace) for size, trace in self.traces.items()})
 
-    def on_the_line(self, values: dict[Size, dict[K, float]]) -> dict[K, float]:
+    def on_the_line(self, values: Mapping[Size, Mapping[K, float]]) -> dict[K, float]:
         """Return what values of the traced sizes say of the step: by layers first, then by micro-batches."""
         by_count = {}
         for count in sorted({count for _, count in values}):
@@ -107,11 +115,11 @@ class TracedStep:
             node_size: Consecutive ranks that share a machine.
         """
 
-        def calls(trace: Trace) -> dict[tuple, float]:
+        def calls(trace: Trace) -> Mapping[_Group, float]:
             return Counter(_group(operator, node_size) for operator in trace.collectives)
 
-        def sent(trace: Trace) -> dict[tuple, float]:
-            total: dict[tuple, float] = {}
+        def sent(trace: Trace) -> Mapping[_Group, float]:
+            total: dict[_Group, float] = {}
             for operator in trace.collectives:
                 group = _group(operator, node_size)
                 total[group] = total.get(group, 0) + operator.sent
@@ -122,12 +130,12 @@ class TracedStep:
         return sorted(found, key=lambda traffic: -traffic.sent)
 
 
-def _group(operator: Operator, node_size: int) -> tuple[str, int, bool]:
+def _group(operator: Operator, node_size: int) -> _Group:
     nodes = {rank // node_size for rank in operator.group}
     return collective_kind(operator.name.split(".")[1]), len(operator.group), len(nodes) > 1
 
 
-def _line(values: dict[int, dict[K, float]], at: int) -> dict[K, float]:
+def _line(values: Mapping[int, Mapping[K, float]], at: int) -> dict[K, float]:
     """Return the values at `at`, of one or two that are known."""
     (few, less), (many, more) = min(values.items()), max(values.items())
     if few == many:
@@ -154,12 +162,23 @@ def trace_model(settings: EngineSettings, workload: Workload, *, in_full: bool =
     """
     layers, count = settings.model.num_hidden_layers, settings.train.gradient_accumulation
     repeats = period(settings, memory_only=workload.memory_only)
-    depths = [layers] if in_full or layers <= 2 * repeats else [repeats, 2 * repeats]
+    deep = in_full or layers <= 2 * repeats or _gathers_by_size(settings, 2 * repeats)
+    depths = [layers] if deep else [repeats, 2 * repeats]
     counts = [count] if in_full or count <= 2 else [1, 2]
     if workload.memory_only and workload.world_size == 1:  # nothing but peaks is asked for, and they are the second's
         counts = counts[-1:]
     traces = {(n, c): trace_step(_resized(settings, n, c), workload) for n in depths for c in counts}
     return TracedStep((layers, count), traces, {size: memory_timeline(trace) for size, trace in traces.items()})
+
+
+def _gathers_by_size(settings: EngineSettings, layers: int) -> bool:
+    """Return whether ZeRO 3 would leave a model of so few layers gathered, and not the whole one."""
+    if engine_kind(settings.engine) != "deepspeed" or zero_stage(settings.engine) < 3:
+        return False
+    shallow, whole = (
+        count_parameters(_resized(settings, n, 1).model).total for n in (layers, settings.model.num_hidden_layers)
+    )
+    return shallow < ZERO3_GATHERED < whole
 
 
 def _resized(settings: EngineSettings, layers: int, micro_batches: int) -> EngineSettings:
