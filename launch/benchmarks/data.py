@@ -4,6 +4,7 @@
     python launch/benchmark_data.py prepare --tokenizer o200k_harmony [--megabytes 200] [--rounds 3]
     python launch/benchmark_data.py load [--gigabytes 1]
     python launch/benchmark_data.py peer --tokenizer o200k_harmony [--peer-python PYTHON]
+    python launch/benchmark_data.py ray --tokenizer o200k_harmony
 
 `prepare` times the way from a .jsonl file to tokens on disk, each competitor in a process of its own, in turns, with
 the same tokenizer: tiktoken alone on texts in memory (nothing is written), with the pattern as published and as
@@ -13,7 +14,7 @@ of Megatron-LM's tools/preprocess_data.py (a pool of processes that hand lists o
 Not counted: imports, loading the tokenizer and its engine (of gigatoken: half a second).
 `load` times random access to packed batches on one core: an epoch in ten parts, and which of these had the core to
 themselves.
-`peer` compares `prepare` with datatrove; see peer.py.
+`peer` compares `prepare` with datatrove, see peer.py; `ray` both executors of `prepare`, see ray_nodes.py.
 """
 
 import argparse
@@ -37,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from launch.benchmarks.arguments import Parser, amount, whole
 from launch.benchmarks.peer import peer_benchmark
 from launch.benchmarks.protocol import Spread, add_quick, progress, rounds, run_worker
+from launch.benchmarks.ray_nodes import ray_benchmark
 
 PARTS = 10
 """Parts of an epoch that is timed; what else the machine does shows as the difference between them."""
@@ -449,7 +451,7 @@ def report_epochs(epochs: list[Epoch], cores: list[float], size: int) -> None:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["prepare", "load", "peer"])
+    parser.add_argument("what", choices=["prepare", "load", "peer", "ray"])
     parser.add_argument("--tokenizer", default="builtin")
     parser.add_argument("--megabytes", type=whole, default=200)
     parser.add_argument("--gigabytes", type=amount, default=1.0)
@@ -464,7 +466,7 @@ def main() -> None:
     if arguments.only:
         compete(arguments)
     else:
-        modes = {"prepare": prepare_benchmark, "load": load_benchmark, "peer": peer_benchmark}
+        modes = {"prepare": prepare_benchmark, "load": load_benchmark, "peer": peer_benchmark, "ray": ray_benchmark}
         modes[arguments.what](arguments)
 
 
