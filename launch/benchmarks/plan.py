@@ -87,8 +87,8 @@ def compare_steps(arguments: argparse.Namespace) -> int:
     from gptoss_dist.planner.timing.steps import measure_steps, predict_step
     from gptoss_dist.train.objectives import next_token_prediction
 
-    torch.set_num_threads(arguments.threads)
     calibration = calibrated(arguments)
+    torch.set_num_threads(arguments.threads)
     chosen = CASES[: arguments.cases]
     print(f"{calibration.name}: {calibration.device}, {calibration.threads} threads; {arguments.steps} steps each")
     print("| case | predicted, ms | measured, ms | wall, ms | measured / predicted |\n|---|---|---|---|---|")
@@ -114,11 +114,14 @@ def compare_steps(arguments: argparse.Namespace) -> int:
 
 
 def calibrated(arguments: argparse.Namespace):
+    import torch
+
     from gptoss_dist.planner.timing.calibrate import calibrate
     from gptoss_dist.planner.timing.calibration import read_calibration
     from gptoss_dist.train.objectives import next_token_prediction
 
     if arguments.hardware is None:
+        torch.set_num_threads(arguments.threads)
         return calibrate(next_token_prediction, report=lambda part: progress(f"measuring {part}"))
     calibration = read_calibration(arguments.hardware)
     if calibration.threads != arguments.threads:

@@ -1,7 +1,7 @@
 """The mode `ray` of launch/benchmark_data.py: `prepare --executor ray` beside `--workers 2`, in turns of one run.
 
-Two nodes of Ray with one processor each are started on this machine, on a port of their own, and stopped at the end. Both
-sides begin with a new process, and their bytes are compared in every turn.
+Two nodes of Ray with one processor each are started on this machine, on a port of their own, and stopped at the end.
+Both sides begin with a new process, and their bytes are compared in every turn.
 """
 
 import argparse
