@@ -2,12 +2,12 @@
 
 import pytest
 
-from tests.planner.conftest import CASES
+from tests.planner.conftest import CASES, parameters
 
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", parameters(CASES))
 def test_weights_gradients_and_optimizer_are_held_as_foreseen(results, case):
     ranks = [rank for rank in results(case) if rank["foreseen"]]
     assert len(ranks) == len(case.traced())
@@ -16,7 +16,7 @@ def test_weights_gradients_and_optimizer_are_held_as_foreseen(results, case):
         assert all(nbytes > 0 for nbytes in rank["there"]["holds"].values())
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", parameters(CASES))
 def test_nothing_else_is_held(results, case):
     """Of all that a real process had allocated, a few scalars for the report and rows of the head's sums are left."""
     for rank in results(case):

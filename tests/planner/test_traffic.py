@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.planner.conftest import CASES
+from tests.planner.conftest import CASES, parameters
 
 pytestmark = pytest.mark.distributed
 FOUR = [case for case in CASES if case.world == 4]
@@ -18,7 +18,7 @@ def counted(collectives: list) -> Counter:
     return Counter((name, tuple(group), sent) for name, group, sent in collectives)
 
 
-@pytest.mark.parametrize("case", [case for case in FOUR if case is not LEARNED], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", parameters([case for case in FOUR if case is not LEARNED]))
 def test_every_collective_is_foreseen(results, case):
     for rank in results(case):
         there = counted(rank["there"]["collectives"])

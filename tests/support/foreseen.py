@@ -30,6 +30,8 @@ class Foreseen(Case):
 
     every_rank: bool = False
     """Whether all ranks are traced; otherwise two are, the last among them, which has the least."""
+    slow: bool = False
+    """Whether it takes part in the slow tests only."""
 
     def traced(self) -> set[int]:
         """Return the ranks that are traced."""
