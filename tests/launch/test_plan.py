@@ -52,9 +52,18 @@ def test_text_json_and_picture_say_the_same(settings, tmp_path, capsys):
     )
     values = json.loads(files["json"].read_text())
     assert set(values) == {
-        "machines", "devices", "parameters", "engine", "layout", "tokens_per_step", "memory", "traffic", "time",
-        "checkpoint", "data_bytes",
-    }  # fmt: skip
+        "machines",
+        "devices",
+        "parameters",
+        "engine",
+        "layout",
+        "tokens_per_step",
+        "memory",
+        "traffic",
+        "time",
+        "checkpoint",
+        "data_bytes",
+    }
     assert values["layout"] == {"replicate": 4, "shard": 4, "expert_parallel": 4}
     assert values["tokens_per_step"] == 2 * 2 * 16 * 48
     memory, time = values["memory"], values["time"]
