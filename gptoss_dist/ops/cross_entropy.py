@@ -111,6 +111,11 @@ def _upcast(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _chunks(tokens: int, size: int) -> list[slice]:
+    """Return slices of `size` tokens, the last one shorter, that cover all of them."""
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
 def _softmax_(logits_CV: Tensor) -> Tensor:
     """Return the softmax over V, on the CPU in place: its kernel finishes reading a row before writing it."""
     on_cpu = logits_CV.device.type == "cpu"
@@ -147,8 +152,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows, rounded = min(chunk_tokens, N), dtype != exact
         logits_buffer = hidden_ND.new_empty(rows, V)
         exact_buffer = hidden_ND.new_empty(rows, V, dtype=exact) if rounded else logits_buffer
-        for start in range(0, N, chunk_tokens):
-            chunk = slice(start, min(start + chunk_tokens, N))
+        for chunk in _chunks(N, chunk_tokens):
             hidden_CD, labels_C1 = hidden_ND[chunk], labels_N[chunk, None]
             ignored_C1 = labels_C1 == ignore_index
             labels_C1 = labels_C1.masked_fill(ignored_C1, 0)

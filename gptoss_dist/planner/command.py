@@ -72,8 +72,7 @@ def plan_run(argv: list[str], objective: Objective) -> int:
     check_named(training)
     config, _ = parse_arguments(training)
     machines = machines_of(options)
-    if options.output and Path(options.output).exists():
-        raise ValueError(f"--output {options.output} exists already; name another file")
+    _check_files(options)
     settings = EngineSettings(
         config.model, config.train, config.optim, config.loss, config.parallel, config.engine, config.run.seed
     )
@@ -100,8 +99,11 @@ def machines_of(options: PlanOptions) -> Machines:
         ValueError: A name is unknown, or the devices do not fill the machines.
     """
     nodes = options.nodes or -(-options.gpus // 8)
+    if options.gpus % nodes and options.nodes is None:
+        raise ValueError(f"--gpus {options.gpus} cannot be split over {nodes} machines of at most 8; give --nodes")
     if options.gpus % nodes:
         raise ValueError(f"--gpus {options.gpus} cannot be split over --nodes {nodes}; name another number of machines")
+    network = find_network(options.interconnect)
     gpu, hardware, memory = None, None, None if options.memory is None else GIB * options.memory
     if options.hardware is not None:
         from gptoss_dist.planner.timing.calibration import read_calibration
@@ -123,11 +125,27 @@ def machines_of(options: PlanOptions) -> Machines:
         options.gpus,
         options.gpus // nodes,
         gpu,
-        find_network(options.interconnect) if nodes > 1 else None,
+        network if nodes > 1 else None,
         memory_bytes=memory,
         disk_bytes_per_s=1e9 * options.disk,
         hardware=hardware,
     )
+
+
+def _check_files(options: PlanOptions) -> None:
+    """Refuse, before anything is computed, files that could not be written and options that would not be heeded."""
+    if not options.search:
+        for name, value in (("output", options.output), ("global-batch", options.global_batch)):
+            if value is not None:
+                raise ValueError(f"--{name} {value} is for a search; add --search")
+    if options.output is not None and Path(options.output).exists():
+        raise ValueError(f"--output {options.output} exists already; name another file")
+    for name in ("json", "picture", "output"):
+        value = getattr(options, name)
+        if value is not None and not Path(value).parent.is_dir():
+            raise ValueError(
+                f"--{name} {value}: there is no folder {Path(value).parent}; make it, or name another file"
+            )
 
 
 def _search(

@@ -40,7 +40,7 @@ def draw(plan: Plan, file: Path) -> None:
     from matplotlib.figure import Figure
 
     if plan.step.size not in plan.step.timelines:
-        raise ValueError("a picture needs a plan that was traced in full; give --in-full true")
+        raise ValueError("a picture needs a plan that was traced in full; give --in-full")
     figure = Figure(figsize=(12, 7), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[3, 1])
     _draw_memory(above, plan.step.timelines[plan.step.size], plan)

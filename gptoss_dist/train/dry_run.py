@@ -110,8 +110,13 @@ def _refusal(config: Config, plan: Plan) -> str:
         f"{asked}{train.activation_checkpointing} needs {plan.needed / GIB:.1f} GiB of each process, and there are "
         f"{limit / GIB:.1f}"
     )
+    per_sample = 0.0
     for change in _smaller(train):
+        size = change.get("micro_batch_size", train.micro_batch_size)
+        if size * per_sample > limit:  # memory shrinks by less than the micro-batch
+            continue
         other = _plan(dataclasses.replace(config, train=dataclasses.replace(train, **change)), plan.machines)
+        per_sample = other.needed / size
         if other.fits:
             words = " ".join(f"--train.{name} {value}" for name, value in change.items())
             return f"{problem}; {words} would fit ({other.needed / GIB:.1f} GiB)"
@@ -125,8 +130,7 @@ def _smaller(train: TrainConfig) -> Iterator[dict[str, Any]]:
     """Return changes for the same global batch, those that cost less time first."""
     if train.activation_checkpointing != 1:
         yield {"activation_checkpointing": 1}
-    size = train.micro_batch_size
-    while size > 1 and size % 2 == 0:
-        size //= 2
-        accumulation = train.gradient_accumulation * train.micro_batch_size // size
-        yield {"micro_batch_size": size, "gradient_accumulation": accumulation, "activation_checkpointing": 1}
+    for size in range(train.micro_batch_size // 2, 0, -1):
+        if train.micro_batch_size % size == 0:
+            accumulation = train.gradient_accumulation * train.micro_batch_size // size
+            yield {"micro_batch_size": size, "gradient_accumulation": accumulation, "activation_checkpointing": 1}

@@ -203,11 +203,12 @@ def test_validation_and_dry_run_name_the_sources(config, folders):
         with pytest.raises(ValueError, match=r"math: no validation split; train with --validation.every 0"):
             open_validation(without, said.append)
         assert not said
-    text = describe(settings, world_size=1)
+    text, refusal = describe(settings, world_size=1)
+    assert refusal is None
     shares = ("from step 1: web 70.0", "from step 130: web is used up after 1 epochs; now math 100.00%")
     for expected in ("web: ", "math: ", "% padding", "% of documents cut", *shares):
         assert expected in text, text
-    assert "NOT READY" in describe(config("math"), world_size=1)
+    assert "NOT READY" in describe(config("math"), world_size=1)[0]
 
 
 @pytest.mark.parametrize(

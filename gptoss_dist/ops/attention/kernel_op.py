@@ -126,4 +126,4 @@ KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "gptoss_dist::sink_attention": forward,
     "gptoss_dist::sink_attention_backward": backward,
 }
-"""What the custom operators run, by name; `planner/tracing/cuda_trace.py` looks into them. Meta tensors go CUDA's way."""
+"""What the custom operators run, by name; `planner/tracing/cuda_trace.py` looks into them. Meta goes CUDA's way."""

@@ -7,6 +7,8 @@ kind of memory or of one kind of collective, is read off the line through both:
     layers    2          4                        24
     bytes     b          b + one period           b + 11 periods
 
+A model of 25 layers is told from those of 3 and 5.
+
 The micro-batches of a step repeat in the same way, from the second one on. The trace of them all is there for whoever
 has the time (`in_full`); `tests/planner/test_reduced.py` compares.
 """
@@ -106,7 +108,10 @@ class TracedStep:
 
     def holds(self) -> dict[str, float]:
         """Return what the engine holds between the backward pass and the update, in bytes."""
-        return self.quantities(lambda trace: trace.holds)
+        # Not a straight line in micro-batches: gradients are summed up where they are.
+        count = max(count for _, count in self.traces)
+        depths = {layers: dict(trace.holds) for (layers, c), trace in self.traces.items() if c == count}
+        return _line(depths, self.size[0])
 
     def traffic(self, node_size: int) -> list[Traffic]:
         """Return the collectives of a step, those with the most bytes first.
@@ -162,8 +167,10 @@ def trace_model(settings: EngineSettings, workload: Workload, *, in_full: bool =
     """
     layers, count = settings.model.num_hidden_layers, settings.train.gradient_accumulation
     repeats = period(settings, memory_only=workload.memory_only)
-    deep = in_full or layers <= 2 * repeats or _gathers_by_size(settings, 2 * repeats)
-    depths = [layers] if deep else [repeats, 2 * repeats]
+    begun = layers % repeats  # of a period that is not complete, which shallow models must have too
+    depths = [repeats + begun, 2 * repeats + begun]
+    if in_full or layers <= depths[1] or _gathers_by_size(settings, depths[1]):
+        depths = [layers]
     counts = [count] if in_full or count <= 2 else [1, 2]
     if workload.memory_only and workload.world_size == 1:  # nothing but peaks is asked for, and they are the second's
         counts = counts[-1:]
