@@ -72,3 +72,8 @@ class DataConfig:
     verify: Literal["once", "always", "never"] = "once"
     """Before training, compare the data with their checksums: `once` those files that have changed since they were last
     compared, `always` all of them, `never` only their sizes."""
+
+    @property
+    def masks_documents(self) -> bool:
+        """Whether attention stays within documents."""
+        return self.document_mask or self.packing != "contiguous"

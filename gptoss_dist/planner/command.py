@@ -84,7 +84,7 @@ def plan_run(argv: list[str], objective: Objective) -> int:
         config.train.steps,
         machines,
         objective,
-        documents=config.data.document_mask,
+        documents=config.data.masks_documents,
         in_full=options.in_full or options.picture is not None,
     )
     print(report.to_text(plan))
@@ -98,13 +98,17 @@ def machines_of(options: PlanOptions) -> Machines:
     Raises:
         ValueError: A name is unknown, or the devices do not fill the machines.
     """
-    nodes = options.nodes or -(-options.gpus // 8)
+    gpu = None if options.gpu is None else find_gpu(options.gpu)
+    together = max(8, gpu.link_gpus) if gpu is not None else 8
+    nodes = options.nodes or -(-options.gpus // together)
     if options.gpus % nodes and options.nodes is None:
-        raise ValueError(f"--gpus {options.gpus} cannot be split over {nodes} machines of at most 8; give --nodes")
+        raise ValueError(
+            f"--gpus {options.gpus} cannot be split over {nodes} machines of at most {together}; give --nodes"
+        )
     if options.gpus % nodes:
         raise ValueError(f"--gpus {options.gpus} cannot be split over --nodes {nodes}; name another number of machines")
     network = find_network(options.interconnect)
-    gpu, hardware, memory = None, None, None if options.memory is None else GIB * options.memory
+    hardware, memory = None, None if options.memory is None else GIB * options.memory
     if options.hardware is not None:
         from gptoss_dist.planner.timing.calibration import read_calibration
 
@@ -113,8 +117,8 @@ def machines_of(options: PlanOptions) -> Machines:
         raise ValueError(
             "no device is named; give --gpu, such as h100-80gb, or --hardware FILE of a calibrated machine"
         )
-    if options.gpu is not None:
-        gpu = find_gpu(options.gpu)
+    if gpu is not None:
+        pass
     elif hardware is not None and hardware.device != "cpu":
         gpu = gpu_of_driver(hardware.device)
         if gpu is None:
@@ -138,6 +142,8 @@ def _check_files(options: PlanOptions) -> None:
         for name, value in (("output", options.output), ("global-batch", options.global_batch)):
             if value is not None:
                 raise ValueError(f"--{name} {value} is for a search; add --search")
+    if options.search and (options.in_full or options.picture is not None):
+        raise ValueError("--in-full and --picture are for one plan; search with --output, and plan that file")
     if options.output is not None and Path(options.output).exists():
         raise ValueError(f"--output {options.output} exists already; name another file")
     for name in ("json", "picture", "output"):
@@ -155,7 +161,15 @@ def _search(
     if machines.gpu is None:
         raise ValueError("--search looks for layouts on GPUs; give --gpu")
     samples = options.global_batch or train.micro_batch_size * train.gradient_accumulation * machines.devices
-    found = search.search(settings, config.data.seq_len, samples, train.steps, machines, objective)
+    found = search.search(
+        settings,
+        config.data.seq_len,
+        samples,
+        train.steps,
+        machines,
+        objective,
+        documents=config.data.masks_documents,
+    )
     print(search.to_text(found))
     if not found.best:
         return 1

@@ -2,7 +2,7 @@
 
 Three traces of a single process, of one and two samples and with every block checkpointed, say what a token costs in
 activations and in time. How weights are gathered, sharded and reduced is restated here in a few lines. That is good to
-some ten percent, which decides what is traced next and nothing else: what a search prints comes from traces.
+some ten percent, which decides what is traced, and what is not because it needs far too much.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gptoss_dist.engine.optimizer import freeze
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
 
@@ -35,3 +36,19 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         elif "embed_tokens" not in name or config.tie_word_embeddings:
             active += parameter.numel()
     return ParameterCount(total, experts, active)
+
+
+def count_trained(config: ModelConfig, frozen: list[str]) -> int:
+    """Return how many weights are trained.
+
+    Args:
+        config: The model.
+        frozen: Patterns of those that are not, as `optim.freeze`.
+
+    Raises:
+        ValueError: A pattern matches none, or nothing is left to train.
+    """
+    with torch.device("meta"):
+        model = GptOss(config)
+    freeze(model, frozen)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

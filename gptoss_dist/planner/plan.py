@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from data_pipeline.shards.megatron import token_dtype
 from gptoss_dist.engine import EngineSettings, Objective
+from gptoss_dist.parallel.mesh import plan_layout
 from gptoss_dist.planner.flops import FlopCount, flops_per_token
 from gptoss_dist.planner.hardware import Gpu, Network, Peak
-from gptoss_dist.planner.parameters import ParameterCount, count_parameters
+from gptoss_dist.planner.parameters import ParameterCount, count_parameters, count_trained
 from gptoss_dist.planner.timing.prices import DatasheetHardware, Hardware
 from gptoss_dist.planner.timing.roofline import StepTime, extrapolate, simulate
 from gptoss_dist.planner.tracing.memory import NO_MARGIN, Margin
 from gptoss_dist.planner.tracing.reduced import TracedStep, Traffic, trace_model
 from gptoss_dist.planner.tracing.trace import Workload
 
-CHECKPOINT_BYTES = 12
-"""Bytes per parameter of a checkpoint: float32 weights and two moments of Adam."""
+UNEVEN = 1.5
+"""A routing whose effect on memory is printed: a process's rows over its even share."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Machines:
     node_size: int
     """Devices per machine; consecutive ranks share one."""
     gpu: Gpu | None = None
-    """None for CPUs, one process each."""
+    """None for CPUs, one process each, and for GPUs that the table does not have."""
     network: Network | None = None
     """What joins machines; None if there is one."""
     memory_bytes: float | None = None
@@ -36,6 +38,8 @@ class Machines:
     """Of one machine, writing checkpoints."""
     hardware: Hardware | None = None
     """A calibrated device; None takes the GPU's datasheet."""
+    cuda: tuple[int, int] | None = None
+    """Compute capability of a GPU that the table does not have."""
 
     def __post_init__(self) -> None:
         if self.devices % self.node_size:
@@ -56,12 +60,23 @@ class Machines:
     @property
     def margin(self) -> Margin:
         """What a device needs beside the blocks of a step."""
-        return Margin() if self.gpu is not None else NO_MARGIN
+        return Margin() if self.capability is not None else NO_MARGIN
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """CUDA's compute capability, by which back ends are chosen; None for CPUs.
+
+        GPUs that are not NVIDIA's are traced as if they were Hopper's.
+        """
+        return self.cuda if self.gpu is None else self.gpu.capability or (9, 0)
 
     @property
     def name(self) -> str:
         """The machines in words."""
-        device = self.gpu.name if self.gpu is not None else "CPU processes"
+        many = "es" * (self.devices > 1)
+        device = (
+            self.gpu.name if self.gpu is not None else f"unknown GPU{many[1:]}" if self.cuda else f"CPU process{many}"
+        )
         joined = f", {self.network.name}" if self.network is not None and self.nodes > 1 else ""
         machines = f"{self.nodes} machine{'s' * (self.nodes > 1)}"
         return f"{self.devices} {'x ' if self.gpu is not None else ''}{device} on {machines}{joined}"
@@ -76,6 +91,8 @@ class Plan:
     steps: int
     machines: Machines
     parameters: ParameterCount
+    trained: int
+    """Weights that are not frozen."""
     flops: FlopCount
     step: TracedStep
     time: StepTime | None
@@ -106,6 +123,13 @@ class Plan:
     def needed(self) -> float:
         """The peak with the margin beside it, in bytes."""
         return self.peak + self.machines.margin.of(self.peak)
+
+    @property
+    def if_uneven(self) -> float:
+        """The most bytes that come on top where the experts of a process get `UNEVEN` times their share of rows."""
+        most = max(self.step.peaks().values(), key=lambda kinds: sum(kinds.values()))
+        rows = sum(most.get(kind, 0) for kind in ("activations", "all-to-all buffers", "temporary"))
+        return (UNEVEN - 1) * rows
 
     @property
     def fits(self) -> bool:
@@ -141,8 +165,8 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint of all processes."""
-        return CHECKPOINT_BYTES * self.parameters.total
+        """Bytes of a checkpoint of all processes: float32 weights, and two moments of those that are trained."""
+        return 4 * self.parameters.total + 8 * self.trained
 
     @property
     def checkpoint_s(self) -> float:
@@ -152,8 +176,7 @@ class Plan:
     @property
     def data_bytes(self) -> int:
         """Bytes of the tokens of the whole run, each read once."""
-        token = 2 if self.settings.model.vocab_size <= 2**16 else 4
-        return token * self.tokens_per_step * self.steps
+        return token_dtype(self.settings.model.vocab_size).itemsize * self.tokens_per_step * self.steps
 
 
 def make_plan(
@@ -181,14 +204,17 @@ def make_plan(
         ValueError: The settings do not fit each other or the number of devices.
     """
     compiled = settings.train.compile
-    eager = dataclasses.replace(settings, train=dataclasses.replace(settings.train, compile=False))
+    # What `auto` is depends on the machines, which the made-up world does not have.
+    layout = plan_layout(settings.parallel, settings.model.num_local_experts, machines.devices, machines.node_size)
+    parallel = dataclasses.replace(settings.parallel, expert_parallel=layout.expert_parallel)
+    eager = dataclasses.replace(settings, train=dataclasses.replace(settings.train, compile=False), parallel=parallel)
     workload = Workload(
         seq_len,
         machines.devices,
         objective,
-        None if machines.gpu is None else machines.gpu.capability or (9, 0),
+        machines.capability,
         documents=documents,
-        memory_only=machines.gpu is None and machines.hardware is None,
+        memory_only=machines.capability is None and machines.hardware is None,
     )
     step = trace_model(eager, workload, in_full=in_full)
     return Plan(
@@ -197,6 +223,7 @@ def make_plan(
         steps,
         machines,
         count_parameters(settings.model),
+        count_trained(settings.model, settings.optim.freeze),
         flops_per_token(settings.model, seq_len),
         step,
         _time(step, machines, compiled),

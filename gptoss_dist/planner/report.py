@@ -7,7 +7,7 @@ from typing import Any
 from gptoss_dist.engine import engine_kind
 from gptoss_dist.engine.zero_settings import zero_stage
 from gptoss_dist.planner.flops import MFU_CONVENTION
-from gptoss_dist.planner.plan import Plan
+from gptoss_dist.planner.plan import UNEVEN, Plan
 from gptoss_dist.planner.tracing.memory import KINDS
 
 GIB = 2**30
@@ -55,6 +55,11 @@ def _memory(plan: Plan) -> list[str]:
         return lines
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     beside = f" + {margin / GIB:.2f} for context and fragments" if margin else ""
+    if plan.layout.expert_parallel > 1:
+        uneven = plan.if_uneven / GIB
+        lines.append(
+            f"  routing is taken as even; {UNEVEN} times its share of rows would take a process up to {uneven:.1f} more"
+        )
     lines.append(f"  {plan.peak / GIB:.2f}{beside} = {plan.needed / GIB:.2f} of {limit / GIB:.2f}: {verdict}")
     return lines
 
@@ -64,7 +69,7 @@ def _traffic(plan: Plan) -> list[str]:
         return []
     lines = ["traffic of a process in a step"]
     for traffic in plan.traffic:
-        where = "between machines" if traffic.spans_nodes else "within a machine"
+        where = f"{traffic.between / GIB:.3f} of it to other machines" if traffic.spans_nodes else "within a machine"
         lines.append(
             f"  {traffic.kind:<16}{traffic.sent / GIB:9.3f} GiB sent in {traffic.calls:6.0f} calls "
             f"of {traffic.ranks} processes, {where}"
@@ -121,7 +126,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "limit": plan.machines.limit,
             "fits": plan.fits,
         },
-        "traffic": [vars(traffic) for traffic in plan.traffic],
+        "traffic": [vars(traffic) | {"between": traffic.between} for traffic in plan.traffic],
         "time": None
         if time is None
         else {

@@ -1,8 +1,8 @@
 """The best layouts of a model on given machines, for a fixed global batch.
 
 Every combination of replicate, shard and expert parallel degrees, micro-batch, checkpointing and engine is estimated
-(`estimates.py`), and the most promising are traced (`plan.py`) until there are enough, or the time is over. What is
-printed comes from traces.
+(`estimates.py`), and the most promising are traced (`plan.py`) until there are enough, or the time is over. The best
+are printed as they were traced; of those that do not fit, most are refused by their estimate.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 
 from gptoss_dist.config import EngineConfig
+from gptoss_dist.distributed.collectives import LocalError
 from gptoss_dist.engine import EngineSettings, Objective, engine_kind
 from gptoss_dist.engine.zero_settings import zero_stage
 from gptoss_dist.parallel.mesh import DeviceLayout, plan_layout
@@ -31,10 +33,12 @@ CHECKPOINTING = (0, 2, 1)
 LARGEST_MICRO_BATCH = 64
 TRACED_PER_WANTED = 2
 """Layouts that fit are traced until there are so many for each that is wanted."""
-SLACK = 1.03
-"""An estimate of memory that is above the limit by less is traced all the same."""
+SLACK = {"fsdp": 1.03, "deepspeed": 1.25}
+"""An estimate of memory that is above the limit by less is traced all the same: by so much estimates were wrong."""
 GRACE_S = 15.0
 """Seconds after the deadline in which a trace that was begun may end."""
+LONGEST_S = 120.0
+"""Seconds in which the first traces have to end."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Found:
     best: list[tuple[Candidate, Plan]]
     """Those that fit, the fastest first."""
     refused: list[tuple[Candidate, str]]
-    """Those that would be as fast or faster, and why not."""
+    """Those that are estimated to be as fast or faster, and why not."""
     candidates: int
     """How many there are."""
     traced: int
@@ -86,6 +90,7 @@ def search(
     machines: Machines,
     objective: Objective,
     *,
+    documents: bool = False,
     wanted: int = 10,
     budget_s: float = 35.0,
 ) -> Found:
@@ -98,6 +103,7 @@ def search(
         steps: Of the run.
         machines: What is planned for, GPUs.
         objective: What the model is trained for.
+        documents: Whether attention stays within documents.
         wanted: How many to return.
         budget_s: Seconds after which no further one is traced; at least one is.
 
@@ -113,7 +119,7 @@ def search(
     limit = machines.limit
     assert limit is not None, "a search needs to know the device's memory"
     best: list[tuple[Candidate, Plan]] = []
-    with _Tracers(seq_len, steps, objective) as tracers:
+    with _Tracers(seq_len, steps, objective, documents) as tracers:
         alone = dataclasses.replace(machines, devices=1, node_size=1, network=None)
         units = [tracers.begin(unit, alone) for unit in unit_settings(settings)]
         estimator = Estimator(machines, [unit.result() for unit in units])
@@ -121,8 +127,9 @@ def search(
         candidates = sorted(
             (_estimated(choice, estimator, machines) for choice in choices), key=lambda candidate: candidate.seconds
         )
-        refused = [(c, _too_much(c.memory, limit, "estimated")) for c in candidates if c.memory > SLACK * limit]
-        promising = _by_turns([c for c in candidates if c.memory <= SLACK * limit])
+        hopeless = [c for c in candidates if c.memory > SLACK[engine_kind(c.settings.engine)] * limit]
+        promising = _by_turns([c for c in candidates if c.memory <= SLACK[engine_kind(c.settings.engine)] * limit])
+        refused = [(c, _too_much(c.memory, limit, "estimated")) for c in hopeless]
         traced = 0
         for candidate, plan in tracers.plans(promising, machines, started + budget_s):
             traced += 1
@@ -135,31 +142,33 @@ def search(
             if len(best) >= TRACED_PER_WANTED * wanted:
                 break
     best.sort(key=lambda found: found[1].time.seconds if found[1].time is not None else float("inf"))
-    refused.sort(key=lambda refusal: refusal[0].seconds)
+    slowest = max((plan.time.seconds for _, plan in best[:wanted] if plan.time is not None), default=float("inf"))
+    refused = sorted((r for r in refused if r[0].seconds <= slowest), key=lambda refusal: refusal[0].seconds)
     return Found(best[:wanted], refused, len(candidates), traced)
 
 
 class _Tracers:
     """Processes that trace, one for each core; a process can be in one made-up world at a time."""
 
-    def __init__(self, seq_len: int, steps: int, objective: Objective) -> None:
-        self.seq_len, self.steps, self.objective = seq_len, steps, objective
+    def __init__(self, seq_len: int, steps: int, objective: Objective, documents: bool) -> None:
+        self.seq_len, self.steps, self.objective, self.documents = seq_len, steps, objective, documents
 
     def __enter__(self) -> Self:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([make_plan.__module__])  # once for all, which takes seconds
         self.workers = max(1, min(8, len(os.sched_getaffinity(0))))
+        self.others = set(multiprocessing.active_children())
         self.pool = ProcessPoolExecutor(self.workers, context)
         return self
 
     def __exit__(self, *error) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():  # of the forkserver
+        for process in set(multiprocessing.active_children()) - self.others:
             process.terminate()
 
     def begin(self, settings: EngineSettings, machines: Machines) -> Future:
         """Begin to trace; the result is a plan, or a ValueError."""
-        return self.pool.submit(_plan, settings, self.seq_len, self.steps, machines, self.objective)
+        return self.pool.submit(_plan, settings, self.seq_len, self.steps, machines, self.objective, self.documents)
 
     def plans(
         self, candidates: Iterable[Candidate], machines: Machines, deadline: float
@@ -178,7 +187,7 @@ class _Tracers:
                 begun += 1
             if not running:
                 return
-            patience = None if begun <= self.workers else max(0.0, deadline + GRACE_S - time.monotonic())
+            patience = LONGEST_S if begun <= self.workers else max(0.0, deadline + GRACE_S - time.monotonic())
             done = wait(running, patience, FIRST_COMPLETED).done
             if not done:
                 return
@@ -188,12 +197,16 @@ class _Tracers:
                     plan: Plan | str = job.result()
                 except ValueError as error:
                     plan = str(error)
+                except BrokenProcessPool as error:
+                    raise LocalError(f"a process that traced ended by itself ({error}); is memory short?") from error
                 yield candidate, plan
 
 
-def _plan(settings: EngineSettings, seq_len: int, steps: int, machines: Machines, objective: Objective) -> Plan:
+def _plan(
+    settings: EngineSettings, seq_len: int, steps: int, machines: Machines, objective: Objective, documents: bool
+) -> Plan:
     torch.set_num_threads(1)
-    return make_plan(settings, seq_len, steps, machines, objective)
+    return make_plan(settings, seq_len, steps, machines, objective, documents=documents)
 
 
 def _by_turns(candidates: list[Candidate]) -> list[Candidate]:

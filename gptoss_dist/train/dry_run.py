@@ -88,7 +88,8 @@ def machines_here(world_size: int) -> Machines:
     gpu, memory = gpu_of_driver(torch.cuda.get_device_name()), torch.cuda.get_device_properties(0).total_memory
     # Between machines the network is not known here: the fastest of the table, which flatters.
     network = find_network("ib-400") if world_size > node_size else None
-    return Machines(world_size, node_size, gpu, network, memory_bytes=memory)
+    capability = torch.cuda.get_device_capability()
+    return Machines(world_size, node_size, gpu, network, memory_bytes=memory, cuda=capability)
 
 
 def _plan(config: Config, machines: Machines) -> Plan:
@@ -98,7 +99,7 @@ def _plan(config: Config, machines: Machines) -> Plan:
         config.train.steps,
         machines,
         next_token_prediction,
-        documents=config.data.document_mask,
+        documents=config.data.masks_documents,
     )
 
 

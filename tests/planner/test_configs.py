@@ -30,7 +30,7 @@ def test_planned_configuration_fits(name, devices, gpu, tokens):
         config.train.steps,
         machines,
         next_token_prediction,
-        documents=config.data.document_mask,
+        documents=config.data.masks_documents,
     )
     assert plan.tokens_per_step == tokens
     assert plan.layout.world_size == devices

@@ -99,7 +99,9 @@ class DatasheetHardware:
         """Return the seconds of a collective within a node."""
         efficiency = self.gpu.efficiency
         share = efficiency.all_to_all if kind == "all-to-all" else efficiency.link
-        return sent / (self.gpu.link_bytes_per_s * share) + self.link_latency_s if processes > 1 else 0.0
+        joined = processes <= self.gpu.link_gpus  # the others are reached through the host
+        rate = self.gpu.link_bytes_per_s if joined else self.gpu.host_bytes_per_s
+        return sent / (rate * share) + self.link_latency_s if processes > 1 else 0.0
 
     def _share(self, kind: Kind) -> float:
         efficiency = self.gpu.efficiency

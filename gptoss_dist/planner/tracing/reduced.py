@@ -10,7 +10,7 @@ kind of memory or of one kind of collective, is read off the line through both:
 A model of 25 layers is told from those of 3 and 5.
 
 The micro-batches of a step repeat in the same way, from the second one on. The trace of them all is there for whoever
-has the time (`in_full`); `tests/planner/test_reduced.py` compares.
+has the time (`in_full`); `tests/planner/tracing/test_reduced.py` compares.
 """
 
 from __future__ import annotations
@@ -44,19 +44,36 @@ class Traffic:
     """Such as `all-gather`."""
     ranks: int
     """Processes that take part."""
-    spans_nodes: bool
-    """Whether they sit on more than one machine."""
+    nodes: int
+    """Machines that they sit on."""
     calls: float
     sent: float
     """Bytes that this process sends, by the ring model."""
+
+    @property
+    def spans_nodes(self) -> bool:
+        """Whether they sit on more than one machine."""
+        return self.nodes > 1
+
+    @property
+    def between(self) -> float:
+        """Those of the bytes that leave the machine, on average over its processes.
+
+        A ring crosses each machine's border once, whatever the number of its processes there; an all-to-all sends to
+        everybody alike.
+        """
+        if not self.spans_nodes:
+            return 0.0
+        local = max(1, self.ranks // self.nodes)
+        return self.sent * (self.ranks - local) / (self.ranks - 1) if self.kind == "all-to-all" else self.sent / local
 
 
 Size = tuple[int, int]
 """Layers of a model, and micro-batches of its step."""
 
 
-_Group = tuple[str, int, bool]
-"""The kind of a collective, how many take part, and whether they sit on several machines."""
+_Group = tuple[str, int, int]
+"""The kind of a collective, how many take part, and on how many machines they sit."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +108,7 @@ class TracedStep:
         few, many = min(depths := [layers for layers, c in self.timelines if c == count]), max(depths)
         low, high = self.timelines[few, count], self.timelines[many, count]
         if few == many:
-            return low.peaks()
+            return self._with_inputs(low.peaks(), low, count)
         deep = []
         for (phase, a), (same, b) in zip(low.passes(), high.passes(), strict=True):
             assert phase == same
@@ -104,7 +121,17 @@ class TracedStep:
                 more = high.by_kind[kind][partner] if kind in high.by_kind else np.zeros(n, dtype=np.int64)
                 by_kind[kind] = more + (more - less) // (many - few) * (self.size[0] - many)
             deep.append((phase, by_kind))
-        return peaks(deep)
+        return self._with_inputs(peaks(deep), low, count)
+
+    def _with_inputs(
+        self, peaks: dict[str, dict[str, int]], timeline: MemoryTimeline, count: int
+    ) -> dict[str, dict[str, int]]:
+        """Add the batches of those micro-batches that were not traced: all are there from the step's begin on."""
+        batches = timeline.by_kind.get("inputs")
+        if batches is not None:
+            for kinds in peaks.values():
+                kinds["inputs"] = kinds.get("inputs", 0) + int(batches[0]) // count * (self.size[1] - count)
+        return peaks
 
     def holds(self) -> dict[str, float]:
         """Return what the engine holds between the backward pass and the update, in bytes."""
@@ -137,7 +164,7 @@ class TracedStep:
 
 def _group(operator: Operator, node_size: int) -> _Group:
     nodes = {rank // node_size for rank in operator.group}
-    return collective_kind(operator.name.split(".")[1]), len(operator.group), len(nodes) > 1
+    return collective_kind(operator.name.split(".")[1]), len(operator.group), len(nodes)
 
 
 def _line(values: Mapping[int, Mapping[K, float]], at: int) -> dict[K, float]:
@@ -151,7 +178,10 @@ def _line(values: Mapping[int, Mapping[K, float]], at: int) -> dict[K, float]:
 
 def period(settings: EngineSettings, *, memory_only: bool = False) -> int:
     """Return after how many layers a model repeats itself; sliding and full attention take the same memory."""
-    return math.lcm(1 if memory_only else 2, settings.train.activation_checkpointing or 1)
+    kinds = settings.model.attention_types
+    alike = next(n for n in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[n:])))
+    # A single layer is the first and the last at once, which no other is.
+    return max(2, math.lcm(1 if memory_only else alike, settings.train.activation_checkpointing or 1))
 
 
 def trace_model(settings: EngineSettings, workload: Workload, *, in_full: bool = False) -> TracedStep:

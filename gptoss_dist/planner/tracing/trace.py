@@ -38,6 +38,7 @@ from gptoss_dist.engine import Engine, EngineSettings, Objective, engine_kind, l
 from gptoss_dist.engine.zero_settings import zero_stage
 from gptoss_dist.model.transformer import LossSums
 from gptoss_dist.ops import cross_entropy
+from gptoss_dist.ops.attention.documents import locate_documents
 from gptoss_dist.ops.experts import activation
 from gptoss_dist.parallel.mesh import DeviceLayout
 from gptoss_dist.planner.tracing.deepspeed import HostReads, answered, globals_put_back
@@ -55,7 +56,7 @@ class Workload:
     """CUDA's compute capability of the devices; None for CPUs."""
     rank: int = 0
     documents: bool = False
-    """Whether batches say where documents end (`data.document_mask`)."""
+    """Whether batches say where documents end (`DataConfig.masks_documents`)."""
     memory_only: bool = False
     """Leave out what a CPU computes in thousands of operators on parts that fit into its cache: they work in place, so
     that memory and traffic are the same, and time cannot be told."""
@@ -173,7 +174,12 @@ def _answers(settings: EngineSettings, workload: Workload) -> Iterator[None]:
     rows = tokens * settings.model.num_experts_per_tok
 
     def tolist(counts: FakeTensor) -> list:
-        """Return counts of rows as they are if the routing is balanced; the shared expert's are int64 and one."""
+        """Return counts of rows as they are if the routing is balanced; the shared expert's are int64 and one.
+
+        Where documents are located, every sample is one: none decreases, one in each, as long as it.
+        """
+        if sys._getframe(1).f_code.co_name == locate_documents.__name__:
+            return [0, settings.train.micro_batch_size, workload.seq_len]
         if counts.is_floating_point():
             return torch.full(counts.shape, 0.5).tolist()
         parts = counts.shape[-1]
