@@ -47,6 +47,8 @@ class PlanOptions:
     """File for a PNG of memory and time over the step; it is traced in full then."""
     search: bool = False
     """Find the best layout for the same global batch, instead of planning the one that is given."""
+    search_seconds: float = ranged(35.0, above=0)
+    """After so long no further layout is traced; those that were begun get a quarter of a minute more."""
     global_batch: int | None = ranged(None, at_least=1)
     """Samples of a step, of all devices, for --search; null takes those that the settings give."""
     output: str | None = None
@@ -169,6 +171,7 @@ def _search(
         machines,
         objective,
         documents=config.data.masks_documents,
+        budget_s=options.search_seconds,
     )
     print(search.to_text(found))
     if not found.best:

@@ -97,6 +97,8 @@ class Plan:
     step: TracedStep
     time: StepTime | None
     """None where the device's rates are unknown."""
+    compiled: StepTime | None
+    """The same with `train.compile`; None where it is on, or the time unknown."""
 
     @property
     def layout(self):
@@ -227,6 +229,7 @@ def make_plan(
         flops_per_token(settings.model, seq_len),
         step,
         _time(step, machines, compiled),
+        None if compiled or machines.capability is None else _time(step, machines, True),
     )
 
 

@@ -92,7 +92,14 @@ def _time(plan: Plan) -> list[str]:
     if plan.mfu is not None:
         lines[-1] += f"; MFU {100 * plan.mfu:.1f} % of {plan.model_flops_peak} ({MFU_CONVENTION})"
     hours = plan.hours or 0.0
-    lines.append(f"run          {hours:,.1f} hours, {hours * plan.machines.devices:,.0f} device hours")
+    lines.append(
+        f"run          {hours:,.1f} hours, {hours * plan.machines.devices:,.0f} device hours, without validation, "
+        "checkpoints and restarts"
+    )
+    if plan.compiled is not None:
+        lines.append(f"  with --train.compile true {plan.compiled.seconds:.3f} s per step")
+    if plan.machines.gpu is not None:
+        lines.append("  times are a model's: of twelve published runs it was off by up to 30 % (docs/planning_time.md)")
     return lines
 
 
@@ -112,6 +119,15 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "devices": plan.machines.devices,
         "parameters": {"total": plan.parameters.total, "active": plan.parameters.active},
         "engine": engine_in_words(plan),
+        "nodes": plan.machines.nodes,
+        "gpu": None if plan.machines.gpu is None else plan.machines.gpu.name,
+        "steps": plan.steps,
+        "seq_len": plan.seq_len,
+        "micro_batch_size": plan.settings.train.micro_batch_size,
+        "gradient_accumulation": plan.settings.train.gradient_accumulation,
+        "precision": plan.settings.train.precision,
+        "activation_checkpointing": plan.settings.train.activation_checkpointing,
+        "compile": plan.settings.train.compile,
         "layout": {
             "replicate": plan.layout.replicate,
             "shard": plan.layout.shard,
@@ -138,6 +154,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "tokens_per_s_per_device": time.tokens_per_s(plan.tokens_per_device),
             "mfu": plan.mfu,
             "hours": plan.hours,
+            "device_hours": (plan.hours or 0.0) * plan.machines.devices,
+            "step_s_compiled": None if plan.compiled is None else plan.compiled.seconds,
         },
         "checkpoint": {"bytes": plan.checkpoint_bytes, "seconds": plan.checkpoint_s},
         "data_bytes": plan.data_bytes,

@@ -80,6 +80,8 @@ class Found:
     candidates: int
     """How many there are."""
     traced: int
+    ended_early: bool
+    """Whether the time was over before enough were traced."""
 
 
 def search(
@@ -120,13 +122,7 @@ def search(
     assert limit is not None, "a search needs to know the device's memory"
     best: list[tuple[Candidate, Plan]] = []
     with _Tracers(seq_len, steps, objective, documents) as tracers:
-        alone = dataclasses.replace(machines, devices=1, node_size=1, network=None)
-        units = [tracers.begin(unit, alone) for unit in unit_settings(settings)]
-        estimator = Estimator(machines, [unit.result() for unit in units])
-        choices = layouts(settings, samples // machines.devices, machines)
-        candidates = sorted(
-            (_estimated(choice, estimator, machines) for choice in choices), key=lambda candidate: candidate.seconds
-        )
+        candidates = _candidates(settings, samples // machines.devices, machines, tracers)
         hopeless = [c for c in candidates if c.memory > SLACK[engine_kind(c.settings.engine)] * limit]
         promising = _by_turns([c for c in candidates if c.memory <= SLACK[engine_kind(c.settings.engine)] * limit])
         refused = [(c, _too_much(c.memory, limit, "estimated")) for c in hopeless]
@@ -144,7 +140,17 @@ def search(
     best.sort(key=lambda found: found[1].time.seconds if found[1].time is not None else float("inf"))
     slowest = max((plan.time.seconds for _, plan in best[:wanted] if plan.time is not None), default=float("inf"))
     refused = sorted((r for r in refused if r[0].seconds <= slowest), key=lambda refusal: refusal[0].seconds)
-    return Found(best[:wanted], refused, len(candidates), traced)
+    early = len(best) < TRACED_PER_WANTED * wanted and traced < len(promising)
+    return Found(best[:wanted], refused, len(candidates), traced, early)
+
+
+def _candidates(settings: EngineSettings, samples: int, machines: Machines, tracers: _Tracers) -> list[Candidate]:
+    """Return all layouts with their estimates, the fastest first; `samples` are those of one device in a step."""
+    alone = dataclasses.replace(machines, devices=1, node_size=1, network=None)
+    units = [tracers.begin(unit, alone) for unit in unit_settings(settings)]
+    estimator = Estimator(machines, [unit.result() for unit in units])
+    estimated = [_estimated(choice, estimator, machines) for choice in layouts(settings, samples, machines)]
+    return sorted(estimated, key=lambda candidate: candidate.seconds)
 
 
 class _Tracers:
@@ -292,6 +298,8 @@ def to_text(found: Found, refused: int = 5) -> str:
         lines.append(f"  {candidate.words}{plan.time.seconds:>10.3f}{rate:>17,.0f}{plan.needed / 2**30:>7.1f}")
     if not found.best:
         lines.append("  none of those that were traced fits")
+    if found.ended_early:
+        lines.append("the time was over: with more --search-seconds, or more cores, there may be better ones")
     if found.refused:
         lines.append("would not fit")
     lines += [f"  {candidate.words}   {why}" for candidate, why in found.refused[:refused]]

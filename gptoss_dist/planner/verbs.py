@@ -111,7 +111,7 @@ def published(argv: list[str], objective: Objective) -> int:
         starts = tuple(options.runs)
         chosen = [one for one in PUBLISHED if not starts or one.name.startswith(starts)]
         if not chosen:
-            names = ", ".join(one.name for one in PUBLISHED)
+            names = "; ".join(one.name for one in PUBLISHED)
             raise ValueError(f"--runs {' '.join(starts)} is unknown; use one of {names}")
         print(table([predict_published(one, objective) for one in chosen]))
 
@@ -119,4 +119,4 @@ def published(argv: list[str], objective: Objective) -> int:
 
 
 def _program(verb: str) -> Program:
-    return Program(f"plan.py {verb}", prefix=f"plan.py {verb}")
+    return Program(f"plan.py {verb}", prefix=f"plan.py {verb}", failed=2)

@@ -130,7 +130,7 @@ class TracedStep:
         batches = timeline.by_kind.get("inputs")
         if batches is not None:
             for kinds in peaks.values():
-                kinds["inputs"] = kinds.get("inputs", 0) + int(batches[0]) // count * (self.size[1] - count)
+                kinds["inputs"] = kinds.get("inputs", 0) + int(batches.max()) // count * (self.size[1] - count)
         return peaks
 
     def holds(self) -> dict[str, float]:
