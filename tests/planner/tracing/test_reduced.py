@@ -62,7 +62,7 @@ def test_few_layers_and_micro_batches_tell_the_rest(case):
     assert len(full.step.traces) == 1 and full.step.size in full.step.traces
     if case[3] > 2:
         assert full.step.size not in told.step.traces
-    assert told.peak == pytest.approx(full.peak, rel=0.01 if case[0].startswith("zero") else 1e-3)
+    assert told.peak == pytest.approx(full.peak, rel=0.02 if case[0].startswith("zero") else 1e-3)
     holds = [dict(plan.step.holds()) for plan in (told, full)]
     if case[0].startswith("zero"):
         # A process keeps whole gradients of the parameters that its partition begins and ends in: which ones these
@@ -85,5 +85,5 @@ def test_few_layers_and_micro_batches_tell_the_rest(case):
     if full.time is None:
         assert told.time is None
         return
-    assert told.time.seconds == pytest.approx(full.time.seconds, rel=0.02)
+    assert told.time.seconds == pytest.approx(full.time.seconds, rel=0.03)
     print(f"{case}: time {told.time.seconds / full.time.seconds:.4f}, peak {told.peak / full.peak:.6f}")
