@@ -24,6 +24,7 @@ from gptoss_dist.train.data import check_tokenizer, open_training_data, open_val
 from gptoss_dist.train.dry_run import describe
 from gptoss_dist.train.start import Start, check_resumable
 from tests.support.ranks import run
+from tests.support.sizes import SMALL
 from tests.support.token_data import write_dataset
 
 PER_STEP = 4
@@ -42,7 +43,7 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def config(folders):
     def config(*sources, stages=(), steps=20, **data):
-        config = Config(model=ModelConfig(vocab_size=272))
+        config = Config(model=ModelConfig(**SMALL | {"vocab_size": 272}))
         config.train.steps, config.train.micro_batch_size = steps, PER_STEP
         for key, value in ({"seq_len": 16} | data).items():
             setattr(config.data, key, value)
