@@ -119,13 +119,11 @@ def machines_of(options: PlanOptions) -> Machines:
         raise ValueError(
             "no device is named; give --gpu, such as h100-80gb, or --hardware FILE of a calibrated machine"
         )
-    if gpu is not None:
-        pass
-    elif hardware is not None and hardware.device != "cpu":
+    if gpu is None and hardware is not None and hardware.device != "cpu":
         gpu = gpu_of_driver(hardware.device)
         if gpu is None:
             raise ValueError(f"--hardware {options.hardware}: device={hardware.device!r} is unknown; give --gpu too")
-    elif memory is None:
+    if gpu is None and memory is None:
         memory = psutil.virtual_memory().total / (options.gpus // nodes)
     return Machines(
         options.gpus,

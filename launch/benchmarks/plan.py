@@ -1,13 +1,11 @@
 #!/usr/bin/env python
-"""Compare the planner's step times with real ones: of this machine, and of published runs.
+"""Compare the planner's step times with real ones of this machine; `launch/plan.py published` has those of others.
 
     python launch/benchmark_plan.py steps [--hardware configs/hardware/NAME.yaml]
-    python launch/benchmark_plan.py published
 
 `steps` measures this machine (about a minute) unless a file says what it does, predicts a step of some models that were
 not measured for that, trains each of them in a process of its own, and prints both. With one thread, seconds are those
-of the processor, so that others who use the machine cost little; with more they are the wall's. `published` traces a
-reduced model of each run in `gptoss_dist/planner/timing/published.py` and prints the table of docs/planning_time.md.
+of the processor, so that others who use the machine cost little; with more they are the wall's.
 """
 
 import argparse
@@ -65,16 +63,13 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
     steps.add_argument("--steps", type=whole, default=7, help="steps that are timed, after two that warm up (7)")
     steps.add_argument("--cases", type=whole, default=len(CASES), help=f"how many cases, of {len(CASES)} (all)")
     add_quick(steps, argv, steps=5, cases=2)
-    published = commands.add_parser("published", help="published runs, predicted")
-    published.add_argument("--run", default="", help="the beginning of the names of runs (all)")
-    add_quick(published, argv, run="gpt-oss-20b")
     return parser
 
 
 def main(argv: list[str]) -> int:
     arguments = build_parser(argv).parse_args(argv)
     try:
-        return compare_steps(arguments) if arguments.command == "steps" else compare_published(arguments)
+        return compare_steps(arguments)
     except ValueError as error:
         print(f"benchmark_plan.py: {error}", file=sys.stderr)
         return 2
@@ -154,28 +149,6 @@ def settings_of(case: Case):
         micro_batch_size=case.micro_batch, precision=case.precision, activation_checkpointing=case.recompute
     )
     return EngineSettings(model, train)
-
-
-def compare_published(arguments: argparse.Namespace) -> int:
-    """Print a table of published runs and predictions."""
-    from gptoss_dist.planner.timing.accuracy import predict_published, table
-    from gptoss_dist.planner.timing.published import PUBLISHED
-    from gptoss_dist.train.objectives import next_token_prediction
-
-    chosen = [run for run in PUBLISHED if run.name.startswith(arguments.run)]
-    if not chosen:
-        names = ", ".join(f"'{run.name}'" for run in PUBLISHED)
-        raise ValueError(f"--run {arguments.run!r} is the beginning of no name; use one of {names}")
-    found = []
-    for index in rounds(len(chosen)):
-        found.append(predict_published(chosen[index], next_token_prediction))
-        step, run = found[-1].step, chosen[index]
-        progress(
-            f"{run.name}: {step.seconds:.3g} s per step, published {run.step_s:.3g} s; exposed communication "
-            f"{step.exposed_s:.3g} s, waiting for the host {step.host_bound:.3g} s"
-        )
-    print(table(found))
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+import launch.plan
 from launch.benchmarks import against_transformers, checkpoints, data, engines, plan
 
 NUMBERS = ("0", "-1", "x", "1.5", "nan", "inf", "1e400", "", "9" * 5000, str(2**64))
@@ -45,7 +46,10 @@ def test_what_was_meant(capsys):
 
 
 def test_a_published_run_and_a_file_of_hardware_that_are_not_there(tmp_path, capsys):
-    for argv in (["published", "--run", "llama-4"], ["steps", "--hardware", str(tmp_path / "none.yaml")]):
-        assert plan.main(argv) == 2
+    for main, argv in (
+        (launch.plan.main, ["published", "--runs", "llama-4"]),
+        (plan.main, ["steps", "--hardware", str(tmp_path / "none.yaml")]),
+    ):
+        assert main(argv) == 2
         out, err = capsys.readouterr()
         assert not out and err.count("\n") == 1 and argv[-1] in err

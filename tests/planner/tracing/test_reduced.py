@@ -41,6 +41,11 @@ GRID = [
     ("zero1", 8, 1, 1, 1, True),
 ]
 
+FORWARD_IS_LOW = ("fsdp", 12, 1, 3, 2, False)
+"""Its forward pass, which is not the fullest phase, is told 1.2 % too low; why is not known."""
+HOST_IS_SLOW = ("fsdp", 8, 1, 4, 2, True)
+"""Its step is a fiftieth too long: the host, which is all that such a small model waits for, has no even gait."""
+
 
 def planned(case: tuple, in_full: bool) -> Plan:
     engine, layers, every, accumulation, expert_parallel, on_gpu = case
@@ -76,7 +81,7 @@ def test_few_layers_and_micro_batches_tell_the_rest(case):
             {phase: sum(kinds.values()) - kinds["inputs"] for phase, kinds in plan.step.peaks().items()}
             for plan in (told, full)
         ]
-        assert sums[0] == pytest.approx(sums[1], rel=0.02)  # the fullest is compared more sharply above
+        assert sums[0] == pytest.approx(sums[1], rel=0.02 if case == FORWARD_IS_LOW else 1e-3)
     traffic = [
         {(t.kind, t.ranks, t.spans_nodes, what): getattr(t, what) for t in plan.traffic for what in ("calls", "sent")}
         for plan in (told, full)
@@ -85,5 +90,5 @@ def test_few_layers_and_micro_batches_tell_the_rest(case):
     if full.time is None:
         assert told.time is None
         return
-    assert told.time.seconds == pytest.approx(full.time.seconds, rel=0.03)
+    assert told.time.seconds == pytest.approx(full.time.seconds, rel=0.03 if case == HOST_IS_SLOW else 0.02)
     print(f"{case}: time {told.time.seconds / full.time.seconds:.4f}, peak {told.peak / full.peak:.6f}")
