@@ -304,6 +304,7 @@ def test_torchrun_restarts_in_place_from_the_last_checkpoint(settings, tmp_path)
     assert losses(killed, "loss/val") == losses(whole, "loss/val")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_restart_in_place_does_not_do_what_the_start_was_refused(settings, tmp_path):
     """A run is in the folder already: the start without --resume is refused, and its restart by torchrun too."""

@@ -78,6 +78,7 @@ def test_bf16_stays_close_and_keeps_float32_weights(ranks, bf16_products):
     assert all(p.dtype == torch.float32 for p in rounded[1].values())
 
 
+@pytest.mark.slow  # test_layouts.py has it on four ranks
 @pytest.mark.compiled
 def test_compiled_blocks_agree(ranks):
     """A block of each kind of attention: the first is recomputed, the second is not.

@@ -25,23 +25,23 @@ def refusal(config: Config, monkeypatch, memory: float) -> str | None:
 
 def test_the_largest_micro_batch_that_divides_the_given_one(config, monkeypatch):
     """Also where it is odd, which halving alone would never divide."""
-    config.train.micro_batch_size = size = 3 * 5**4
-    said = refusal(config, monkeypatch, 0.06 * 2**30)
+    config.train.micro_batch_size = size = 3 * 5**3
+    said = refusal(config, monkeypatch, 0.02 * 2**30)
     words = said.partition("; ")[2].split()
     found, accumulation = int(words[1]), int(words[3])
     assert 1 < found < size and size % found == 0 and found * accumulation == 2 * size and words[5] == "1", said
     config.train.micro_batch_size, config.train.gradient_accumulation = found, accumulation
     config.train.activation_checkpointing = 1
-    assert refusal(config, monkeypatch, 0.06 * 2**30) is None
+    assert refusal(config, monkeypatch, 0.02 * 2**30) is None
     config.train.micro_batch_size = next(n for n in range(found + 1, size + 1) if size % n == 0)
-    assert refusal(config, monkeypatch, 0.06 * 2**30) is not None
+    assert refusal(config, monkeypatch, 0.02 * 2**30) is not None
 
 
 def test_checkpointing_alone_if_that_is_enough(config, monkeypatch):
-    config.train.micro_batch_size = 256
-    config.model = ModelConfig(**MODEL | {"num_hidden_layers": 8})
+    config.train.micro_batch_size = 64
+    config.model = ModelConfig(**MODEL | {"num_hidden_layers": 6})
     assert refusal(config, monkeypatch, 2**40) is None
-    said = refusal(config, monkeypatch, 0.2 * 2**30)
+    said = refusal(config, monkeypatch, 0.04 * 2**30)
     assert "; --train.activation_checkpointing 1 would fit (" in said, said
 
 
