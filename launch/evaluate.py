@@ -1,0 +1,29 @@
+#!/usr/bin/env python
+"""Measure what a model can do, and what it costs to use it.
+
+Size of the cache:  python launch/evaluate.py kv-cache --model configs/model/gptoss_502m.yaml
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_pipeline.command_line import Program, run_verb
+from gptoss_dist.evaluation import options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line asks for; return the exit code."""
+    verbs = {"kv-cache": (options.KvCacheOptions, _kv_cache)}
+    return run_verb(Program("evaluate.py", prefix="evaluate.py", failed=2), verbs, argv, description=__doc__)
+
+
+def _kv_cache(options: options.KvCacheOptions) -> None:
+    from gptoss_dist.evaluation.kv_cache_size import evaluate
+
+    evaluate(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
