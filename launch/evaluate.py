@@ -2,6 +2,7 @@
 """Measure what a model can do, and what it costs to use it.
 
 Size of the cache:  python launch/evaluate.py kv-cache --model configs/model/gptoss_502m.yaml
+Long contexts:      python launch/evaluate.py passkey --checkpoint runs/passkey_tiny --lengths 256 1024
 """
 
 import sys
@@ -15,7 +16,10 @@ from gptoss_dist.evaluation import options
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks for; return the exit code."""
-    verbs = {"kv-cache": (options.KvCacheOptions, _kv_cache)}
+    verbs = {
+        "kv-cache": (options.KvCacheOptions, _kv_cache),
+        "passkey": (options.PasskeyOptions, _passkey),
+    }
     return run_verb(Program("evaluate.py", prefix="evaluate.py", failed=2), verbs, argv, description=__doc__)
 
 
@@ -23,6 +27,12 @@ def _kv_cache(options: options.KvCacheOptions) -> None:
     from gptoss_dist.evaluation.kv_cache_size import evaluate
 
     evaluate(options)
+
+
+def _passkey(options: options.PasskeyOptions) -> int:
+    from gptoss_dist.evaluation.retrieval.passkey import evaluate
+
+    return evaluate(options)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from data_pipeline.command_line import option, ranged
+from data_pipeline.command_line import check_ranges, option, ranged
+from data_pipeline.needles.tasks import Task
+from gptoss_dist.evaluation.retrieval.scaling import check_yarn
 
 
 @dataclass
@@ -19,7 +21,7 @@ class ResultOptions:
     """Record the result in MLflow too, below the run that the model belongs to."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ModelOptions(ResultOptions):
     """A trained model."""
 
@@ -41,3 +43,32 @@ class KvCacheOptions(ResultOptions):
     """Sequences."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of keys and values."""
+
+
+@dataclass
+class PasskeyOptions(ModelOptions):
+    """Whether a model finds a fact in a long text, by length of the text and depth of the fact."""
+
+    task: Task = "passkey"
+    """passkey; or a needle task: single, multi-key, distractors, variables (docs/evaluation.md)."""
+    lengths: list[int] = option(
+        default_factory=lambda: [4096, 16384, 65536, 131072], metavar="TOKENS", several=True, at_least=1
+    )
+    """Tokens of the prompts, with their question."""
+    depths: int = ranged(10, at_least=1, at_most=1000)
+    """Buckets of equal width that the depths are drawn from."""
+    trials: int = ranged(10, at_least=1)
+    """Prompts for each length and bucket."""
+    seed: int = 0
+    """Draws what is hidden, and where."""
+    yarn: list[str] = option(default_factory=lambda: ["model"], metavar="YARN", several=True)
+    """Rotary embeddings to compare: model (its own), none (without YaRN), a factor, or auto (length / original
+    length)."""
+    original_length: int | None = ranged(None, at_least=1)
+    """Tokens of the context that the model was trained with; for a factor and auto."""
+    batch_tokens: int = ranged(16384, at_least=1)
+    """Tokens of prompts that are read together."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        check_yarn(self.yarn, self.original_length)

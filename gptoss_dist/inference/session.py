@@ -15,10 +15,10 @@ from gptoss_dist.model.transformer import GptOss
 
 
 class Session:
-    """A model, its tokenizer and a random state, which are kept between prompts."""
+    """A model, its tokenizer and a random state, which are kept between prompts; and the folder that they are from."""
 
-    def __init__(self, model: GptOss, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: GptOss, tokenizer: Tokenizer, folder: Path | None = None) -> None:
+        self.model, self.tokenizer, self.folder = model, tokenizer, folder
         self.generator = torch.Generator()
 
     @classmethod
@@ -32,7 +32,7 @@ class Session:
         target = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         pretrained = open_pretrained(path)
         model = pretrained.build(torch.bfloat16 if target.type == "cuda" else torch.float32, target)
-        return cls(model, Tokenizer.load(pretrained.folder))
+        return cls(model, Tokenizer.load(pretrained.folder), pretrained.folder)
 
     def seed(self, seed: int) -> None:
         """Restart the random generator."""
