@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from data_pipeline.secrets import has_hidden
 from gptoss_dist.config.data import DataConfig, SourceConfig, StageConfig
+from gptoss_dist.config.distributed import DistributedConfig
 from gptoss_dist.config.sections import (
     CheckpointConfig,
+    EvaluationConfig,
     Init,
     LossConfig,
     OptimConfig,
@@ -160,6 +162,24 @@ def check_spikes(spikes: SpikesConfig, checkpoint: CheckpointConfig) -> None:
         f"spikes.before={spikes.before} must be less than spikes.window={spikes.window}, the steps that are kept in "
         "mind; give a smaller one",
     )
+
+
+def check_evaluation(evaluation: EvaluationConfig, distributed: DistributedConfig) -> None:
+    """Refuse tasks that are never run, times without tasks, and a wait that ends the run before it is over."""
+    _require(
+        not evaluation.every or evaluation.tasks,
+        f"evaluation.every={evaluation.every} has nothing to run; name tasks with --evaluation.tasks",
+    )
+    _require(
+        not evaluation.tasks or evaluation.every,
+        f"evaluation.tasks={evaluation.tasks} are never run; set --evaluation.every",
+    )
+    for key, limit in (("timeout", distributed.timeout), ("evaluation_timeout", distributed.evaluation_timeout)):
+        _require(
+            not evaluation.every or not limit or evaluation.max_seconds < limit,
+            f"evaluation.max_seconds={evaluation.max_seconds} must be less than distributed.{key}={limit}, after which "
+            "ranks that wait are taken for stalled",
+        )
 
 
 def check_uri(tracking: TrackingConfig) -> None:

@@ -180,6 +180,29 @@ class SamplingConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Tasks of the EleutherAI harness (the extra `eval`) while the model trains, on all ranks together."""
+
+    every: int = ranged(0, at_least=0)
+    """Steps between two times; 0 runs none. The last step is followed by one too."""
+    tasks: list[str] = field(default_factory=list)
+    """Names of tasks or groups, or YAML files."""
+    include: str | None = None
+    """Folder of further task files, which come before the harness's own."""
+    num_fewshot: int | None = ranged(None, at_least=0)
+    """Examples in the prompt; null is what the task says."""
+    limit: int | None = ranged(200, at_least=1)
+    """Documents of each task, always the first ones; null is all."""
+    chat: bool = False
+    """Put prompts into the model's chat template."""
+    batch_tokens: int = ranged(8192, at_least=1)
+    """Tokens of a forward pass of one process, padding included."""
+    max_seconds: float = ranged(300.0, above=0)
+    """How long training waits. What is not finished then, but for the forward passes that are under way, gives no
+    result, and the run goes on. The first time includes loading the tasks."""
+
+
+@dataclass
 class TrackingConfig:
     """MLflow. metrics.jsonl in the run's folder is always written."""
 

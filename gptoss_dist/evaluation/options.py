@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from data_pipeline.batches import Packing
 from data_pipeline.command_line import check_ranges, option, ranged
 from data_pipeline.needles.tasks import Task
 from gptoss_dist.evaluation.retrieval.scaling import check_yarn
@@ -72,3 +73,60 @@ class PasskeyOptions(ModelOptions):
     def __post_init__(self) -> None:
         check_ranges(self)
         check_yarn(self.yarn, self.original_length)
+
+
+@dataclass
+class ScoringOptions(ModelOptions):
+    """A trained model that scores texts, in as many processes as a launcher starts."""
+
+    precision: Literal["fp32", "bf16"] | None = None
+    """Type that is computed with; null is bf16 on CUDA and fp32 on a CPU."""
+    batch_tokens: int = ranged(8192, at_least=1)
+    """Tokens of a forward pass of one process, padding included; a longer text is a forward pass by itself."""
+
+
+@dataclass
+class PerplexityOptions(ScoringOptions):
+    """Perplexity, bits per byte, and the loss by the length of the context."""
+
+    data: list[str] = option(default_factory=list, metavar="DATA")
+    """A prepared dataset, or text as prepare takes it: files, folders, patterns; may be repeated. Without one: what
+    the run that the model belongs to validates on, in the same samples."""
+    split: Literal["validation", "train"] = "validation"
+    """Split of prepared datasets."""
+    seq_len: int | None = ranged(None, at_least=1)
+    """Tokens of a window; null is that of the run, or else the positions of the model."""
+    stride: int | None = ranged(None, at_least=1)
+    """Score each document by itself, in windows that begin so many tokens after each other: only tokens that no earlier
+    window had are counted, with at least seq_len - stride tokens before them from the second window on. null takes the
+    samples of training, of prepared datasets, and windows side by side, of text."""
+    packing: Packing | None = None
+    """How samples are made of documents, without a stride; null is that of the run, or else contiguous."""
+    samples: int | None = ranged(None, at_least=0)
+    """Samples of each dataset, or documents with a stride and of text, evenly over it; 0 is all, null those of the
+    run's validation, or else all."""
+    text_column: str = "text"
+    """Field of records that holds the text."""
+
+
+@dataclass(kw_only=True)
+class HarnessOptions(ScoringOptions):
+    """Tasks of the EleutherAI harness (lm-eval), which the extra `eval` installs."""
+
+    tasks: list[str] = option(metavar="TASK", several=True)
+    """Names of tasks or groups, or YAML files."""
+    include: str | None = None
+    """Folder of further task files, which come before the harness's own. Tasks there whose data are files need no
+    network."""
+    num_fewshot: int | None = ranged(None, at_least=0)
+    """Examples in the prompt; null is what the task says."""
+    limit: int | None = ranged(None, at_least=1)
+    """Documents of each task; null is all."""
+    chat: bool = False
+    """Put prompts into the model's chat template."""
+    system_prompt: str | None = None
+    """What the system says first in a chat."""
+    max_length: int | None = ranged(None, at_least=2)
+    """Tokens that the model may see; longer requests lose their beginning. null is the model's positions."""
+    samples: bool = True
+    """Keep each request with its answer, in samples.jsonl."""

@@ -29,7 +29,7 @@ class Session:
             ValueError: There is no such device, no intact checkpoint, it does not fit, or there is no tokenizer of ours
                 beside it.
         """
-        target = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        target = find_device(device)
         pretrained = open_pretrained(path)
         model = pretrained.build(torch.bfloat16 if target.type == "cuda" else torch.float32, target)
         return cls(model, Tokenizer.load(pretrained.folder), pretrained.folder)
@@ -67,7 +67,13 @@ class Session:
         return self.tokenizer.decode(new[: new.index(self.tokenizer.eot_id)] if self.tokenizer.eot_id in new else new)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """Return the device that a user names; None is CUDA where there is a GPU, else the CPU.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

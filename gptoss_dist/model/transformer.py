@@ -25,7 +25,7 @@ from gptoss_dist.model.losses import balance_loss, z_loss
 from gptoss_dist.model.moe import MoE, RouterStats
 from gptoss_dist.model.rope import RotaryTables
 from gptoss_dist.ops.attention.documents import Documents, locate_documents
-from gptoss_dist.ops.cross_entropy import linear_cross_entropy
+from gptoss_dist.ops.cross_entropy import linear_cross_entropy, linear_token_losses
 from gptoss_dist.ops.rms_norm import rms_norm
 
 IGNORE_INDEX = -100
@@ -39,6 +39,15 @@ class LossSums(NamedTuple):
     """Sum of the token losses in nats, float32."""
     stats: RouterStats
     """Router sums with a leading layer dimension: counts [L, E], probability [L, E], z [L], entropy [L]."""
+
+
+class TokenScores(NamedTuple):
+    """Result of a forward pass that scores each label by itself."""
+
+    loss_BT: Tensor
+    """Loss in nats, float32; 0 where there is no label."""
+    is_greedy_BT: Tensor
+    """Whether the label is the likeliest token, bool."""
 
 
 class RMSNorm(nn.Module):
@@ -142,7 +151,8 @@ class GptOss(nn.Module):
         document_ids_BT: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
-    ) -> Tensor | LossSums:
+        per_token: bool = False,
+    ) -> Tensor | LossSums | TokenScores:
         """Return logits, or with labels the sums that a loss is made of, without ever holding all logits at once.
 
         Args:
@@ -151,13 +161,19 @@ class GptOss(nn.Module):
             document_ids_BT: Integers [B, T], non-decreasing along T; attention stays within equal ids.
             cache: Keys and values of earlier tokens; it is extended in place.
             last_only: Return the logits of the last position only.
+            per_token: Return the loss of each label instead of their sum, without a gradient.
 
         Returns:
-            Logits [B, T or 1, V] in the compute dtype, or `LossSums`.
+            Logits [B, T or 1, V] in the compute dtype, or with labels `LossSums`, or `TokenScores`.
         """
         x_BTD, stats = self.model(input_ids_BT, document_ids_BT, cache)
         if labels_BT is None:
             return self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
+        if per_token:
+            scores = linear_token_losses(
+                x_BTD.flatten(0, 1), self.lm_head.weight, labels_BT.flatten(), ignore_index=IGNORE_INDEX
+            )
+            return TokenScores(*(column.view(labels_BT.shape) for column in scores))
         loss = linear_cross_entropy(
             x_BTD.flatten(0, 1), self.lm_head.weight, labels_BT.flatten(), ignore_index=IGNORE_INDEX
         )

@@ -1,15 +1,21 @@
-"""What a run does every so many steps, beside training: validation, checkpoints, samples."""
+"""What a run does every so many steps, beside training: validation, checkpoints, samples, evaluation."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from data_pipeline import validation_batches
+from data_pipeline.printable import first_line
+from data_pipeline.tokenizer.harmony import chat_template, has_harmony
 from gptoss_dist.config import Config
+from gptoss_dist.evaluation.harness.chat import TEMPLATE
+from gptoss_dist.evaluation.harness.in_training import Outcome, TaskEvaluation
+from gptoss_dist.evaluation.harness.team import Team
 from gptoss_dist.model.generate import generate
 from gptoss_dist.train.run import Run
 
@@ -45,6 +51,9 @@ def periodic_tasks(config: Config) -> list[Task]:
     tasks.append(Task("checkpoint", config.checkpoint.every, save_checkpoint))
     if config.sampling.prompts and config.sampling.every:
         tasks.append(Task("samples", config.sampling.every, write_samples))
+    if config.evaluation.every:
+        evaluation = TaskEvaluation(config.evaluation)
+        tasks.append(Task("evaluation", config.evaluation.every, partial(evaluate_tasks, evaluation)))
     return tasks
 
 
@@ -108,6 +117,29 @@ def _continue(run: Run, ids: list[int], seed: int) -> list[int]:
             generator=torch.Generator().manual_seed(seed),
         )
     return output[0].tolist()
+
+
+def evaluate_tasks(evaluation: TaskEvaluation, run: Run, step: int, findings: Findings) -> None:
+    """Run tasks of the harness on the model. What goes wrong is reported, and the run goes on, as with samples.
+
+    Only a failure within a forward pass of a model that several ranks share ends the run.
+    """
+    tokenizer, ranks = run.data.training.mixture.tokenizer, run.ranks
+    carried = run.carried.get(TEMPLATE)
+    template = carried.decode() if carried else chat_template() if has_harmony(tokenizer) else None
+    run.engine.model.eval()
+    team = Team(ranks, run.engine.model, tokenizer, run.config.evaluation.batch_tokens, in_step=ranks.world_size > 1)
+    try:
+        # As for samples: shapes differ from batch to batch, and compiled blocks would be compiled anew for each.
+        with torch.compiler.set_stance("force_eager"):
+            outcome = evaluation.measure(team, template)
+    except Exception as error:
+        if ranks.world_size > 1:
+            raise
+        log.exception("evaluation of step %d", step)
+        outcome = Outcome({}, 0.0, first_line(error))
+    if run.report and outcome is not None:
+        run.report.evaluation(step, outcome.metrics, outcome.seconds, outcome.problem)
 
 
 def save_checkpoint(run: Run, step: int, findings: Findings) -> None:
