@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from gptoss_dist.model.attention import Attention, LayerCache
+from gptoss_dist.model.attention import Attention, LayerCache, SequencePart
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.generate import generate
 from gptoss_dist.model.kv_cache import KVCache
@@ -70,9 +70,10 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         documents: Documents | None = None,
         cache: LayerCache | None = None,
+        part: SequencePart | None = None,
     ) -> tuple[Tensor, RouterStats]:
         """Return tokens for the next block, [B, T, D], and the router's sums; arguments as in `Attention.forward`."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, documents, cache)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, documents, cache, part)
         y_BTD, stats = self.mlp(self.post_attention_layernorm(x_BTD))
         return x_BTD + y_BTD, stats
 
@@ -89,7 +90,11 @@ class Decoder(nn.Module):
         self.rotary_tables = RotaryTables(config)
 
     def forward(
-        self, input_ids_BT: Tensor, document_ids_BT: Tensor | None = None, cache: KVCache | None = None
+        self,
+        input_ids_BT: Tensor,
+        document_ids_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        part: SequencePart | None = None,
     ) -> tuple[Tensor, RouterStats]:
         """Return final hidden states [B, T, D], and router sums with a leading layer dimension.
 
@@ -98,12 +103,13 @@ class Decoder(nn.Module):
         x_BTD = self.embed_tokens(input_ids_BT)
         start = cache.length if cache is not None else 0
         position_T = torch.arange(start, start + input_ids_BT.shape[1], device=input_ids_BT.device)
+        position_T = position_T if part is None else part.position_T
         rotary = self.rotary_tables(position_T, x_BTD.dtype)
         documents = locate_documents(document_ids_BT) if document_ids_BT is not None else None
         caches = cache.layers if cache is not None else [None] * len(self.layers)
         layer_stats = []
         for layer, layer_type, layer_cache in zip(self.layers, self.layer_types, caches):
-            x_BTD, stats = layer(x_BTD, rotary[layer_type], documents, layer_cache)
+            x_BTD, stats = layer(x_BTD, rotary[layer_type], documents, layer_cache, part)
             layer_stats.append(stats)
         if cache is not None:
             cache.length += input_ids_BT.shape[1]
@@ -142,6 +148,7 @@ class GptOss(nn.Module):
         document_ids_BT: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        part: SequencePart | None = None,
     ) -> Tensor | LossSums:
         """Return logits, or with labels the sums that a loss is made of, without ever holding all logits at once.
 
@@ -151,11 +158,12 @@ class GptOss(nn.Module):
             document_ids_BT: Integers [B, T], non-decreasing along T; attention stays within equal ids.
             cache: Keys and values of earlier tokens; it is extended in place.
             last_only: Return the logits of the last position only.
+            part: Which part of longer sequences the ids are, if others compute the rest; it knows of documents itself.
 
         Returns:
             Logits [B, T or 1, V] in the compute dtype, or `LossSums`.
         """
-        x_BTD, stats = self.model(input_ids_BT, document_ids_BT, cache)
+        x_BTD, stats = self.model(input_ids_BT, document_ids_BT, cache, part)
         if labels_BT is None:
             return self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
         loss = linear_cross_entropy(
