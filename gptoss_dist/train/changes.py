@@ -134,9 +134,8 @@ def _batch(before: Mapping[str, Any], config: Config, processes: tuple[int | Non
         return
     train = _section(before, "train", TrainConfig)
     split = _section(before, "parallel", ParallelConfig).context_parallel, config.parallel.context_parallel
-    groups = [count // over for count, over in zip(processes, split)]
-    old = train.micro_batch_size * train.gradient_accumulation * groups[0]
-    new = config.train.micro_batch_size * config.train.gradient_accumulation * groups[1]
+    old = train.micro_batch_size * train.gradient_accumulation * processes[0] // split[0]
+    new = config.train.micro_batch_size * config.train.gradient_accumulation * processes[1] // split[1]
     if old and old != new:
         yield (
             f"a step has {new} samples instead of {old}: the learning rate may need to change with it, and the rest of "

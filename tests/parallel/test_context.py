@@ -1,12 +1,14 @@
 """Context parallelism: who has and fetches which tokens, and attention over processes beside attention in one."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
 import pytest
 import torch
 
+from gptoss_dist.ops.attention import cuda
 from gptoss_dist.ops.attention.blocks import block_attention, block_attention_backward
 from gptoss_dist.parallel.context import halo_before, plan_halo
 from gptoss_dist.parallel.ring import Split
@@ -50,27 +52,91 @@ def test_halos_are_the_tokens_before_each_chunk(size, tokens, window):
                 assert count <= (window - 1 if abs(other - rank) == 1 else 0)
 
 
+def block(documents: bool) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Return q, the gradient of o, k and v of a block of keys of which few, or no, queries see anything."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        *torch.randn(2, 3, 37, 4, 8, dtype=torch.float64, generator=generator),
+        *torch.randn(2, 3, 23, 2, 8, dtype=torch.float64, generator=generator),
+    ]
+    first = torch.full((3, 37), 30)
+    first[0, :20], first[1] = 7, 0
+    return tensors, first if documents else None
+
+
+def computed(forward, backward, documents: bool) -> list[torch.Tensor]:
+    """Return o, exp(lse) and the gradients of a block beside a sink of 0."""
+    (q, do, k, v), first = block(documents)
+    o, lse = forward(q, k, v, first, 0.3)
+    with_sink = torch.logaddexp(lse, torch.zeros_like(lse))
+    o_with_sink = o * torch.exp(lse - with_sink).permute(1, 2, 0)[..., None]
+    return [o, lse.exp(), *backward(do, q, k, v, o_with_sink, with_sink, first, 0.3)]
+
+
+def on_cpu(kernel: str, documents: bool) -> list[torch.Tensor]:
+    return computed(
+        functools.partial(block_attention, kernel=kernel),
+        functools.partial(block_attention_backward, kernel=kernel),
+        documents,
+    )
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_blocks_agree(documents):
-    """The two kernels of a CPU; a block of keys of which few, or no, queries see anything."""
-    generator = torch.Generator().manual_seed(0)
-    q, do = torch.randn(2, 3, 37, 4, 8, dtype=torch.float64, generator=generator)
-    k, v = torch.randn(2, 3, 23, 2, 8, dtype=torch.float64, generator=generator)
-    first = None
-    if documents:
-        first = torch.full((3, 37), 30)
-        first[0, :20], first[1] = 7, 0
-    results = []
-    for kernel in ("flash", "chunked"):
-        o, lse = block_attention(q, k, v, first, 0.3, kernel)
-        with_sink = torch.logaddexp(lse, torch.zeros_like(lse))
-        o_with_sink = o * torch.exp(lse - with_sink).permute(1, 2, 0)[..., None]
-        gradients = block_attention_backward(do, q, k, v, o_with_sink, with_sink, first, 0.3, kernel)
-        results.append([o, lse.exp(), *gradients])
+    results = [on_cpu(kernel, documents) for kernel in ("flash", "chunked")]
     for a, b in zip(*results):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-13) and a.abs().max() > 0.1
     if documents:
-        assert not results[0][0][2].any() and not results[0][0][0, 20:].any() and results[0][0][0, :20].any()
+        o = results[0][0]
+        assert not o[2].any() and not o[0, 20:].any() and o[0, :20].any()
+
+
+def varlen(q, k, v, cu_q, cu_k, longest_q, longest_k, dropout, causal, debug, *, scale):
+    """What CUDA's kernel computes, segment by segment; of nothing it leaves what was there, and an lse of +inf."""
+    assert (dropout, causal) == (0.0, False)
+    o, lse = torch.full_like(q, torch.nan), q.new_full((q.shape[1], q.shape[0]), torch.inf)
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
+        assert b - a <= longest_q and d - c <= longest_k
+        if b > a and d > c:
+            part, part_lse = block_attention(q[None, a:b], k[None, c:d], v[None, c:d], None, scale, "chunked")
+            o[a:b], lse[:, a:b] = part[0], part_lse[:, 0]
+    assert cu_q[-1] == len(q) and cu_k[-1] == len(k)
+    return o, lse, None, None, None
+
+
+def varlen_backward(
+    do, q, k, v, o, lse, cu_q, cu_k, longest_q, longest_k, dropout, causal, rng_state, unused, *, scale
+):
+    gradients = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
+        if b > a and d > c:
+            queries, keys = (x[None, a:b] for x in (do, q)), (x[None, c:d] for x in (k, v))
+            rest = o[None, a:b], lse[:, None, a:b], None, scale, "chunked"
+            parts = block_attention_backward(*queries, *keys, *rest)
+            for whole, place, part in zip(gradients, ((a, b), (c, d), (c, d)), parts):
+                whole[slice(*place)] = part[0]
+    return gradients
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_segments_of_cuda_s_kernel(monkeypatch, documents):
+    """They are what is visible, and what the kernel leaves undefined does not come through."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", varlen)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", varlen_backward)
+    found = computed(cuda.block_forward, cuda.block_backward, documents)
+    for a, b in zip(found, on_cpu("flash", documents)):
+        assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_shapes_of_cuda_s_kernel(documents):
+    (q, do, k, v), first = block(documents)
+    q, do, k, v = (x.to("meta", torch.bfloat16) for x in (q, do, k, v))
+    first = None if first is None else first.to("meta")
+    o, lse = cuda.block_forward(q, k, v, first, 0.3)
+    assert o.shape == q.shape and lse.shape == (4, 3, 37) and o.dtype == lse.dtype == torch.float32
+    gradients = cuda.block_backward(do, q, k, v, q, lse, first, 0.3)
+    assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
 
 
 QUICK = [

@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptoss_dist.ops.attention import cuda
 from gptoss_dist.ops.attention.sink_attention import AUTO_ORDER, BACKENDS
 from gptoss_dist.ops.attention.tiled import ROWS_PER_STRIP
 from gptoss_dist.ops.backends import choose
@@ -62,7 +63,7 @@ def forward(
     if kernel == "chunked":
         return _chunked_forward(q_BTHD, k_BSKD, v_BSKD, first_BT, scale)
     if q_BTHD.device.type != "cpu":
-        return _cuda_forward(q_BTHD, k_BSKD, v_BSKD, first_BT, scale)
+        return cuda.block_forward(q_BTHD, k_BSKD, v_BSKD, first_BT, scale)
     return _cpu_forward(q_BTHD, k_BSKD, v_BSKD, first_BT, scale)
 
 
@@ -93,7 +94,7 @@ def backward(
     tensors = (do_BTHD, q_BTHD, k_BSKD, v_BSKD, o_BTHD, lse_HBT, first_BT, scale)
     if kernel == "chunked":
         return _chunked_backward(*tensors)
-    return (_cpu_backward if q_BTHD.device.type == "cpu" else _cuda_backward)(*tensors)
+    return (_cpu_backward if q_BTHD.device.type == "cpu" else cuda.block_backward)(*tensors)
 
 
 _forward = torch.library.custom_op("gptoss_dist::block_attention", forward, mutates_args=())
@@ -211,72 +212,6 @@ def _chunked_backward(do_BTHD, q_BTHD, k_BSKD, v_BSKD, o_BTHD, lse_HBT, first_BT
         dq_BTHD[:, strip] = _heads(ds_BKRS @ k_BKSD, H)
         dk_BKSD += ds_BKRS.mT @ q_BKRD
     return dq_BTHD, dk_BKSD.transpose(1, 2).contiguous(), dv_BKSD.transpose(1, 2).contiguous()
-
-
-# CUDA: the varlen flash kernel takes rectangles, and their sizes stay on the device. ---------------------------------
-
-
-def _segments(q_BTHD: Tensor, S: int, first_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return cu_seqlens of queries and of keys.
-
-    With documents every sequence has three segments: hidden keys without queries, the rectangle, and queries that see
-    nothing. Their number is always the same, so that the host need not know their sizes.
-    """
-    B, T = q_BTHD.shape[:2]
-    if first_BT is None:
-        return tuple(torch.arange(0, (B + 1) * n, n, dtype=torch.int32, device=q_BTHD.device) for n in (T, S))
-    seeing_B, first_B = (first_BT < S).sum(1), first_BT[:, 0].clamp(max=S)
-    none_B = torch.zeros_like(first_B)
-    lengths_B3 = torch.stack([none_B, seeing_B, T - seeing_B], 1), torch.stack([first_B, S - first_B, none_B], 1)
-    return tuple(torch.nn.functional.pad(n.flatten().cumsum(0), (1, 0)).int() for n in lengths_B3)
-
-
-def _cuda_forward(q_BTHD, k_BSKD, v_BSKD, first_BT, scale):
-    B, T, H, _ = q_BTHD.shape
-    S = k_BSKD.shape[1]
-    o_NHD, lse_HN, *_ = aten._flash_attention_forward(
-        *(x.flatten(0, 1) for x in (q_BTHD, k_BSKD, v_BSKD)),
-        *_segments(q_BTHD, S, first_BT),
-        T,
-        S,
-        0.0,
-        False,
-        False,
-        scale=scale,
-    )
-    o_BTHD, lse_HBT = o_NHD.float().contiguous().view(q_BTHD.shape), lse_HN.view(H, B, T)
-    if first_BT is not None:  # the kernel calls the log-sum-exp of nothing +inf
-        seeing_BT = first_BT < S
-        o_BTHD = torch.where(seeing_BT[..., None, None], o_BTHD, 0.0)
-        lse_HBT = torch.where(seeing_BT, lse_HBT, float("-inf"))
-    return o_BTHD, lse_HBT.contiguous()
-
-
-def _cuda_backward(do_BTHD, q_BTHD, k_BSKD, v_BSKD, o_BTHD, lse_HBT, first_BT, scale):
-    T, S = q_BTHD.shape[1], k_BSKD.shape[1]
-    # Without dropout the kernel reads no random state.
-    rng_state = torch.zeros(2, dtype=torch.uint64, device=q_BTHD.device)
-    unused = torch.empty(0, device=q_BTHD.device)
-    dq_NHD, dk_NKD, dv_NKD = aten._flash_attention_backward(
-        *(x.flatten(0, 1) for x in (do_BTHD, q_BTHD, k_BSKD, v_BSKD, o_BTHD)),
-        lse_HBT.flatten(1),
-        *_segments(q_BTHD, S, first_BT),
-        T,
-        S,
-        0.0,
-        False,
-        rng_state,
-        unused,
-        scale=scale,
-    )
-    dq_BTHD = dq_NHD.float().contiguous().view(q_BTHD.shape)
-    dk_BSKD, dv_BSKD = (x.float().contiguous().view(k_BSKD.shape) for x in (dk_NKD, dv_NKD))
-    if first_BT is not None:  # no matter what the kernel writes where there is nothing to do
-        seeing_BT = first_BT < S
-        dq_BTHD = torch.where(seeing_BT[..., None, None], dq_BTHD, 0.0)
-        seen_BS = torch.arange(S, device=q_BTHD.device) >= first_BT[:, :1]
-        dk_BSKD, dv_BSKD = (torch.where(seen_BS[..., None, None], x, 0.0) for x in (dk_BSKD, dv_BSKD))
-    return dq_BTHD, dk_BSKD, dv_BSKD
 
 
 def _rows(x_BCHD: Tensor, K: int) -> Tensor:
