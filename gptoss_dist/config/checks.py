@@ -8,6 +8,7 @@ from __future__ import annotations
 from data_pipeline.secrets import has_hidden
 from gptoss_dist.config.data import DataConfig, SourceConfig, StageConfig
 from gptoss_dist.config.distributed import DistributedConfig
+from gptoss_dist.config.parallel import ParallelConfig
 from gptoss_dist.config.sections import (
     CheckpointConfig,
     EvaluationConfig,
@@ -48,6 +49,17 @@ def check_length_of_samples(data: DataConfig, model: ModelConfig) -> None:
     _require(
         data.seq_len <= model.max_position_embeddings,
         f"data.seq_len={data.seq_len} exceeds model.max_position_embeddings={model.max_position_embeddings}",
+    )
+
+
+def check_context(data: DataConfig, parallel: ParallelConfig) -> None:
+    """Refuse to split samples into more parts than they have tokens: each process has two."""
+    parts = 2 * parallel.context_parallel
+    _require(
+        parallel.context_parallel == 1 or data.seq_len >= parts,
+        f"parallel.context_parallel={parallel.context_parallel} splits each sample into {parts} parts, and "
+        f"data.seq_len={data.seq_len} has fewer tokens; set --parallel.context_parallel {max(1, data.seq_len // 2)} or "
+        "less, or a longer --data.seq_len",
     )
 
 

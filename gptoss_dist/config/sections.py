@@ -27,7 +27,7 @@ class TrainConfig:
     steps: int = ranged(1000, above=0)
     """Optimizer steps in all, including those before a resume."""
     micro_batch_size: int = ranged(8, above=0, at_most=2**20)
-    """Samples per process and forward pass."""
+    """Samples per process, or group of parallel.context_parallel processes, and forward pass."""
     gradient_accumulation: int = ranged(1, above=0)
     """Forward-backward passes per optimizer step."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -35,8 +35,8 @@ class TrainConfig:
     activation_checkpointing: int = ranged(0, at_least=0)
     """Recompute every n-th block in the backward pass: 0 none, 1 every block, 3 every third."""
     keep_all_to_all: bool = False
-    """With activation checkpointing: keep what the all-to-alls of expert parallelism brought, instead of exchanging the
-    tokens again in the backward pass."""
+    """With activation checkpointing: keep what the all-to-alls of expert parallelism brought, and what came of the keys
+    and values of context parallelism, instead of exchanging them again in the backward pass."""
     routing: Literal["learned", "balanced", "replay"] = "learned"
     """For benchmarks only, and labelled so in the metrics: `balanced` sends every expert the same number of tokens,
     `replay` repeats the routing of the first batch. The model learns nothing useful with either."""

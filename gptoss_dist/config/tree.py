@@ -82,6 +82,7 @@ class Config:
         checks.check_loss(self.loss, self.model)
         checks.check_recompute(self.train)
         checks.check_length_of_samples(self.data, self.model)
+        checks.check_context(self.data, self.parallel)
         checks.check_schedule(self.optim, self.train)
         checks.check_data(self.data)
         checks.check_name(self.run)

@@ -206,7 +206,10 @@ class Engine(ABC):
         self.model.train()
         batches = [self._to_device(batch) for batch in micro_batches]
         valid = torch.stack([(b["labels"] != IGNORE_INDEX).sum() for b in batches]).sum().float()
-        valid = self.ranks.sum(valid).clamp(min=1)
+        valid = self.ranks.sum(valid)
+        if (copies := self.layout.context_parallel) > 1:  # all ranks of a context group have the same samples
+            valid = valid / copies
+        valid = valid.clamp(min=1)
         sums: StepSums | None = None
         for index, batch in enumerate(batches):
             self._begin_micro_batch(index == len(batches) - 1)
@@ -301,4 +304,4 @@ class Engine(ABC):
             sums = self.objective(self.model, batch)
             total += torch.stack([sums.token_loss, (batch["labels"] != IGNORE_INDEX).sum().float()])
         loss, count = self.ranks.sum(total).tolist()
-        return loss / max(count, 1.0)
+        return loss / max(count / self.layout.context_parallel, 1.0)

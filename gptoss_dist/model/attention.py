@@ -35,6 +35,36 @@ class LayerCache(Protocol):
         """
 
 
+class SequencePart(Protocol):
+    """The part of every sequence that is computed here, if the rest is elsewhere; `parallel/context.py` has it."""
+
+    position_T: Tensor
+    """Positions of its tokens in the whole sequence, int64."""
+
+    def attend(
+        self,
+        q_BHTC: Tensor,
+        k_BKTC: Tensor,
+        v_BKTC: Tensor,
+        sinks_H: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        backend: str,
+    ) -> Tensor:
+        """Return what `sink_attention` gives these queries of the whole sequence, [B, H, T, C].
+
+        Args:
+            q_BHTC: Queries of the part.
+            k_BKTC: Keys of the part; those of the rest are where the rest is.
+            v_BKTC: Values of the part.
+            sinks_H: One logit per query head.
+            scale: Factor on q . k.
+            window: How many keys a query sees, or None for all earlier ones.
+            backend: As for `sink_attention`.
+        """
+
+
 class Attention(nn.Module):
     """Projections, rotary embedding, sink attention, and a projection back. The scale is 1 / sqrt(head_dim)."""
 
@@ -58,6 +88,7 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         documents: Documents | None = None,
         cache: LayerCache | None = None,
+        part: SequencePart | None = None,
     ) -> Tensor:
         """Return what each token gathered from those that it sees, [B, T, D].
 
@@ -66,6 +97,7 @@ class Attention(nn.Module):
             rotary: cos and sin of the tokens' positions, [T, C / 2] or [B, T, C / 2] each (see `RotaryTables`).
             documents: Where documents lie, if attention is to stay within them; not looked at with a cache.
             cache: This layer's part of the cache, which is extended in place.
+            part: Which part of the sequences these tokens are, if not all; it knows of documents itself.
         """
         B, T, _ = x_BTD.shape
         q_BHTC = apply_rotary(self.q_proj(x_BTD).view(B, T, -1, self.head_dim), *rotary).transpose(1, 2)
@@ -73,7 +105,9 @@ class Attention(nn.Module):
         v_BKTC = self.v_proj(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
         sinks_H = self.sinks if self.sink_clamp is None else self.sinks.clamp(*self.sink_clamp)
         scale = self.head_dim**-0.5
-        if cache is not None:
+        if part is not None:
+            o_BHTC = part.attend(q_BHTC, k_BKTC, v_BKTC, sinks_H, scale=scale, window=self.window, backend=self.backend)
+        elif cache is not None:
             o_BHTC = cache.attend(q_BHTC, k_BKTC, v_BKTC, sinks_H, scale=scale, backend=self.backend)
         else:
             o_BHTC = sink_attention(

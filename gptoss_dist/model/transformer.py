@@ -17,7 +17,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from gptoss_dist.model.attention import Attention, LayerCache
+from gptoss_dist.model.attention import Attention, LayerCache, SequencePart
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.generate import generate
 from gptoss_dist.model.kv_cache import KVCache
@@ -80,9 +80,10 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         documents: Documents | None = None,
         cache: LayerCache | None = None,
+        part: SequencePart | None = None,
     ) -> tuple[Tensor, RouterStats]:
         """Return tokens for the next block, [B, T, D], and the router's sums; arguments as in `Attention.forward`."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, documents, cache)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, documents, cache, part)
         y_BTD, stats = self.mlp(self.post_attention_layernorm(x_BTD))
         return x_BTD + y_BTD, stats
 
@@ -99,7 +100,11 @@ class Decoder(nn.Module):
         self.rotary_tables = RotaryTables(config)
 
     def forward(
-        self, input_ids_BT: Tensor, document_ids_BT: Tensor | None = None, cache: KVCache | None = None
+        self,
+        input_ids_BT: Tensor,
+        document_ids_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        part: SequencePart | None = None,
     ) -> tuple[Tensor, RouterStats]:
         """Return final hidden states [B, T, D], and router sums with a leading layer dimension.
 
@@ -107,7 +112,9 @@ class Decoder(nn.Module):
         """
         x_BTD = self.embed_tokens(input_ids_BT)
         caches: Sequence[LayerCache | None] = [None] * len(self.layers)
-        position_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
+        position_T = (
+            torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device) if part is None else part.position_T
+        )
         if cache is not None:
             if document_ids_BT is not None:
                 raise ValueError("document_ids_BT cannot be given with a cache; give each row one document")
@@ -116,7 +123,7 @@ class Decoder(nn.Module):
         documents = locate_documents(document_ids_BT) if document_ids_BT is not None else None
         layer_stats = []
         for layer, layer_type, layer_cache in zip(self.layers, self.layer_types, caches):
-            x_BTD, stats = layer(x_BTD, rotary[layer_type], documents, layer_cache)
+            x_BTD, stats = layer(x_BTD, rotary[layer_type], documents, layer_cache, part)
             layer_stats.append(stats)
         return self.norm(x_BTD), RouterStats(*(torch.stack(column) for column in zip(*layer_stats)))
 
@@ -154,6 +161,7 @@ class GptOss(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
         per_token: bool = False,
+        part: SequencePart | None = None,
     ) -> Tensor | LossSums | TokenScores:
         """Return logits, or with labels the sums that a loss is made of, without ever holding all logits at once.
 
@@ -164,11 +172,12 @@ class GptOss(nn.Module):
             cache: Keys and values of earlier tokens; it is extended in place.
             last_only: Return the logits of the last position only.
             per_token: Return the loss of each label instead of their sum, without a gradient.
+            part: Which part of longer sequences the ids are, if others compute the rest; it knows of documents itself.
 
         Returns:
             Logits [B, T or 1, V] in the compute dtype, or with labels `LossSums`, or `TokenScores`.
         """
-        x_BTD, stats = self.model(input_ids_BT, document_ids_BT, cache)
+        x_BTD, stats = self.model(input_ids_BT, document_ids_BT, cache, part)
         if labels_BT is None:
             return self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
         if per_token:

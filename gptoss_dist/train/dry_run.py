@@ -68,11 +68,11 @@ def describe(config: Config, world_size: int | None = None) -> tuple[str, str | 
     """
     world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
     check_tasks(config.evaluation)
-    plan_layout(config.parallel, config.model.num_local_experts, world_size)
+    layout = plan_layout(config.parallel, config.model.num_local_experts, world_size)
     if engine_kind(config.engine) == "deepspeed":
         check_layout(config.parallel)
     plan = _plan(config, machines_here(world_size))
-    samples = config.train.micro_batch_size * config.train.gradient_accumulation * world_size
+    samples = config.train.micro_batch_size * config.train.gradient_accumulation * layout.data_parallel
     lines = [
         f"run          {config.run.name} in {config.folder}",
         *(f"data         {line}" for line in _describe_data(config, samples)),

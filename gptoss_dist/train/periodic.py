@@ -64,8 +64,8 @@ def validate(run: Run, step: int, findings: Findings) -> None:
         batches = validation_batches(
             split,
             micro_batch_size=run.config.train.micro_batch_size,
-            rank=run.ranks.rank,
-            world_size=run.ranks.world_size,
+            rank=run.engine.layout.data_rank(run.ranks.rank),
+            world_size=run.engine.layout.data_parallel,
             max_samples=run.config.validation.samples,
             document_mask=run.config.data.document_mask,
         )

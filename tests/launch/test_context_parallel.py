@@ -1,0 +1,67 @@
+"""Runs whose sequences are split over processes, as a user starts them."""
+
+import json
+import shlex
+
+import pytest
+
+from tests.support.ranks import losses, run
+
+pytestmark = pytest.mark.distributed
+
+
+def test_a_run_goes_on_with_another_degree(settings, tmp_path):
+    """Losses, validation losses, tokens and the place in the data are those of one process, whoever goes on."""
+    options = shlex.split(
+        f"--config {settings} --train.steps 8 --validation.every 4 --checkpoint.keep 0 --data.seq_len 47 "
+        "--data.document_mask true --sampling.every 4 --sampling.prompts '[a]'"
+    )
+
+    def train(name: str, processes: int, more: str) -> None:
+        run("launch/train.py", *options, *shlex.split(f"--run.dir {tmp_path / name} {more}"), processes=processes)
+
+    checkpoint = "checkpoints/step_00000004"
+    train("one", 1, "")
+    split = "--parallel.context_parallel 2 --parallel.expert_parallel 2 --train.micro_batch_size 1"
+    train("split", 4, split)
+    train("together", 2, f"--parallel.context_parallel 2 --resume {tmp_path / 'split' / checkpoint}")
+    train("apart", 4, f"--parallel.context_parallel 4 --resume {tmp_path / 'one' / checkpoint}")
+    for name, steps in (("split", range(1, 9)), ("together", range(5, 9)), ("apart", range(5, 9))):
+        folder = tmp_path / name
+        for metric in ("loss/train", "loss/aux", "loss/z", "loss/val", "optim/grad_norm", "progress/tokens"):
+            found, one = losses(folder, metric), losses(tmp_path / "one", metric)
+            assert [step for step in found if step] == [step for step in one if step in steps] and found, metric
+            assert all(found[step] == pytest.approx(one[step], rel=3e-6) for step in found), (name, metric)
+        last = json.loads((folder / "checkpoints/step_00000008/checkpoint.json").read_text())
+        assert last["samples_consumed"] == 32 and last["tokens"] == 32 * 47
+    assert "context 2; 4 samples per step" in (tmp_path / "split" / "log.txt").read_text()
+
+
+def test_a_change_of_the_degree_is_named(settings, tmp_path):
+    """Twice the processes for each sample: a step has half as many samples."""
+    options = shlex.split(f"--config {settings} --train.steps 4 --validation.every 0")
+    run("launch/train.py", *options, processes=2)
+    done = run(
+        "launch/train.py",
+        *options,
+        *shlex.split("--train.steps 5 --parallel.context_parallel 2 --resume auto"),
+        processes=2,
+    )
+    assert "changed: parallel.context_parallel 1 -> 2" in done.stderr
+    assert "a step has 4 samples instead of 8" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--parallel.context_parallel 3", "parallel.context_parallel=3 must divide the 2 processes of a shard group"),
+        ("--parallel.context_parallel 2 --parallel.replicate 2", "must divide the 1 processes of a shard group"),
+        ("--parallel.context_parallel 2 --data.seq_len 3", "parallel.context_parallel=2 splits each sample into 4"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings, tmp_path, options, message):
+    arguments = shlex.split(f"--config {settings} {options}")
+    done = run("launch/train.py", *arguments, processes=2, expect=2)
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert message in said and "Traceback" not in done.stderr
+    assert not (tmp_path / "tiny").exists()
