@@ -63,8 +63,8 @@ class Score(NamedTuple):
 class Row(NamedTuple):
     """A request in a batch."""
 
-    index: int
-    """Its place in the list of all requests."""
+    place: int
+    """Where it is in the list of all requests."""
     request: Request
 
 
@@ -97,7 +97,7 @@ def plan(requests: Sequence[Request], batch_tokens: int) -> tuple[list[Batch], l
         if len(rows) > 1 and len(context) > LEAST_SHARED:
             most = max(1, MOST_COPIES * batch_tokens // len(context))
             shared += [rows[start : start + most] for start in range(0, len(rows), most)]
-    alone = {row.index for rows in shared for row in rows}
+    alone = {row.place for rows in shared for row in rows}
     plain = [Row(index, request) for index, request in enumerate(requests) if index not in alone]
     return list(_shared_batches(shared, batch_tokens)), list(_plain_batches(plain, batch_tokens))
 
@@ -145,7 +145,7 @@ def score(model: Any, batch: Batch, device: torch.device) -> list[tuple[int, Sco
     scores = _score_shared(model, batch, device) if batch.is_shared else _score_plain(model, batch, device)
     # One copy to the host for all rows.
     sums = torch.stack((-scores.loss_BT.double().sum(1), (~scores.is_greedy_BT).double().sum(1))).tolist()
-    return [(row.index, Score(log_likelihood, misses == 0.0)) for row, log_likelihood, misses in zip(batch.rows, *sums)]
+    return [(row.place, Score(log_likelihood, misses == 0.0)) for row, log_likelihood, misses in zip(batch.rows, *sums)]
 
 
 def _padded(rows: Sequence[Sequence[int]], padding: int, device: torch.device, *, before: bool = False) -> Tensor:

@@ -7,6 +7,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -166,20 +167,11 @@ def trained(tmp_path_factory):
     from data_pipeline.prepare.__main__ import main
 
     assert main(["synthetic", "--output", str(root / "data"), "--tokenizer", "builtin", "--max-documents", "200"]) == 0
-    options = ["--config", "configs/quickstart.yaml", "--data.path", str(root / "data"), "--data.seq_len", "64"]
-    options += ["--model.num_hidden_layers", "2", "--model.hidden_size", "64", "--model.max_position_embeddings", "96"]
-    options += [
-        "--train.steps",
-        "10",
-        "--train.micro_batch_size",
-        "2",
-        "--checkpoint.every",
-        "10",
-        "--optim.lr",
-        "3e-3",
-    ]
-    options += ["--validation.every", "0", "--sampling.prompts", "[]", "--run.dir", str(root / "run")]
-    options += ["--tracking.mlflow", "false", "--tracking.plots", "false"]
+    shape = "--model.num_hidden_layers 2 --model.hidden_size 64 --model.max_position_embeddings 96 --data.seq_len 64"
+    steps = "--train.steps 10 --train.micro_batch_size 2 --optim.lr 3e-3 --optim.warmup_steps 2 --checkpoint.every 10"
+    quiet = "--validation.every 0 --sampling.prompts [] --tracking.mlflow false --tracking.plots false"
+    options = ["--config", "configs/quickstart.yaml", "--data.path", str(root / "data"), "--run.dir", str(root / "run")]
+    options += f"{shape} {steps} {quiet}".split()
     run("launch/train.py", *options)
     export = ["export", str(root / "run"), "--output", str(root / "export"), "--dtype", "float32"]
     run("launch/convert.py", *export)
@@ -239,9 +231,8 @@ def assert_same(found: dict, expected: dict) -> None:
             numbers = (mine, theirs) if key[0] == "rolling" else (mine[0], theirs[0])
             assert float(numbers[0]) == pytest.approx(float(numbers[1]), abs=1e-4)
             assert key[0] == "rolling" or str(mine[1]) == str(theirs[1])
-        assert [row[name] for name in row["metrics"]] == pytest.approx(
-            [other[name] for name in row["metrics"]], abs=1e-4
-        )
+        for name in row["metrics"]:
+            assert np.ravel(row[name]).astype(float) == pytest.approx(np.ravel(other[name]).astype(float), abs=1e-4)
 
 
 @pytest.mark.distributed

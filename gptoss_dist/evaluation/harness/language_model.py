@@ -92,7 +92,8 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        return [tuple(score) for score in self.worker.score([self._request(c, t) for _, c, t in requests])]
+        scores = self.worker.score([self._request(c, t) for _, c, t in requests])
+        return [(score.log_likelihood, score.is_greedy) for score in scores]
 
     def _request(self, context: list[int], continuation: list[int]) -> Request:
         if not 0 < len(continuation) <= self.max_length:

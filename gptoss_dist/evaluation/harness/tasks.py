@@ -187,7 +187,7 @@ def quiet() -> Iterator[None]:
         return iterable
 
     levels = {name: logging.getLogger(name).level for name in ("lm_eval", "datasets")}
-    bar, had_bars = getattr(task, "tqdm", None), datasets.are_progress_bars_enabled()
+    bar, had_bars = getattr(task, "tqdm", None), not datasets.are_progress_bars_disabled()
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
     task.tqdm = unchanged
