@@ -73,7 +73,8 @@ class KVCache:
         """Slots of a ring. No window reaches beyond the capacity."""
         self._first_B: Tensor | None = None
         self.layers: list[FullCache | SlidingCache] = [
-            SlidingCache(self.window) if kind == SLIDING else FullCache(capacity) for kind in config.attention_types
+            SlidingCache(self.window, fixed_shapes) if kind == SLIDING else FullCache(capacity, fixed_shapes)
+            for kind in config.attention_types
         ]
         self._shape = (config.num_key_value_heads, config.head_dim)
 
@@ -212,9 +213,14 @@ class LayerStep:
 
 
 class _Buffers:
-    """Keys and values of a layer, [B, K, columns, C] each."""
+    """Keys and values of a layer, [B, K, columns, C] each.
 
-    def __init__(self) -> None:
+    Args:
+        zeroed: Whether a mask hides what was never written, instead of a slice: then it must be finite.
+    """
+
+    def __init__(self, zeroed: bool = False) -> None:
+        self.zeroed = zeroed
         self.buffers: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -223,9 +229,10 @@ class _Buffers:
         return None if self.buffers is None else self.buffers[0].shape[0]
 
     def allocate(self, like_BKTC: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """Allocate room for keys and values such as these, zero so that what a mask hides is finite."""
+        """Allocate room for keys and values such as these."""
         B, K, _, C = like_BKTC.shape
-        self.buffers = (like_BKTC.new_zeros(B, K, columns, C), like_BKTC.new_zeros(B, K, columns, C))
+        new = like_BKTC.new_zeros if self.zeroed else like_BKTC.new_empty
+        self.buffers = (new(B, K, columns, C), new(B, K, columns, C))
         return self.buffers
 
     def select(self, rows: Sequence[int]) -> None:
@@ -243,8 +250,8 @@ class _Buffers:
 class FullCache(_Buffers):
     """Cache of a full layer. Without a capacity it doubles when it is full, so that appending T tokens costs O(T)."""
 
-    def __init__(self, capacity: int | None = None) -> None:
-        super().__init__()
+    def __init__(self, capacity: int | None = None, zeroed: bool = False) -> None:
+        super().__init__(zeroed)
         self.capacity = capacity
 
     def attend(
@@ -296,8 +303,8 @@ class FullCache(_Buffers):
 class SlidingCache(_Buffers):
     """Cache of a layer with a sliding window: a ring of the last W keys and values. No query sees an older one."""
 
-    def __init__(self, window: int) -> None:
-        super().__init__()
+    def __init__(self, window: int, zeroed: bool = False) -> None:
+        super().__init__(zeroed)
         self.window = window
 
     def attend(
