@@ -48,10 +48,10 @@ CASES = [
     Case("4x1 few experts", 4, model={"num_local_experts": 2, "tie_word_embeddings": True}),
     Case("4xauto", 4, ep="auto", model={"num_local_experts": 6, "num_shared_experts": 1}),
     Case("4x2 frozen, scaled", 4, ep=2, options=PARTLY),
-    # Chunks of a context group that are shorter than the window of 16, and longer ones.
-    Case("2x2 context 2, documents", 2, ep=2, cp=2, length=43, documents=True),
+    # Chunks of a context group that are longer than the window of 16, and shorter ones.
+    Case("2x2 context 2, documents", 2, ep=2, cp=2, length=77, documents=True),
     Case("4x1 context 4", 4, cp=4, length=150),
-    Case("4x2 context 2, documents, recomputed", 4, ep=2, cp=2, length=77, documents=True, options=RECOMPUTE),
+    Case("4x2 context 4, documents, recomputed", 4, ep=2, cp=4, length=43, documents=True, options=RECOMPUTE),
     Case("2x2 loop", 2, ep=2, options={"parallel.expert_gemm": "loop"}),
     Case("2x2 grouped_mm", 2, ep=2, options={"parallel.expert_gemm": "grouped_mm"}),
 ]
@@ -113,6 +113,16 @@ COMPILED = [
         options={"train.compile": True} | KEEP,
         model={"num_hidden_layers": 1},
     ),
+    Case(
+        "2x2 context 2, compiled, recomputed",
+        2,
+        ep=2,
+        cp=2,
+        length=77,
+        documents=True,
+        options={"train.compile": True} | RECOMPUTE,
+        model={"num_hidden_layers": 1, "sliding_window": 1000},
+    ),
 ]
 
 
@@ -142,7 +152,7 @@ ZERO = [
         options=zero(3, {**SHARD_ALL, "zero_hpz_partition_size": 2}) | PARTLY,
     ),
     *(
-        Case(f"4x2 zero-{stage} context 2", 4, ep=2, cp=2, length=43, documents=True, options=zero(stage))
+        Case(f"4x2 zero-{stage} context 2", 4, ep=2, cp=2, length=77, documents=True, options=zero(stage))
         for stage in (1, 2, 3)
     ),
     Case("2x2 zero-3 in small groups", 2, ep=2, options=zero(3, {**SHARD_ALL, "sub_group_size": 1000})),
