@@ -80,6 +80,8 @@ def apply_rotary(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     Returns:
         A tensor like x.
     """
+    if not torch.is_grad_enabled():
+        return _rotate(x_BTHC, cos_TR[:, None, :], sin_TR[:, None, :], 1)
     return _Rotation.apply(x_BTHC, cos_TR[:, None, :], sin_TR[:, None, :])
 
 

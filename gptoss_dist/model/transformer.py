@@ -70,10 +70,14 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         documents: Documents | None = None,
         cache: LayerCache | None = None,
-    ) -> tuple[Tensor, RouterStats]:
-        """Return tokens for the next block, [B, T, D], and the router's sums; arguments as in `Attention.forward`."""
+        statistics: bool = True,
+    ) -> tuple[Tensor, RouterStats | None]:
+        """Return tokens for the next block, [B, T, D], and the router's sums if asked (`statistics`).
+
+        The other arguments are those of `Attention.forward`.
+        """
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, documents, cache)
-        y_BTD, stats = self.mlp(self.post_attention_layernorm(x_BTD))
+        y_BTD, stats = self.mlp(self.post_attention_layernorm(x_BTD), statistics)
         return x_BTD + y_BTD, stats
 
 
@@ -89,9 +93,13 @@ class Decoder(nn.Module):
         self.rotary_tables = RotaryTables(config)
 
     def forward(
-        self, input_ids_BT: Tensor, document_ids_BT: Tensor | None = None, cache: KVCache | None = None
-    ) -> tuple[Tensor, RouterStats]:
-        """Return final hidden states [B, T, D], and router sums with a leading layer dimension.
+        self,
+        input_ids_BT: Tensor,
+        document_ids_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        statistics: bool = True,
+    ) -> tuple[Tensor, RouterStats | None]:
+        """Return final hidden states [B, T, D], and router sums with a leading layer dimension if asked for them.
 
         What all layers need to know of positions and documents is computed here, once, and handed down.
         """
@@ -103,11 +111,12 @@ class Decoder(nn.Module):
         caches = cache.layers if cache is not None else [None] * len(self.layers)
         layer_stats = []
         for layer, layer_type, layer_cache in zip(self.layers, self.layer_types, caches):
-            x_BTD, stats = layer(x_BTD, rotary[layer_type], documents, layer_cache)
+            x_BTD, stats = layer(x_BTD, rotary[layer_type], documents, layer_cache, statistics)
             layer_stats.append(stats)
         if cache is not None:
             cache.length += input_ids_BT.shape[1]
-        return self.norm(x_BTD), RouterStats(*(torch.stack(column) for column in zip(*layer_stats)))
+        stats = RouterStats(*(torch.stack(column) for column in zip(*layer_stats))) if statistics else None
+        return self.norm(x_BTD), stats
 
 
 class GptOss(nn.Module):
@@ -155,7 +164,7 @@ class GptOss(nn.Module):
         Returns:
             Logits [B, T or 1, V] in the compute dtype, or `LossSums`.
         """
-        x_BTD, stats = self.model(input_ids_BT, document_ids_BT, cache)
+        x_BTD, stats = self.model(input_ids_BT, document_ids_BT, cache, statistics=labels_BT is not None)
         if labels_BT is None:
             return self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
         loss = linear_cross_entropy(
