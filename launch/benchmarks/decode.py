@@ -81,7 +81,8 @@ def main(arguments: argparse.Namespace, argv: list[str], script: str, fields: di
         work(arguments)
         return 0
     precisions = ["fp32", "bf16"] if arguments.precision == "both" else [arguments.precision]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = f"{temporary}/model"
         about = export(arguments, fields, folder)
         for precision in precisions:
             workers = {}
@@ -237,7 +238,7 @@ def theirs(arguments: argparse.Namespace) -> Callable:
     ).eval()
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     if static:
-        compile_config = CompileConfig(mode="default", dynamic=False)
+        compile_config = CompileConfig(mode="default")
         compile_config._compile_all_devices = True
         options |= {"cache_implementation": "static", "compile_config": compile_config}
 
