@@ -13,13 +13,15 @@ Shapes: T tokens, K experts per token, N = T * K pairs, E experts, D hidden size
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from gptoss_dist.ops.experts.activation import gating_of
+from gptoss_dist.ops.experts.activation import Gating, gating_of
+from gptoss_dist.ops.gemm import MIN_ROWS, gemm_dtype, mm_in_float32
 
 MOST_PAIRS = 64
 """Pairs of a token and an expert up to which this is the faster way (docs/log.md)."""
@@ -58,30 +60,47 @@ def experts_of_few_rows(
     """
     (T, K), gating = indices_TK.shape, gating_of(activation, alpha, limit)
     pairs = sorted((expert, pair) for pair, expert in enumerate(indices_TK.flatten().tolist()))
-    order_N = torch.tensor([pair for _, pair in pairs])
-    sorted_N = torch.tensor([expert for expert, _ in pairs])
     counts = [(expert, len(list(rows))) for expert, rows in groupby(expert for expert, _ in pairs)]
-    x_ND = x_TD.expand(K, -1) if T == 1 else x_TD[order_N // K]
+    sorted_N, order_N = torch.tensor(pairs).unbind(1)
+    x_ND = x_TD.expand(K, -1) if T == 1 else x_TD.index_select(0, order_N // K)
     h_NF = _multiply(counts, x_ND, gate_up_proj_EDF)
     if gate_up_proj_bias_EF is not None:
-        h_NF += gate_up_proj_bias_EF[sorted_N]
-    h_NF = h_NF if h_NF.dtype == torch.float64 else h_NF.float()
-    gate_NI, up_NI = h_NF[:, ::2].clamp(max=gating.limit), h_NF[:, 1::2].clamp(-gating.limit, gating.limit)
-    glu_NI = (gate_NI * gating.alpha).sigmoid_().mul_(gate_NI)
-    a_NI = torch.addcmul(glu_NI, glu_NI, up_NI) if gating.plus_one else glu_NI.mul_(up_NI)
+        h_NF += gate_up_proj_bias_EF.index_select(0, sorted_N)
+    a_NI = _activate(h_NF if h_NF.dtype == torch.float64 else h_NF.float(), gating)
     y_ND = _multiply(counts, a_NI.to(x_TD.dtype), down_proj_EID)
     if down_proj_bias_ED is not None:
-        y_ND += down_proj_bias_ED[sorted_N]
+        y_ND += down_proj_bias_ED.index_select(0, sorted_N)
+    if T == 1:
+        return weights_TK.index_select(1, order_N) @ y_ND
     y_TKD = torch.empty_like(y_ND).index_copy_(0, order_N, y_ND).view(T, K, -1)
-    return (weights_TK[:, None] @ y_TKD)[:, 0]
+    return torch.bmm(weights_TK[:, None], y_TKD)[:, 0]
+
+
+def _activate(h_NF: Tensor, gating: Gating) -> Tensor:
+    """Return `swiglu_reference` of h in half as many passes."""
+    gate_NI, up_NI = h_NF[:, ::2], h_NF[:, 1::2]
+    if gating.limit < math.inf:
+        gate_NI, up_NI = gate_NI.clamp_max(gating.limit), up_NI.clamp(-gating.limit, gating.limit)
+    glu_NI = torch.sigmoid(gate_NI * gating.alpha).mul_(gate_NI)
+    return torch.addcmul(glu_NI, glu_NI, up_NI) if gating.plus_one else glu_NI.mul_(up_NI)
 
 
 def _multiply(counts: list[tuple[int, int]], x_ND: Tensor, weight_EDO: Tensor) -> Tensor:
-    """Multiply the rows of each expert, given as (expert, its rows) in order, by its matrix."""
+    """Multiply the rows of each expert, given as (expert, its rows) in order, by its matrix.
+
+    Where bf16 products are emulated, one row is a product of matrix and vector, which torch computes well from this
+    layout (and several rows badly).
+    """
+    emulated = gemm_dtype(x_ND, MIN_ROWS) != x_ND.dtype
     out_NO = x_ND.new_empty(x_ND.shape[0], weight_EDO.shape[2])
     start = 0
     for expert, rows in counts:
-        stop = start + rows
-        torch.mm(x_ND[start:stop], weight_EDO[expert], out=out_NO[start:stop])
-        start = stop
+        x_nD, out_nO, weight_DO = x_ND[start : start + rows], out_NO[start : start + rows], weight_EDO[expert]
+        if not emulated:
+            torch.mm(x_nD, weight_DO, out=out_nO)
+        elif rows == 1:
+            torch.mv(weight_DO.t(), x_nD[0], out=out_nO[0])
+        else:
+            out_nO.copy_(mm_in_float32(x_nD, weight_DO))
+        start += rows
     return out_NO
