@@ -19,7 +19,7 @@ class ResultOptions:
     """Record the result in MLflow too, below the run that the model belongs to."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ModelOptions(ResultOptions):
     """A trained model."""
 
@@ -35,8 +35,8 @@ class KvCacheOptions(ResultOptions):
 
     model: str = "configs/model/gptoss_502m.yaml"
     """An architecture."""
-    lengths: list[int] = option(default_factory=lambda: [4096, 16384, 65536, 131072], metavar="TOKENS")
-    """Context lengths."""
+    lengths: list[int] = option(default_factory=list, metavar="TOKENS")
+    """A context length; may be repeated. Without one: 4096, 16384, 65536 and 131072, as far as the positions reach."""
     batch_size: int = ranged(1, at_least=1)
     """Sequences."""
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, D hidden_size, V vocab_size, L layers, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -104,17 +105,18 @@ class Decoder(nn.Module):
         What all layers need to know of positions and documents is computed here, once, and handed down.
         """
         x_BTD = self.embed_tokens(input_ids_BT)
-        start = cache.length if cache is not None else 0
-        position_T = torch.arange(start, start + input_ids_BT.shape[1], device=input_ids_BT.device)
+        caches: Sequence[LayerCache | None] = [None] * len(self.layers)
+        position_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
+        if cache is not None:
+            if document_ids_BT is not None:
+                raise ValueError("document_ids_BT cannot be given with a cache; give each row one document")
+            position_T, caches = cache.advance(input_ids_BT)
         rotary = self.rotary_tables(position_T, x_BTD.dtype)
         documents = locate_documents(document_ids_BT) if document_ids_BT is not None else None
-        caches = cache.layers if cache is not None else [None] * len(self.layers)
         layer_stats = []
         for layer, layer_type, layer_cache in zip(self.layers, self.layer_types, caches):
             x_BTD, stats = layer(x_BTD, rotary[layer_type], documents, layer_cache, statistics)
             layer_stats.append(stats)
-        if cache is not None:
-            cache.length += input_ids_BT.shape[1]
         stats = RouterStats(*(torch.stack(column) for column in zip(*layer_stats))) if statistics else None
         return self.norm(x_BTD), stats
 

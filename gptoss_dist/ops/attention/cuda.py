@@ -60,6 +60,18 @@ def forward(
     return o_NHD.contiguous().view(q_BTHD.shape), lse_with_sink_HN
 
 
+def forward_unmasked(q_BTHD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return attention of every query to every key, without sinks: o_BTHD, and lse_BTH in float32.
+
+    There must be two queries at least: for one the kernel may give the log-sum-exp in another order.
+    """
+    T, S = q_BTHD.shape[1], k_BKSD.shape[2]
+    o_BTHD, lse_BHT, *_ = torch.ops.aten._flash_attention_forward(
+        q_BTHD, k_BKSD.transpose(1, 2), v_BKSD.transpose(1, 2), None, None, T, S, 0.0, False, False, scale=scale
+    )
+    return o_BTHD, lse_BHT.transpose(1, 2)
+
+
 def backward(
     do_BTHD: Tensor,
     q_BTHD: Tensor,
