@@ -30,6 +30,7 @@ from gptoss_dist.ops.attention.behind import (
     windowed_attention_behind,
 )
 from gptoss_dist.ops.attention.documents import Documents, padded_documents
+from gptoss_dist.ops.attention.one_token import one_token_attention
 from gptoss_dist.ops.attention.sink_attention import masked_sink_attention, sink_attention
 
 FEW_SCORES = 1 << 20
@@ -262,7 +263,7 @@ class FullCache(_Buffers):
             buffers = self.buffers or self.allocate(k_BKTC, self.capacity or ROOM)
             for buffer, new in zip(buffers, (k_BKTC, v_BKTC)):
                 buffer.index_copy_(2, step.start, new)
-            return masked_sink_attention(q_BHTC, *buffers, sinks_H, step.full_mask, scale=scale)
+            return one_token_attention(q_BHTC, *buffers, sinks_H, step.full_mask, scale=scale)
         start, end = step.start, step.start + step.tokens
         buffers = self._with_room(k_BKTC, end)
         for buffer, new in zip(buffers, (k_BKTC, v_BKTC)):
@@ -272,7 +273,9 @@ class FullCache(_Buffers):
                 q_BHTC, k_BKTC, v_BKTC, sinks_H, scale=scale, documents=step.full_documents, backend=backend
             )
         k_BKSC, v_BKSC = (buffer[:, :, :end] for buffer in buffers)
-        if step.tokens == 1 or step.full_mask is not None:
+        if step.tokens == 1:
+            return one_token_attention(q_BHTC, k_BKSC, v_BKSC, sinks_H, step.full_mask, scale=scale)
+        if step.full_mask is not None:
             return masked_sink_attention(q_BHTC, k_BKSC, v_BKSC, sinks_H, step.full_mask, scale=scale)
         return full_attention_behind(
             q_BHTC,
@@ -315,11 +318,11 @@ class SlidingCache(_Buffers):
         if isinstance(step.start, Tensor):
             for buffer, new in zip(buffers, (k_BKTC, v_BKTC)):
                 buffer.index_copy_(2, step.start % self.window, new)
-            return masked_sink_attention(q_BHTC, *buffers, sinks_H, step.sliding_mask, scale=scale)
+            return one_token_attention(q_BHTC, *buffers, sinks_H, step.sliding_mask, scale=scale)
         if step.tokens == 1:
             self._write(step.start, k_BKTC, v_BKTC)
             k_BKSC, v_BKSC = (buffer[:, :, : step.start + 1] for buffer in buffers)
-            return masked_sink_attention(q_BHTC, k_BKSC, v_BKSC, sinks_H, step.sliding_mask, scale=scale)
+            return one_token_attention(q_BHTC, k_BKSC, v_BKSC, sinks_H, step.sliding_mask, scale=scale)
         # The chunk evicts keys that its first tokens see: copy them before it is written.
         k_BKSC, v_BKSC = (self._behind_ring(step.start, ring, new) for ring, new in zip(buffers, (k_BKTC, v_BKTC)))
         self._write(step.start, k_BKTC, v_BKTC)

@@ -83,7 +83,10 @@ def apply_rotary(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     Returns:
         A tensor like x.
     """
-    return _Rotation.apply(x_BTHC, cos_TR[..., None, :], sin_TR[..., None, :])
+    cos_T1R, sin_T1R = cos_TR[..., None, :], sin_TR[..., None, :]
+    if not torch.is_grad_enabled():
+        return _rotate(x_BTHC, cos_T1R, sin_T1R, 1)
+    return _Rotation.apply(x_BTHC, cos_T1R, sin_T1R)
 
 
 def _rotate(x_BTHC: Tensor, cos_T1R: Tensor, sin_T1R: Tensor, sign: int) -> Tensor:

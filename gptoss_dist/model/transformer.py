@@ -81,10 +81,14 @@ class Block(nn.Module):
         documents: Documents | None = None,
         cache: LayerCache | None = None,
         part: SequencePart | None = None,
-    ) -> tuple[Tensor, RouterStats]:
-        """Return tokens for the next block, [B, T, D], and the router's sums; arguments as in `Attention.forward`."""
+        statistics: bool = True,
+    ) -> tuple[Tensor, RouterStats | None]:
+        """Return tokens for the next block, [B, T, D], and the router's sums if asked (`statistics`).
+
+        The other arguments are those of `Attention.forward`.
+        """
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, documents, cache, part)
-        y_BTD, stats = self.mlp(self.post_attention_layernorm(x_BTD))
+        y_BTD, stats = self.mlp(self.post_attention_layernorm(x_BTD), statistics)
         return x_BTD + y_BTD, stats
 
 
@@ -105,8 +109,9 @@ class Decoder(nn.Module):
         document_ids_BT: Tensor | None = None,
         cache: KVCache | None = None,
         part: SequencePart | None = None,
-    ) -> tuple[Tensor, RouterStats]:
-        """Return final hidden states [B, T, D], and router sums with a leading layer dimension.
+        statistics: bool = True,
+    ) -> tuple[Tensor, RouterStats | None]:
+        """Return final hidden states [B, T, D], and router sums with a leading layer dimension if asked for them.
 
         What all layers need to know of positions and documents is computed here, once, and handed down.
         """
@@ -123,9 +128,10 @@ class Decoder(nn.Module):
         documents = locate_documents(document_ids_BT) if document_ids_BT is not None else None
         layer_stats = []
         for layer, layer_type, layer_cache in zip(self.layers, self.layer_types, caches):
-            x_BTD, stats = layer(x_BTD, rotary[layer_type], documents, layer_cache, part)
+            x_BTD, stats = layer(x_BTD, rotary[layer_type], documents, layer_cache, part, statistics)
             layer_stats.append(stats)
-        return self.norm(x_BTD), RouterStats(*(torch.stack(column) for column in zip(*layer_stats)))
+        stats = RouterStats(*(torch.stack(column) for column in zip(*layer_stats))) if statistics else None
+        return self.norm(x_BTD), stats
 
 
 class GptOss(nn.Module):
@@ -177,7 +183,8 @@ class GptOss(nn.Module):
         Returns:
             Logits [B, T or 1, V] in the compute dtype, or with labels `LossSums`, or `TokenScores`.
         """
-        x_BTD, stats = self.model(input_ids_BT, document_ids_BT, cache, part)
+        statistics = labels_BT is not None and not per_token
+        x_BTD, stats = self.model(input_ids_BT, document_ids_BT, cache, part, statistics)
         if labels_BT is None:
             return self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
         if per_token:
