@@ -123,6 +123,8 @@ def test_yarn_is_that_of_a_model_that_was_made_with_it():
     assert with_yarn(beta, "auto", 640, **long).rope_scaling == RopeScaling(
         factor=10.0, original_max_position_embeddings=64, beta_fast=8.0
     )
+    found = with_yarn(made, "auto:4", 640, **long).rope_scaling
+    assert (found.factor, found.beta_fast, found.beta_slow) == (10.0, 4.0, 1.0) and made.rope_scaling.beta_fast == 32
     assert with_yarn(plain, "none", 256, **long).max_position_embeddings == 261
     frequencies, factor = inverse_frequencies(with_yarn(plain, "4", 256, **long), "full_attention")
     assert factor == pytest.approx(1 + 0.1 * math.log(4)) and frequencies[-1] < inverse_frequencies(plain, "")[0][-1]
@@ -150,6 +152,9 @@ def test_a_model_with_yarn_shares_the_weights_and_computes_as_one_that_was_built
         ({"yarn": ["4"]}, "yarn=4 needs --original-length"),
         ({"yarn": ["0.5"], "original_length": 64}, "yarn=0.5 must be model, none, auto or a factor"),
         ({"yarn": ["nan"], "original_length": 64}, "yarn=nan must be model, none, auto or a factor"),
+        ({"yarn": ["auto:0"], "original_length": 64}, "yarn=auto:0 must be model, none, auto or a factor"),
+        ({"yarn": ["none:4"], "original_length": 64}, "yarn=none:4 must be model, none, auto or a factor"),
+        ({"yarn": ["8.1.2"], "original_length": 64}, r"yarn=8\.1\.2 must be model, none, auto or a factor"),
         ({"yarn": ["long"], "original_length": 64}, "yarn=long must be model, none, auto or a factor"),
         ({"yarn": []}, "yarn"),
         ({"depths": 0}, "depths=0"),
