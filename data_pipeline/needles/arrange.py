@@ -25,7 +25,8 @@ Unit = TypeVar("Unit")
 Cut = Callable[[str], Sequence[Unit]]
 
 _WORDS = re.compile(r" ?[A-Za-z]+|[0-9]|[^A-Za-z0-9]")
-_SENTENCES = 64  # cut at a time
+_UNITS_OF_A_SENTENCE = 8  # at least, whatever a unit is
+_SENTENCES = 64  # cut at a time, at most
 
 
 def words_of(text: str) -> list[str]:
@@ -84,6 +85,7 @@ def _places(episode: Episode, depth: float, room: int, generator: random.Random)
 def _filler(sentences: Iterator[str], count: int, cut: Cut[Unit]) -> list[Unit]:
     """Return the first `count` units of the next sentences; the rest of the last one is left out."""
     units: list[Unit] = []
-    while len(units) < count:
-        units += cut("".join(" " + sentence for sentence in islice(sentences, _SENTENCES)))
+    while (missing := count - len(units)) > 0:
+        some = islice(sentences, min(_SENTENCES, 1 + missing // _UNITS_OF_A_SENTENCE))
+        units += cut("".join(" " + sentence for sentence in some))
     return units[:count]

@@ -63,8 +63,8 @@ class PasskeyOptions(ModelOptions):
     seed: int = 0
     """Draws what is hidden, and where."""
     yarn: list[str] = option(default_factory=lambda: ["model"], metavar="YARN", several=True)
-    """Rotary embeddings to compare: model (its own), none (without YaRN), a factor, or auto (length / original
-    length)."""
+    """Rotary embeddings to compare: model (its own), none (without YaRN), a factor, or auto (length / original length);
+    8:4 and auto:4 are with a beta_fast of 4."""
     original_length: int | None = ranged(None, at_least=1)
     """Tokens of the context that the model was trained with; for a factor and auto."""
     batch_tokens: int = ranged(16384, at_least=1)
@@ -72,6 +72,8 @@ class PasskeyOptions(ModelOptions):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if not self.lengths:
+            raise ValueError("lengths=[] says nothing; give tokens, such as 4096")
         check_yarn(self.yarn, self.original_length)
 
 

@@ -193,5 +193,6 @@ def _draw(options: PasskeyOptions, subject: Subject, outcomes: dict[tuple[str, i
 
 
 def _title(yarn: str) -> str:
-    words = {"model": "as trained", "none": "without YaRN", "auto": "YaRN, factor = length / original"}
-    return words.get(yarn, f"YaRN, factor {yarn}")
+    factor, _, beta_fast = yarn.partition(":")
+    words = {"model": "as trained", "none": "without YaRN", "auto": "YaRN by length"}
+    return words.get(factor, f"YaRN, factor {factor}") + (f", beta_fast {beta_fast}" if beta_fast else "")
