@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,7 @@ def split_sequences(model: GptOss, mesh: DeviceMesh) -> None:
     """Let `model`, called with labels, compute this process's part of each sequence only; in place.
 
     It is still given whole samples, the same ones on all processes of the mesh, and its sums are this part's share.
-    Without labels it does as before: every process computes all of it, as when it continues prompts.
+    Without labels, and for the loss of each token, it does as before: every process computes all of it.
 
     Args:
         model: The model, before it is sharded.
@@ -52,20 +52,20 @@ def split_sequences(model: GptOss, mesh: DeviceMesh) -> None:
 
 
 def _forward(
-    whole: Callable[..., Tensor | LossSums],
+    whole: Callable[..., Any],
     exchange: Exchange,
     windows: set[int | None],
     input_ids_BT: Tensor,
     labels_BT: Tensor | None = None,
     *,
     document_ids_BT: Tensor | None = None,
+    per_token: bool = False,
     **kwargs,
-) -> Tensor | LossSums:
-    if labels_BT is None:
-        return whole(input_ids_BT, document_ids_BT=document_ids_BT, **kwargs)
+) -> Any:
+    if labels_BT is None or per_token:
+        return whole(input_ids_BT, labels_BT, document_ids_BT=document_ids_BT, per_token=per_token, **kwargs)
     if input_ids_BT.shape[1] < 2 * exchange.size:  # fewer tokens than chunks: all compute it, and take equal shares
         sums = whole(input_ids_BT, labels_BT, document_ids_BT=document_ids_BT, **kwargs)
-        assert isinstance(sums, LossSums)
         return LossSums(sums.token_loss / exchange.size, RouterStats(*(x / exchange.size for x in sums.stats)))
     part = Part(input_ids_BT, document_ids_BT, exchange, windows)
     return whole(part.of(input_ids_BT), part.of(labels_BT), part=part, **kwargs)
