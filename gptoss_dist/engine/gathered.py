@@ -6,6 +6,7 @@ generation needs all of them again, and each holds little else.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
