@@ -7,7 +7,7 @@ generation needs all of them again, and each holds little else.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -57,10 +57,8 @@ def free_bytes(ranks: Ranks) -> int:
         return torch.cuda.mem_get_info(ranks.device)[0] + kept
     limits = [_available()]
     folder = Path("/sys/fs/cgroup")
-    try:
+    with suppress(OSError, ValueError):  # no control groups of version 2, or "max"
         limits.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
-    except (OSError, ValueError):  # no control groups of version 2, or "max"
-        pass
     return max(min(limits), 0) // max(ranks.hosts.count(this_host()), 1)
 
 
