@@ -37,7 +37,7 @@ def keep_gathered(model: GptOss, ranks: Ranks, expert_parallel: int, itemsize: i
     elements = sum(p.numel() // (expert_parallel if ".experts." in name else 1) for name, p in model.named_parameters())
     fits = elements * itemsize < SHARE * free_bytes(ranks)
     fits = bool(ranks.sum(torch.tensor(float(fits), device=ranks.device)) == ranks.world_size)
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+    sharded = [module for module in model.model.modules() if isinstance(module, FSDPModule)]
     if fits:
         for module in sharded:
             module.set_reshard_after_forward(False, recurse=False)

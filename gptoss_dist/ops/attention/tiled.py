@@ -32,7 +32,7 @@ from gptoss_dist.ops.backends import BF16_ONLY
 ROWS_PER_STRIP = 512
 """Rows (queries times heads of a group) at which the CPU kernel is fastest at T >= 2048 (docs/log.md)."""
 KEYS_PER_CALL = {"flash": 16384, "chunked": 2048}
-"""Earlier keys that `forward_unmasked` casts at a time, and scores of which `chunked` holds for `ROWS_PER_STRIP` rows."""
+"""Earlier keys that `forward_unmasked` casts, and attends to, at a time."""
 MIN_BLOCK = 32
 """Queries per band block for windows up to 256; the CPU kernel splits short tiles into 32 rows."""
 
