@@ -6,9 +6,8 @@ generation needs all of them again, and each holds little else.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -38,7 +37,7 @@ def keep_gathered(model: GptOss, ranks: Ranks, expert_parallel: int, itemsize: i
     elements = sum(p.numel() // (expert_parallel if ".experts." in name else 1) for name, p in model.named_parameters())
     fits = elements * itemsize < SHARE * free_bytes(ranks)
     fits = bool(ranks.sum(torch.tensor(float(fits), device=ranks.device)) == ranks.world_size)
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+    sharded = [module for module in model.model.modules() if isinstance(module, FSDPModule)]
     if fits:
         for module in sharded:
             module.set_reshard_after_forward(False, recurse=False)
@@ -58,7 +57,7 @@ def free_bytes(ranks: Ranks) -> int:
         return torch.cuda.mem_get_info(ranks.device)[0] + kept
     limits = [_available()]
     folder = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no control groups of version 2, or "max"
+    with suppress(OSError, ValueError):  # no control groups of version 2, or "max"
         limits.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
     return max(min(limits), 0) // max(ranks.hosts.count(this_host()), 1)
 
