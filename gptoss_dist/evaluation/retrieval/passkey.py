@@ -6,6 +6,7 @@ number alone, so that all rotary embeddings, models and numbers of processes get
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -152,7 +153,7 @@ def summarize(options: PasskeyOptions, outcomes: dict[tuple[str, int], list[Outc
         rows.append({"yarn": yarn, "tokens": length, **whole, "verdict": verdict})
         metrics[f"eval/{options.task}/yarn_{yarn}/accuracy_{length}"] = whole["accuracy"]
         for bucket in range(options.depths):
-            part = accuracy(found, lambda outcome, bucket=bucket: outcome.place.bucket == bucket)
+            part = accuracy([outcome for outcome in found if outcome.place.bucket == bucket])
             by_depth.append({"yarn": yarn, "tokens": length, "depth": bucket / options.depths, **part})
     trials = [{"yarn": yarn, **asdict(outcome)} for (yarn, _), found in outcomes.items() for outcome in found]
     return Result(
@@ -166,8 +167,6 @@ def summarize(options: PasskeyOptions, outcomes: dict[tuple[str, int], list[Outc
 
 def _chance(options: PasskeyOptions) -> dict:
     """Return how often somebody answers rightly who has not read the text, or not the question, and that in words."""
-    import random
-
     episode = make_episode(options.task, random.Random(options.seed))
     words = f"chance: 1 in {episode.guesses:,} for a guess"
     if episode.rivals != 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_pipeline import Tokenizer
@@ -119,12 +119,12 @@ def wilson_interval(correct: int, trials: int) -> tuple[float, float]:
     return (0.0 if correct == 0 else low), (1.0 if correct == trials else high)
 
 
-def accuracy(outcomes: Sequence[Outcome], belongs: Callable[[Outcome], bool] = lambda outcome: True) -> dict:
-    """Return trials, accuracy and the ends of its interval, of those outcomes that belong.
+def accuracy(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Return the accuracy of some outcomes, one at least.
 
     Returns:
-        `{"trials": n, "accuracy": share, "low": share, "high": share}`.
+        `{"trials": n, "accuracy": share, "low": share, "high": share}`, the last two being the ends of its interval.
     """
-    chosen = [outcome.correct for outcome in outcomes if belongs(outcome)]
-    low, high = wilson_interval(sum(chosen), len(chosen))
-    return {"trials": len(chosen), "accuracy": sum(chosen) / len(chosen), "low": low, "high": high}
+    correct = sum(outcome.correct for outcome in outcomes)
+    low, high = wilson_interval(correct, len(outcomes))
+    return {"trials": len(outcomes), "accuracy": correct / len(outcomes), "low": low, "high": high}
