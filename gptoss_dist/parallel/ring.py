@@ -181,10 +181,11 @@ def _forward(q_BTHC, k_BTKC, v_BTKC, sinks_H, ring: Ring, scale: float, kernel: 
     B, T, H, _ = q_BTHC.shape
     exact = torch.promote_types(q_BTHC.dtype, torch.float32)
     o_BTHC, lse_HBT = q_BTHC.new_empty(q_BTHC.shape, dtype=exact), q_BTHC.new_empty((H, B, T), dtype=exact)
-    kv_TB2KC = _packed(k_BTKC, v_BTKC)
+    kv_SB2KC = _packed(k_BTKC, v_BTKC)
     passing = None
     for step in range(ring.split.size):
-        kv_SB2KC = kv_TB2KC if passing is None else passing.wait()
+        if passing is not None:
+            kv_SB2KC = passing.wait()
         passing = ring.pass_on(kv_SB2KC, step) if step + 1 < ring.split.size else None
         if step == 0:
             for own, documents in zip(ring.own, ring.documents):
@@ -211,10 +212,11 @@ def _backward(do_BTHC, q_BTHC, k_BTKC, v_BTKC, sinks_H, o_BTHC, lse_HBT, ring: R
     """Return the gradients of q, k, v and sinks, each in its dtype."""
     exact = lse_HBT.dtype
     dq_BTHC, dsinks_H = q_BTHC.new_zeros(q_BTHC.shape, dtype=exact), torch.zeros_like(sinks_H)
-    kv_TB2KC = _packed(k_BTKC, v_BTKC)
+    kv_SB2KC = _packed(k_BTKC, v_BTKC)
     passing = passing_gradients = None
     for step in range(ring.split.size):
-        kv_SB2KC = kv_TB2KC if passing is None else passing.wait()
+        if passing is not None:
+            kv_SB2KC = passing.wait()
         passing = ring.pass_on(kv_SB2KC, step) if step + 1 < ring.split.size else None
         dkv_SB2KC = kv_SB2KC.new_zeros(kv_SB2KC.shape, dtype=exact)
         for mine, rows, first_BT in ring.blocks(step):

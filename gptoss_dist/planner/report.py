@@ -133,6 +133,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "replicate": plan.layout.replicate,
             "shard": plan.layout.shard,
             "expert_parallel": plan.layout.expert_parallel,
+            "context_parallel": plan.layout.context_parallel,
         },
         "tokens_per_step": plan.tokens_per_step,
         "memory": {

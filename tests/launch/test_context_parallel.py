@@ -5,9 +5,17 @@ import shlex
 
 import pytest
 
+from gptoss_dist.config import load_config
+from launch.plan import main
 from tests.support.ranks import losses, run
 
 pytestmark = pytest.mark.distributed
+
+
+def plan(capsys, *words: str) -> str:
+    """Run the planner in this process; return what it printed."""
+    assert main(list(words)) == 0
+    return capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_another_degree(settings, tmp_path):
@@ -51,17 +59,28 @@ def test_a_change_of_the_degree_is_named(settings, tmp_path):
     assert "a step has 4 samples instead of 8" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ("--parallel.context_parallel 3", "parallel.context_parallel=3 must divide the 2 processes of a shard group"),
-        ("--parallel.context_parallel 2 --parallel.replicate 2", "must divide the 1 processes of a shard group"),
-        ("--parallel.context_parallel 2 --data.seq_len 3", "parallel.context_parallel=2 splits each sample into 4"),
-    ],
-)
-def test_what_does_not_fit_is_refused(settings, tmp_path, options, message):
-    arguments = shlex.split(f"--config {settings} {options}")
+def test_what_does_not_fit_is_refused(settings, tmp_path):
+    arguments = shlex.split(f"--config {settings} --parallel.context_parallel 4")
     done = run("launch/train.py", *arguments, processes=2, expect=2)
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
-    assert message in said and "Traceback" not in done.stderr
-    assert not (tmp_path / "tiny").exists()
+    assert "parallel.context_parallel=4 must divide the 2 processes of a shard group" in said
+    assert "Traceback" not in done.stderr and not (tmp_path / "tiny").exists()
+
+
+def test_samples_of_fewer_tokens_than_parts_are_refused(settings):
+    with pytest.raises(ValueError, match=r"context_parallel=30 splits .* 60 parts, and data\.seq_len=48 has fewer"):
+        load_config(settings, overrides={"parallel.context_parallel": 30})
+
+
+def test_a_plan_counts_groups(settings, capsys):
+    """A process computes half of each sample, sends what a trace says, and no search is made for the degree."""
+    options = f"--config {settings} --gpus 4 --gpu h100-80gb --train.precision bf16 --train.activation_checkpointing 1"
+    whole, split = (
+        plan(capsys, *options.split(), "--parallel.context_parallel", degree, "--data.seq_len", "64")
+        for degree in ("1", "2")
+    )
+    assert "2 x 2 accumulated x 4 processes x 64 tokens = 1,024 tokens per step" in whole
+    assert "2 x 2 accumulated x 2 groups of 2 processes x 64 tokens = 512 tokens per step" in split
+    assert "context 2" in split and "all-to-all" in split and "all-to-all" not in whole
+    assert main([*options.split(), "--search", "--parallel.context_parallel", "2"]) == 2
+    assert "--search looks for layouts without context parallelism" in capsys.readouterr().err
