@@ -84,7 +84,7 @@ def generate(
     warn_of_length(T, max_new_tokens, model.config.max_position_embeddings)
     was_training = model.training
     model.eval()
-    cache, columns = KVCache(model.config, capacity=T + max_new_tokens), list(input_ids_BT.split(1, dim=1))
+    cache, columns = cache_for(model, T + max_new_tokens), list(input_ids_BT.split(1, dim=1))
     done_B = torch.zeros_like(input_ids_BT[:, 0], dtype=torch.bool)
     logits_BV = prefill(model, input_ids_BT, cache)
     for remaining in reversed(range(max_new_tokens)):
@@ -101,6 +101,16 @@ def generate(
         logits_BV = model(next_B[:, None], cache=cache, last_only=True)[:, -1]
     model.train(was_training)
     return torch.cat(columns, dim=1)
+
+
+def cache_for(model: LanguageModel, capacity: int) -> KVCache:
+    """Return an empty cache with room for so many columns, of fixed shapes if the model wants them.
+
+    The room of the latter is a multiple of 256: what was compiled for one text serves others of about its length.
+    """
+    if getattr(model, "fixed_shapes", False):
+        return KVCache(model.config, capacity=-(-capacity // 256) * 256, fixed_shapes=True)
+    return KVCache(model.config, capacity=capacity)
 
 
 def prefill(model: LanguageModel, input_ids_BT: Tensor, cache: KVCache, chunk: int = PREFILL_CHUNK) -> Tensor:

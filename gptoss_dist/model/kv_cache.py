@@ -155,7 +155,7 @@ class KVCache:
     def _fixed_step(self, column_1: Tensor) -> Step:
         assert self.capacity is not None
         step = Step(column_1, 1, self.padding, self.window)
-        visible_1S = torch.arange(self.capacity, device=column_1.device) <= column_1
+        visible_1S = torch.arange(self.capacity, device=column_1.device)[None] <= column_1
         if self._first_B is not None:
             visible_1S = visible_1S & (torch.arange(self.capacity, device=column_1.device) >= self._first_B[:, None])
         step.full_mask = visible_1S[:, None]

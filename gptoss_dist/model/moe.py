@@ -121,17 +121,9 @@ class Experts(nn.Module):
             indices_TK: Expert of each pair, int64.
         """
         T, K = indices_TK.shape
-        if self.backend == "auto" and few_rows.serves(x_TD, indices_TK, self.parameters()):
-            return few_rows.experts_of_few_rows(
-                x_TD,
-                weights_TK,
-                indices_TK,
-                self.gate_up_proj,
-                self.gate_up_proj_bias,
-                self.down_proj,
-                self.down_proj_bias,
-                **self.activation,
-            )
+        if self.backend == "auto" and few_rows.serves(x_TD, indices_TK, self.gate_up_proj):
+            weights = (self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias)
+            return few_rows.experts_of_few_rows(x_TD, weights_TK, indices_TK, *weights, **self.activation)
         expert_N = indices_TK.flatten()
         order_N = torch.argsort(expert_N, stable=True)
         counts_E = torch.zeros(self.gate_up_proj.shape[0], dtype=torch.int64, device=x_TD.device)

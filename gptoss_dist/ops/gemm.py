@@ -71,7 +71,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if gemm_dtype(x, rows) != x.dtype:
         return _LinearInFloat32.apply(x, weight, bias)
     if MIN_ROWS_BY_BLOCKS <= rows < MIN_ROWS and gemm_dtype(x, MIN_ROWS) != x.dtype and not torch.is_grad_enabled():
-        y_NO = mm_in_float32(x.reshape(rows, -1), weight.t())
+        multiply = _mm_in_float32 if torch.compiler.is_compiling() else mm_in_float32
+        y_NO = multiply(x.reshape(rows, -1), weight.t())
         return (y_NO if bias is None else y_NO.add_(bias)).to(x.dtype).view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
 
@@ -93,6 +94,11 @@ def mm_in_float32(x_ND: Tensor, weight_DO: Tensor) -> Tensor:
         cast_Do = flat.view(shape[1], shape[0]).t() if transposed else flat.view(shape)
         torch.mm(x32_ND, cast_Do.copy_(block_Do), out=out_NO[:, start : start + step])
     return out_NO
+
+
+_mm_in_float32 = torch.library.custom_op("gptoss_dist::mm_in_float32", mm_in_float32, mutates_args=())
+"""The same for a compiler, which would take the blocks apart."""
+_mm_in_float32.register_fake(lambda x, w: x.new_empty(x.shape[0], w.shape[1], dtype=torch.float32))
 
 
 class _LinearInFloat32(torch.autograd.Function):

@@ -8,7 +8,7 @@ transformers attends by `eager` where a model has sinks and runs on a CPU. Its e
 (`eager`), by torch's grouped products (`grouped_mm`), or in one batched product on copies of the chosen weights
 (`batched_mm`), to which transformers itself changes for decoding where it is not on a CPU; here it does so on the CPU
 too. `static` has a cache of fixed size and a decoding step under torch.compile. Compilation falls into the first round,
-which no figure contains.
+which no figure contains; `--compile` measures our compiled step too.
 
 The text of all must be the same in float32. In bf16 each rounds where it likes, and how many tokens agree is printed.
 """
@@ -29,10 +29,10 @@ from typing import NamedTuple
 from launch.benchmarks.arguments import whole
 from launch.benchmarks.protocol import Spread, add_quick, progress, rounds, start_worker, turn
 
-OURS = "gptoss_dist"
+OURS, COMPILED = "gptoss_dist", "gptoss_dist compiled"
 PEERS = ("eager", "grouped_mm", "batched_mm", "grouped_mm static", "batched_mm static")
 """What to try of transformers: the experts, and `static` for the compiled step."""
-QUICK = {"rounds": 1, "prompt": 64, "new_tokens": 8, "long_prompt": 256, "precision": "fp32"}
+QUICK: dict[str, float | str] = {"rounds": 1, "prompt": 64, "new_tokens": 8, "long_prompt": 256, "precision": "fp32"}
 
 
 class Case(NamedTuple):
@@ -55,6 +55,7 @@ def add_options(commands, argv: list[str]) -> None:
     parser.add_argument("--new-tokens", type=whole, default=128, help="tokens to generate (128)")
     parser.add_argument("--batch-sizes", type=whole, nargs="+", default=[1, 8], help="prompts at once (1 8)")
     parser.add_argument("--long-prompt", type=whole, default=4096, help="its first token is timed (4096)")
+    parser.add_argument("--compile", action="store_true", help="measure our compiled step too")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="of transformers (all)")
     parser.add_argument("--precision", choices=["fp32", "bf16", "both"], default="both", help="(both)")
     parser.add_argument("--threads", type=whole, default=2, help="CPU threads of each process (2)")
@@ -87,7 +88,7 @@ def main(arguments: argparse.Namespace, argv: list[str], script: str, fields: di
         for precision in precisions:
             workers = {}
             try:
-                for name in (OURS, *arguments.peers):
+                for name in (*ours_of(arguments), *arguments.peers):
                     line = [script, *argv, "--precision", precision, "--worker", name, "--export", folder]
                     workers[name] = start_worker(line, arguments.threads)
                 done = take_turns(arguments, precision, workers)
@@ -153,20 +154,27 @@ def report(arguments: argparse.Namespace, about: str, done: list[dict], exact: b
             return [found[name, case][key] for found in timed]  # noqa: B023
 
         print(f"  {case}: {'tokens per second from the first on' if case.new > 1 else 'seconds to the first token'}")
-        for name in (OURS, *arguments.peers):
+        for name in (*ours_of(arguments), *arguments.peers):
             median = statistics.median(seconds(name))
             value = f"{case.batch * (case.new - 1) / median:12,.1f} tok/s" if case.new > 1 else f"{median:12.3f} s"
             print(f"    {label(name):<32}{value}{compiled_in(done, name, case)}{agreement(done, name, case)}")
         best = min(arguments.peers, key=lambda name: statistics.median(seconds(name)))
-        print(f"    {OURS} is {Spread.of_ratios(seconds(best), seconds(OURS)):.2f} times as fast as {label(best)}")
+        for name in ours_of(arguments):
+            ratio = Spread.of_ratios(seconds(best), seconds(name))
+            print(f"    {name} is {ratio:.2f} times as fast as {label(best)}")
     different = [f"{label(n)}, {c}" for n, c in done[0] if done[-1][n, c]["ids"] != done[-1][OURS, c]["ids"]]
     if different and exact:
         raise SystemExit(f"benchmark.py: other text than ours: {'; '.join(different)}")
 
 
+def ours_of(arguments: argparse.Namespace) -> list[str]:
+    """Return our workers."""
+    return [OURS, COMPILED] if arguments.compile else [OURS]
+
+
 def label(name: str) -> str:
     """Return what a worker is called in the report."""
-    return name if name == OURS else f"transformers {name}"
+    return name if name.startswith(OURS) else f"transformers {name}"
 
 
 def compiled_in(done: list[dict], name: str, case: Case) -> str:
@@ -190,7 +198,7 @@ def work(arguments: argparse.Namespace) -> None:
     generate = None
     for index in map(int, sys.stdin):
         if generate is None:
-            generate = (ours if arguments.worker == OURS else theirs)(arguments)
+            generate = (ours if arguments.worker.startswith(OURS) else theirs)(arguments)
         case = cases(arguments)[index]
         generator = torch.Generator().manual_seed(index)
         prompts = torch.randint(0, 256, (case.batch, case.prompt), generator=generator)
@@ -213,14 +221,18 @@ def ours(arguments: argparse.Namespace) -> Callable:
     """Return our greedy generation: (prompts, new tokens, what to call after each token) -> prompts and new tokens."""
     from gptoss_dist.checkpoint import open_pretrained
     from gptoss_dist.distributed.processes import init_distributed
+    from gptoss_dist.inference.compiled import CompiledDecoding
+    from gptoss_dist.model.generate import generate
 
     init_distributed()  # memory is kept, as in training and in generate.py
     model = open_pretrained(arguments.export).build(dtype_of(arguments), "cpu").eval()
 
-    def generate(prompts, new, on_token):
-        return model.generate(prompts, max_new_tokens=new, temperature=0.0, on_token=lambda _: on_token())
+    stand_in = CompiledDecoding(model) if arguments.worker == COMPILED else model
 
-    return generate
+    def run(prompts, new, on_token):
+        return generate(stand_in, prompts, max_new_tokens=new, temperature=0.0, on_token=lambda _: on_token())
+
+    return run
 
 
 def theirs(arguments: argparse.Namespace) -> Callable:
@@ -236,7 +248,7 @@ def theirs(arguments: argparse.Namespace) -> Callable:
         attn_implementation="eager",
         experts_implementation="grouped_mm" if experts == "batched_mm" else experts,
     ).eval()
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options: dict[str, object] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     if static:
         compile_config = CompileConfig(mode="default")
         compile_config._compile_all_devices = True

@@ -14,7 +14,6 @@ Shapes: T tokens, K experts per token, N = T * K pairs, E experts, D hidden size
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from itertools import groupby
 
 import torch
@@ -27,14 +26,13 @@ MOST_PAIRS = 64
 """Pairs of a token and an expert up to which this is the faster way (docs/log.md)."""
 
 
-def serves(x_TD: Tensor, indices_TK: Tensor, parameters: Iterable[Tensor]) -> bool:
-    """Return whether to compute these tokens here: on a CPU, a few, without a gradient and not under torch.compile."""
+def serves(x_TD: Tensor, indices_TK: Tensor, weight: Tensor) -> bool:
+    """Return whether to compute these tokens here: on a CPU, a few, and without a gradient."""
     return (
         not torch.is_grad_enabled()
         and x_TD.device.type == "cpu"
         and 0 < indices_TK.numel() <= MOST_PAIRS
-        and not torch.compiler.is_compiling()
-        and all(p.dtype == x_TD.dtype for p in parameters)
+        and weight.dtype == x_TD.dtype
     )
 
 
@@ -58,7 +56,26 @@ def experts_of_few_rows(
         weights_TK: Router weights.
         indices_TK: Expert of each pair, int64.
     """
-    (T, K), gating = indices_TK.shape, gating_of(activation, alpha, limit)
+    gating = gating_of(activation, alpha, limit)
+    # Which experts are chosen is known to the host only at run time: a compiler sees one opaque operation.
+    run = _operator if torch.compiler.is_compiling() else _run
+    operands = (gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
+    return run(x_TD, weights_TK, indices_TK, *operands, *gating)
+
+
+def _run(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    indices_TK: Tensor,
+    gate_up_proj_EDF: Tensor,
+    gate_up_proj_bias_EF: Tensor | None,
+    down_proj_EID: Tensor,
+    down_proj_bias_ED: Tensor | None,
+    alpha: float,
+    limit: float,
+    plus_one: bool,
+) -> Tensor:
+    (T, K), gating = indices_TK.shape, Gating(alpha, limit, plus_one)
     pairs = sorted((expert, pair) for pair, expert in enumerate(indices_TK.flatten().tolist()))
     counts = [(expert, len(list(rows))) for expert, rows in groupby(expert for expert, _ in pairs)]
     sorted_N, order_N = torch.tensor(pairs).unbind(1)
@@ -70,10 +87,15 @@ def experts_of_few_rows(
     y_ND = _multiply(counts, a_NI.to(x_TD.dtype), down_proj_EID)
     if down_proj_bias_ED is not None:
         y_ND += down_proj_bias_ED.index_select(0, sorted_N)
+    weights_TK = weights_TK.to(y_ND.dtype)
     if T == 1:
         return weights_TK.index_select(1, order_N) @ y_ND
     y_TKD = torch.empty_like(y_ND).index_copy_(0, order_N, y_ND).view(T, K, -1)
     return torch.bmm(weights_TK[:, None], y_TKD)[:, 0]
+
+
+_operator = torch.library.custom_op("gptoss_dist::experts_of_few_rows", _run, mutates_args=())
+_operator.register_fake(lambda x_TD, *_: x_TD.new_empty(x_TD.shape))
 
 
 def _activate(h_NF: Tensor, gating: Gating) -> Tensor:
