@@ -1,4 +1,4 @@
-"""An export in the programs that people use: vLLM, transformers and llama.cpp serve it, TRL trains it and gives it back.
+"""An export in programs that people use: vLLM, transformers and llama.cpp serve it, TRL trains it and gives it back.
 
 docs/proofs.md has the commands by hand, and what they gave.
 """

@@ -278,10 +278,18 @@ def test_mistakes_are_one_line_in_two_processes(needs_harness, trained, tmp_path
 
 
 @pytest.mark.distributed
-def test_tasks_in_a_run_change_nothing_of_it(needs_harness, settings, tmp_path):
-    """Two ranks, sharded weights and sharded experts: metrics as of the checkpoint, and losses as without."""
+@pytest.mark.parametrize(
+    "sharded",
+    [
+        pytest.param("--parallel.expert_parallel 2", id="experts"),
+        pytest.param("--engine.zero_stage 3", id="zero3", marks=pytest.mark.slow),
+        pytest.param("--train.compile true", id="compiled", marks=[pytest.mark.slow, pytest.mark.compiled]),
+    ],
+)
+def test_tasks_in_a_run_change_nothing_of_it(needs_harness, settings, tmp_path, sharded):
+    """Two ranks share the weights: metrics are those of the checkpoint, and losses as without tasks."""
     folder = write_tasks(tmp_path, documents=6)
-    base = ["--config", str(settings), "--train.steps", "4", "--parallel.expert_parallel", "2", "--optim.lr", "1e-2"]
+    base = ["--config", str(settings), "--train.steps", "4", *sharded.split(), "--optim.lr", "1e-2"]
     base += ["--validation.every", "0", "--model.max_position_embeddings", "128"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     run("launch/train.py", *base, "--run.dir", str(tmp_path / "plain"), processes=2)
