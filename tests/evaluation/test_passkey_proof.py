@@ -23,11 +23,10 @@ def prepared(tmp_path):
         *("needles:documents=1000", "--vocab-size", "512", "--pattern", WORDS, "--output", ranks),
         cwd=tmp_path,
     )
-    run(
-        module("data_pipeline.prepare.__main__"),
-        *("--config", str(ROOT / "configs/data/passkey_tiny.yaml"), "--output", "data/passkey_tiny"),
-        cwd=tmp_path,
-    )
+    for name in ("passkey_tiny_short", "passkey_tiny"):
+        recipe = ROOT / f"configs/data/{name}.yaml"
+        prepare = module("data_pipeline.prepare.__main__")
+        run(prepare, "--config", str(recipe), "--output", f"data/{name}", cwd=tmp_path)
     return tmp_path
 
 
