@@ -45,6 +45,18 @@ def test_a_run_goes_on_with_another_degree(settings, tmp_path):
     assert "context 2; 4 samples per step" in (tmp_path / "split" / "log.txt").read_text()
 
 
+def test_documents_of_any_length(settings, tmp_path):
+    """Each micro-batch has another number of tokens, which chunks do not divide."""
+    options = f"--config {settings} --train.steps 4 --validation.every 2 --data.packing varlen"
+    run("launch/train.py", *shlex.split(f"{options} --run.dir {tmp_path / 'one'}"))
+    split = f"{options} --run.dir {tmp_path / 'two'} --parallel.context_parallel 2"
+    run("launch/train.py", *shlex.split(split), processes=2)
+    for metric in ("loss/train", "loss/val", "loss/aux", "progress/tokens", "optim/grad_norm"):
+        one, two = (losses(tmp_path / name, metric) for name in ("one", "two"))
+        assert one.keys() == two.keys() and len(one) >= 3, metric
+        assert all(one[step] == pytest.approx(two[step], rel=3e-6) for step in one), metric
+
+
 def test_a_change_of_the_degree_is_named(settings, tmp_path):
     """Twice the processes for each sample: a step has half as many samples."""
     options = shlex.split(f"--config {settings} --train.steps 4 --validation.every 0")

@@ -12,8 +12,13 @@ from gptoss_dist.ops.attention import cuda
 from gptoss_dist.ops.attention.blocks import block_attention, block_attention_backward
 from gptoss_dist.parallel.context import halo_before, plan_halo
 from gptoss_dist.parallel.ring import Split
+from gptoss_dist.planner.tracing.memory import memory_timeline
+from gptoss_dist.planner.tracing.trace import Workload, trace_step
+from gptoss_dist.train.objectives import next_token_prediction
+from gptoss_dist.train.start import engine_settings
 from tests.support.context_attention import AttentionCase, B, C, K
 from tests.support.ranks import run
+from tests.support.reference import settings
 
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "bf16": 2e-2}
 SIZES = [(size, tokens) for size in (1, 2, 3, 4, 8) for tokens in (8, 16, 17, 61, 128, 1000) if tokens >= 2 * size]
@@ -209,3 +214,23 @@ def test_bytes(compared, processes):
         assert 0 < result[sliding.name]["sent"] == 2 * halos
         # Forward N - 1 steps, and backward as many, and N with gradients.
         assert result[full.name]["sent"] == pytest.approx(row * 40 / processes * (3 * processes - 2), rel=0.1)
+
+
+@pytest.mark.heavy
+def test_the_work_of_a_sequence_is_divided():
+    """Of two processes each holds half of the activations, and their attention is all that there is, once."""
+    T, processes = 2048, 2
+
+    def trace(degree: int, rank: int) -> tuple[int, int]:
+        config = settings(sliding_window=2 * T, num_hidden_layers=2, max_position_embeddings=T)
+        config.parallel.context_parallel = degree
+        config.train.micro_batch_size = 1
+        step = trace_step(engine_settings(config), Workload(T, processes, next_token_prediction, rank=rank))
+        flops = sum(operator.flops for operator in step.step if "attention" in operator.name)
+        return flops, int(memory_timeline(step).by_kind["activations"].max())
+
+    flops, activations = trace(1, 0)
+    parts = [trace(processes, rank) for rank in range(processes)]
+    assert sum(part[0] for part in parts) == flops > 0
+    assert max(part[0] for part in parts) < 1.01 * min(part[0] for part in parts)
+    assert all(part[1] == pytest.approx(activations / processes, rel=0.05) for part in parts)
