@@ -291,6 +291,13 @@ class Engine(ABC):
             traffic_R3[self.ranks.rank, column].fill_(value)  # a kernel's argument: no copy that the host waits for
         return traffic_R3
 
+    def keep_gathered(self) -> AbstractContextManager:
+        """Return a context for many forward passes without gradients, such as generation; collective.
+
+        In it weights are gathered once, if this engine can and they fit, and not once per pass.
+        """
+        return nullcontext()
+
     @torch.no_grad()
     def evaluate(self, batches) -> float:
         """Return the mean token loss in nats over all ranks' batches; every rank must bring the same number of them."""

@@ -220,8 +220,11 @@ class _Batch:
         padding = [longest - len(ids) for ids in prompts]
         ids_BT = torch.tensor([[0] * pad + list(ids) for pad, ids in zip(padding, prompts)], device=self.device)
         self.cache = KVCache(model.config, capacity=longest + max_new_tokens, padding=padding)
+        passes = -(-longest // columns_of_chunk(prefill_chunk, len(prompts)))
+        behind = self.largest(passes) - passes
         self.logits_BV = prefill(model, ids_BT, self.cache, prefill_chunk)
-        self._wait_for_prefill(-(-longest // columns_of_chunk(prefill_chunk, len(prompts))), largest)
+        for _ in range(behind):  # passes that the rank with the longest prompts still makes
+            model(ids_BT[:1, :1], cache=KVCache(model.config), last_only=True)
         rows = [row for row in range(len(prompts)) for _ in range(n)]
         if n > 1:
             self.cache.select(rows)
@@ -229,12 +232,6 @@ class _Batch:
         self.seen_BV = torch.zeros(self.logits_BV.shape, dtype=torch.bool, device=self.device)
         for row, prompt in enumerate(rows):
             self.seen_BV[row, ids_BT[prompt, padding[prompt] :]] = True
-
-    def _wait_for_prefill(self, passes: int, largest: Callable[[int], int] | None) -> None:
-        """Go through the model as often as the rank with the longest prompts."""
-        for _ in range(largest(passes) - passes if largest is not None else 0):
-            ids_11 = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-            self.model(ids_11, cache=KVCache(self.model.config), last_only=True)
 
     def complete(self, sampling: Sampling, vocab_size: int | None, max_new_tokens: int) -> None:
         """Let the samples grow until all are finished, on all ranks."""

@@ -10,7 +10,7 @@ import torch
 
 from data_pipeline import validation_batches
 from gptoss_dist.config import Config
-from gptoss_dist.model.generate import generate
+from gptoss_dist.inference import Sampling, complete
 from gptoss_dist.train.run import Run
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def write_samples(run: Run, step: int, findings: Findings) -> None:
     try:
         prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.eot_id] for prompt in run.config.sampling.prompts]
         is_collective = run.ranks.world_size > 1
-        outputs = [_continue(run, ids, run.config.run.seed + index) for index, ids in enumerate(prompts)]
+        outputs = _continue(run, prompts)
         is_collective = False
         texts = [tokenizer.decode(ids) for ids in outputs]
         if run.report:
@@ -93,21 +93,20 @@ def write_samples(run: Run, step: int, findings: Findings) -> None:
         run.message(f"step {step}: no sample, {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def _continue(run: Run, ids: list[int], seed: int) -> list[int]:
-    """Return a prompt and its continuation; all ranks do, in step, since each holds only a part of the weights."""
+def _continue(run: Run, prompts: list[list[int]]) -> list[list[int]]:
+    """Return prompts and their continuations; all ranks do, in step, since each holds only a part of the weights."""
     settings = run.config.sampling
     # Compiled blocks would be compiled anew for the cache, the prompt and one token, until the compiler gives up.
-    with torch.compiler.set_stance("force_eager"):
-        output = generate(
+    with torch.compiler.set_stance("force_eager"), run.engine.keep_gathered():
+        found = complete(
             run.engine.model,
-            torch.tensor([ids], device=run.ranks.device),
+            prompts,
+            Sampling(temperature=settings.temperature, top_k=settings.top_k),
             max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
             vocab_size=run.data.training.mixture.tokenizer.n_vocab,
-            generator=torch.Generator().manual_seed(seed),
+            seeds=[run.config.run.seed + number for number in range(len(prompts))],
         )
-    return output[0].tolist()
+    return [ids + one.ids for ids, (one,) in zip(prompts, found)]
 
 
 def save_checkpoint(run: Run, step: int, findings: Findings) -> None:

@@ -31,6 +31,8 @@ from gptoss_dist.ops.backends import BF16_ONLY
 
 ROWS_PER_STRIP = 512
 """Rows (queries times heads of a group) at which the CPU kernel is fastest at T >= 2048 (docs/log.md)."""
+KEYS_PER_CALL = {"flash": 16384, "chunked": 2048}
+"""Earlier keys that `forward_unmasked` casts, and attends to, at a time."""
 MIN_BLOCK = 32
 """Queries per band block for windows up to 256; the CPU kernel splits short tiles into 32 rows."""
 
@@ -152,13 +154,14 @@ def forward_unmasked(
     """Return attention of every query to every key, without sinks: o_BTHD and lse_BTH, in float32 at least.
 
     Keys and values are cast by blocks, whose results are merged: what this needs beside them does not grow with S.
+    The kernel is `flash`, on CPU, or `chunked`.
     """
     H, K = q_BTHD.shape[2], k_BKSD.shape[1]
     dtype, exact = _tile_dtype(q_BTHD, kernel), torch.promote_types(q_BTHD.dtype, torch.float32)
-    attend, rows, keys = (_flash_cpu, None, 16384) if kernel == "flash" else (_matmul, ROWS_PER_STRIP, 2048)
+    attend, keys = (_flash_cpu if kernel == "flash" else _matmul), KEYS_PER_CALL[kernel]
     q_BKRD = _group(q_BTHD.to(dtype), K)
     strips = []
-    for q_BKrD in q_BKRD.split(rows or q_BKRD.shape[2], dim=2):
+    for q_BKrD in q_BKRD.split(q_BKRD.shape[2] if kernel == "flash" else ROWS_PER_STRIP, dim=2):
         merged = None
         for k_BKsD, v_BKsD in zip(k_BKSD.split(keys, dim=2), v_BKSD.split(keys, dim=2)):
             part = attend(q_BKrD, k_BKsD.to(dtype), v_BKsD.to(dtype), None, scale)
