@@ -19,6 +19,12 @@ WRONG = {
         ["--experts", ""],
         ["more"],
     ],
+    (against_transformers, "decode"): [
+        *([f"--{name}={n}"] for name in ("rounds", "prompt", "new-tokens", "long-prompt") for n in NUMBERS),
+        ["--batch-sizes", "1", "0"],
+        ["--peers", "flash"],
+        ["--precision", "fp16"],
+    ],
     (checkpoints, None): [[f"--{name}={n}"] for name in ("processes", "every", "rounds") for n in NUMBERS],
     (engines, None): [["--processes", n] for n in NUMBERS] + [["--precision", "both"], ["--step=3"]],
     (plan, "steps"): [[f"--{name}={n}"] for name in ("threads", "steps", "cases") for n in NUMBERS] + [["--hardware"]],
