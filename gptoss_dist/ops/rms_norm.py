@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from gptoss_dist.ops.backends import Backend, choose, serves_all, table
 
-
 _FEW = 1 << 15
 """Elements of a decoding step, where all is overhead: without a gradient, one call of torch's replaces eight."""
 
