@@ -115,7 +115,7 @@ def generated(monkeypatch, capsys, their_ids: list[int], *words: str) -> str:
 
     monkeypatch.setattr(decode, "turn", turn)
     done = decode.take_turns(arguments, "fp32", {decode.OURS: "ours", "grouped_mm": "theirs"})
-    decode.report(arguments, "a model", done, exact=True)
+    decode.report(arguments, ["grouped_mm"], "a model", done, exact=True)
     return capsys.readouterr().out
 
 
@@ -130,3 +130,19 @@ def test_another_text_is_no_comparison(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="other text than ours: transformers grouped_mm, 1 x 1,024 tokens, 3 new"):
         generated(monkeypatch, capsys, [1, 9, 3])
     assert "(text differs after 1 tokens)" in capsys.readouterr().out
+
+
+def test_what_does_not_work_of_transformers_is_said_and_left_out(monkeypatch, capsys):
+    words = ["decode", "--rounds", "1", "--batch-sizes", "1", "--peers", "eager"]
+    arguments = against_transformers.build_parser(words).parse_args(words)
+    monkeypatch.setattr(decode, "turn", lambda worker, index: worker.answer)
+    ours, theirs = ({"first": 1.0, "rest": 1.0, "ids": [[1]]}, {"failed": "ImportError: no such thing"})
+    workers = {
+        name: type("Worker", (), {"answer": answer, "kill": lambda self: None})()
+        for name, answer in ((decode.OURS, ours), ("eager", theirs))
+    }
+    done = decode.take_turns(arguments, "fp32", workers)
+    assert list(workers) == [decode.OURS]
+    assert "fp32 transformers eager does not work here: ImportError: no such thing" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="nothing to compare with"):
+        decode.report(arguments, [], "a model", done, exact=True)
