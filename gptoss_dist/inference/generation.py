@@ -81,8 +81,7 @@ def complete(
 ) -> list[list[Completion]]:
     """Return n completions of each prompt, all made in one batch.
 
-    A sample depends on its prompt and its seed, and not on its neighbours, up to the rounding of matrix products, which
-    may differ between sizes of a batch.
+    A sample depends on its prompt and its seed, and on its neighbours only by how products of other sizes are rounded.
 
     Args:
         model: A model, which may be sharded: then all ranks call this together, with equal `max_new_tokens` and with
@@ -105,10 +104,8 @@ def complete(
         ValueError: A prompt is empty or has ids unknown to the model, a setting is out of range, or logits are nan.
     """
     _check(model, prompts, n, seeds, max_new_tokens, prefill_chunk)
-    if "" in stop_texts or (tokenizer is None and (stop_texts or on_text is not None)):
-        raise ValueError(f"stop_texts={list(stop_texts)} must not be empty; they, and on_text, need a tokenizer")
+    stops = _encoded(stop_texts, tokenizer, on_text)
     seeds = torch.randint(2**62, (len(prompts) * n,)).tolist() if seeds is None else seeds
-    stops = [text.encode() for text in stop_texts]
     samples = [
         _Sample(number, frozenset(stop_ids), GrowingText(tokenizer, stops) if tokenizer else None, seed, on_text)
         for number, seed in enumerate(seeds)
@@ -116,10 +113,13 @@ def complete(
     vocab_size = tokenizer.n_vocab if vocab_size is None and tokenizer is not None else vocab_size
     was_training = model.training
     model.eval()
-    if prompts or largest is not None:
-        batch = _Batch(model, prompts or [[0]], n if prompts else 1, samples, max_new_tokens, prefill_chunk, largest)
-        batch.complete(sampling, vocab_size, max_new_tokens)
-    model.train(was_training)
+    try:
+        if samples or largest is not None:
+            used = (prompts, n) if samples else ([[0]], 1)
+            batch = _Batch(model, *used, samples, max_new_tokens, prefill_chunk, largest)
+            batch.complete(sampling, vocab_size, max_new_tokens)
+    finally:
+        model.train(was_training)
     done = [one.completion(logprobs) for one in samples]
     return [done[start : start + n] for start in range(0, len(done), n)]
 
@@ -151,6 +151,17 @@ def _check(
     if seeds is not None and len(seeds) != len(prompts) * n:
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts with n={n}; give one of each sample")
     warn_of_length(max(map(len, prompts), default=1), max_new_tokens, model.config.max_position_embeddings)
+
+
+def _encoded(stop_texts: Sequence[str], tokenizer: Tokenizer | None, on_text: Callable | None) -> list[bytes]:
+    """Return the bytes of the stop texts.
+
+    Raises:
+        ValueError: One is empty, or there is no tokenizer, which texts need.
+    """
+    if "" in stop_texts or (tokenizer is None and (stop_texts or on_text is not None)):
+        raise ValueError(f"stop_texts={list(stop_texts)} must not be empty; they, and on_text, need a tokenizer")
+    return [text.encode() for text in stop_texts]
 
 
 class _Sample:

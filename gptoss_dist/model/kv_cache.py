@@ -155,10 +155,11 @@ class KVCache:
     def _fixed_step(self, column_1: Tensor) -> Step:
         assert self.capacity is not None
         step = Step(column_1, 1, self.padding, self.window)
-        visible_1S = torch.arange(self.capacity, device=column_1.device)[None] <= column_1
+        key_S = torch.arange(self.capacity, device=column_1.device)
+        visible_BS = (key_S <= column_1)[None]
         if self._first_B is not None:
-            visible_1S = visible_1S & (torch.arange(self.capacity, device=column_1.device) >= self._first_B[:, None])
-        step.full_mask = visible_1S[:, None]
+            visible_BS = visible_BS & (key_S >= self._first_B[:, None])
+        step.full_mask = visible_BS[:, None]
         step.sliding_mask = self._ring_mask(column_1)
         return step
 

@@ -46,5 +46,6 @@ def test_two_processes_write_what_one_recomputes(tmp_path, expert_parallel):
         own = [ids for ids, _ in expected][rank::2][: 2 - rank]
         ends = [next((at for at, token in enumerate(ids) if token in STOPS), NEW) for ids in own]
         assert report["own"] == [ids[:end] for ids, end in zip(own, ends)] and min(ends) < NEW
+        assert report["written"] == [prompt + ids[:10] for prompt, (ids, _) in zip(PROMPTS[:2], expected)]
         assert report["freed again"] == [True, True]
         assert report["loss"] == pytest.approx(loss, rel=1e-5)

@@ -1,6 +1,7 @@
 """Prefill in chunks and decoding, of prompts of different lengths, against recomputing everything."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -91,6 +92,33 @@ def test_shapes_that_never_change_give_the_same(model, chunk):
     rows = texts()
     for row, logits in zip(rows, cached(model, rows, chunk, capacity=200, fixed_shapes=True)):
         torch.testing.assert_close(logits, model(row[None])[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (0, 9)], ids=["equal", "unequal"])
+@torch.no_grad()
+def test_attention_of_fixed_shapes_is_one_graph_for_each_kind_of_layer(model, padding):
+    """Captured whole, and never again: which a compiler, or a CUDA graph, needs."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    T, decoder = 60, model.model
+    rows = [torch.randint(0, VOCAB, (T - pad,), generator=torch.Generator().manual_seed(pad)) for pad in padding]
+    ids = torch.stack([torch.cat((torch.zeros(pad, dtype=torch.long), row)) for pad, row in zip(padding, rows)])
+    cache = KVCache(model.config, capacity=T, padding=padding, fixed_shapes=True)
+    model(ids[:, :10], cache=cache)
+    compile_ = functools.partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
+    attentions = [compile_(block.self_attn) for block in model.blocks]
+    for column in range(10, T):
+        token_B1 = ids[:, column : column + 1]
+        position, steps = cache.advance(token_B1)
+        x = decoder.embed_tokens(token_B1)
+        rotary = decoder.rotary_tables(position, x.dtype)
+        for block, attention, kind, step in zip(model.blocks, attentions, decoder.layer_types, steps):
+            x = x + attention(block.input_layernorm(x), rotary[kind], None, step)
+            x = x + block.mlp(block.post_attention_layernorm(x))[0]
+    logits = model.lm_head(decoder.norm(x))[:, 0]
+    for row, found in zip(rows, logits):
+        torch.testing.assert_close(found, model(row[None])[0, -1], rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize("few", [0, kv_cache.FEW_SCORES], ids=["tiles", "masks"])

@@ -4,15 +4,18 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from gptoss_dist.distributed.processes import init_distributed, shut_down
+from gptoss_dist.distributed.processes import Ranks, init_distributed, shut_down
 from gptoss_dist.engine import Engine
 from gptoss_dist.inference import GREEDY, Sampling, complete
 from gptoss_dist.parallel.traffic import SentBytes
+from gptoss_dist.train.periodic import write_samples
 from tests.support.layouts import Case
 from tests.support.reference import LR, build, micro_batches
 
@@ -26,6 +29,17 @@ STOPS = list(range(0, 101, 5))
 def is_freed(engine: Engine) -> bool:
     """Whether no block holds gathered weights."""
     return all(isinstance(p, DTensor) for block in engine.model.blocks for p in block.parameters())
+
+
+def written(engine: Engine, ranks: Ranks) -> list[list[int]]:
+    """Ids of the samples that a training run writes."""
+    config, texts = Case("", ranks.world_size, model=MODEL).config(), []
+    config.sampling.prompts, config.sampling.max_new_tokens, config.sampling.temperature = ["0", "1"], 10, 0.0
+    tokenizer = SimpleNamespace(encode=lambda text: np.array(PROMPTS[int(text)]), decode=list, n_vocab=101)
+    data = SimpleNamespace(training=SimpleNamespace(mixture=SimpleNamespace(tokenizer=tokenizer)))
+    report = SimpleNamespace(samples=lambda step, found: texts.extend(found))
+    write_samples(SimpleNamespace(config=config, ranks=ranks, engine=engine, data=data, report=report), 3, {})
+    return texts
 
 
 def main(folder: Path, expert_parallel: int) -> None:
@@ -53,6 +67,7 @@ def main(folder: Path, expert_parallel: int) -> None:
         )
     report["own"] = [one.ids for (one,) in found]
     report["freed again"] = [is_freed(engine)]
+    report["written"] = written(engine, ranks)
     # A rank without any prompt takes part, and nothing of this is left in training.
     complete(engine.model, PROMPTS[:1] if ranks.is_main else [], Sampling(), max_new_tokens=3, largest=largest)
     report["freed again"].append(is_freed(engine))
