@@ -90,9 +90,15 @@ class DroplessExperts(megablocks.dmoe.ParallelDroplessMLP):  # type: ignore[name
         """
         weight = local(self.gate_up_proj)
         if self.exchange is None and self.backend == AUTO and few_rows.serves(x_TD, indices_TK, weight):
-            bias, down, down_bias = map(local, (self.gate_up_proj_bias, self.down_proj, self.down_proj_bias))
             return few_rows.experts_of_few_rows(
-                x_TD, weights_TK, indices_TK, weight, bias, down, down_bias, **self.activation
+                x_TD,
+                weights_TK,
+                indices_TK,
+                weight,
+                local(self.gate_up_proj_bias),
+                local(self.down_proj),
+                local(self.down_proj_bias),
+                **self.activation,
             )
         if self.exchange is None:
             return self.forward_fn(x_TD, weights_TK, indices_TK)[0]

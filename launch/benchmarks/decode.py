@@ -95,7 +95,8 @@ def main(arguments: argparse.Namespace, argv: list[str], script: str, fields: di
             finally:
                 for worker in workers.values():
                     worker.kill()
-            report(arguments, f"{precision}, {about}", done, exact=precision == "fp32")
+            peers = [name for name in arguments.peers if name in workers]
+            report(arguments, peers, f"{precision}, {about}", done, exact=precision == "fp32")
     return 0
 
 
@@ -132,6 +133,10 @@ def take_turns(
         for index, case in enumerate(cases(arguments)):
             for name in sorted(workers, reverse=bool(number % 2)):
                 found[name, case] = turn(workers[name], index)
+                if "failed" in found[name, case]:
+                    print(f"{precision} {label(name)} does not work here: {found[name, case]['failed']}")
+                    workers.pop(name).kill()
+                    continue
                 first, rest = found[name, case]["first"], found[name, case]["rest"]
                 warms_up = " (warms up)" if not done else ""
                 progress(f"{precision} {name}: {case}: first {first:.3g} s, others {rest:.3g} s{warms_up}")
@@ -139,13 +144,15 @@ def take_turns(
     return done
 
 
-def report(arguments: argparse.Namespace, about: str, done: list[dict], exact: bool) -> None:
+def report(arguments: argparse.Namespace, peers: list[str], about: str, done: list[dict], exact: bool) -> None:
     """Print times, ratios and how much of the text is the same; the first round does not count.
 
     Raises:
-        SystemExit: The text has to be the same (`exact`) and is not.
+        SystemExit: Nothing of transformers works, or the text has to be the same (`exact`) and is not.
     """
-    timed = done[1:]
+    if not peers:
+        raise SystemExit("benchmark.py: nothing to compare with: see above why")
+    timed, names = done[1:], (*ours_of(arguments), *peers)
     print(f"{about}; {arguments.threads} threads, {len(timed)} rounds")
     for case in cases(arguments):
         key = "rest" if case.new > 1 else "first"
@@ -154,15 +161,18 @@ def report(arguments: argparse.Namespace, about: str, done: list[dict], exact: b
             return [found[name, case][key] for found in timed]  # noqa: B023
 
         print(f"  {case}: {'tokens per second from the first on' if case.new > 1 else 'seconds to the first token'}")
-        for name in (*ours_of(arguments), *arguments.peers):
+        for name in names:
             median = statistics.median(seconds(name))
             value = f"{case.batch * (case.new - 1) / median:12,.1f} tok/s" if case.new > 1 else f"{median:12.3f} s"
             print(f"    {label(name):<32}{value}{compiled_in(done, name, case)}{agreement(done, name, case)}")
-        best = min(arguments.peers, key=lambda name: statistics.median(seconds(name)))
+        best = min(peers, key=lambda name: statistics.median(seconds(name)))
         for name in ours_of(arguments):
             ratio = Spread.of_ratios(seconds(best), seconds(name))
             print(f"    {name} is {ratio:.2f} times as fast as {label(best)}")
-    different = [f"{label(n)}, {c}" for n, c in done[0] if done[-1][n, c]["ids"] != done[-1][OURS, c]["ids"]]
+    last = done[-1]
+    different = [
+        f"{label(n)}, {c}" for n in names for c in cases(arguments) if last[n, c]["ids"] != last[OURS, c]["ids"]
+    ]
     if different and exact:
         raise SystemExit(f"benchmark.py: other text than ours: {'; '.join(different)}")
 
@@ -204,7 +214,13 @@ def work(arguments: argparse.Namespace) -> None:
         prompts = torch.randint(0, 256, (case.batch, case.prompt), generator=generator)
         stamps: list[float] = []
         begin = time.perf_counter()
-        output = generate(prompts, case.new, lambda: stamps.append(time.perf_counter()))  # noqa: B023
+        try:
+            output = generate(prompts, case.new, lambda: stamps.append(time.perf_counter()))  # noqa: B023
+        except Exception as error:
+            if arguments.worker.startswith(OURS):
+                raise
+            print(json.dumps({"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}), flush=True)
+            continue
         end = time.perf_counter()
         found = {"first": stamps[0] - begin, "rest": end - stamps[0], "ids": output[:, case.prompt :].tolist()}
         print(json.dumps(found), flush=True)

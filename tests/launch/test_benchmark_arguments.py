@@ -19,6 +19,12 @@ WRONG = {
         ["--experts", ""],
         ["more"],
     ],
+    (against_transformers, "decode"): [
+        *([f"--{name}={n}"] for name in ("rounds", "prompt", "new-tokens", "long-prompt") for n in NUMBERS),
+        ["--batch-sizes", "1", "0"],
+        ["--peers", "flash"],
+        ["--precision", "fp16"],
+    ],
     (checkpoints, None): [[f"--{name}={n}"] for name in ("processes", "every", "rounds") for n in NUMBERS],
     (harness, None): [
         [f"--{name}={n}", *["--checkpoint", "a", "--export", "b", "--include", "c", "--tasks", "d"]]

@@ -1,14 +1,15 @@
 """The experts of a decoding step on the CPU: so few rows that what surrounds the matrix products would take longer.
 
     experts [[3, 1], [0, 3]]  of two tokens, two each
-    pairs    0  1   2  3      in the order of tokens
-    sorted   2  1   0  3      by expert: 0, 1, 3, 3, on the host
+    pairs    0  1   2  3      rows of everything below, in the order of tokens
+    products 2; 1; 0 and 3    by expert, grouped on the host
 
-Each chosen expert multiplies its rows straight from the stacked weights; the bias, the activation, and the weighted sum
-are then one pass each over the rows of all experts. Nothing is padded, copied or kept for a backward pass: there is
-none. `Experts.forward` does the same in general and is the slow twin.
+Each chosen expert multiplies its rows straight from the stacked weights; the biases, the activation, and the weighted
+sum are one pass each over the rows of all experts. Nothing is padded or kept for a backward pass: there is none.
+`Experts.forward` does the same in general and is the slow twin.
 
-Shapes: T tokens, K experts per token, N = T * K pairs, E experts, D hidden size, I intermediate size, F = 2 * I.
+Shapes: T tokens, K experts per token, N = T * K pairs, E experts, D hidden size, I intermediate size, F = 2 * I, of
+one matrix product C inputs and O outputs.
 """
 
 from __future__ import annotations
@@ -56,46 +57,18 @@ def experts_of_few_rows(
         weights_TK: Router weights.
         indices_TK: Expert of each pair, int64.
     """
-    gating = gating_of(activation, alpha, limit)
-    # Which experts are chosen is known to the host only at run time: a compiler sees one opaque operation.
-    run = _operator if torch.compiler.is_compiling() else _run
-    operands = (gate_up_proj_EDF, gate_up_proj_bias_EF, down_proj_EID, down_proj_bias_ED)
-    return run(x_TD, weights_TK, indices_TK, *operands, *gating)
-
-
-def _run(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    indices_TK: Tensor,
-    gate_up_proj_EDF: Tensor,
-    gate_up_proj_bias_EF: Tensor | None,
-    down_proj_EID: Tensor,
-    down_proj_bias_ED: Tensor | None,
-    alpha: float,
-    limit: float,
-    plus_one: bool,
-) -> Tensor:
-    (T, K), gating = indices_TK.shape, Gating(alpha, limit, plus_one)
-    pairs = sorted((expert, pair) for pair, expert in enumerate(indices_TK.flatten().tolist()))
-    counts = [(expert, len(list(rows))) for expert, rows in groupby(expert for expert, _ in pairs)]
-    sorted_N, order_N = torch.tensor(pairs).unbind(1)
-    x_ND = x_TD.expand(K, -1) if T == 1 else x_TD.index_select(0, order_N // K)
-    h_NF = _multiply(counts, x_ND, gate_up_proj_EDF)
+    (T, K), expert_N = indices_TK.shape, indices_TK.flatten()
+    # Which experts are chosen is known to the host only at run time: to a compiler a product is one opaque operation.
+    multiply = _multiply_operator if torch.compiler.is_compiling() else _multiply
+    x_ND = x_TD.expand(K, -1) if T == 1 else x_TD.repeat_interleave(K, dim=0)
+    h_NF = multiply(x_ND, expert_N, gate_up_proj_EDF)
     if gate_up_proj_bias_EF is not None:
-        h_NF += gate_up_proj_bias_EF.index_select(0, sorted_N)
-    a_NI = _activate(h_NF if h_NF.dtype == torch.float64 else h_NF.float(), gating)
-    y_ND = _multiply(counts, a_NI.to(x_TD.dtype), down_proj_EID)
+        h_NF += gate_up_proj_bias_EF.index_select(0, expert_N)
+    a_NI = _activate(h_NF if h_NF.dtype == torch.float64 else h_NF.float(), gating_of(activation, alpha, limit))
+    y_ND = multiply(a_NI.to(x_TD.dtype), expert_N, down_proj_EID)
     if down_proj_bias_ED is not None:
-        y_ND += down_proj_bias_ED.index_select(0, sorted_N)
-    weights_TK = weights_TK.to(y_ND.dtype)
-    if T == 1:
-        return weights_TK.index_select(1, order_N) @ y_ND
-    y_TKD = torch.empty_like(y_ND).index_copy_(0, order_N, y_ND).view(T, K, -1)
-    return torch.bmm(weights_TK[:, None], y_TKD)[:, 0]
-
-
-_operator = torch.library.custom_op("gptoss_dist::experts_of_few_rows", _run, mutates_args=())
-_operator.register_fake(lambda x_TD, *_: x_TD.new_empty(x_TD.shape))
+        y_ND += down_proj_bias_ED.index_select(0, expert_N)
+    return torch.bmm(weights_TK[:, None].to(y_ND.dtype), y_ND.view(T, K, -1))[:, 0]
 
 
 def _activate(h_NF: Tensor, gating: Gating) -> Tensor:
@@ -107,22 +80,36 @@ def _activate(h_NF: Tensor, gating: Gating) -> Tensor:
     return torch.addcmul(glu_NI, glu_NI, up_NI) if gating.plus_one else glu_NI.mul_(up_NI)
 
 
-def _multiply(counts: list[tuple[int, int]], x_ND: Tensor, weight_EDO: Tensor) -> Tensor:
-    """Multiply the rows of each expert, given as (expert, its rows) in order, by its matrix.
+def _multiply(x_NC: Tensor, expert_N: Tensor, weight_ECO: Tensor) -> Tensor:
+    """Multiply each row by the matrix of its expert, [N, O].
 
     Where bf16 products are emulated, one row is a product of matrix and vector, which torch computes well from this
     layout (and several rows badly).
     """
-    emulated = gemm_dtype(x_ND, MIN_ROWS) != x_ND.dtype
-    out_NO = x_ND.new_empty(x_ND.shape[0], weight_EDO.shape[2])
-    start = 0
-    for expert, rows in counts:
-        x_nD, out_nO, weight_DO = x_ND[start : start + rows], out_NO[start : start + rows], weight_EDO[expert]
-        if not emulated:
-            torch.mm(x_nD, weight_DO, out=out_nO)
-        elif rows == 1:
-            torch.mv(weight_DO.t(), x_nD[0], out=out_nO[0])
-        else:
-            out_nO.copy_(mm_in_float32(x_nD, weight_DO))
-        start += rows
-    return out_NO
+    experts = expert_N.tolist()
+    out_NO = x_NC.new_empty(x_NC.shape[0], weight_ECO.shape[2])
+    if len(set(experts)) == len(experts):
+        for row, expert in enumerate(experts):
+            _multiply_rows(x_NC[row : row + 1], weight_ECO[expert], out_NO[row : row + 1])
+        return out_NO
+    pairs = sorted((expert, row) for row, expert in enumerate(experts))
+    order_N = torch.tensor([row for _, row in pairs])
+    x_NC, start = x_NC.index_select(0, order_N), 0
+    for expert, group in groupby(expert for expert, _ in pairs):
+        stop = start + len(list(group))
+        _multiply_rows(x_NC[start:stop], weight_ECO[expert], out_NO[start:stop])
+        start = stop
+    return torch.empty_like(out_NO).index_copy_(0, order_N, out_NO)
+
+
+_multiply_operator = torch.library.custom_op("gptoss_dist::multiply_by_expert", _multiply, mutates_args=())
+_multiply_operator.register_fake(lambda x_NC, _, weight_ECO: x_NC.new_empty(x_NC.shape[0], weight_ECO.shape[2]))
+
+
+def _multiply_rows(x_nC: Tensor, weight_CO: Tensor, out_nO: Tensor) -> None:
+    if gemm_dtype(x_nC, MIN_ROWS) == x_nC.dtype:
+        torch.mm(x_nC, weight_CO, out=out_nO)
+    elif x_nC.shape[0] == 1:
+        torch.mv(weight_CO.t(), x_nC[0], out=out_nO[0])
+    else:
+        out_nO.copy_(mm_in_float32(x_nC, weight_CO))
