@@ -51,7 +51,7 @@ class PasskeyOptions(ModelOptions):
     """Whether a model finds a fact in a long text, by length of the text and depth of the fact."""
 
     task: Task = "passkey"
-    """passkey; or a needle task: single, multi-key, distractors, variables (docs/evaluation.md)."""
+    """passkey; or a needle task: single, multi-key, distractors, variables (docs/passkey.md)."""
     lengths: list[int] = option(
         default_factory=lambda: [4096, 16384, 65536, 131072], metavar="TOKENS", several=True, at_least=1
     )
