@@ -211,7 +211,8 @@ def _add_block(o_BTHC: Tensor, lse_HBT: Tensor, o_more_BTHC: Tensor, lse_more_HB
 def _backward(do_BTHC, q_BTHC, k_BTKC, v_BTKC, sinks_H, o_BTHC, lse_HBT, ring: Ring, scale: float, kernel: str):
     """Return the gradients of q, k, v and sinks, each in its dtype."""
     exact = lse_HBT.dtype
-    dq_BTHC, dsinks_H = q_BTHC.new_zeros(q_BTHC.shape, dtype=exact), torch.zeros_like(sinks_H)
+    exact_sinks_H = sinks_H.to(exact)
+    dq_BTHC, dsinks_H = q_BTHC.new_zeros(q_BTHC.shape, dtype=exact), torch.zeros_like(exact_sinks_H)
     kv_SB2KC = _packed(k_BTKC, v_BTKC)
     passing = passing_gradients = None
     for step in range(ring.split.size):
@@ -231,7 +232,7 @@ def _backward(do_BTHC, q_BTHC, k_BTKC, v_BTKC, sinks_H, o_BTHC, lse_HBT, ring: R
             for own, documents in zip(ring.own, ring.documents):
                 do, q, k, v, o = (x[:, own] for x in (do_BTHC, q_BTHC, k_BTKC, v_BTKC, o_BTHC))
                 lse_HN = lse_HBT[:, :, own].flatten(1)
-                dq, dk, dv, dsinks = differentiate(do, (q, k, v, sinks_H), o, lse_HN, scale, documents, kernel)
+                dq, dk, dv, dsinks = differentiate(do, (q, k, v, exact_sinks_H), o, lse_HN, scale, documents, kernel)
                 dq_BTHC[:, own] += dq
                 dkv_SB2KC[own] += _packed(dk, dv)
                 dsinks_H += dsinks
@@ -240,7 +241,8 @@ def _backward(do_BTHC, q_BTHC, k_BTKC, v_BTKC, sinks_H, o_BTHC, lse_HBT, ring: R
         passing_gradients = ring.pass_on(dkv_SB2KC, step)
     assert passing_gradients is not None, "a ring has two processes at least"
     dk_BTKC, dv_BTKC = _unpacked(passing_gradients.wait())
-    return dq_BTHC.to(q_BTHC.dtype), dk_BTKC.to(k_BTKC.dtype), dv_BTKC.to(v_BTKC.dtype), dsinks_H
+    found = zip((dq_BTHC, dk_BTKC, dv_BTKC, dsinks_H), (q_BTHC, k_BTKC, v_BTKC, sinks_H))
+    return tuple(gradient.to(x.dtype) for gradient, x in found)
 
 
 def _packed(k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:

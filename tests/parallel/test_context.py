@@ -20,7 +20,7 @@ from tests.support.context_attention import AttentionCase, B, C, K
 from tests.support.ranks import run
 from tests.support.reference import settings
 
-TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "bf16": 2e-2}
+TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "bf16": 3e-2}
 SIZES = [(size, tokens) for size in (1, 2, 3, 4, 8) for tokens in (8, 16, 17, 61, 128, 1000) if tokens >= 2 * size]
 
 
