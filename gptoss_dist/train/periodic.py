@@ -130,7 +130,7 @@ def evaluate_tasks(evaluation: TaskEvaluation, run: Run, step: int, findings: Fi
     team = Team(ranks, run.engine.model, tokenizer, run.config.evaluation.batch_tokens, in_step=ranks.world_size > 1)
     try:
         # As for samples: shapes differ from batch to batch, and compiled blocks would be compiled anew for each.
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), run.engine.keep_gathered():
             outcome = evaluation.measure(team, template)
     except Exception as error:
         if ranks.world_size > 1:

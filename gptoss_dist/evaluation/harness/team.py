@@ -24,8 +24,8 @@ from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.evaluation.continuing import Continuation, continue_prompts
 from gptoss_dist.evaluation.scoring import IDLE_PLAIN, IDLE_SHARED, Batch, Request, Score, plan, score
 
-PROMPTS_AT_ONCE = 4
-"""Prompts that a rank continues in a round."""
+PROMPTS_AT_ONCE = 16
+"""Prompts that a rank continues in a round, as one batch."""
 _MESSAGE_EVERY_S = 10.0
 
 
@@ -83,12 +83,10 @@ class Team:
                 jobs.append([])
             jobs[-1].append((index, continuations[index]))
         while jobs:
-            # In step, all ranks write equally many prompts with equally many tokens.
+            # In step, all ranks write at most equally many tokens.
             key = jobs[0][0][1].settings.key
             alike = [job for job in jobs if job[0][1].settings.key == key]
-            if self.in_step:
-                alike = [[*job, *[(-1, job[0][1])] * (PROMPTS_AT_ONCE - len(job))] for job in alike]
-            idle = [(-1, entry[1]) for entry in alike[0]] if self.in_step else []
+            idle = [(-1, alike[0][0][1])] if self.in_step else []
             self._rounds(alike, idle, found, f"of {len(continuations):,} prompts continued")
             jobs = jobs[len(alike) :]
         return [found[index] for index in range(len(continuations))]
@@ -151,5 +149,11 @@ class Team:
     def _do(self, job: Any) -> list[tuple[int, Any]]:
         if isinstance(job, Batch):
             return list(score(self.model, job, self.ranks.device))
-        texts = continue_prompts(self.model, self.tokenizer, [entry for _, entry in job], in_step=self.in_step)
+        if not job:
+            return []
+        largest = self._largest if self.in_step else None
+        texts = continue_prompts(self.model, self.tokenizer, [entry for _, entry in job], largest=largest)
         return [(index, ids) for (index, _), ids in zip(job, texts)]
+
+    def _largest(self, number: int) -> int:
+        return max(all_gather_objects(number, self.group))
