@@ -235,6 +235,15 @@ def assert_same(found: dict, expected: dict) -> None:
             assert np.ravel(row[name]).astype(float) == pytest.approx(np.ravel(other[name]).astype(float), abs=1e-4)
 
 
+def test_templates_are_compiled_once(needs_harness):
+    from lm_eval import utils
+
+    with tasks.templates_compiled_once(), tasks.templates_compiled_once():
+        template = utils.env.from_string("{{a}}")
+        assert utils.env.from_string("{{a}}") is template and utils.apply_template("{{a}}", {"a": 5}) == "5"
+    assert "from_string" not in vars(utils.env)
+
+
 @pytest.mark.distributed
 def test_answers_are_those_of_the_export_in_the_harnesss_own_model(needs_harness, trained, tmp_path):
     names = ("choose", "write", "rolling")
