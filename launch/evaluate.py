@@ -35,10 +35,10 @@ def _kv_cache(options: options.KvCacheOptions) -> None:
     evaluate(options)
 
 
-def _passkey(options: options.PasskeyOptions) -> int:
+def _passkey(options: options.PasskeyOptions) -> None:
     from gptoss_dist.evaluation.retrieval.passkey import evaluate
 
-    return evaluate(options)
+    evaluate(options)
 
 
 def _perplexity(options: options.PerplexityOptions) -> None:

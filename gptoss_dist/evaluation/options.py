@@ -47,7 +47,17 @@ class KvCacheOptions(ResultOptions):
 
 
 @dataclass
-class PasskeyOptions(ModelOptions):
+class ScoringOptions(ModelOptions):
+    """A trained model that reads texts, in as many processes as a launcher starts."""
+
+    precision: Literal["fp32", "bf16"] | None = None
+    """Type that is computed with; null is bf16 on CUDA and fp32 on a CPU."""
+    batch_tokens: int = ranged(8192, at_least=1)
+    """Tokens of a forward pass of one process, padding included; a longer text is a forward pass by itself."""
+
+
+@dataclass
+class PasskeyOptions(ScoringOptions):
     """Whether a model finds a fact in a long text, by length of the text and depth of the fact."""
 
     task: Task = "passkey"
@@ -67,24 +77,12 @@ class PasskeyOptions(ModelOptions):
     8:4 and auto:4 are with a beta_fast of 4."""
     original_length: int | None = ranged(None, at_least=1)
     """Tokens of the context that the model was trained with; for a factor and auto."""
-    batch_tokens: int = ranged(16384, at_least=1)
-    """Tokens of prompts that are read together."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         if not self.lengths:
             raise ValueError("lengths=[] says nothing; give tokens, such as 4096")
         check_yarn(self.yarn, self.original_length)
-
-
-@dataclass
-class ScoringOptions(ModelOptions):
-    """A trained model that scores texts, in as many processes as a launcher starts."""
-
-    precision: Literal["fp32", "bf16"] | None = None
-    """Type that is computed with; null is bf16 on CUDA and fp32 on a CPU."""
-    batch_tokens: int = ranged(8192, at_least=1)
-    """Tokens of a forward pass of one process, padding included; a longer text is a forward pass by itself."""
 
 
 @dataclass

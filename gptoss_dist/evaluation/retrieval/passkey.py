@@ -18,10 +18,10 @@ import torch
 from data_pipeline import Tokenizer
 from data_pipeline.command_line import print_line
 from data_pipeline.needles.tasks import make_episode
-from gptoss_dist.checkpoint import step_of
+from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object, long_timeout_group
+from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.evaluation.options import PasskeyOptions
-from gptoss_dist.evaluation.ranks import Share, run_on_ranks
-from gptoss_dist.evaluation.results import Result, Subject, print_table, publish, results_folder, subject_of
+from gptoss_dist.evaluation.results import Result, Subject, print_table, publish, results_folder
 from gptoss_dist.evaluation.retrieval.heat_map import draw
 from gptoss_dist.evaluation.retrieval.scaling import OWN, with_yarn
 from gptoss_dist.evaluation.retrieval.trials import (
@@ -33,56 +33,51 @@ from gptoss_dist.evaluation.retrieval.trials import (
     make_trial,
     places,
 )
-from gptoss_dist.inference.session import Session
+from gptoss_dist.evaluation.subjects import Evaluated, joined, load
+from gptoss_dist.inference import Sampling, complete
 from gptoss_dist.model.config import ModelConfig
-from gptoss_dist.model.generate import generate
 from gptoss_dist.model.transformer import GptOss
 
 
-def evaluate(options: PasskeyOptions) -> int:
-    """Do what `options` say, in every process of a launch; return the exit code."""
-    return run_on_ranks(partial(_evaluate, options))
+def evaluate(options: PasskeyOptions) -> None:
+    """Do what `options` say; in several processes, each has a share of the trials.
+
+    Raises:
+        ValueError: There is no such model, or a length is too short for the task.
+    """
+    with joined(options.device) as ranks:
+        evaluated = load(options, ranks)
+        _check_length(options, evaluated)
+        folder = broadcast_object(lambda: results_folder(options, options.task, evaluated.subject))
+        outcomes = _outcomes(options, evaluated, ranks)
+        if ranks.is_main:
+            result = summarize(options, outcomes)
+            print_table(result.rows)
+            print_line(result.details["chance"]["words"])
+            draw_heat_map = partial(_draw, options, evaluated.subject, outcomes)
+            publish(result, evaluated.subject, folder, figures={"heat_map": draw_heat_map}, mlflow=options.mlflow)
+            print_line(f"results in {folder}")
 
 
-def _evaluate(options: PasskeyOptions, share: Share) -> None:
-    session = Session.load(options.checkpoint, device=options.device or share.device)
-    subject = _subject(options, session)
-    folder = results_folder(options, options.task, subject)
-    _check_length(options, session)
+def _outcomes(options: PasskeyOptions, evaluated: Evaluated, ranks: Ranks) -> dict[tuple[str, int], list[Outcome]]:
+    """Return the outcomes of all ranks by rotary embedding and length; collective."""
+    group = long_timeout_group() if ranks.world_size > 1 else None
     outcomes: dict[tuple[str, int], list[Outcome]] = {}
     for yarn in options.yarn:
         for length in options.lengths:
-            found = share.gather(_run_trials(session, options, yarn, length, share))
+            shares = all_gather_objects(_run_trials(evaluated, options, yarn, length, ranks), group)
+            found = [outcome for share in shares for outcome in share]
             outcomes[yarn, length] = sorted(found, key=lambda outcome: (outcome.place.bucket, outcome.place.trial))
-            if share.is_main:
+            if ranks.is_main:
                 _report_progress(yarn, length, found)
-    if not share.is_main:
-        return
-    result = summarize(options, outcomes)
-    print_table(result.rows)
-    print_line(result.details["chance"]["words"])
-    publish(
-        result,
-        subject,
-        folder,
-        figures={"heat_map": partial(_draw, options, subject, outcomes)},
-        mlflow=options.mlflow,
-    )
-    print_line(f"results in {folder}")
+    return outcomes
 
 
-def _subject(options: PasskeyOptions, session: Session) -> Subject:
-    folder = session.folder
-    if folder is not None and folder.name.startswith("step_"):
-        return subject_of(options.checkpoint, folder, step_of(folder))
-    return subject_of(options.checkpoint)
-
-
-def _check_length(options: PasskeyOptions, session: Session) -> None:
+def _check_length(options: PasskeyOptions, evaluated: Evaluated) -> None:
     """Refuse contexts that are too short for the task, and warn of those that the model was not made for."""
     for length in options.lengths:
-        make_trial(options.task, places([length], 1, 1)[0], 1, options.seed, session.tokenizer)
-    longest, limit = max(options.lengths), session.model.config.max_position_embeddings
+        make_trial(options.task, places([length], 1, 1)[0], 1, options.seed, evaluated.tokenizer)
+    longest, limit = max(options.lengths), evaluated.model.config.max_position_embeddings
     if longest > limit and OWN in options.yarn:
         print_line(
             f"warning: contexts of {longest:,} tokens are longer than the {limit:,} positions that the model was made "
@@ -91,15 +86,17 @@ def _check_length(options: PasskeyOptions, session: Session) -> None:
         )
 
 
-def _run_trials(session: Session, options: PasskeyOptions, yarn: str, length: int, share: Share) -> list[Outcome]:
+def _run_trials(evaluated: Evaluated, options: PasskeyOptions, yarn: str, length: int, ranks: Ranks) -> list[Outcome]:
     """Return the outcomes of this process's share of the trials of one length."""
-    mine = share.of(places([length], options.depths, options.trials))
-    trials = [make_trial(options.task, place, options.depths, options.seed, session.tokenizer) for place in mine]
+    mine = places([length], options.depths, options.trials)[ranks.rank :: ranks.world_size]
+    trials = [make_trial(options.task, place, options.depths, options.seed, evaluated.tokenizer) for place in mine]
     spare = max((trial.max_new_tokens for trial in trials), default=0)
-    model = with_config(session.model, with_yarn(session.model.config, yarn, length, options.original_length, spare))
+    model = with_config(
+        evaluated.model, with_yarn(evaluated.model.config, yarn, length, options.original_length, spare)
+    )
     outcomes: list[Outcome] = []
     for batch in batches(trials, options.batch_tokens):
-        outcomes += map(judge, batch, answers(model, session.tokenizer, batch))
+        outcomes += map(judge, batch, answers(model, evaluated.tokenizer, batch))
     return outcomes
 
 
@@ -125,17 +122,15 @@ def answers(model: GptOss, tokenizer: Tokenizer, trials: Sequence[Trial]) -> lis
         tokenizer: Its tokenizer.
         trials: Trials of one length.
     """
-    prompts_BT = torch.tensor([trial.ids for trial in trials], device=model.lm_head.weight.device)
-    written_BT = generate(
+    found = complete(
         model,
-        prompts_BT,
+        [trial.ids for trial in trials],
+        Sampling(temperature=0.0),
         max_new_tokens=max(trial.max_new_tokens for trial in trials),
-        temperature=0.0,
-        eos_id=tokenizer.eot_id,
-        vocab_size=tokenizer.n_vocab,
-    )[:, prompts_BT.shape[1] :]
-    rows = [row[: row.index(tokenizer.eot_id)] if tokenizer.eot_id in row else row for row in written_BT.tolist()]
-    return [tokenizer.decode(row) for row in rows]
+        stop_ids=[tokenizer.eot_id],
+        tokenizer=tokenizer,
+    )
+    return [completion.text or "" for (completion,) in found]
 
 
 def summarize(options: PasskeyOptions, outcomes: dict[tuple[str, int], list[Outcome]]) -> Result:
