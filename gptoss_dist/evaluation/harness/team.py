@@ -24,7 +24,7 @@ from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.evaluation.continuing import Continuation, continue_prompts
 from gptoss_dist.evaluation.scoring import IDLE_PLAIN, IDLE_SHARED, Batch, Request, Score, plan, score
 
-PROMPTS_AT_ONCE = 16
+PROMPTS_AT_ONCE = 32
 """Prompts that a rank continues in a round, as one batch."""
 _MESSAGE_EVERY_S = 10.0
 
