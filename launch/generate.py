@@ -6,7 +6,7 @@ Interactive:  python launch/generate.py --checkpoint runs/quickstart
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,12 +30,26 @@ class GenerateOptions:
     """Sample from the k most likely tokens; 0 is all."""
     top_p: float = ranged(0.95, above=0, at_most=1)
     """Sample from this much probability."""
+    min_p: float = ranged(0.0, at_least=0, at_most=1)
+    """Sample from tokens with at least this share of the most likely one's probability."""
+    repetition_penalty: float = ranged(1.0, above=0)
+    """More than 1 makes tokens that are in the text already less likely."""
     max_new_tokens: int = ranged(128, at_least=1)
     """Tokens to write at most."""
+    stop: list[str] = option(default_factory=list, metavar="TEXT")
+    """Stop before this text; may be repeated. The end of a document always stops."""
+    samples: int = ranged(1, at_least=1)
+    """How many texts to write for each prompt."""
+    logprobs: bool = False
+    """Print each token with its log-probability below the text (only with prompts)."""
     seed: int = 0
     """The same seed writes the same text."""
     device: str | None = None
     """cpu or cuda; null is cuda where there is one."""
+
+
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "stop")
+"""What each text is written with."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,16 +61,37 @@ def main(argv: list[str] | None = None) -> int:
 def _generate(options: GenerateOptions) -> int:
     from gptoss_dist.inference.session import Session
 
+    if not options.prompt and (options.samples > 1 or options.logprobs):
+        raise ValueError("--samples and --logprobs are for prompts on the command line; add --prompt TEXT")
     session = Session.load(options.checkpoint, device=options.device)
-    settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
+    settings = {name: value for name, value in asdict(options).items() if name in SETTINGS}
     session.seed(options.seed)
     if not options.prompt:
         return repl(session, settings, lambda changed: check_ranges(replace(options, **changed)))
     for prompt in options.prompt:
-        print(prompt, end="", flush=True)
-        session.write(prompt, on_text=lambda text: print(printable(text, lines=True), end="", flush=True), **settings)
-        print()
+        _write(session, prompt, options, settings)
     return 0
+
+
+def _write(session, prompt: str, options: GenerateOptions, settings: dict) -> None:
+    """Print the samples of a prompt: one as it is written, several when all are finished."""
+    streams = options.samples == 1
+
+    def show(_: int, text: str) -> None:
+        print(printable(text, lines=True), end="", flush=True)
+
+    if streams:
+        print(prompt, end="", flush=True)
+    on_text = show if streams else None
+    (found,) = session.samples([prompt], n=options.samples, logprobs=options.logprobs, on_text=on_text, **settings)
+    for number, one in enumerate(found, 1):
+        if not streams:
+            print(f"--- {number} of {options.samples}")
+            print(prompt, end="")
+            show(number, one.text)
+        print()
+        for token, logprob in zip(one.ids, one.logprobs or ()):
+            print(f"{token:>8} {logprob:>9.4f}  {session.tokenizer.decode([token])!r}")
 
 
 if __name__ == "__main__":

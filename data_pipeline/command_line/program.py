@@ -110,7 +110,8 @@ def run_verb(
     accept_any_text(restart=argv is None)
     verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if verb in ("-h", "--help"):
-        listed = [f"  {name:<10}{(kind.__doc__ or '').strip().splitlines()[0]}" for name, (kind, _) in verbs.items()]
+        width = max(map(len, verbs)) + 2
+        listed = [f"  {n:<{width}}{(kind.__doc__ or '').strip().splitlines()[0]}" for n, (kind, _) in verbs.items()]
         print(
             f"usage: {program.name} VERB ...", description.strip(), "verbs (VERB --help lists its options):", sep="\n\n"
         )

@@ -1,4 +1,4 @@
-"""Corpora that need no download: Python's standard library, installed packages, and made-up sentences."""
+"""Corpora that need no download: Python's standard library, installed packages, and made-up texts."""
 
 import platform
 import random
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from data_pipeline.corpora.files import local_file, read_unchanged
 from data_pipeline.corpora.part import Part, TextSource, fingerprint_of, grouped
+from data_pipeline.needles.arrange import arrange, words_of
+from data_pipeline.needles.tasks import TASKS, make_episode
 
 _TEST_FOLDERS = {"test", "tests", "idle_test", "lib2to3"}
 _PACKAGE_FOLDERS = {"site-packages", "dist-packages"}
@@ -141,3 +143,47 @@ def _read_synthetic(documents: int, seed: int) -> Iterator[str]:
                 sentence = f"{pick(_SUBJECTS)} {pick(_VERBS)} {pick(_OBJECTS)} {pick(_PLACES)}."
                 lines.append(sentence[0].upper() + sentence[1:])
         yield "\n".join(lines) + "\n"
+
+
+_NEEDLES_FORM = f"needles:task={'|'.join(TASKS)},documents=N,least=WORDS,most=WORDS,seed=S"
+
+
+def needles(spec: str, parameters: str) -> TextSource:
+    """Make texts that hide a fact, each followed by a question about it and the answer.
+
+    Args:
+        spec: What the user asked for.
+        parameters: `task=passkey,documents=N,least=WORDS,most=WORDS,seed=S`, or some of them, or nothing. A text up to
+            its answer has a random number of words between the two, where digits and punctuation count as words
+            (`needles.arrange.words_of`), and the fact stands at a random depth.
+
+    Raises:
+        ValueError: `parameters` are something else, or the texts are too short for the task.
+    """
+    task, values = "passkey", {"documents": 10_000, "least": 96, "most": 256, "seed": 0}
+    for item in filter(None, parameters.split(",")):
+        key, _, value = item.partition("=")
+        if key == "task" and value in TASKS:
+            task = value
+        elif key in values and value.isdecimal():
+            values[key] = int(value)
+        else:
+            raise ValueError(f"source {spec!r}: expected {_NEEDLES_FORM} with whole numbers, not {item!r}")
+    if values["least"] > values["most"]:
+        raise ValueError(f"source {spec!r}: least={values['least']} is more than most={values['most']}; exchange them")
+    try:
+        for _ in _read_needles(task, **values | {"documents": 1, "most": values["least"]}):
+            pass
+    except ValueError as error:
+        raise ValueError(f"source {spec!r}: least={values['least']}: {error}") from error
+    name = f"needles:task={task}," + ",".join(f"{key}={value}" for key, value in values.items())
+    description = f"texts with needles for the task {task}, {values['documents']} documents from seed {values['seed']}"
+    return TextSource(spec, "needles", description, [Part(name, name, 0, partial(_read_needles, task, **values))])
+
+
+def _read_needles(task: str, documents: int, least: int, most: int, seed: int) -> Iterator[str]:
+    generator = random.Random(seed)
+    for _ in range(documents):
+        episode = make_episode(task, generator)
+        length = least + int(generator.random() * (most - least + 1))
+        yield "".join(arrange(episode, generator.random(), length, words_of, generator)) + episode.answer

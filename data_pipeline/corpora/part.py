@@ -42,7 +42,7 @@ class TextSource:
     spec: str
     """What the user asked for."""
     kind: str
-    """It is pystdlib, installed, synthetic, files or huggingface."""
+    """It is pystdlib, installed, synthetic, needles, files or huggingface."""
     description: str
     """Where the text really comes from."""
     parts: list[Part]

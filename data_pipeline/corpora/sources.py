@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.corpora.builtin import installed, pystdlib, synthetic
+from data_pipeline.corpora.builtin import installed, needles, pystdlib, synthetic
 from data_pipeline.corpora.columns import Column
 from data_pipeline.corpora.files import File, FoundFiles, all_files, find_files, is_url, local_path, read_unchanged
 from data_pipeline.corpora.kinds import KNOWN, LINES_SUFFIXES, SUFFIXES, TEXT_SUFFIXES, is_known, suffixes_of
@@ -33,11 +33,12 @@ def open_source(
 
     Args:
         spec: `pystdlib` (the running Python's own library without its tests; `synthetic` where it has no sources),
-            `installed` (that and every installed package), `synthetic[:documents=N,seed=S]`, a file, folder or pattern
-            of files of known kinds (`kinds.KNOWN`), local or behind a URL that fsspec knows (s3://, gs://, https://), a
-            folder that Hugging Face's `save_to_disk` wrote, or else the name of a Hugging Face dataset, streamed. Local
-            paths come before dataset names, except that a directory with `split` or `config_name` is opened as a
-            Hugging Face dataset; A/B is not sought on the hub where A is a local directory.
+            `installed` (that and every installed package), `synthetic[:documents=N,seed=S]`, `needles[:task=T,...]`
+            (texts that hide a fact, with a question and the answer), a file, folder or pattern of files of known kinds
+            (`kinds.KNOWN`), local or behind a URL that fsspec knows (s3://, gs://, https://), a folder that Hugging
+            Face's `save_to_disk` wrote, or else the name of a Hugging Face dataset, streamed. Local paths come before
+            dataset names, except that a directory with `split` or `config_name` is opened as a Hugging Face dataset;
+            A/B is not sought on the hub where A is a local directory.
         text_column: The field of records, in files and Hugging Face datasets, that holds the text.
         ids_column: The field that holds lists of token ids; they are read instead of texts.
         split: The split of a Hugging Face dataset, "train" when not given.
@@ -51,6 +52,8 @@ def open_source(
     name, _, parameters = spec.partition(":")
     if name == "synthetic":
         return synthetic(spec, parameters)
+    if name == "needles":
+        return needles(spec, parameters)
     if spec == "pystdlib":
         return pystdlib(spec)
     if spec == "installed":

@@ -17,9 +17,9 @@ class PrepareConfig:
     """
 
     sources: list[str] = positional("SOURCE")
-    """pystdlib, installed, synthetic[:documents=N,seed=S]; files, patterns or folders of .txt .md .jsonl .ndjson .json
-    .parquet .arrow (.gz .zst .xz .bz2), also as s3://, gs:// or https:// URLs; a folder of save_to_disk; or the name of
-    a Hugging Face dataset."""
+    """pystdlib, installed, synthetic[:documents=N,seed=S], needles[:task=T,documents=N,least=WORDS,most=WORDS,seed=S];
+    files, patterns or folders of .txt .md .jsonl .ndjson .json .parquet .arrow (.gz .zst .xz .bz2), also as s3://,
+    gs:// or https:// URLs; a folder of save_to_disk; or the name of a Hugging Face dataset."""
     output: str = option()
     """Directory to create."""
     tokenizer: str = "builtin"

@@ -6,6 +6,7 @@ from gptoss_dist.config.parallel import EngineConfig, ParallelConfig
 from gptoss_dist.config.parse import build_parser, check_named, load_config, parse_arguments
 from gptoss_dist.config.sections import (
     CheckpointConfig,
+    EvaluationConfig,
     LossConfig,
     OptimConfig,
     RunConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "DataConfig",
     "DistributedConfig",
     "EngineConfig",
+    "EvaluationConfig",
     "LossConfig",
     "ModelConfig",
     "OptimConfig",

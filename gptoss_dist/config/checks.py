@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from data_pipeline.secrets import has_hidden
 from gptoss_dist.config.data import DataConfig, SourceConfig, StageConfig
+from gptoss_dist.config.distributed import DistributedConfig
+from gptoss_dist.config.parallel import ParallelConfig
 from gptoss_dist.config.sections import (
     CheckpointConfig,
+    EvaluationConfig,
     Init,
     LossConfig,
     OptimConfig,
@@ -46,6 +49,17 @@ def check_length_of_samples(data: DataConfig, model: ModelConfig) -> None:
     _require(
         data.seq_len <= model.max_position_embeddings,
         f"data.seq_len={data.seq_len} exceeds model.max_position_embeddings={model.max_position_embeddings}",
+    )
+
+
+def check_context(data: DataConfig, parallel: ParallelConfig) -> None:
+    """Refuse to split samples into more parts than they have tokens: each process has two."""
+    parts = 2 * parallel.context_parallel
+    _require(
+        parallel.context_parallel == 1 or data.seq_len >= parts,
+        f"parallel.context_parallel={parallel.context_parallel} splits each sample into {parts} parts, and "
+        f"data.seq_len={data.seq_len} has fewer tokens; set --parallel.context_parallel {max(1, data.seq_len // 2)} or "
+        "less, or a longer --data.seq_len",
     )
 
 
@@ -160,6 +174,24 @@ def check_spikes(spikes: SpikesConfig, checkpoint: CheckpointConfig) -> None:
         f"spikes.before={spikes.before} must be less than spikes.window={spikes.window}, the steps that are kept in "
         "mind; give a smaller one",
     )
+
+
+def check_evaluation(evaluation: EvaluationConfig, distributed: DistributedConfig) -> None:
+    """Refuse tasks that are never run, times without tasks, and a wait that ends the run before it is over."""
+    _require(
+        not evaluation.every or evaluation.tasks,
+        f"evaluation.every={evaluation.every} has nothing to run; name tasks with --evaluation.tasks",
+    )
+    _require(
+        not evaluation.tasks or evaluation.every,
+        f"evaluation.tasks={evaluation.tasks} are never run; set --evaluation.every",
+    )
+    for key, limit in (("timeout", distributed.timeout), ("evaluation_timeout", distributed.evaluation_timeout)):
+        _require(
+            not evaluation.every or not limit or evaluation.max_seconds < limit,
+            f"evaluation.max_seconds={evaluation.max_seconds} must be less than distributed.{key}={limit}, after which "
+            "ranks that wait are taken for stalled",
+        )
 
 
 def check_uri(tracking: TrackingConfig) -> None:

@@ -24,7 +24,7 @@ class DistributedConfig:
     checkpoint_timeout: float = ranged(3600.0, at_least=0)
     """Limit of saving a checkpoint, as far as the step waits for it; 0 is none."""
     evaluation_timeout: float = ranged(3600.0, at_least=0)
-    """Limit of a validation, and of writing samples; 0 is none."""
+    """Limit of a validation, of writing samples, and of the tasks of an evaluation; 0 is none."""
     straggler_every: int = ranged(100, at_least=0)
     """Steps between two comparisons of the processes' own times in a step, waiting excluded; 0 makes none."""
     straggler_factor: float = ranged(1.5, above=1)

@@ -18,6 +18,9 @@ class ParallelConfig:
     expert_parallel: int | Literal["auto"] = ranged(1, at_least=1)
     """Processes over which the experts of a layer are distributed; tokens travel to them. Divides the experts and the
     processes of a copy. `auto` takes the largest that also divides the processes of a machine, 1 with plain experts."""
+    context_parallel: int = ranged(1, at_least=1)
+    """Processes over which each sequence is split, for sequences longer than one device holds: neighbours, which have
+    the same samples. Divides the processes of a copy; data.seq_len is at least twice as much."""
     experts: Literal["megablocks", "plain"] = "megablocks"
     """Token dispatch: megablocks (needs launch/install.sh), or the plain one of model/moe.py, without expert
     parallelism."""

@@ -27,7 +27,7 @@ class TrainConfig:
     steps: int = ranged(1000, above=0)
     """Optimizer steps in all, including those before a resume."""
     micro_batch_size: int = ranged(8, above=0, at_most=2**20)
-    """Samples per process and forward pass."""
+    """Samples per process, or group of parallel.context_parallel processes, and forward pass."""
     gradient_accumulation: int = ranged(1, above=0)
     """Forward-backward passes per optimizer step."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -35,8 +35,8 @@ class TrainConfig:
     activation_checkpointing: int = ranged(0, at_least=0)
     """Recompute every n-th block in the backward pass: 0 none, 1 every block, 3 every third."""
     keep_all_to_all: bool = False
-    """With activation checkpointing: keep what the all-to-alls of expert parallelism brought, instead of exchanging the
-    tokens again in the backward pass."""
+    """With activation checkpointing: keep what the all-to-alls of expert parallelism brought, and what came of the keys
+    and values of context parallelism, instead of exchanging them again in the backward pass."""
     routing: Literal["learned", "balanced", "replay"] = "learned"
     """For benchmarks only, and labelled so in the metrics: `balanced` sends every expert the same number of tokens,
     `replay` repeats the routing of the first batch. The model learns nothing useful with either."""
@@ -177,6 +177,29 @@ class SamplingConfig:
     """0 takes the most likely token."""
     top_k: int = ranged(50, at_least=0)
     """Sample from this many most likely tokens; 0 is all."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Tasks of the EleutherAI harness (the extra `eval`) while the model trains, on all ranks together."""
+
+    every: int = ranged(0, at_least=0)
+    """Steps between two times; 0 runs none. The last step is followed by one too."""
+    tasks: list[str] = field(default_factory=list)
+    """Names of tasks or groups, or YAML files."""
+    include: str | None = None
+    """Folder of further task files, which come before the harness's own."""
+    num_fewshot: int | None = ranged(None, at_least=0)
+    """Examples in the prompt; null is what the task says."""
+    limit: int | None = ranged(200, at_least=1)
+    """Documents of each task, always the first ones; null is all."""
+    chat: bool = False
+    """Put prompts into the model's chat template."""
+    batch_tokens: int = ranged(8192, at_least=1)
+    """Tokens of a forward pass of one process, padding included."""
+    max_seconds: float = ranged(300.0, above=0)
+    """How long training waits. What is not finished then, but for the forward passes that are under way, gives no
+    result, and the run goes on. The first time includes loading the tasks."""
 
 
 @dataclass

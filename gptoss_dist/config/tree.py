@@ -23,6 +23,7 @@ from gptoss_dist.config.distributed import DistributedConfig
 from gptoss_dist.config.parallel import EngineConfig, ParallelConfig
 from gptoss_dist.config.sections import (
     CheckpointConfig,
+    EvaluationConfig,
     Init,
     LossConfig,
     OptimConfig,
@@ -54,6 +55,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     init: Init = field(default_factory=lambda: Init({"from": None, "other_tokenizer": False}))
     """`--init.from` starts from weights: `hf:FOLDER` (transformers' layout), `openai:FOLDER` (OpenAI's), each dense or
@@ -80,6 +82,7 @@ class Config:
         checks.check_loss(self.loss, self.model)
         checks.check_recompute(self.train)
         checks.check_length_of_samples(self.data, self.model)
+        checks.check_context(self.data, self.parallel)
         checks.check_schedule(self.optim, self.train)
         checks.check_data(self.data)
         checks.check_name(self.run)
@@ -87,6 +90,7 @@ class Config:
         checks.check_texts(self.to_dict())
         checks.check_uri(self.tracking)
         checks.check_spikes(self.spikes, self.checkpoint)
+        checks.check_evaluation(self.evaluation, self.distributed)
 
     @property
     def folder(self) -> Path:

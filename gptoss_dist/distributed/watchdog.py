@@ -65,11 +65,12 @@ class Limits:
     """The start, the first step, and a step in which something is compiled."""
     checkpoint_s: float
     evaluation_s: float
-    """A validation, or writing samples."""
+    """A validation, writing samples, or tasks of an evaluation."""
 
     def of(self, phase: str) -> float | None:
         """Return the limit of a phase that has one of its own."""
-        own = {"validation": self.evaluation_s, "samples": self.evaluation_s, "checkpoint": self.checkpoint_s}
+        own = {"checkpoint": self.checkpoint_s}
+        own |= dict.fromkeys(("validation", "samples", "evaluation"), self.evaluation_s)
         return (own[phase] or _NO_LIMIT) if phase in own else None
 
 

@@ -206,7 +206,10 @@ class Engine(ABC):
         self.model.train()
         batches = [self._to_device(batch) for batch in micro_batches]
         valid = torch.stack([(b["labels"] != IGNORE_INDEX).sum() for b in batches]).sum().float()
-        valid = self.ranks.sum(valid).clamp(min=1)
+        valid = self.ranks.sum(valid)
+        if (copies := self.layout.context_parallel) > 1:  # all ranks of a context group have the same samples
+            valid = valid / copies
+        valid = valid.clamp(min=1)
         sums: StepSums | None = None
         for index, batch in enumerate(batches):
             self._begin_micro_batch(index == len(batches) - 1)
@@ -291,6 +294,13 @@ class Engine(ABC):
             traffic_R3[self.ranks.rank, column].fill_(value)  # a kernel's argument: no copy that the host waits for
         return traffic_R3
 
+    def keep_gathered(self) -> AbstractContextManager:
+        """Return a context for many forward passes without gradients, such as generation; collective.
+
+        In it weights are gathered once, if this engine can and they fit, and not once per pass.
+        """
+        return nullcontext()
+
     @torch.no_grad()
     def evaluate(self, batches) -> float:
         """Return the mean token loss in nats over all ranks' batches; every rank must bring the same number of them."""
@@ -301,4 +311,4 @@ class Engine(ABC):
             sums = self.objective(self.model, batch)
             total += torch.stack([sums.token_loss, (batch["labels"] != IGNORE_INDEX).sum().float()])
         loss, count = self.ranks.sum(total).tolist()
-        return loss / max(count, 1.0)
+        return loss / max(count / self.layout.context_parallel, 1.0)

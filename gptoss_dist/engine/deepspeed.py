@@ -30,6 +30,7 @@ from gptoss_dist.engine.optimizer import adamw, allocate_state, freeze, paramete
 from gptoss_dist.engine.zero_settings import check_frozen, check_layout, check_offload, deepspeed_settings, zero_stage
 from gptoss_dist.model.init import fill
 from gptoss_dist.model.transformer import GptOss
+from gptoss_dist.parallel.context import split_sequences
 from gptoss_dist.parallel.mesh import build_meshes, local, plan_layout
 from gptoss_dist.parallel.parallelize import place_experts, wrap_blocks
 
@@ -142,6 +143,8 @@ class DeepSpeedEngine(Engine):
         self.exchange = place_experts(self.model, settings.train.precision, settings.parallel, meshes)
         if self.exchange is not None:
             _hold_experts(self.model, self.layout.expert_parallel)
+        if meshes.context is not None:
+            split_sequences(self.model, meshes.context)
         wrap_blocks(self.model, settings.train)
 
     def materialize(self, *, initial: bool = True) -> None:

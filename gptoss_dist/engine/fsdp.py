@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine.base import Engine, EngineSettings, Objective
+from gptoss_dist.engine.gathered import keep_gathered
 from gptoss_dist.engine.optimizer import build_optimizer, freeze, set_learning_rate
 from gptoss_dist.model.init import fill
 from gptoss_dist.model.transformer import GptOss
@@ -67,6 +69,13 @@ class FsdpEngine(Engine):
             "optimizer": [local(t) for state in self.optimizer.state.values() for t in state.values()],
             "gradients": [local(p.grad) for p in parameters if p.grad is not None],
         }
+
+    def keep_gathered(self) -> AbstractContextManager:
+        """Return a context in which blocks stay gathered if they fit; see `Engine.keep_gathered`."""
+        if not self.settings.parallel.reshard_after_forward or self.ranks.world_size == 1:
+            return super().keep_gathered()  # they stay anyway
+        itemsize = 2 if self.settings.train.precision == "bf16" else 4
+        return keep_gathered(self.model, self.ranks, self.layout.expert_parallel, itemsize)
 
     def _begin_micro_batch(self, last: bool) -> None:
         self.sharded.set_requires_gradient_sync(last)

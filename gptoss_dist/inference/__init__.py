@@ -1,6 +1,8 @@
 """Sessions with a trained model, for people and for evaluation."""
 
-from gptoss_dist.model.generate import generate, sample
+from gptoss_dist.inference.generation import GREEDY, Completion, Sampling, complete
+from gptoss_dist.model.generate import generate
 from gptoss_dist.model.kv_cache import KVCache
+from gptoss_dist.ops.sampling import sample
 
-__all__ = ["KVCache", "generate", "sample"]
+__all__ = ["GREEDY", "Completion", "KVCache", "Sampling", "complete", "generate", "sample"]

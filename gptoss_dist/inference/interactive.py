@@ -10,11 +10,16 @@ from data_pipeline.printable import printable
 if TYPE_CHECKING:
     from gptoss_dist.inference.session import Session
 
-REPL_HELP = ":t TEMPERATURE   :k TOP_K   :p TOP_P   :n NEW_TOKENS   :q quit; anything else is a prompt"
+REPL_HELP = (
+    ":t TEMPERATURE   :k TOP_K   :p TOP_P   :m MIN_P   :r REPETITION_PENALTY   :n NEW_TOKENS   :q quit; "
+    "anything else is a prompt"
+)
 REPL_SETTINGS = {
     ":t": ("temperature", float),
     ":k": ("top_k", int),
     ":p": ("top_p", float),
+    ":m": ("min_p", float),
+    ":r": ("repetition_penalty", float),
     ":n": ("max_new_tokens", int),
 }
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from data_pipeline import Tokenizer
 from gptoss_dist.checkpoint import open_pretrained
-from gptoss_dist.model.generate import generate
+from gptoss_dist.inference.generation import Completion, Sampling, complete
 from gptoss_dist.model.transformer import GptOss
 
 
 class Session:
-    """A model, its tokenizer and a random state, which are kept between prompts."""
+    """A model, its tokenizer and a random state, which are kept between prompts; and the folder that they are from."""
 
-    def __init__(self, model: GptOss, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: GptOss, tokenizer: Tokenizer, folder: Path | None = None) -> None:
+        self.model, self.tokenizer, self.folder = model, tokenizer, folder
         self.generator = torch.Generator()
 
     @classmethod
@@ -29,45 +28,85 @@ class Session:
             ValueError: There is no such device, no intact checkpoint, it does not fit, or there is no tokenizer of ours
                 beside it.
         """
-        target = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        target = find_device(device)
         pretrained = open_pretrained(path)
         model = pretrained.build(torch.bfloat16 if target.type == "cuda" else torch.float32, target)
-        return cls(model, Tokenizer.load(pretrained.folder))
+        return cls(model, Tokenizer.load(pretrained.folder), pretrained.folder)
 
     def seed(self, seed: int) -> None:
-        """Restart the random generator."""
+        """Restart the random generator, from which samples without a seed of their own get one."""
         self.generator.manual_seed(seed)
 
-    def write(self, prompt: str, *, on_text: Callable[[str], None] | None = None, **settings) -> str:
-        """Continue `prompt`; an empty one starts a document.
+    def write(
+        self, prompt: str, *, on_text: Callable[[str], None] | None = None, max_new_tokens: int, **settings
+    ) -> str:
+        """Continue `prompt` once; an empty one starts a document.
 
         Args:
             prompt: The text to continue.
             on_text: Called with pieces of text as they are written, cut at whole characters.
-            **settings: Those of `generate`.
+            max_new_tokens: How many tokens to write at most.
+            **settings: Those of `samples`.
+
+        Returns:
+            What was written, without the prompt.
         """
-        ids = self.tokenizer.encode(prompt).tolist() or [self.tokenizer.eot_id]
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        show = None if on_text is None else lambda _, piece: on_text(piece)
+        ((one,),) = self.samples([prompt], on_text=show, max_new_tokens=max_new_tokens, **settings)
+        assert one.text is not None
+        return one.text
 
-        def stream(next_B: torch.Tensor) -> None:
-            if on_text is not None and next_B[0] != self.tokenizer.eot_id:
-                on_text(decoder.decode(self.tokenizer.decode_bytes([int(next_B[0])])))
+    def samples(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        n: int = 1,
+        stop: Sequence[str] = (),
+        seeds: Sequence[int] | None = None,
+        logprobs: bool = False,
+        on_text: Callable[[int, str], None] | None = None,
+        **sampling,
+    ) -> list[list[Completion]]:
+        """Continue each prompt n times, all in one batch, up to the end of text, a stop text, or `max_new_tokens`.
 
-        device = self.model.lm_head.weight.device
-        output = generate(
+        Args:
+            prompts: Texts to continue; an empty one starts a document.
+            max_new_tokens: How many tokens to write at most.
+            n: Samples of each prompt.
+            stop: Texts that end a sample, and do not belong to it.
+            seeds: One of each sample, those of the first prompt first; by default the session's generator draws them.
+            logprobs: Whether to return log-probabilities.
+            on_text: Called with the number of a sample and pieces of its text as they are written.
+            **sampling: Those of `Sampling`.
+
+        Raises:
+            ValueError: A setting is out of range, or logits are nan.
+        """
+        if seeds is None:
+            seeds = torch.randint(2**62, (len(prompts) * n,), generator=self.generator).tolist()
+        return complete(
             self.model,
-            torch.tensor([ids], device=device),
-            eos_id=self.tokenizer.eot_id,
-            vocab_size=self.tokenizer.n_vocab,
-            generator=self.generator,
-            on_token=stream,
-            **settings,
+            [self.tokenizer.encode(prompt).tolist() or [self.tokenizer.eot_id] for prompt in prompts],
+            Sampling(**sampling),
+            max_new_tokens=max_new_tokens,
+            stop_ids=[self.tokenizer.eot_id],
+            stop_texts=stop,
+            tokenizer=self.tokenizer,
+            n=n,
+            seeds=seeds,
+            logprobs=logprobs,
+            on_text=on_text,
         )
-        new = output[0, len(ids) :].tolist()
-        return self.tokenizer.decode(new[: new.index(self.tokenizer.eot_id)] if self.tokenizer.eot_id in new else new)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """Return the device that a user names; None is CUDA where there is a GPU, else the CPU.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -14,22 +14,54 @@ from gptoss_dist.model.config import SLIDING, ModelConfig
 from gptoss_dist.model.linear import Linear
 from gptoss_dist.model.rope import apply_rotary
 from gptoss_dist.ops.attention.documents import Documents
-from gptoss_dist.ops.attention.sink_attention import masked_sink_attention, sink_attention
+from gptoss_dist.ops.attention.sink_attention import sink_attention
 
 
 class LayerCache(Protocol):
-    """The part of a layer's key/value cache that attention needs; `model/kv_cache.py` has two kinds."""
+    """The part of a layer's key/value cache that attention needs; `model/kv_cache.py` has it."""
 
-    def append(self, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store new keys and values, and return what to attend to.
+    def attend(
+        self, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, sinks_H: Tensor, *, scale: float, backend: str
+    ) -> Tensor:
+        """Store new keys and values, and return what the new tokens gather from all that they see, [B, H, T, C].
 
         Args:
+            q_BHTC: Queries of the new tokens.
             k_BKTC: Keys of the new tokens.
             v_BKTC: Values of the new tokens.
+            sinks_H: One logit per query head.
+            scale: Factor on q . k.
+            backend: The back end where many tokens come at once, as in `sink_attention`.
+        """
 
-        Returns:
-            Keys and values [B, K, S, C], and which of them each new token sees, bool [T, S], or None if nothing was
-            cached before, so that plain causal attention is exact.
+
+class SequencePart(Protocol):
+    """The part of every sequence that is computed here, if the rest is elsewhere; `parallel/context.py` has it."""
+
+    position_T: Tensor
+    """Positions of its tokens in the whole sequence, int64."""
+
+    def attend(
+        self,
+        q_BHTC: Tensor,
+        k_BKTC: Tensor,
+        v_BKTC: Tensor,
+        sinks_H: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        backend: str,
+    ) -> Tensor:
+        """Return what `sink_attention` gives these queries of the whole sequence, [B, H, T, C].
+
+        Args:
+            q_BHTC: Queries of the part.
+            k_BKTC: Keys of the part; those of the rest are where the rest is.
+            v_BKTC: Values of the part.
+            sinks_H: One logit per query head.
+            scale: Factor on q . k.
+            window: How many keys a query sees, or None for all earlier ones.
+            backend: As for `sink_attention`.
         """
 
 
@@ -56,14 +88,16 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         documents: Documents | None = None,
         cache: LayerCache | None = None,
+        part: SequencePart | None = None,
     ) -> Tensor:
         """Return what each token gathered from those that it sees, [B, T, D].
 
         Args:
             x_BTD: Normalised tokens.
-            rotary: cos and sin of the tokens' positions, [T, C / 2] each (see `RotaryTables`).
-            documents: Where documents lie, if attention is to stay within them; not looked at behind a filled cache.
+            rotary: cos and sin of the tokens' positions, [T, C / 2] or [B, T, C / 2] each (see `RotaryTables`).
+            documents: Where documents lie, if attention is to stay within them; not looked at with a cache.
             cache: This layer's part of the cache, which is extended in place.
+            part: Which part of the sequences these tokens are, if not all; it knows of documents itself.
         """
         B, T, _ = x_BTD.shape
         q_BHTC = apply_rotary(self.q_proj(x_BTD).view(B, T, -1, self.head_dim), *rotary).transpose(1, 2)
@@ -71,11 +105,10 @@ class Attention(nn.Module):
         v_BKTC = self.v_proj(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
         sinks_H = self.sinks if self.sink_clamp is None else self.sinks.clamp(*self.sink_clamp)
         scale = self.head_dim**-0.5
-        visible_TS = None
-        if cache is not None:
-            k_BKTC, v_BKTC, visible_TS = cache.append(k_BKTC, v_BKTC)
-        if visible_TS is not None:
-            o_BHTC = masked_sink_attention(q_BHTC, k_BKTC, v_BKTC, sinks_H, visible_TS, scale=scale)
+        if part is not None:
+            o_BHTC = part.attend(q_BHTC, k_BKTC, v_BKTC, sinks_H, scale=scale, window=self.window, backend=self.backend)
+        elif cache is not None:
+            o_BHTC = cache.attend(q_BHTC, k_BKTC, v_BKTC, sinks_H, scale=scale, backend=self.backend)
         else:
             o_BHTC = sink_attention(
                 q_BHTC,

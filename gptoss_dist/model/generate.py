@@ -1,4 +1,7 @@
-"""Text generation: one pass over the prompt, then one token at a time.
+"""Text generation: the prompt in chunks, then one token at a time.
+
+`generate` continues token ids, also with a model that several ranks share; `gptoss_dist.inference.generation` knows
+prompts of different lengths, stops and seeds.
 
 Shapes: B batch, T tokens, V vocab_size.
 """
@@ -14,8 +17,12 @@ from torch import Tensor
 
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.kv_cache import KVCache
+from gptoss_dist.ops.sampling import sample
 
 log = logging.getLogger(__name__)
+
+PREFILL_CHUNK = 4096
+"""Tokens of a prompt that pass the model at once, over all rows."""
 
 
 class LanguageModel(Protocol):
@@ -43,6 +50,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     eos_id: int | None = None,
     vocab_size: int | None = None,
     generator: torch.Generator | None = None,
@@ -51,13 +59,13 @@ def generate(
     """Continue each sequence of a batch of equally long prompts.
 
     Args:
-        model: A model, which may be sharded: then all ranks must call this alike, with generators in the same state and
-            `eos_id` None.
+        model: A model, which may be sharded: then all ranks call this alike, with equal generators, `eos_id` None.
         input_ids_BT: Prompts, [B, T >= 1] int64, on the model's device.
         max_new_tokens: How many tokens to add at most.
         temperature: Divides the logits; 0 takes the most likely token.
         top_k: Sample from the k most likely tokens only; 0 switches it off.
         top_p: Sample from the smallest set of tokens with this much probability (nucleus, arXiv:1904.09751).
+        min_p: Sample from tokens with at least this share of the likeliest one's probability (arXiv:2407.01082).
         eos_id: A sequence that produced this token is continued with it; generation ends when all have.
         vocab_size: Ids from here on are never produced (rows of the head that pad the tokenizer's vocabulary).
         generator: The source of randomness, on the CPU.
@@ -67,67 +75,99 @@ def generate(
         Prompts and continuations, [B, T + new] int64.
 
     Raises:
-        ValueError: The prompt is empty, or a setting is out of range.
+        ValueError: The prompt is empty, a setting is out of range, or logits are nan.
     """
-    if input_ids_BT.shape[1] == 0:
+    T = input_ids_BT.shape[1]
+    if T == 0:
         raise ValueError("the prompt has no token; give at least one (for example the end-of-text token)")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature={temperature} and top_k={top_k} must be >= 0, top_p={top_p} in (0, 1]")
-    _warn_of_length(input_ids_BT.shape[1], max_new_tokens, model.config.max_position_embeddings)
+    check_sampling(temperature, top_k, top_p, min_p)
+    warn_of_length(T, max_new_tokens, model.config.max_position_embeddings)
     was_training = model.training
     model.eval()
-    cache, ids_BT, new_BT = KVCache(model.config), input_ids_BT, input_ids_BT
-    done_B = torch.zeros(ids_BT.shape[0], dtype=torch.bool, device=ids_BT.device)
-    for _ in range(max_new_tokens):
-        logits_BV = model(new_BT, cache=cache, last_only=True)[:, -1].float()
-        if vocab_size is not None:
-            logits_BV[:, vocab_size:] = -torch.inf
-        next_B = sample(logits_BV, temperature, top_k, top_p, generator)
+    cache, columns = cache_for(model, T + max_new_tokens), list(input_ids_BT.split(1, dim=1))
+    done_B = torch.zeros_like(input_ids_BT[:, 0], dtype=torch.bool)
+    logits_BV = prefill(model, input_ids_BT, cache)
+    for remaining in reversed(range(max_new_tokens)):
+        next_B = sample(without_padding(logits_BV, vocab_size), temperature, top_k, top_p, generator, min_p=min_p)
+        check_choice(next_B)
         if eos_id is not None:
             next_B = torch.where(done_B, eos_id, next_B)
             done_B |= next_B == eos_id
         if on_token is not None:
             on_token(next_B)
-        new_BT = next_B[:, None]
-        ids_BT = torch.cat([ids_BT, new_BT], dim=1)
-        if eos_id is not None and bool(done_B.all()):
+        columns.append(next_B[:, None])
+        if remaining == 0 or (eos_id is not None and bool(done_B.all())):
             break
+        logits_BV = model(next_B[:, None], cache=cache, last_only=True)[:, -1]
     model.train(was_training)
-    return ids_BT
+    return torch.cat(columns, dim=1)
 
 
-def _warn_of_length(prompt: int, new: int, longest: int) -> None:
+def cache_for(model: LanguageModel, capacity: int) -> KVCache:
+    """Return an empty cache with room for so many columns, of fixed shapes if the model wants them.
+
+    The room of the latter is a multiple of 256: what was compiled for one text serves others of about its length.
+    """
+    if getattr(model, "fixed_shapes", False):
+        return KVCache(model.config, capacity=-(-capacity // 256) * 256, fixed_shapes=True)
+    return KVCache(model.config, capacity=capacity)
+
+
+def prefill(model: LanguageModel, input_ids_BT: Tensor, cache: KVCache, chunk: int = PREFILL_CHUNK) -> Tensor:
+    """Put prompts into a cache, and return the logits behind the last token of each, [B, V].
+
+    Args:
+        model: The model.
+        input_ids_BT: Prompts, which end together if they differ in length (see `KVCache`).
+        cache: An empty cache, which is filled.
+        chunk: How many tokens, of all rows together, pass the model at once; a row's at least.
+    """
+    for part_BT in input_ids_BT.split(columns_of_chunk(chunk, input_ids_BT.shape[0]), dim=1):
+        logits_B1V = model(part_BT, cache=cache, last_only=True)
+    return logits_B1V[:, -1]
+
+
+def columns_of_chunk(chunk: int, rows: int) -> int:
+    """Return how many columns of a batch pass the model at once."""
+    return max(chunk // rows, 1)
+
+
+def without_padding(logits_BV: Tensor, vocab_size: int | None) -> Tensor:
+    """Return logits in float32, -inf for ids from `vocab_size` on, if it is given."""
+    logits_BV = logits_BV.float()
+    if vocab_size is not None:
+        logits_BV[:, vocab_size:] = -torch.inf
+    return logits_BV
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    """Refuse what makes no sense, nan too.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+    if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
+        raise ValueError(
+            f"temperature={temperature} and top_k={top_k} must be >= 0 and finite, top_p={top_p} in (0, 1], "
+            f"min_p={min_p} in [0, 1]"
+        )
+
+
+def check_choice(next_B: Tensor) -> None:
+    """Refuse the -1 that `sample` returns for logits that are nan; the host waits for the device.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if bool((next_B < 0).any()):
+        raise ValueError("the model's logits are nan: its weights are broken, or its training has diverged")
+
+
+def warn_of_length(prompt: int, new: int, longest: int) -> None:
+    """Warn of text beyond the positions that the model was made for."""
     if prompt + new > longest:
         log.warning(
             "a prompt of %d tokens and up to %d new ones are more than the %d positions that the model was made for "
             "(max_position_embeddings); do not rely on the text beyond",
             *(prompt, new, longest),
         )
-
-
-def sample(
-    logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None
-) -> Tensor:
-    """Draw one id per row, [B] int64: temperature first, then top-k, then top-p.
-
-    Args:
-        logits_BV: float32.
-        temperature: See `generate`, as all others.
-        top_k: How many of the likeliest tokens to draw from, or 0.
-        top_p: How much probability to draw from.
-        generator: The source of randomness, on the CPU.
-    """
-    if temperature < torch.finfo(torch.float32).tiny:  # 0 for float32
-        return logits_BV.argmax(dim=-1)
-    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature  # however small, nothing is NaN
-    if 0 < top_k < logits_BV.shape[-1]:
-        smallest_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)
-    if top_p < 1:
-        sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
-        p_BV = sorted_BV.softmax(dim=-1)
-        # Drop a token if those before it already reach top_p; the first always stays.
-        drop_BV = p_BV.cumsum(dim=-1) - p_BV >= top_p
-        logits_BV = logits_BV.masked_fill(torch.zeros_like(drop_BV).scatter(1, order_BV, drop_BV), -torch.inf)
-    p_BV = logits_BV.softmax(dim=-1).cpu()
-    return torch.multinomial(p_BV, 1, generator=generator)[:, 0].to(logits_BV.device)

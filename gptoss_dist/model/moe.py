@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gptoss_dist.model.config import ModelConfig
+from gptoss_dist.ops.experts import few_rows
 from gptoss_dist.ops.experts.grouped_experts import grouped_experts
 from gptoss_dist.ops.gemm import linear
 
@@ -56,15 +57,18 @@ class Router(nn.Module):
         selection_bias = torch.zeros(E, dtype=torch.float32) if config.router_selection_bias else None
         self.register_buffer("selection_bias", selection_bias)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
-        """Return weights [T, K] in x's dtype, expert indices [T, K] int64, and the sums for losses and metrics."""
+    def forward(self, x_TD: Tensor, statistics: bool = True) -> tuple[Tensor, Tensor, RouterStats | None]:
+        """Return weights [T, K] in x's dtype, expert indices [T, K] int64, and the sums for losses and metrics.
+
+        The sums are None without `statistics`.
+        """
         if self.jitter and self.training:
             # Multiplicative noise on the router's input (Switch Transformer, arXiv:2101.03961).
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
         logits_TE = linear(x_TD, self.weight, self.bias)
         chosen_TK, indices_TK = self.choose(logits_TE)
         weights_TK = torch.softmax(chosen_TK, dim=-1, dtype=torch.float32).to(x_TD.dtype)
-        return weights_TK, indices_TK, router_stats(logits_TE, indices_TK)
+        return weights_TK, indices_TK, router_stats(logits_TE, indices_TK) if statistics else None
 
     def choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits [T, K] of each token's experts, which carry the gradient, and their indices [T, K] int64.
@@ -117,6 +121,9 @@ class Experts(nn.Module):
             indices_TK: Expert of each pair, int64.
         """
         T, K = indices_TK.shape
+        if self.backend == "auto" and few_rows.serves(x_TD, indices_TK, self.gate_up_proj):
+            weights = (self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias)
+            return few_rows.experts_of_few_rows(x_TD, weights_TK, indices_TK, *weights, **self.activation)
         expert_N = indices_TK.flatten()
         order_N = torch.argsort(expert_N, stable=True)
         counts_E = torch.zeros(self.gate_up_proj.shape[0], dtype=torch.int64, device=x_TD.device)
@@ -183,10 +190,10 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_expert = SharedExpert(config) if config.num_shared_experts else None
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, RouterStats]:
-        """Return the sum of the experts' results, [B, T, D] in x's dtype, and the router's sums."""
+    def forward(self, x_BTD: Tensor, statistics: bool = True) -> tuple[Tensor, RouterStats | None]:
+        """Return the sum of the experts' results, [B, T, D] in x's dtype, and the router's sums if asked for them."""
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        weights_TK, indices_TK, stats = self.router(x_TD)
+        weights_TK, indices_TK, stats = self.router(x_TD, statistics)
         y_TD = self.experts(x_TD, weights_TK, indices_TK)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)

@@ -57,13 +57,16 @@ class RotaryTables:
         self.frequencies = {kind: inverse_frequencies(config, kind) for kind in sorted(set(config.attention_types))}
 
     def __call__(self, position_T: Tensor, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return {layer_type: (cos [T, R], sin [T, R])} in `dtype`, on the positions' device."""
+        """Return {layer_type: (cos [T, R], sin [T, R])} in `dtype`, on the positions' device.
+
+        Positions [B, T], if those of the sequences differ, give tables [B, T, R].
+        """
         tables = {}
         for kind, (inverse_R, factor) in self.frequencies.items():
             if inverse_R.device != position_T.device:  # once: a copy at every step would make the host wait
                 inverse_R = inverse_R.to(position_T.device)
                 self.frequencies[kind] = (inverse_R, factor)
-            angle_TR = position_T.float()[:, None] * inverse_R
+            angle_TR = position_T.float()[..., None] * inverse_R
             # An unrotated pair keeps mscale as well: the factor belongs to the attention logits, not to the rotation.
             tables[kind] = ((angle_TR.cos() * factor).to(dtype), (angle_TR.sin() * factor).to(dtype))
         return tables
@@ -74,13 +77,16 @@ def apply_rotary(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 
     Args:
         x_BTHC: Queries or keys.
-        cos_TR: Cosine of each position's angles.
-        sin_TR: Sine of each position's angles.
+        cos_TR: Cosine of each position's angles; [B, T, R] if positions differ between sequences.
+        sin_TR: Sine of each position's angles, likewise.
 
     Returns:
         A tensor like x.
     """
-    return _Rotation.apply(x_BTHC, cos_TR[:, None, :], sin_TR[:, None, :])
+    cos_T1R, sin_T1R = cos_TR[..., None, :], sin_TR[..., None, :]
+    if not torch.is_grad_enabled():
+        return _rotate(x_BTHC, cos_T1R, sin_T1R, 1)
+    return _Rotation.apply(x_BTHC, cos_T1R, sin_T1R)
 
 
 def _rotate(x_BTHC: Tensor, cos_T1R: Tensor, sin_T1R: Tensor, sign: int) -> Tensor:

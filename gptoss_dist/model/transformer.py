@@ -11,12 +11,13 @@ Shapes: B batch, T tokens, D hidden_size, V vocab_size, L layers, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from gptoss_dist.model.attention import Attention, LayerCache
+from gptoss_dist.model.attention import Attention, LayerCache, SequencePart
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.generate import generate
 from gptoss_dist.model.kv_cache import KVCache
@@ -25,7 +26,7 @@ from gptoss_dist.model.losses import balance_loss, z_loss
 from gptoss_dist.model.moe import MoE, RouterStats
 from gptoss_dist.model.rope import RotaryTables
 from gptoss_dist.ops.attention.documents import Documents, locate_documents
-from gptoss_dist.ops.cross_entropy import linear_cross_entropy
+from gptoss_dist.ops.cross_entropy import linear_cross_entropy, linear_token_losses
 from gptoss_dist.ops.rms_norm import rms_norm
 
 IGNORE_INDEX = -100
@@ -39,6 +40,15 @@ class LossSums(NamedTuple):
     """Sum of the token losses in nats, float32."""
     stats: RouterStats
     """Router sums with a leading layer dimension: counts [L, E], probability [L, E], z [L], entropy [L]."""
+
+
+class TokenScores(NamedTuple):
+    """Result of a forward pass that scores each label by itself."""
+
+    loss_BT: Tensor
+    """Loss in nats, float32; 0 where there is no label."""
+    is_greedy_BT: Tensor
+    """Whether the label is the likeliest token, bool."""
 
 
 class RMSNorm(nn.Module):
@@ -70,10 +80,15 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         documents: Documents | None = None,
         cache: LayerCache | None = None,
-    ) -> tuple[Tensor, RouterStats]:
-        """Return tokens for the next block, [B, T, D], and the router's sums; arguments as in `Attention.forward`."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, documents, cache)
-        y_BTD, stats = self.mlp(self.post_attention_layernorm(x_BTD))
+        part: SequencePart | None = None,
+        statistics: bool = True,
+    ) -> tuple[Tensor, RouterStats | None]:
+        """Return tokens for the next block, [B, T, D], and the router's sums if asked (`statistics`).
+
+        The other arguments are those of `Attention.forward`.
+        """
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, documents, cache, part)
+        y_BTD, stats = self.mlp(self.post_attention_layernorm(x_BTD), statistics)
         return x_BTD + y_BTD, stats
 
 
@@ -89,25 +104,34 @@ class Decoder(nn.Module):
         self.rotary_tables = RotaryTables(config)
 
     def forward(
-        self, input_ids_BT: Tensor, document_ids_BT: Tensor | None = None, cache: KVCache | None = None
-    ) -> tuple[Tensor, RouterStats]:
-        """Return final hidden states [B, T, D], and router sums with a leading layer dimension.
+        self,
+        input_ids_BT: Tensor,
+        document_ids_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        part: SequencePart | None = None,
+        statistics: bool = True,
+    ) -> tuple[Tensor, RouterStats | None]:
+        """Return final hidden states [B, T, D], and router sums with a leading layer dimension if asked for them.
 
         What all layers need to know of positions and documents is computed here, once, and handed down.
         """
         x_BTD = self.embed_tokens(input_ids_BT)
-        start = cache.length if cache is not None else 0
-        position_T = torch.arange(start, start + input_ids_BT.shape[1], device=input_ids_BT.device)
+        caches: Sequence[LayerCache | None] = [None] * len(self.layers)
+        position_T = (
+            torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device) if part is None else part.position_T
+        )
+        if cache is not None:
+            if document_ids_BT is not None:
+                raise ValueError("document_ids_BT cannot be given with a cache; give each row one document")
+            position_T, caches = cache.advance(input_ids_BT)
         rotary = self.rotary_tables(position_T, x_BTD.dtype)
         documents = locate_documents(document_ids_BT) if document_ids_BT is not None else None
-        caches = cache.layers if cache is not None else [None] * len(self.layers)
         layer_stats = []
         for layer, layer_type, layer_cache in zip(self.layers, self.layer_types, caches):
-            x_BTD, stats = layer(x_BTD, rotary[layer_type], documents, layer_cache)
+            x_BTD, stats = layer(x_BTD, rotary[layer_type], documents, layer_cache, part, statistics)
             layer_stats.append(stats)
-        if cache is not None:
-            cache.length += input_ids_BT.shape[1]
-        return self.norm(x_BTD), RouterStats(*(torch.stack(column) for column in zip(*layer_stats)))
+        stats = RouterStats(*(torch.stack(column) for column in zip(*layer_stats))) if statistics else None
+        return self.norm(x_BTD), stats
 
 
 class GptOss(nn.Module):
@@ -142,7 +166,9 @@ class GptOss(nn.Module):
         document_ids_BT: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
-    ) -> Tensor | LossSums:
+        per_token: bool = False,
+        part: SequencePart | None = None,
+    ) -> Tensor | LossSums | TokenScores:
         """Return logits, or with labels the sums that a loss is made of, without ever holding all logits at once.
 
         Args:
@@ -151,13 +177,21 @@ class GptOss(nn.Module):
             document_ids_BT: Integers [B, T], non-decreasing along T; attention stays within equal ids.
             cache: Keys and values of earlier tokens; it is extended in place.
             last_only: Return the logits of the last position only.
+            per_token: Return the loss of each label instead of their sum, without a gradient.
+            part: Which part of longer sequences the ids are, if others compute the rest; it knows of documents itself.
 
         Returns:
-            Logits [B, T or 1, V] in the compute dtype, or `LossSums`.
+            Logits [B, T or 1, V] in the compute dtype, or with labels `LossSums`, or `TokenScores`.
         """
-        x_BTD, stats = self.model(input_ids_BT, document_ids_BT, cache)
+        statistics = labels_BT is not None and not per_token
+        x_BTD, stats = self.model(input_ids_BT, document_ids_BT, cache, part, statistics)
         if labels_BT is None:
             return self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
+        if per_token:
+            scores = linear_token_losses(
+                x_BTD.flatten(0, 1), self.lm_head.weight, labels_BT.flatten(), ignore_index=IGNORE_INDEX
+            )
+            return TokenScores(*(column.view(labels_BT.shape) for column in scores))
         loss = linear_cross_entropy(
             x_BTD.flatten(0, 1), self.lm_head.weight, labels_BT.flatten(), ignore_index=IGNORE_INDEX
         )

@@ -67,6 +67,38 @@ def linear_cross_entropy(
     return chosen.run(hidden_ND, weight_VD, bias, labels_N, ignore_index, chunk_tokens)
 
 
+@torch.no_grad()
+def linear_token_losses(
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of each token instead of their sum, without a gradient; only tokens with a label are computed.
+
+    Args:
+        hidden_ND: Final hidden states, of any floating dtype.
+        weight_VD: The head's weight, of the same dtype.
+        labels_N: The token to predict, int64.
+        ignore_index: Tokens with this label have the loss 0.
+
+    Returns:
+        -log softmax(hidden @ weight.T)[label] in nats, fp32 [N], and whether the label has the largest logit, bool [N].
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit.
+    """
+    _check_operands(hidden_ND, weight_VD, labels_N, None)
+    losses_N = torch.zeros(labels_N.shape, device=labels_N.device)
+    greedy_N = torch.zeros(labels_N.shape, dtype=torch.bool, device=labels_N.device)
+    labelled = (labels_N != ignore_index).nonzero()[:, 0]
+    dtype = gemm_dtype(hidden_ND, rows=len(labelled))
+    weight_DV = weight_VD.to(dtype).t()
+    for index_C in labelled.split(_chunk_tokens(hidden_ND)):
+        labels_C1 = labels_N[index_C, None]
+        logits_CV = _upcast(hidden_ND[index_C].to(dtype) @ weight_DV)
+        losses_N[index_C] = (logits_CV.logsumexp(-1) - logits_CV.gather(1, labels_C1)[:, 0]).float()
+        greedy_N[index_C] = logits_CV.argmax(-1) == labels_C1[:, 0]
+    return losses_N, greedy_N
+
+
 def _reference(hidden_ND, weight_VD, bias_V, labels_N, ignore_index: int, chunk_tokens: int | None) -> Tensor:
     logits_NV = F.linear(hidden_ND, weight_VD, bias_V)
     return F.cross_entropy(_upcast(logits_NV), labels_N, ignore_index=ignore_index, reduction="sum").float()
@@ -83,7 +115,7 @@ def _chunked(hidden_ND, weight_VD, bias_V, labels_N, ignore_index: int, chunk_to
                 f"labels span [{labels_N.min()}, {labels_N.max()}] but the vocabulary has {weight_VD.shape[0]} entries"
             )
     needs_grad = torch.is_grad_enabled()
-    chunk_tokens = chunk_tokens or min(max(hidden_ND.shape[1], 512), 4096)
+    chunk_tokens = chunk_tokens or _chunk_tokens(hidden_ND)
     return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, ignore_index, chunk_tokens, needs_grad)
 
 
@@ -105,6 +137,10 @@ def _check_operands(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, bias
     for name, tensor in (("weight", weight_VD), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden_ND.dtype:
             raise ValueError(f"{name} is {tensor.dtype} but hidden is {hidden_ND.dtype}; cast one of them first")
+
+
+def _chunk_tokens(hidden_ND: Tensor) -> int:
+    return min(max(hidden_ND.shape[1], 512), 4096)
 
 
 def _upcast(tensor: Tensor) -> Tensor:

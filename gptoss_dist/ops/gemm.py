@@ -43,6 +43,13 @@ def gemm_dtype(x: Tensor, rows: int) -> torch.dtype:
     return torch.float32 if emulated and rows >= MIN_ROWS else x.dtype
 
 
+MIN_ROWS_BY_BLOCKS = 4
+"""The same for casting by blocks that stay in the cache (`mm_in_float32`), without a gradient."""
+
+_BLOCK = 1 << 18
+"""Elements of a block: 1 MiB in float32."""
+
+
 def cast_into(t: Tensor, room: Tensor) -> Tensor:
     """Return t in the dtype of `room`: itself, or a contiguous copy at the beginning of `room`, which is flat."""
     return t if t.dtype == room.dtype else room[: t.numel()].view(t.shape).copy_(t)
@@ -58,9 +65,40 @@ def mm_into(a: Tensor, b: Tensor, out: Tensor, room: Tensor) -> None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `F.linear`, computed in the dtype of `gemm_dtype` and rounded once to x's dtype, behind the bias."""
-    if gemm_dtype(x, x.numel() // max(x.shape[-1], 1)) == x.dtype or weight.dtype != x.dtype:
+    rows = x.numel() // max(x.shape[-1], 1)
+    if weight.dtype != x.dtype:
         return F.linear(x, weight, bias)
-    return _LinearInFloat32.apply(x, weight, bias)
+    if gemm_dtype(x, rows) != x.dtype:
+        return _LinearInFloat32.apply(x, weight, bias)
+    if MIN_ROWS_BY_BLOCKS <= rows < MIN_ROWS and gemm_dtype(x, MIN_ROWS) != x.dtype and not torch.is_grad_enabled():
+        multiply = _mm_in_float32 if torch.compiler.is_compiling() else mm_in_float32
+        y_NO = multiply(x.reshape(rows, -1), weight.t())
+        return (y_NO if bias is None else y_NO.add_(bias)).to(x.dtype).view(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
+
+
+def mm_in_float32(x_ND: Tensor, weight_DO: Tensor) -> Tensor:
+    """Return x @ weight in float32, [N, O], for a few rows in a lower precision.
+
+    Columns of the weight are cast by blocks, each of which is multiplied while it is in the cache. The weight may be a
+    transposed view; there is no gradient.
+    """
+    (D, O), N = weight_DO.shape, x_ND.shape[0]  # noqa: E741
+    step = min(max(_BLOCK // max(D, 1), 1), O)
+    room, transposed = torch.empty(D * step, device=x_ND.device), weight_DO.stride(0) == 1
+    x32_ND, out_NO = x_ND.float(), torch.empty(N, O, device=x_ND.device)
+    for start in range(0, O, step):
+        block_Do = weight_DO[:, start : start + step]
+        shape = block_Do.shape
+        flat = room[: block_Do.numel()]
+        cast_Do = flat.view(shape[1], shape[0]).t() if transposed else flat.view(shape)
+        torch.mm(x32_ND, cast_Do.copy_(block_Do), out=out_NO[:, start : start + step])
+    return out_NO
+
+
+_mm_in_float32 = torch.library.custom_op("gptoss_dist::mm_in_float32", mm_in_float32, mutates_args=())
+"""The same for a compiler, which would take the blocks apart."""
+_mm_in_float32.register_fake(lambda x, w: x.new_empty(x.shape[0], w.shape[1], dtype=torch.float32))
 
 
 class _LinearInFloat32(torch.autograd.Function):

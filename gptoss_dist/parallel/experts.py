@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from gptoss_dist.model.moe import Experts
 from gptoss_dist.model.transformer import GptOss
+from gptoss_dist.ops.backends import AUTO
+from gptoss_dist.ops.experts import few_rows
 from gptoss_dist.ops.experts.grouped_experts import grouped_experts
 from gptoss_dist.parallel.exchange import Exchange
 from gptoss_dist.parallel.megablocks_compat import load_megablocks
@@ -86,6 +88,18 @@ class DroplessExperts(megablocks.dmoe.ParallelDroplessMLP):  # type: ignore[name
         Raises:
             LocalError: On CUDA, the rows of this process times D are 2^31 or more, beyond what the kernels can address.
         """
+        weight = local(self.gate_up_proj)
+        if self.exchange is None and self.backend == AUTO and few_rows.serves(x_TD, indices_TK, weight):
+            return few_rows.experts_of_few_rows(
+                x_TD,
+                weights_TK,
+                indices_TK,
+                weight,
+                local(self.gate_up_proj_bias),
+                local(self.down_proj),
+                local(self.down_proj_bias),
+                **self.activation,
+            )
         if self.exchange is None:
             return self.forward_fn(x_TD, weights_TK, indices_TK)[0]
         return self._over_processes(self.exchange, x_TD, weights_TK, indices_TK)

@@ -2,11 +2,18 @@
 
     world = replicate x shard               for everything but the experts
     world = replicate x (shard / ep) x ep   for the experts
+    world = data x cp                       for the samples
 
-Data is split over all processes. `shard` processes hold one copy of the weights between them, `replicate` such copies
-exist (HSDP). Each expert lives on one process of every group of `ep` neighbours (`expert_parallel`), and what that
-process holds of it is sharded once more over the shard / ep groups. `ep` is the innermost dimension: the processes
-that exchange tokens in every layer have consecutive ranks, so they sit on one node wherever ep divides its ranks.
+Data is split over world / cp groups (`data_parallel`), and each sequence over the `cp` processes of a group
+(`context_parallel`), which have the same samples.
+
+`shard` processes hold one copy of the weights between them, `replicate` such copies exist (HSDP). Each expert lives on
+one process of every group of `ep` neighbours (`expert_parallel`), and what that process holds of it is sharded once
+more over the shard / ep groups. `ep` is the innermost dimension: the processes that exchange tokens in every layer have
+consecutive ranks, so they sit on one node wherever ep divides its ranks.
+
+`cp` is innermost too: the three lines are views of the same processes. Experts do not mind where in which sequence a
+token stands, so ep neighbours may be cp neighbours or not, and what both exchange in every layer stays on one node.
 """
 
 from __future__ import annotations
@@ -29,6 +36,7 @@ class DeviceLayout:
     replicate: int
     shard: int
     expert_parallel: int
+    context_parallel: int = 1
 
     @property
     def world_size(self) -> int:
@@ -40,9 +48,19 @@ class DeviceLayout:
         """Number of processes over which each expert's weights are sharded."""
         return self.shard // self.expert_parallel
 
+    @property
+    def data_parallel(self) -> int:
+        """Number of groups of processes that have different samples."""
+        return self.world_size // self.context_parallel
+
+    def data_rank(self, rank: int) -> int:
+        """Return which of these groups, and so which samples, a process has."""
+        return rank // self.context_parallel
+
     def __str__(self) -> str:
         experts = f"experts {self.expert_parallel} x {self.expert_shard}"
-        return f"replicate {self.replicate} x shard {self.shard} ({experts})"
+        context = f", context {self.context_parallel}" if self.context_parallel > 1 else ""
+        return f"replicate {self.replicate} x shard {self.shard} ({experts}){context}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,8 @@ class Meshes:
     """`expert_shard`, or `replicate` x `expert_shard`: for the experts that one process holds."""
     expert_parallel: DeviceMesh
     """`expert`: the processes among which this one's tokens find every expert."""
+    context: DeviceMesh | None = None
+    """`context`: the processes that have the same samples, and a part of each sequence; None if this one has all."""
 
 
 def ranks_per_node(world_size: int) -> int:
@@ -104,23 +124,46 @@ def plan_layout(
         raise ValueError(
             f"parallel.expert_parallel={expert_parallel} needs --parallel.experts megablocks, not {config.experts}"
         )
-    return DeviceLayout(replicate, shard, expert_parallel)
+    check_context(config, world_size)
+    return DeviceLayout(replicate, shard, expert_parallel, config.context_parallel)
+
+
+def check_context(config: ParallelConfig, world_size: int) -> int:
+    """Return the number of groups of processes that have different samples.
+
+    Args:
+        config: The degrees of parallelism that were asked for.
+        world_size: Processes in all.
+
+    Raises:
+        ValueError: `context_parallel` does not divide the processes of a copy; the message lists what does.
+    """
+    shard = world_size // config.replicate
+    if config.context_parallel < 1 or shard % config.context_parallel:
+        raise ValueError(
+            f"parallel.context_parallel={config.context_parallel} must divide the {shard} processes of a shard group "
+            f"({world_size} processes / parallel.replicate={config.replicate}); possible: {_listed(_divisors(shard))}"
+        )
+    return world_size // config.context_parallel
 
 
 def spanned_machines(layout: DeviceLayout, node_size: int | None = None) -> str | None:
-    """Return a line about groups of expert parallelism that do not fit into one machine, if there are any.
+    """Return a line about groups of expert or context parallelism that do not fit into one machine, if there are any.
 
     Args:
         layout: The degrees of parallelism.
         node_size: Processes per machine; None asks the launcher.
     """
     node_size = node_size or ranks_per_node(layout.world_size)
-    if node_size % layout.expert_parallel == 0:
-        return None
-    return (
-        f"expert_parallel={layout.expert_parallel} spans machines of {node_size} processes: "
-        "all-to-alls cross the network"
-    )
+    found = [
+        f"{name}={degree} spans machines of {node_size} processes: {what} cross the network"
+        for name, degree, what in (
+            ("expert_parallel", layout.expert_parallel, "all-to-alls"),
+            ("context_parallel", layout.context_parallel, "keys and values"),
+        )
+        if node_size % degree
+    ]
+    return "; ".join(found) or None
 
 
 def build_meshes(layout: DeviceLayout, device_type: str) -> Meshes:
@@ -139,7 +182,11 @@ def build_meshes(layout: DeviceLayout, device_type: str) -> Meshes:
     root = init_device_mesh(
         device_type, (*expert_sizes, layout.expert_parallel), mesh_dim_names=(*expert_names, "expert")
     )
-    return Meshes(dense, root[tuple(expert_names)], root["expert"])
+    context = None
+    if layout.context_parallel > 1:
+        sizes = (layout.data_parallel, layout.context_parallel)
+        context = init_device_mesh(device_type, sizes, mesh_dim_names=("data", "context"))["context"]
+    return Meshes(dense, root[tuple(expert_names)], root["expert"], context)
 
 
 @overload

@@ -1,4 +1,4 @@
-"""Wraps a plain model for training, from outside: experts -> compile -> activation checkpointing -> shard."""
+"""Wraps a plain model for training, from outside: experts -> sequences -> compile -> checkpointing -> shard."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.ops.backends import AUTO, BF16_ONLY
 from gptoss_dist.ops.experts.grouped_experts import BACKENDS
+from gptoss_dist.parallel.context import split_sequences
 from gptoss_dist.parallel.exchange import Exchange
 from gptoss_dist.parallel.mesh import Meshes, local
 from gptoss_dist.parallel.recompute import checkpoint_activations
@@ -34,6 +35,8 @@ def parallelize(model: GptOss, train: TrainConfig, parallel: ParallelConfig, mes
         The all-to-alls between the experts, if they are distributed over processes.
     """
     exchange = place_experts(model, train.precision, parallel, meshes)
+    if meshes.context is not None:
+        split_sequences(model, meshes.context)
     wrap_blocks(model, train)
     # One process holds everything anyway: gathering it a second time for the backward pass would only cost time.
     reshard = parallel.reshard_after_forward and torch.distributed.get_world_size() > 1

@@ -160,6 +160,11 @@ def _search(
     train = config.train
     if machines.gpu is None:
         raise ValueError("--search looks for layouts on GPUs; give --gpu")
+    if (degree := config.parallel.context_parallel) > 1:
+        raise ValueError(
+            f"--search looks for layouts without context parallelism, and parallel.context_parallel={degree}; plan "
+            "without --search, or set --parallel.context_parallel 1"
+        )
     samples = options.global_batch or train.micro_batch_size * train.gradient_accumulation * machines.devices
     found = search.search(
         settings,

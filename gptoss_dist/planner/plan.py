@@ -107,14 +107,14 @@ class Plan:
 
     @property
     def tokens_per_device(self) -> int:
-        """Tokens that one process computes in a step."""
-        train = self.settings.train
-        return train.micro_batch_size * train.gradient_accumulation * self.seq_len
+        """Tokens that one process computes in a step, on average over a context group."""
+        return self.tokens_per_step // self.machines.devices
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of the global batch."""
-        return self.tokens_per_device * self.machines.devices
+        train = self.settings.train
+        return train.micro_batch_size * train.gradient_accumulation * self.seq_len * self.layout.data_parallel
 
     @property
     def peak(self) -> float:

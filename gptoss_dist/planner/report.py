@@ -26,15 +26,16 @@ def to_text(plan: Plan) -> str:
 
 
 def _run(plan: Plan) -> list[str]:
-    train = plan.settings.train
+    train, degree = plan.settings.train, plan.layout.context_parallel
+    sharers = "processes" if degree == 1 else f"groups of {degree} processes"
     return [
         f"machines     {plan.machines.name}",
         f"parameters   {plan.parameters.total:,} total, {plan.parameters.active:,} active per token",
         f"layout       {engine_in_words(plan)}, {plan.layout}, {train.precision}, "
         f"activation checkpointing {train.activation_checkpointing or 'off'}, "
         f"compile {'on' if train.compile else 'off'}",
-        f"batch        {train.micro_batch_size} x {train.gradient_accumulation} accumulated x {plan.machines.devices} "
-        f"processes x {plan.seq_len:,} tokens = {plan.tokens_per_step:,} tokens per step, "
+        f"batch        {train.micro_batch_size} x {train.gradient_accumulation} accumulated x "
+        f"{plan.layout.data_parallel} {sharers} x {plan.seq_len:,} tokens = {plan.tokens_per_step:,} tokens per step, "
         f"{plan.tokens_per_step * plan.steps:,} in {plan.steps:,} steps",
         f"compute      {plan.flops}",
     ]
@@ -132,6 +133,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "replicate": plan.layout.replicate,
             "shard": plan.layout.shard,
             "expert_parallel": plan.layout.expert_parallel,
+            "context_parallel": plan.layout.context_parallel,
         },
         "tokens_per_step": plan.tokens_per_step,
         "memory": {

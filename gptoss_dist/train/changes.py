@@ -22,7 +22,7 @@ from data_pipeline.command_line.mistakes import naming
 from data_pipeline.foreign import convert
 from data_pipeline.printable import shortened, shown
 from gptoss_dist.checkpoint.info import INFO
-from gptoss_dist.config import Config, OptimConfig, TrainConfig
+from gptoss_dist.config import Config, OptimConfig, ParallelConfig, TrainConfig
 from gptoss_dist.distributed.agreement import Fact, source_digest
 from gptoss_dist.engine.schedule import learning_rate
 from gptoss_dist.train.data import sources
@@ -133,8 +133,9 @@ def _batch(before: Mapping[str, Any], config: Config, processes: tuple[int | Non
     if processes[0] is None:
         return
     train = _section(before, "train", TrainConfig)
-    old = train.micro_batch_size * train.gradient_accumulation * processes[0]
-    new = config.train.micro_batch_size * config.train.gradient_accumulation * processes[1]
+    split = _section(before, "parallel", ParallelConfig).context_parallel, config.parallel.context_parallel
+    old = train.micro_batch_size * train.gradient_accumulation * processes[0] // split[0]
+    new = config.train.micro_batch_size * config.train.gradient_accumulation * processes[1] // split[1]
     if old and old != new:
         yield (
             f"a step has {new} samples instead of {old}: the learning rate may need to change with it, and the rest of "

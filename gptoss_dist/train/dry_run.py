@@ -10,9 +10,10 @@ from typing import Any
 import psutil
 import torch
 
-from gptoss_dist.config import Config, TrainConfig
+from gptoss_dist.config import Config, EvaluationConfig, TrainConfig
 from gptoss_dist.engine import engine_kind
 from gptoss_dist.engine.zero_settings import check_layout
+from gptoss_dist.evaluation.harness.in_training import check_tasks
 from gptoss_dist.parallel.mesh import plan_layout, ranks_per_node
 from gptoss_dist.planner.hardware import find_network, gpu_of_driver
 from gptoss_dist.planner.plan import Machines, Plan, make_plan
@@ -62,20 +63,31 @@ def describe(config: Config, world_size: int | None = None) -> tuple[str, str | 
         world_size: Processes; None takes the launcher's.
 
     Raises:
-        ValueError: The processes cannot be laid out as `parallel` says, or the engine refuses its settings.
+        ValueError: The processes cannot be laid out as `parallel` says, the engine refuses its settings, or tasks to
+            evaluate are not known.
     """
     world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
-    plan_layout(config.parallel, config.model.num_local_experts, world_size)
+    check_tasks(config.evaluation)
+    layout = plan_layout(config.parallel, config.model.num_local_experts, world_size)
     if engine_kind(config.engine) == "deepspeed":
         check_layout(config.parallel)
     plan = _plan(config, machines_here(world_size))
-    samples = config.train.micro_batch_size * config.train.gradient_accumulation * world_size
+    samples = config.train.micro_batch_size * config.train.gradient_accumulation * layout.data_parallel
     lines = [
         f"run          {config.run.name} in {config.folder}",
         *(f"data         {line}" for line in _describe_data(config, samples)),
+        *_describe_tasks(config.evaluation),
         to_text(plan),
     ]
     return "\n".join(lines), None if plan.fits else _refusal(config, plan)
+
+
+def _describe_tasks(config: EvaluationConfig) -> list[str]:
+    if not config.every:
+        return []
+    most = f"{config.limit:,} documents each" if config.limit else "all documents"
+    names = ", ".join(config.tasks)
+    return [f"evaluation   {names} every {config.every:,} steps, {most}, at most {config.max_seconds:g} s each time"]
 
 
 def machines_here(world_size: int) -> Machines:

@@ -1,16 +1,22 @@
-"""What a run does every so many steps, beside training: validation, checkpoints, samples."""
+"""What a run does every so many steps, beside training: validation, checkpoints, samples, evaluation."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from data_pipeline import validation_batches
+from data_pipeline.printable import first_line
+from data_pipeline.tokenizer.harmony import chat_template, has_harmony
 from gptoss_dist.config import Config
-from gptoss_dist.model.generate import generate
+from gptoss_dist.evaluation.harness.chat import TEMPLATE
+from gptoss_dist.evaluation.harness.in_training import Outcome, TaskEvaluation
+from gptoss_dist.evaluation.harness.team import Team
+from gptoss_dist.inference import Sampling, complete
 from gptoss_dist.train.run import Run
 
 log = logging.getLogger(__name__)
@@ -45,6 +51,9 @@ def periodic_tasks(config: Config) -> list[Task]:
     tasks.append(Task("checkpoint", config.checkpoint.every, save_checkpoint))
     if config.sampling.prompts and config.sampling.every:
         tasks.append(Task("samples", config.sampling.every, write_samples))
+    if config.evaluation.every:
+        evaluation = TaskEvaluation(config.evaluation)
+        tasks.append(Task("evaluation", config.evaluation.every, partial(evaluate_tasks, evaluation)))
     return tasks
 
 
@@ -55,8 +64,8 @@ def validate(run: Run, step: int, findings: Findings) -> None:
         batches = validation_batches(
             split,
             micro_batch_size=run.config.train.micro_batch_size,
-            rank=run.ranks.rank,
-            world_size=run.ranks.world_size,
+            rank=run.engine.layout.data_rank(run.ranks.rank),
+            world_size=run.engine.layout.data_parallel,
             max_samples=run.config.validation.samples,
             document_mask=run.config.data.document_mask,
         )
@@ -81,7 +90,7 @@ def write_samples(run: Run, step: int, findings: Findings) -> None:
     try:
         prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.eot_id] for prompt in run.config.sampling.prompts]
         is_collective = run.ranks.world_size > 1
-        outputs = [_continue(run, ids, run.config.run.seed + index) for index, ids in enumerate(prompts)]
+        outputs = _continue(run, prompts)
         is_collective = False
         texts = [tokenizer.decode(ids) for ids in outputs]
         if run.report:
@@ -93,21 +102,43 @@ def write_samples(run: Run, step: int, findings: Findings) -> None:
         run.message(f"step {step}: no sample, {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def _continue(run: Run, ids: list[int], seed: int) -> list[int]:
-    """Return a prompt and its continuation; all ranks do, in step, since each holds only a part of the weights."""
+def _continue(run: Run, prompts: list[list[int]]) -> list[list[int]]:
+    """Return prompts and their continuations; all ranks do, in step, since each holds only a part of the weights."""
     settings = run.config.sampling
     # Compiled blocks would be compiled anew for the cache, the prompt and one token, until the compiler gives up.
-    with torch.compiler.set_stance("force_eager"):
-        output = generate(
+    with torch.compiler.set_stance("force_eager"), run.engine.keep_gathered():
+        found = complete(
             run.engine.model,
-            torch.tensor([ids], device=run.ranks.device),
+            prompts,
+            Sampling(temperature=settings.temperature, top_k=settings.top_k),
             max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
             vocab_size=run.data.training.mixture.tokenizer.n_vocab,
-            generator=torch.Generator().manual_seed(seed),
+            seeds=[run.config.run.seed + number for number in range(len(prompts))],
         )
-    return output[0].tolist()
+    return [ids + one.ids for ids, (one,) in zip(prompts, found)]
+
+
+def evaluate_tasks(evaluation: TaskEvaluation, run: Run, step: int, findings: Findings) -> None:
+    """Run tasks of the harness on the model. What goes wrong is reported, and the run goes on, as with samples.
+
+    Only a failure within a forward pass of a model that several ranks share ends the run.
+    """
+    tokenizer, ranks = run.data.training.mixture.tokenizer, run.ranks
+    carried = run.carried.get(TEMPLATE)
+    template = carried.decode() if carried else chat_template() if has_harmony(tokenizer) else None
+    run.engine.model.eval()
+    team = Team(ranks, run.engine.model, tokenizer, run.config.evaluation.batch_tokens, in_step=ranks.world_size > 1)
+    try:
+        # As for samples: shapes differ from batch to batch, and compiled blocks would be compiled anew for each.
+        with torch.compiler.set_stance("force_eager"), run.engine.keep_gathered():
+            outcome = evaluation.measure(team, template)
+    except Exception as error:
+        if ranks.world_size > 1:
+            raise
+        log.exception("evaluation of step %d", step)
+        outcome = Outcome({}, 0.0, first_line(error))
+    if run.report and outcome is not None:
+        run.report.evaluation(step, outcome.metrics, outcome.seconds, outcome.problem)
 
 
 def save_checkpoint(run: Run, step: int, findings: Findings) -> None:

@@ -205,6 +205,23 @@ class Report:
             self._message_once(f"samples not written: {error}")
         self.message(f"step {step} sample: {texts[0]!r}")
 
+    def evaluation(self, step: int, metrics: dict[str, float], seconds: float, problem: str = "") -> None:
+        """Record what tasks gave, or why they gave nothing.
+
+        Args:
+            step: The step after which they were run.
+            metrics: `TASK/METRIC` and its value.
+            seconds: How long training waited for them.
+            problem: Why there are no metrics.
+        """
+        logged = {f"eval/{name}": value for name, value in metrics.items()}
+        self.tracker.log(step, logged | {"perf/evaluation_s": seconds})
+        if problem:
+            self.message(f"step {step}: no evaluation, {problem[:300]}")
+            return
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:6])
+        self.message(f"step {step}: {shown}{', ...' * (len(metrics) > 6)} ({seconds:.1f} s)")
+
     def plots(self) -> None:
         """Draw what metrics.jsonl and expert_tokens.jsonl hold."""
         if not self.config.tracking.plots:

@@ -1,16 +1,17 @@
 #!/usr/bin/env python
-"""Measure training speed against transformers, side by side.
+"""Measure the speed of training and of generation against transformers, side by side.
 
     python launch/benchmark.py train --precision bf16 --seq-len 512 --batch-size 4
     python launch/benchmark.py moe [--quick]
+    python launch/benchmark.py decode [--model configs/model/gptoss_73m.yaml]
 
-`train` times whole training steps, `moe` the forward and backward pass of one mixture-of-experts layer. Every
-implementation lives in a process of its own, which takes turns of a few steps; see protocol.py. It runs on the CPU,
-where transformers has one attention with sinks that can be trained, `eager` (its flex attention has no backward pass
-there, sdpa has no sinks), and two expert implementations worth timing. The GEMM ceiling of bf16 is the faster of bare
-products in bf16 and in float32, in which ours multiplies on CPUs without bf16 instructions (`gptoss_dist/ops/gemm.py`).
-Ours sets up its process as training does, which includes that freed memory is kept (`distributed/processes.py`); the
-others run as they come.
+`train` times whole training steps, `moe` the forward and backward pass of one mixture-of-experts layer, and `decode`
+generation (decode.py). Every implementation lives in a process of its own, which takes turns of a few steps; see
+protocol.py. It runs on the CPU, where transformers has one attention with sinks that can be trained, `eager` (its flex
+attention has no backward pass there, sdpa has no sinks), and two expert implementations worth timing. The GEMM ceiling
+of bf16 is the faster of bare products in bf16 and in float32, in which ours multiplies on CPUs without bf16
+instructions (`gptoss_dist/ops/gemm.py`). Ours sets up its process as training does, which includes that freed memory is
+kept (`distributed/processes.py`); the others run as they come.
 """
 
 import argparse
@@ -24,8 +25,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from launch.benchmarks import decode
 from launch.benchmarks.arguments import Parser, whole
-from launch.benchmarks.protocol import Spread, add_quick, environment, progress, rounds
+from launch.benchmarks.protocol import Spread, add_quick, progress, rounds, start_worker, turn
 
 # The first word of a worker's name says what it builds, further words are variants of it.
 OURS, PEER, LOOP, GEMM = "gptoss_dist", "transformers", "loop", "gemm"
@@ -70,11 +72,14 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
             command.add_argument(f"--{name}", type=whole, default=value, help=f"({value})")
     for command, name in ((train, "train"), (moe, "moe")):
         add_quick(command, argv, **QUICK[name])
+    decode.add_options(commands, argv)
     return parser
 
 
 def main(argv: list[str]) -> int:
     arguments = build_parser(argv).parse_args(argv)
+    if arguments.command == "decode":
+        return decode.main(arguments, argv, __file__, architecture(arguments))
     if arguments.worker:
         work(arguments)
         return 0
@@ -88,7 +93,8 @@ def main(argv: list[str]) -> int:
     try:
         for precision in precisions:
             for name in [*names, GEMM, *([GEMM_FP32] if precision == "bf16" else [])]:
-                workers[precision, name] = start_worker(argv, precision, name, arguments.threads)
+                line = [__file__, *argv, "--precision", precision, "--worker", name]
+                workers[precision, name] = start_worker(line, arguments.threads)
         progress(f"{len(workers)} processes; each imports what it needs at its first turn")
         done = take_turns(arguments, workers)
         for precision in precisions:  # the first round warms up
@@ -115,23 +121,6 @@ def take_turns(arguments: argparse.Namespace, workers: dict[tuple[str, str], sub
             raise SystemExit("benchmark.py: interrupted before the first round was done") from None
         progress(f"interrupted: of {len(done) - 1} whole rounds")
     return done
-
-
-def start_worker(argv: list[str], precision: str, name: str, threads: int) -> subprocess.Popen:
-    """Start a process that takes its turns when `turn` asks for them."""
-    env = environment(threads, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
-    command = [sys.executable, __file__, *argv, "--precision", precision, "--worker", name]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-
-
-def turn(worker: subprocess.Popen, steps: int) -> dict:
-    """Let a worker take so many steps, and return what it found."""
-    worker.stdin.write(f"{steps}\n")
-    worker.stdin.flush()
-    while line := worker.stdout.readline():
-        if line.startswith("{"):
-            return json.loads(line)
-    raise SystemExit("benchmark.py: a worker ended early; its error is above")
 
 
 def report(arguments: argparse.Namespace, precision: str, rounds: list[dict]) -> None:

@@ -98,6 +98,24 @@ def rounds(count: int) -> Iterator[int]:
         before = now
 
 
+def start_worker(command: list[str], threads: int) -> subprocess.Popen:
+    """Start a Python script that takes its turns when `turn` asks for them, on the CPU and without a network."""
+    env = environment(threads, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+    return subprocess.Popen(
+        [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    )
+
+
+def turn(worker: subprocess.Popen, number: int) -> dict:
+    """Send a number to a worker, such as how many steps it is to take, and return what it found."""
+    worker.stdin.write(f"{number}\n")
+    worker.stdin.flush()
+    while line := worker.stdout.readline():
+        if line.startswith("{"):
+            return json.loads(line)
+    raise SystemExit("benchmark.py: a worker ended early; its error is above")
+
+
 def run_worker(name: str, command: list[str], env: dict[str, str] | None = None) -> dict:
     """Run a command to its end, and return what it found. Its lines of progress are passed on as they come.
 

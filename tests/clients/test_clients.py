@@ -1,4 +1,4 @@
-"""An export in the programs that people use: vLLM and llama.cpp serve it, TRL trains it, and it comes back.
+"""An export in programs that people use: vLLM, transformers and llama.cpp serve it, TRL trains it and gives it back.
 
 docs/proofs.md has the commands by hand, and what they gave.
 """
@@ -71,6 +71,15 @@ def test_vllm_serves_it(exported):
         *tokenizer.encode("assistant"),
     ]
     assert found["stops"] == [special["<|return|>"], special["<|endoftext|>"], special["<|call|>"]]
+
+
+def test_transformers_serves_it(exported):
+    found = ask("transformers", "transformers_greedy.py", exported, PROMPTS, TOKENS)
+    check(exported, found)
+    tokenizer = Tokenizer.load(exported)
+    assert found["prompts"] == [tokenizer.encode(prompt).tolist() for prompt in PROMPTS]
+    assert found["texts"] == [tokenizer.decode(ids) for ids in found["ids"]]
+    assert found["chat"] == "<|start|>user<|message|>hi<|end|><|start|>assistant"
 
 
 def test_llama_cpp_serves_it(exported, tmp_path):

@@ -280,7 +280,7 @@ def test_verbs(capsys):
         assert do(*argv) == 2 and "give one of one, other" in capsys.readouterr().err
     assert do("--help") == 0
     out = capsys.readouterr().out
-    assert "Two things." in out and "one       Take one thing." in out and "other     Do something. It takes" in out
+    assert "Two things." in out and "one    Take one thing." in out and "other  Do something. It takes" in out
 
 
 @pytest.mark.parametrize("option", ["--deepspeed_config", "--deepspeed-config=zero.json", "--deepspeed"])

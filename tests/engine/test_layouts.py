@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gptoss_dist.parallel.ring import Split
 from tests.support.layouts import SAMPLES, STEPS, Case
 from tests.support.ranks import run
 from tests.support.reference import LR, Result, double_precision, plain
@@ -47,8 +48,35 @@ CASES = [
     Case("4x1 few experts", 4, model={"num_local_experts": 2, "tie_word_embeddings": True}),
     Case("4xauto", 4, ep="auto", model={"num_local_experts": 6, "num_shared_experts": 1}),
     Case("4x2 frozen, scaled", 4, ep=2, options=PARTLY),
+    # Chunks of a context group that are longer than the window of 16, and shorter ones.
+    Case("2x2 context 2, documents", 2, ep=2, cp=2, length=77, documents=True),
+    Case("4x1 context 4", 4, cp=4, length=150),
+    Case("4x2 context 4, documents, recomputed", 4, ep=2, cp=4, length=43, documents=True, options=RECOMPUTE),
     Case("2x2 loop", 2, ep=2, options={"parallel.expert_gemm": "loop"}),
     Case("2x2 grouped_mm", 2, ep=2, options={"parallel.expert_gemm": "grouped_mm"}),
+]
+# Every degree beside every other, for sequences with chunks that are shorter than the window of 16, and longer ones.
+CONTEXT_DEGREES = ((2, 2, 1), (2, 2, 2), (4, 2, 1), (4, 2, 2), (4, 2, 4), (4, 4, 1), (4, 4, 2), (4, 4, 4))
+CONTEXT = [
+    Case(f"{world}x{ep} context {cp}, {length}{', documents' * documents}", world, ep, cp=cp, length=length)
+    for world, cp, ep in CONTEXT_DEGREES
+    for length in (43, 150)
+    for documents in (False, True)
+]
+CONTEXT = [dataclasses.replace(case, double=True, documents="documents" in case.name) for case in CONTEXT]
+CONTEXT += [
+    Case("4x2 HSDP, context 2", 4, ep=2, replicate=2, cp=2, length=77, documents=True, double=True),
+    Case("4x2 context 4, kept", 4, ep=2, cp=4, length=77, documents=True, double=True, options=KEEP),
+    Case(
+        "4x1 context 2, every second kept",
+        4,
+        cp=2,
+        length=77,
+        double=True,
+        options=KEEP | {"train.activation_checkpointing": 2},
+    ),
+    Case("4x4 context 4, silent expert", 4, ep=4, cp=4, length=43, silent=[5], double=True),
+    Case("4x1 context 4, fewer tokens than chunks", 4, cp=4, length=5, double=True, options=RECOMPUTE),
 ]
 FLOAT64_BYTES = 8
 # In float64 there is next to no rounding: what differs is a mistake.
@@ -59,7 +87,17 @@ DOUBLE = [
 ]
 # In float32, as users train: the layouts that float64 cannot take (this torch has no grouped_mm in float64), and one
 # for each way of sharding. The others differ from these only in what float64 shows more sharply.
-NAMES_IN_FLOAT32 = ("2x1", "2x2", "4x2 HSDP", "4x2 keeping all-to-alls", "4x2 uneven", "4xauto", "2x2 grouped_mm")
+NAMES_IN_FLOAT32 = (
+    "2x2 context 2, documents",
+    "4x1 context 4",
+    "2x1",
+    "2x2",
+    "4x2 HSDP",
+    "4x2 keeping all-to-alls",
+    "4x2 uneven",
+    "4xauto",
+    "2x2 grouped_mm",
+)
 SINGLE = [case for case in CASES if case.name in NAMES_IN_FLOAT32]
 ROUNDED = [
     Case("2x2 bf16", 2, ep=2, options={"train.precision": "bf16"}),
@@ -74,6 +112,16 @@ COMPILED = [
         ep=2,
         options={"train.compile": True} | KEEP,
         model={"num_hidden_layers": 1},
+    ),
+    Case(
+        "2x2 context 2, compiled, recomputed",
+        2,
+        ep=2,
+        cp=2,
+        length=77,
+        documents=True,
+        options={"train.compile": True} | RECOMPUTE,
+        model={"num_hidden_layers": 1, "sliding_window": 1000},
     ),
 ]
 
@@ -102,6 +150,10 @@ ZERO = [
         "4x1 zero-3, copies within nodes, frozen",
         4,
         options=zero(3, {**SHARD_ALL, "zero_hpz_partition_size": 2}) | PARTLY,
+    ),
+    *(
+        Case(f"4x2 zero-{stage} context 2", 4, ep=2, cp=2, length=77, documents=True, options=zero(stage))
+        for stage in (1, 2, 3)
     ),
     Case("2x2 zero-3 in small groups", 2, ep=2, options=zero(3, {**SHARD_ALL, "sub_group_size": 1000})),
     Case("2x2 zero-2 silent expert, recomputed", 2, ep=2, silent=[5], options=zero(2, activation_checkpointing=1)),
@@ -160,11 +212,19 @@ def expected_of():
     def expected(case: Case) -> Result:
         config = case.config()
         what = json.dumps(
-            [dataclasses.asdict(config.model), dataclasses.asdict(config.optim), case.silent, case.double]
+            [
+                dataclasses.asdict(config.model),
+                dataclasses.asdict(config.optim),
+                case.silent,
+                case.double,
+                case.length,
+                case.documents,
+            ]
         )
         if what not in results:
             with double_precision() if case.double else nullcontext():
-                results[what] = plain(case.config(), STEPS, SAMPLES, case.silence)
+                batches = {"length": case.length, "documents": case.documents}
+                results[what] = plain(case.config(), STEPS, SAMPLES, case.silence, **batches)
         return results[what]
 
     return expected
@@ -222,6 +282,12 @@ def test_equals_one_process(trained, expected_of, case):
 @pytest.mark.parametrize("case", DOUBLE, ids=lambda case: case.name)
 def test_equals_one_process_in_float64(trained, expected_of, case):
     check(trained(case, DOUBLE), case, expected_of(case), 1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CONTEXT, ids=lambda case: case.name)
+def test_context_equals_one_process_in_a_grid(trained, expected_of, case):
+    check(trained(case, CONTEXT), case, expected_of(case), 1e-11)
 
 
 @pytest.mark.parametrize("case", ZERO, ids=lambda case: case.name)
@@ -312,3 +378,13 @@ def test_bytes_of_all_collectives(report_of):
     assert alone["sent"]["_reduce_scatter_base_"] == pytest.approx(0.5 * FLOAT64_BYTES * parameters, rel=0.02)
     assert alone["sent"]["_allgather_base_"] > 3 * alone["sent"]["_reduce_scatter_base_"]  # twice in each micro-batch
     assert report_of("1x1")["sent"].get("_allgather_base_", 0) == 0
+
+
+def test_bytes_of_attention_over_processes(report_of):
+    """A window to the neighbour in the sliding layer, and once round the ring in the full one."""
+    sent = report_of("4x1 context 4")["sent"]["alltoall_base_"]  # of process 0, whose only neighbour is process 1
+    position = 2 * SAMPLES * 2 * 2 * 8 * FLOAT64_BYTES  # of two micro-batches: keys and values of two heads
+    window, split = 16, Split(150, 4)
+    passed_on = [split.tokens_of(-step % 4) for step in range(4)]
+    forward, backward = sum(passed_on[:3]), sum(passed_on[:3]) + sum(passed_on)
+    assert sent == position * (2 * (window - 1) + forward + backward)

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import launch.plan
-from launch.benchmarks import against_transformers, checkpoints, data, engines, plan
+from launch.benchmarks import against_transformers, checkpoints, data, engines, harness, plan
 
 NUMBERS = ("0", "-1", "x", "1.5", "nan", "inf", "1e400", "", "9" * 5000, str(2**64))
 WRONG = {
@@ -19,7 +19,18 @@ WRONG = {
         ["--experts", ""],
         ["more"],
     ],
+    (against_transformers, "decode"): [
+        *([f"--{name}={n}"] for name in ("rounds", "prompt", "new-tokens", "long-prompt") for n in NUMBERS),
+        ["--batch-sizes", "1", "0"],
+        ["--peers", "flash"],
+        ["--precision", "fp16"],
+    ],
     (checkpoints, None): [[f"--{name}={n}"] for name in ("processes", "every", "rounds") for n in NUMBERS],
+    (harness, None): [
+        [f"--{name}={n}", *["--checkpoint", "a", "--export", "b", "--include", "c", "--tasks", "d"]]
+        for name in ("limit", "rounds", "threads", "batch-sizes")
+        for n in NUMBERS
+    ],
     (engines, None): [["--processes", n] for n in NUMBERS] + [["--precision", "both"], ["--step=3"]],
     (plan, "steps"): [[f"--{name}={n}"] for name in ("threads", "steps", "cases") for n in NUMBERS] + [["--hardware"]],
     (data, "load"): [[f"--gigabytes={n}"] for n in ("0", "-1", "x", "nan", "inf", "1e400")] + [["--only", "x"]],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.benchmarks import against_transformers, checkpoints, engines
+from launch.benchmarks import against_transformers, checkpoints, decode, engines
 from launch.benchmarks.protocol import QUICKSTART, Spread, run_worker
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -89,6 +89,7 @@ def test_an_interrupted_benchmark_reports_its_whole_rounds(monkeypatch, capsys):
     [
         (against_transformers, ["moe"], "tokens"),
         (against_transformers, ["train"], "seq_len"),
+        (against_transformers, ["decode"], "prompt"),
         (checkpoints, [], "every"),
         (engines, [], "hidden_size"),
     ],
@@ -100,3 +101,48 @@ def test_a_quick_size_that_single_options_overrule(module, command, size):
     usual, quick = parsed(), parsed("--quick")
     assert quick["rounds"] < usual["rounds"] and quick[size] < usual[size]
     assert parsed("--quick", f"--{size.replace('_', '-')}", "77") == quick | {size: 77}
+
+
+def generated(monkeypatch, capsys, their_ids: list[int], *words: str) -> str:
+    """What `decode` prints of two rounds behind one that warms up; ours takes 1 s, theirs 2 s and then 3 s."""
+    words = ("decode", "--rounds", "2", "--batch-sizes", "1", "--new-tokens", "3", "--peers", "grouped_mm", *words)
+    arguments = against_transformers.build_parser(list(words)).parse_args(words)
+    turns = {"ours": iter([9.0] * 2 + [1.0] * 4), "theirs": iter([9.0] * 2 + [2.0] * 2 + [3.0] * 2)}
+
+    def turn(worker, index):
+        seconds, new = next(turns[worker]), [3, 1][index]
+        return {"first": seconds, "rest": seconds, "ids": [([1, 2, 3] if worker == "ours" else their_ids)[:new]]}
+
+    monkeypatch.setattr(decode, "turn", turn)
+    done = decode.take_turns(arguments, "fp32", {decode.OURS: "ours", "grouped_mm": "theirs"})
+    decode.report(arguments, ["grouped_mm"], "a model", done, exact=True)
+    return capsys.readouterr().out
+
+
+def test_generation_is_compared_by_tokens_and_by_the_first_token(monkeypatch, capsys):
+    said = generated(monkeypatch, capsys, [1, 2, 3])
+    assert "gptoss_dist                              2.0 tok/s" in said
+    assert "gptoss_dist is 2.50 (2.00 to 3.00) times as fast as transformers grouped_mm" in said
+    assert "1 x 4,096 tokens, 1 new: seconds to the first token" in said and "1.000 s" in said and "2.500 s" in said
+
+
+def test_another_text_is_no_comparison(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="other text than ours: transformers grouped_mm, 1 x 1,024 tokens, 3 new"):
+        generated(monkeypatch, capsys, [1, 9, 3])
+    assert "(text differs after 1 tokens)" in capsys.readouterr().out
+
+
+def test_what_does_not_work_of_transformers_is_said_and_left_out(monkeypatch, capsys):
+    words = ["decode", "--rounds", "1", "--batch-sizes", "1", "--peers", "eager"]
+    arguments = against_transformers.build_parser(words).parse_args(words)
+    monkeypatch.setattr(decode, "turn", lambda worker, index: worker.answer)
+    ours, theirs = ({"first": 1.0, "rest": 1.0, "ids": [[1]]}, {"failed": "ImportError: no such thing"})
+    workers = {
+        name: type("Worker", (), {"answer": answer, "kill": lambda self: None})()
+        for name, answer in ((decode.OURS, ours), ("eager", theirs))
+    }
+    done = decode.take_turns(arguments, "fp32", workers)
+    assert list(workers) == [decode.OURS]
+    assert "fp32 transformers eager does not work here: ImportError: no such thing" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="nothing to compare with"):
+        decode.report(arguments, [], "a model", done, exact=True)

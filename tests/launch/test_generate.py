@@ -34,6 +34,22 @@ def test_prompts_and_seeds(folder):
     assert run("launch/generate.py", *options, "--seed", "2").stdout != first
 
 
+def test_samples_stops_and_log_probabilities(folder):
+    options = ["--checkpoint", str(folder), "--prompt", "ab", "--prompt", "abab", "--max-new-tokens", "20"]
+    out = run("launch/generate.py", *options, "--samples", "2", "--logprobs").stdout
+    blocks = out.split("--- ")[1:]
+    assert [block.splitlines()[0] for block in blocks] == ["1 of 2", "2 of 2"] * 2
+    for block in blocks:
+        rows = [line.split(maxsplit=2) for line in block.splitlines()[-20:]]
+        assert all(0 <= int(token) < 272 and float(logprob) < 0 for token, logprob, _ in rows)
+    assert blocks[0].split(maxsplit=3)[3:] != blocks[1].split(maxsplit=3)[3:]
+    greedy = ["--checkpoint", str(folder), "--prompt", "ab", "--temperature", "0", "--max-new-tokens", "20"]
+    text = run("launch/generate.py", *greedy).stdout.removeprefix("ab").removesuffix("\n")
+    stop = next(c for c in text if c.isascii() and c.isalpha() and c not in "abcdefx")  # not of an escape such as \\x0a
+    stopped = run("launch/generate.py", *greedy, f"--stop={stop}").stdout
+    assert stopped == "ab" + text[: text.index(stop)] + "\n"
+
+
 def test_interactive(folder):
     lines = ":t 0\n:n 5\n:k 3\n:p 0.9\n:x\nab\n:t warm\n:q\n"
     done = subprocess.run(
@@ -55,3 +71,5 @@ def test_mistakes(folder, tmp_path):
     assert "no complete checkpoint" in done.stderr and "Traceback" not in done.stderr
     done = run("launch/generate.py", "--checkpoint", str(folder), "--prompt", "x", "--top-p", "0", expect=2)
     assert "top_p" in done.stderr
+    done = run("launch/generate.py", "--checkpoint", str(folder), "--samples", "2", expect=2)
+    assert "--samples and --logprobs" in done.stderr and "Traceback" not in done.stderr

@@ -73,7 +73,7 @@ def test_text_json_and_picture_say_the_same(settings, tmp_path, capsys):
         "checkpoint",
         "data_bytes",
     }
-    assert values["layout"] == {"replicate": 4, "shard": 4, "expert_parallel": 4}
+    assert values["layout"] == {"replicate": 4, "shard": 4, "expert_parallel": 4, "context_parallel": 1}
     assert values["tokens_per_step"] == 2 * 2 * 16 * 48
     memory, time = values["memory"], values["time"]
     # Two moments for each weight, and a count of steps for each parameter.

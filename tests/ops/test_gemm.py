@@ -35,6 +35,26 @@ def assert_rounded_once(actual, operands):
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("block", [1, 24 * 5, 1 << 18], ids=["one_column", "ragged", "whole"])
+@torch.no_grad()
+def test_few_rows_without_a_gradient_are_multiplied_by_blocks(monkeypatch, block, bias):
+    monkeypatch.setattr(gemm, "CPU_MULTIPLIES_BF16", False)
+    monkeypatch.setattr(gemm, "_BLOCK", block)
+    calls, run_blocks = [], gemm.mm_in_float32
+    monkeypatch.setattr(gemm, "mm_in_float32", lambda *a: calls.append(1) or run_blocks(*a))
+    for shape, by_blocks in (((1, 24), 0), ((3, 24), 0), ((4, 24), 1), ((3, 5, 24), 1), ((16, 24), 0)):
+        calls.clear()
+        operands = make_operands(shape, 17, torch.bfloat16, bias)
+        y = linear(*operands)
+        exact = F.linear(*(t.double() for t in operands))
+        assert len(calls) == by_blocks and y.dtype == torch.bfloat16 and y.shape == exact.shape
+        assert ((y.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
+    weight_DO = torch.randn(24, 17, generator=torch.Generator().manual_seed(2)).bfloat16()  # as experts lay it out
+    x_ND = make_operands((6, 24), 17, torch.bfloat16)[0]
+    torch.testing.assert_close(run_blocks(x_ND, weight_DO), x_ND.float() @ weight_DO.float())
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear(shape, bias, bf16_products):
     operands = make_operands(shape, 17, torch.bfloat16, bias)

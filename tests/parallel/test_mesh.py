@@ -3,7 +3,7 @@
 import pytest
 
 from gptoss_dist.config import ParallelConfig
-from gptoss_dist.parallel.mesh import DeviceLayout, plan_layout, ranks_per_node, spanned_machines
+from gptoss_dist.parallel.mesh import DeviceLayout, check_context, plan_layout, ranks_per_node, spanned_machines
 from gptoss_dist.parallel.parallelize import shard_dimension
 
 
@@ -16,6 +16,13 @@ def test_degrees_multiply_to_the_world():
     assert (layout.replicate, layout.shard, layout.expert_shard, layout.expert_parallel) == (2, 32, 4, 8)
     assert layout.world_size == 64 and str(layout) == "replicate 2 x shard 32 (experts 8 x 4)"
     assert plan(1, 8) == DeviceLayout(1, 1, 1)
+
+
+def test_context_groups_have_the_same_samples_and_any_experts():
+    layout = plan(16, 8, expert_parallel=2, replicate=2, context_parallel=4)
+    assert str(layout) == "replicate 2 x shard 8 (experts 2 x 4), context 4"
+    assert layout.data_parallel == 4 and [layout.data_rank(rank) for rank in range(16)] == [n // 4 for n in range(16)]
+    assert check_context(ParallelConfig(context_parallel=4, replicate=2), 16) == 4
 
 
 @pytest.mark.parametrize(
@@ -51,6 +58,12 @@ def test_groups_that_span_machines_are_named(world, node, ep, expected):
     assert spanned_machines(plan(world, 32, expert_parallel=ep), node) == expected
 
 
+def test_rings_that_span_machines_are_named():
+    line = spanned_machines(plan(32, 32, context_parallel=16), 8)
+    assert line == "context_parallel=16 spans machines of 8 processes: keys and values cross the network"
+    assert spanned_machines(plan(32, 32, context_parallel=8), 8) is None
+
+
 def test_the_launcher_knows_the_ranks_of_a_node(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert ranks_per_node(16) == 16
@@ -74,6 +87,8 @@ def test_the_launcher_knows_the_ranks_of_a_node(monkeypatch):
         (6, 32, {"replicate": 4}, "parallel.replicate=4 does not divide the 6 processes; possible: 1, 2, 3, 6"),
         (6, 32, {"replicate": 0}, "parallel.replicate=0 .* possible: 1, 2, 3, 6"),
         (4, 32, {"expert_parallel": 2, "experts": "plain"}, "needs --parallel.experts megablocks, not plain"),
+        (8, 32, {"context_parallel": 3}, "parallel.context_parallel=3 .* the 8 processes .* possible: 1, 2, 4, 8$"),
+        (8, 32, {"context_parallel": 8, "replicate": 2}, "must divide the 4 processes .*replicate=2.*: 1, 2, 4$"),
     ],
 )
 def test_impossible_layouts_name_what_is_possible(world, experts, fields, message):

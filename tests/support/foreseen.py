@@ -77,7 +77,7 @@ def train(case: Case, ranks: Ranks) -> dict:
     settings = engine_settings(case.config())
     engine = lay_out_engine(settings, ranks, next_token_prediction)
     noted, recorder = note_routing(engine), Recorder(settings.model.vocab_size)
-    generator = torch.Generator().manual_seed(ranks.rank)
+    generator = torch.Generator().manual_seed(ranks.rank // case.cp)
     shape = (settings.train.gradient_accumulation, settings.train.micro_batch_size, SEQ_LEN)
     with recorder:
         engine.materialize()

@@ -42,11 +42,17 @@ class Case:
     """Experts that no token is sent to."""
     double: bool = False
     """Everything in float64."""
+    cp: int = 1
+    length: int = 40
+    """Tokens of a sample."""
+    documents: bool = False
+    """Whether attention stays within documents."""
 
     def config(self) -> Config:
         config = settings(**{"num_local_experts": 8, "num_hidden_layers": 2} | self.model)
         config.optim.clip_norm = 0.3
         config.parallel.expert_parallel, config.parallel.replicate = self.ep, self.replicate
+        config.parallel.context_parallel = self.cp
         for key, value in self.options.items():
             section, name = key.split(".")
             assert hasattr(getattr(config, section), name), key
@@ -129,12 +135,15 @@ def train(case: Case, ranks: Ranks, folder: Path) -> None:
         "local": {n: list(local(p).shape) for n, p in parameters.items()},
         "rows": [],
         "traffic": [],
+        "evaluated": [],
     }
     case.silence_in(engine)
-    share = slice(ranks.rank * SAMPLES // ranks.world_size, (ranks.rank + 1) * SAMPLES // ranks.world_size)
+    group, groups = ranks.rank // case.cp, ranks.world_size // case.cp
+    share = slice(group * SAMPLES // groups, (group + 1) * SAMPLES // groups)
     for step in range(STEPS):
-        batches = [{k: t[share] for k, t in b.items()} for b in micro_batches(step, SAMPLES)]
-        engine.evaluate(batches[:1])  # leaves no trace in what follows
+        global_batches = micro_batches(step, SAMPLES, case.length, case.documents)
+        batches = [{k: t[share] for k, t in b.items()} for b in global_batches]
+        report["evaluated"].append(engine.evaluate(batches[:1]))  # leaves no trace in what follows
         sent = SentBytes()
         with sent.counting(not case.config().train.compile):
             sums = engine.forward_backward(batches)

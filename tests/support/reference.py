@@ -69,21 +69,34 @@ def build(config: Config, ranks: Ranks) -> Engine:
     return build_engine(engine_settings(config), ranks, next_token_prediction)
 
 
-def micro_batches(step: int, samples: int) -> list[dict[str, Tensor]]:
-    """Two micro-batches of `samples` samples each, with different numbers of valid tokens."""
-    tokens = torch.randint(0, 101, (2 * samples, 41), generator=torch.Generator().manual_seed(step))
+def micro_batches(step: int, samples: int, length: int = 40, documents: bool = False) -> list[dict[str, Tensor]]:
+    """Two micro-batches of `samples` samples each, with different numbers of valid tokens.
+
+    Args:
+        length: Tokens of a sample.
+        documents: Say where documents end: of lengths from 1 to two thirds of a sample, others in each.
+    """
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, 101, (2 * samples, length + 1), generator=generator)
     labels = tokens[:, 1:].clone()
     labels[0, :25] = -100
-    return [{"input_ids": x[:, :-1], "labels": y} for x, y in zip(tokens.chunk(2), labels.chunk(2))]
+    batches = {"input_ids": tokens[:, :-1], "labels": labels}
+    if documents:
+        ends = torch.randint(1, length, (2 * samples, 3), generator=generator)
+        ends[:, 2] = ends[:, 1] + 1
+        ends[1] = length  # one sample is one document
+        batches["document_ids"] = (torch.arange(length)[:, None] >= ends[:, None]).sum(-1)
+    return [dict(zip(batches, parts)) for parts in zip(*(x.chunk(2) for x in batches.values()))]
 
 
 def plain(
-    config: Config, steps: int, samples: int, prepare: Callable[[nn.Module], None] = lambda model: None
+    config: Config, steps: int, samples: int, prepare: Callable[[nn.Module], None] = lambda model: None, **batches
 ) -> Result:
     """Train the plain model in this process.
 
     Args:
         prepare: called with the initialised model.
+        batches: Further arguments of `micro_batches`.
     """
     model, rows, gradients = GptOss(config.model), [], {}
     initialize(model, config.run.seed)
@@ -99,11 +112,11 @@ def plain(
         eps=config.optim.eps,
     )
     for step in range(steps):
-        parts = micro_batches(step, samples)
+        parts = micro_batches(step, samples, **batches)
         valid = sum((b["labels"] != -100).sum() for b in parts)
         sums = [0.0, 0.0, 0.0]
         for b in parts:
-            token_loss, stats = model(b["input_ids"], b["labels"])
+            token_loss, stats = model(b["input_ids"], b["labels"], document_ids_BT=b.get("document_ids"))
             loss = token_loss / valid
             aux = balance_loss(stats, stats.counts_E, b["input_ids"].numel(), config.model.num_experts_per_tok) / 2
             z = z_loss(stats, b["input_ids"].numel()) / 2

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,3 +53,24 @@ def locate_documents(document_ids_BT: Tensor) -> Documents:
     starts = torch.nonzero_static(starts_N, size=count).flatten()  # nonzero would ask the device for the size again
     cu_seqlens = torch.nn.functional.pad(starts, (0, 1), value=B * T)
     return Documents(first_BT, cu_seqlens.int(), longest)
+
+
+def padded_documents(firsts: Sequence[int], T: int, device: torch.device) -> Documents | None:
+    """Return where text and the padding before it lie, as two documents of each row, or None if there is no padding.
+
+    The host knows the numbers, so that it does not wait for the device.
+
+    Args:
+        firsts: Where the text of each row begins; at 0 or below it fills the row, at T or beyond there is none.
+        T: The length of the rows.
+        device: Where the result is to be.
+    """
+    firsts = [min(max(first, 0), T) for first in firsts]
+    if not any(firsts):
+        return None
+    starts = [row * T + start for row, first in enumerate(firsts) for start in {0, first % T}]
+    longest = max(max(first, T - first) for first in firsts)
+    first_B1 = torch.tensor(firsts, device=device)[:, None]
+    first_BT = torch.where(torch.arange(T, device=device) >= first_B1, first_B1, 0)
+    cu_seqlens = torch.tensor([*sorted(starts), len(firsts) * T], dtype=torch.int32, device=device)
+    return Documents(first_BT, cu_seqlens, longest)

@@ -120,6 +120,44 @@ def _differentiate(ctx, do_BTHD: Tensor, _):
     return *_attend_backward(do_BTHD, q, k, v, sinks, o, lse, *options), *[None] * 6
 
 
+def attend_with_lse(
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    sinks_H: Tensor,
+    scale: float,
+    documents: Documents | None,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    """Return what `forward` does without a window, for who differentiates it with `differentiate`."""
+    borders = (None, None, q_BTHD.shape[1]) if documents is None else documents
+    return _attend(q_BTHD, k_BTKD, v_BTKD, sinks_H, scale, None, *borders, kernel)
+
+
+def differentiate(
+    do_BTHD: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    o_BTHD: Tensor,
+    lse_HN: Tensor,
+    scale: float,
+    documents: Documents | None,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v and sinks, the `inputs` of `attend_with_lse`.
+
+    Args:
+        do_BTHD: Gradient of o.
+        inputs: q_BTHD, k_BTKD, v_BTKD and sinks_H.
+        o_BTHD: The output. Where the queries see further keys elsewhere, it is that of all of them together.
+        lse_HN: Its log-sum-exp.
+        scale: As in the forward pass.
+        documents: As in the forward pass.
+        kernel: As in the forward pass.
+    """
+    borders = (None, None, do_BTHD.shape[1]) if documents is None else documents
+    return _attend_backward(do_BTHD, *inputs, o_BTHD, lse_HN, scale, None, *borders, kernel)
+
+
 _attend.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {

@@ -82,7 +82,7 @@ def masked_sink_attention(
     k_BKSD: Tensor,
     v_BKSD: Tensor,
     sinks_H: Tensor,
-    visible: Tensor,
+    visible: Tensor | None,
     *,
     scale: float | None = None,
 ) -> Tensor:
@@ -97,6 +97,7 @@ def masked_sink_attention(
         v_BKSD: Values.
         sinks_H: One logit per query head.
         visible: bool [T, S] or [B, T, S], true where the query sees the key. A query that sees nothing gets zeros.
+            None if every query sees every key.
         scale: Factor on q . k, 1 / sqrt(D) by default.
 
     Returns:
@@ -110,8 +111,9 @@ def masked_sink_attention(
     q_BKRD = q_BHTD.reshape(B, K, G * T, D)
     scores_BKGTS = (q_BKRD.to(dtype) @ k_BKSD.to(dtype).transpose(-1, -2)).view(B, K, G, T, S)
     scores_BKGTS = scores_BKGTS.to(torch.promote_types(q_BHTD.dtype, torch.float32)) * scale
-    visible = visible[:, None, None] if visible.dim() == 3 else visible
-    scores_BKGTS = scores_BKGTS.masked_fill(~visible, float("-inf"))
+    if visible is not None:
+        visible = visible[:, None, None] if visible.dim() == 3 else visible
+        scores_BKGTS = scores_BKGTS.masked_fill(~visible, float("-inf"))
     sinks_BKGT1 = sinks_H.to(scores_BKGTS.dtype).view(1, K, G, 1, 1).expand(B, K, G, T, 1)
     probability_BKGTS = torch.cat((scores_BKGTS, sinks_BKGT1), dim=-1).softmax(dim=-1)[..., :-1]
     o_BKRD = probability_BKGTS.to(dtype).reshape(B, K, G * T, S) @ v_BKSD.to(dtype)

@@ -31,6 +31,8 @@ from gptoss_dist.ops.backends import BF16_ONLY
 
 ROWS_PER_STRIP = 512
 """Rows (queries times heads of a group) at which the CPU kernel is fastest at T >= 2048 (docs/log.md)."""
+KEYS_PER_CALL = {"flash": 16384, "chunked": 2048}
+"""Earlier keys that `forward_unmasked` casts, and attends to, at a time."""
 MIN_BLOCK = 32
 """Queries per band block for windows up to 256; the CPU kernel splits short tiles into 32 rows."""
 
@@ -144,6 +146,36 @@ def backward(
         dk_BTKD[batch, keys] += dk_MKSD.transpose(1, 2)
         dv_BTKD[batch, keys] += dv_MKSD.transpose(1, 2)
     return dq_BTHD, dk_BTKD.to(k_BTKD.dtype), dv_BTKD.to(v_BTKD.dtype)
+
+
+def forward_unmasked(
+    q_BTHD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
+    """Return attention of every query to every key, without sinks: o_BTHD and lse_BTH, in float32 at least.
+
+    Keys and values are cast by blocks, whose results are merged: what this needs beside them does not grow with S.
+    The kernel is `flash`, on CPU, or `chunked`.
+    """
+    H, K = q_BTHD.shape[2], k_BKSD.shape[1]
+    dtype, exact = _tile_dtype(q_BTHD, kernel), torch.promote_types(q_BTHD.dtype, torch.float32)
+    attend, keys = (_flash_cpu if kernel == "flash" else _matmul), KEYS_PER_CALL[kernel]
+    q_BKRD = _group(q_BTHD.to(dtype), K)
+    strips = []
+    for q_BKrD in q_BKRD.split(q_BKRD.shape[2] if kernel == "flash" else ROWS_PER_STRIP, dim=2):
+        merged = None
+        for k_BKsD, v_BKsD in zip(k_BKSD.split(keys, dim=2), v_BKSD.split(keys, dim=2)):
+            part = attend(q_BKrD, k_BKsD.to(dtype), v_BKsD.to(dtype), None, scale)
+            part = part[0].to(exact), part[1].to(exact)
+            merged = part if merged is None else merge(*merged, *part)
+        strips.append(merged)
+    o_BKRD, lse_BKR = (torch.cat(column, dim=2) for column in zip(*strips))
+    return _ungroup(o_BKRD, H), _ungroup(lse_BKR[..., None], H)[..., 0]
+
+
+def merge(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return attention to the keys of two sets from that to each: outputs [..., D] and log-sum-exps [...]."""
+    both = torch.logaddexp(lse, other_lse)
+    return o * (lse - both).exp()[..., None] + other_o * (other_lse - both).exp()[..., None], both
 
 
 def _tile_dtype(q_BTHD: Tensor, kernel: str) -> torch.dtype:
@@ -323,10 +355,16 @@ def _with_sinks(o_MKRD: Tensor, lse_MKR: Tensor, sinks_KR: Tensor) -> tuple[Tens
     return o_MKRD.mul_(torch.exp(lse_MKR - with_sink_MKR)[..., None]), with_sink_MKR
 
 
-def _matmul_forward(q_MKRD, k_MKSD, v_MKSD, bias_M1RS, sinks_KR, scale):
-    scores_MKRS = (q_MKRD @ k_MKSD.mT).mul_(scale).add_(bias_M1RS)
+def _matmul(q_MKRD, k_MKSD, v_MKSD, bias_M1RS, scale):
+    scores_MKRS = (q_MKRD @ k_MKSD.mT).mul_(scale)
+    if bias_M1RS is not None:
+        scores_MKRS.add_(bias_M1RS)
     lse_MKR = scores_MKRS.logsumexp(-1)
-    return _with_sinks(scores_MKRS.sub_(lse_MKR[..., None]).exp_() @ v_MKSD, lse_MKR, sinks_KR)
+    return scores_MKRS.sub_(lse_MKR[..., None]).exp_() @ v_MKSD, lse_MKR
+
+
+def _matmul_forward(q_MKRD, k_MKSD, v_MKSD, bias_M1RS, sinks_KR, scale):
+    return _with_sinks(*_matmul(q_MKRD, k_MKSD, v_MKSD, bias_M1RS, scale), sinks_KR)
 
 
 def _matmul_backward(do_MKRD, q_MKRD, k_MKSD, v_MKSD, o_MKRD, lse_MKR, bias_M1RS, scale):
@@ -337,11 +375,14 @@ def _matmul_backward(do_MKRD, q_MKRD, k_MKSD, v_MKSD, o_MKRD, lse_MKR, bias_M1RS
     return ds_MKRS @ k_MKSD, ds_MKRS.mT @ q_MKRD, dv_MKSD
 
 
-def _flash_cpu_forward(q_MKRD, k_MKSD, v_MKSD, bias_M1RS, sinks_KR, scale):
-    o_MKRD, lse_MKR = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+def _flash_cpu(q_MKRD, k_MKSD, v_MKSD, bias_M1RS, scale):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_MKRD, k_MKSD, v_MKSD, 0.0, False, attn_mask=bias_M1RS, scale=scale
     )
-    return _with_sinks(o_MKRD, lse_MKR, sinks_KR)
+
+
+def _flash_cpu_forward(q_MKRD, k_MKSD, v_MKSD, bias_M1RS, sinks_KR, scale):
+    return _with_sinks(*_flash_cpu(q_MKRD, k_MKSD, v_MKSD, bias_M1RS, scale), sinks_KR)
 
 
 def _flash_cpu_backward(do_MKRD, q_MKRD, k_MKSD, v_MKSD, o_MKRD, lse_MKR, bias_M1RS, scale):

@@ -101,12 +101,13 @@ class TracedStep:
 
         From the second micro-batch on all are alike. Where in a pass the instant lies may depend on the number of
         layers. So the line is drawn for every instant of the shallower model, with that of the deeper one that is as
-        far from the beginning of the same pass, or, in the second half of the pass, as far from its end. Between the
+        far from the beginning of the same pass, or, from the middle of the layers on, as far from its end. Between the
         layers near both ends nothing is higher: from layer to layer memory grows, or shrinks, evenly.
         """
         count = max(count for _, count in self.timelines)
         few, many = min(depths := [layers for layers, c in self.timelines if c == count]), max(depths)
         low, high = self.timelines[few, count], self.timelines[many, count]
+        names_low, names_high = ([o.name for o in self.traces[n, count].step] for n in (few, many))
         if few == many:
             return self._with_inputs(low.peaks(), low, count)
         deep = []
@@ -114,7 +115,8 @@ class TracedStep:
             assert phase == same
             n, m = a.stop - a.start, b.stop - b.start
             instants = np.arange(n)
-            partner = b.start + np.where(instants < n // 2, instants, m - n + instants)
+            middle = middle_of_layers(names_low[a], names_high[b])
+            partner = b.start + np.where(instants < middle, instants, m - n + instants)
             by_kind = {}
             for kind in dict.fromkeys([*low.by_kind, *high.by_kind]):
                 less = low.by_kind[kind][a] if kind in low.by_kind else np.zeros(n, dtype=np.int64)
@@ -160,6 +162,23 @@ class TracedStep:
         all_calls, all_sent = self.quantities(calls), self.quantities(sent)
         found = [Traffic(*group, all_calls[group], all_sent[group]) for group in all_calls]
         return sorted(found, key=lambda traffic: -traffic.sent)
+
+
+def middle_of_layers(few: list[str], many: list[str]) -> int:
+    """Return the middle of the part of a pass that is the same in a deeper model, seen from its beginning and its end.
+
+    That part is the layers. What the head does to long samples may be more than half of a pass.
+
+    Args:
+        few: Names of the operators of the pass.
+        many: Those of the deeper model's.
+    """
+    n = len(few)
+    alike = min(n, len(many))
+    from_start = next((i for i in range(alike) if few[i] != many[i]), alike)
+    from_end = next((i for i in range(alike) if few[-1 - i] != many[-1 - i]), alike)
+    first = n - from_end
+    return (first + from_start) // 2 if first < from_start else n // 2
 
 
 def _group(operator: Operator, node_size: int) -> _Group:

@@ -41,6 +41,7 @@ from gptoss_dist.ops import cross_entropy
 from gptoss_dist.ops.attention.documents import locate_documents
 from gptoss_dist.ops.experts import activation
 from gptoss_dist.parallel.mesh import DeviceLayout
+from gptoss_dist.parallel.ring import Split
 from gptoss_dist.planner.tracing.deepspeed import HostReads, answered, globals_put_back
 from gptoss_dist.planner.tracing.recorder import Operator, Recorder, Storage
 
@@ -170,7 +171,9 @@ def _prepared_deepspeed(settings: EngineSettings, ranks: Ranks, reads: HostReads
 
 @contextlib.contextmanager
 def _answers(settings: EngineSettings, workload: Workload) -> Iterator[None]:
-    tokens = settings.train.micro_batch_size * workload.seq_len
+    split = Split(workload.seq_len, degree := settings.parallel.context_parallel)
+    mine = workload.seq_len if degree == 1 else split.tokens_of(workload.rank % degree)
+    tokens = settings.train.micro_batch_size * mine
     rows = tokens * settings.model.num_experts_per_tok
 
     def tolist(counts: FakeTensor) -> list:

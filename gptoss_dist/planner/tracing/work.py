@@ -31,6 +31,10 @@ def matrix_flops(function, args, kwargs: dict[str, Any], result: list[Tensor]) -
         return 4 * _attention_products(args[0], window=args[5])
     if name == "gptoss_dist::sink_attention_backward":
         return 10 * _attention_products(args[1], window=args[8])
+    if name == "gptoss_dist::block_attention":
+        return 4 * _block_products(args[0], keys=args[1])
+    if name == "gptoss_dist::block_attention_backward":
+        return 10 * _block_products(args[1], keys=args[2])
     if name == "aten::_grouped_mm":
         return _grouped(args[0], args[1])
     # torch lists products such as `addmm` and forgets that there is an `addmm_`.
@@ -50,6 +54,11 @@ def _attention_products(q_BTHD: Tensor, window: int | None) -> int:
     """
     B, T, H, D = q_BTHD.shape
     return B * H * D * visible_pairs(T, window)
+
+
+def _block_products(q_BTHD: Tensor, keys: Tensor) -> int:
+    """Return the same of queries that see all keys."""
+    return q_BTHD.numel() * keys.shape[1]
 
 
 def _grouped(a: Tensor, b: Tensor) -> int:

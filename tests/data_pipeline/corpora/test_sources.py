@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,9 @@ import zstandard
 
 from data_pipeline import open_source
 from data_pipeline.corpora import builtin
+from data_pipeline.needles.arrange import words_of
+from data_pipeline.needles.tasks import TASKS
+from tests.support.needles import solve
 
 TEXTS = ["first\ntext", "zweiter Text: ß", "third"]
 JSONL = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)).encode()
@@ -235,3 +239,34 @@ def test_huggingface_dataset_offline(tmp_path):
 def test_an_unreachable_dataset_is_one_line(tmp_path):
     (line,) = huggingface(tmp_path, "train")
     assert line.startswith("source 'someone/Stories' is no built-in corpus"), line
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_needles_are_questions_with_their_answers(task):
+    spec = f"needles:task={task},documents=30,least=110,most=160,seed=3"
+    texts = read(spec)
+    assert texts == read(spec) and len(set(texts)) == 30
+    assert (
+        texts[:10] == read(spec.replace("documents=30", "documents=10")) != read(spec.replace("seed=3", "seed=4"))[:10]
+    )
+    lengths = set()
+    for text in texts:
+        prompt = text[: re.search(r"(is|are)(?= [\dA-Z, ]+$)", text).end()]
+        assert prompt + solve(prompt) == text
+        lengths.add(len(words_of(prompt)))
+    assert len(lengths) > 10 and min(lengths) >= 110 and max(lengths) <= 160
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("needles:task=key", "expected needles:task=passkey|single|"),
+        ("needles:words=100", "expected needles:task=passkey|single|"),
+        ("needles:least=many", "expected needles:task=passkey|single|"),
+        ("needles:least=300", "least=300 is more than most=256; exchange them"),
+        ("needles:least=20", "least=20: 20 tokens are too few for the task passkey"),
+    ],
+)
+def test_impossible_needles_are_refused(spec, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(spec)

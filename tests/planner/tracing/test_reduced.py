@@ -8,6 +8,7 @@ from gptoss_dist.engine import EngineSettings
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.planner.hardware import find_gpu, find_network
 from gptoss_dist.planner.plan import Machines, Plan, make_plan
+from gptoss_dist.planner.tracing.reduced import middle_of_layers
 from gptoss_dist.train.objectives import next_token_prediction
 
 pytestmark = pytest.mark.heavy
@@ -58,6 +59,14 @@ def planned(case: tuple, in_full: bool) -> Plan:
         settings.engine = EngineConfig(kind="deepspeed", zero_stage=int(engine[-1]))
     machines = Machines(4, 2, find_gpu("h100-80gb") if on_gpu else None, find_network("ib-400"), memory_bytes=2**40)
     return make_plan(settings, 128, 1, machines, next_token_prediction, in_full=in_full)
+
+
+@pytest.mark.parametrize("head", [1, 1000])
+def test_the_middle_lies_within_the_layers(head):
+    """Also where the head, which goes through long samples in parts, is most of a pass."""
+    few, many = (["embed", *["norm", "slide", "norm", "attend"] * n, *["head"] * head] for n in (2, 4))
+    assert 1 <= middle_of_layers(few, many) <= 9
+    assert middle_of_layers(["a", "b", "c", "d"], ["x", "y"]) == 2
 
 
 @pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in GRID)], ids=str)

@@ -1,0 +1,71 @@
+"""Texts that a model writes for an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline import Tokenizer
+from gptoss_dist.inference import Sampling, complete
+
+
+@dataclass(frozen=True)
+class ContinuationSettings:
+    """How a prompt is continued."""
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the text."""
+    stop_texts: tuple[str, ...] = ()
+    """Texts that end it, wherever tokens begin and end."""
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def key(self) -> tuple:
+        """What puts like settings next to each other in an order."""
+        return (
+            *(self.max_new_tokens, self.temperature, self.top_k, self.top_p),
+            *(self.stop_ids, self.stop_texts),
+        )
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt, and how it is to be continued."""
+
+    ids: Sequence[int]
+    settings: ContinuationSettings
+    seed: int = 0
+
+
+def continue_prompts(
+    model: Any,
+    tokenizer: Tokenizer,
+    continuations: Sequence[Continuation],
+    *,
+    largest: Callable[[int], int] | None = None,
+) -> list[list[int]]:
+    """Return the new tokens of each prompt, without those behind its end; the last one may hold a part of a stop text.
+
+    Args:
+        model: A `GptOss` in evaluation mode, which may be sharded.
+        tokenizer: What made the prompts.
+        continuations: The prompts, one at least; all have the same settings.
+        largest: As that of `complete`, where other ranks hold parts of the model.
+    """
+    settings = continuations[0].settings
+    found = complete(
+        model,
+        [continuation.ids for continuation in continuations],
+        Sampling(settings.temperature, settings.top_k, settings.top_p),
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=settings.stop_ids,
+        stop_texts=settings.stop_texts,
+        tokenizer=tokenizer,
+        seeds=[continuation.seed for continuation in continuations],
+        largest=largest,
+    )
+    return [completion.ids for (completion,) in found]

@@ -1,0 +1,151 @@
+"""What the harness sees of a model: it asks for log-likelihoods and texts. This module needs `lm_eval`.
+
+The harness believes that there is one process; `team.py` shares its requests out. Its conventions are those of its own
+`hf` model: an end-of-text token stands before a text without a context, requests that are too long lose their
+beginning, and what is written ends at the first stop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from data_pipeline import Tokenizer
+from data_pipeline.tokenizer.harmony import stop_ids
+from gptoss_dist.evaluation.continuing import Continuation, ContinuationSettings
+from gptoss_dist.evaluation.harness.chat import encoder, render
+from gptoss_dist.evaluation.scoring import Request, Score
+
+NEW_TOKENS = 256
+"""The most that a task's text has if the task does not say, as in the harness's own models."""
+
+
+class Worker(Protocol):
+    """What scores and writes: a `Team`, or what hands its requests to one."""
+
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        """Return the score of each request."""
+
+    def continue_prompts(self, continuations: Sequence[Continuation]) -> list[list[int]]:
+        """Return the new tokens of each prompt."""
+
+
+class HarnessModel(TemplateLM):
+    """A model of this project as one of the harness's.
+
+    Args:
+        worker: What does the work.
+        tokenizer: The model's.
+        max_length: Tokens that the model may see.
+        template: Its chat template, if it has one.
+    """
+
+    def __init__(self, worker: Worker, tokenizer: Tokenizer, *, max_length: int, template: str | None = None) -> None:
+        super().__init__()
+        self.worker, self.ours, self.max_length, self.template = worker, tokenizer, max_length, template
+        self._encode = encoder(tokenizer)
+        self._specials = frozenset(tokenizer.special_tokens.values())
+        self._seeds = itertools.count()
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token before a text that has no context."""
+        return self.ours.eot_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness tells caches of prompts by."""
+        template = hashlib.sha256((self.template or "").encode()).hexdigest()[:8]
+        return f"{self.ours.name}-{self.ours.sha256[:8]}-{template}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Return the ids of a text; nothing is put before it."""
+        return self._encode(string)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the template that prompts are put into, for the record."""
+        return self.template if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return messages as the text of a prompt.
+
+        Raises:
+            ValueError: The model has no chat template, or it refuses the messages.
+        """
+        if self.template is None:
+            raise ValueError(
+                f"tokenizer {self.ours.name} has no chat template: it lacks Harmony's special tokens; leave out --chat"
+            )
+        return render(self.template, chat_history, end_of_text=self.ours.eot_token, begin_answer=add_generation_prompt)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each continuation, and whether it is the greedy one."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        scores = self.worker.score([self._request(c, t) for _, c, t in requests])
+        return [(score.log_likelihood, score.is_greedy) for score in scores]
+
+    def _request(self, context: list[int], continuation: list[int]) -> Request:
+        if not 0 < len(continuation) <= self.max_length:
+            raise ValueError(
+                f"a continuation of {len(continuation)} tokens cannot be scored within max_length={self.max_length}"
+            )
+        return Request((context + continuation)[-(self.max_length + 1) :], len(continuation))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Return the log-likelihood of each text, in windows side by side of `max_length` tokens."""
+        parts: list[Request] = []
+        counts = []
+        for (text,) in (request.args for request in requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            before = len(parts)
+            parts += [self._request(*make_disjoint_window(window)) for window in windows]
+            counts.append(len(parts) - before)
+        scores = iter(self.worker.score(parts))
+        return [sum(score.log_likelihood for score in itertools.islice(scores, count)) for count in counts]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Return what the model writes behind each prompt, up to its stops."""
+        asked = [self._continuation(*request.args) for request in requests]
+        written = self.worker.continue_prompts([continuation for continuation, _ in asked])
+        return [self._text(ids, stops) for ids, (_, stops) in zip(written, asked)]
+
+    def _continuation(self, context: str, given: dict[str, Any]) -> tuple[Continuation, list[str]]:
+        """Return what is asked of the model, and the texts at which the answer is cut."""
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, NEW_TOKENS))
+        new, is_sampled = kwargs["max_gen_toks"], kwargs.get("do_sample", False)
+        stops = handle_stop_sequences(kwargs["until"], eos=self.ours.eot_token)
+        most = self.max_length - new
+        if most < 1:
+            raise ValueError(f"max_gen_toks={new} leaves no room for a prompt within max_length={self.max_length}")
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        settings = ContinuationSettings(
+            max_new_tokens=new,
+            stop_ids=tuple(stop_ids(self.ours)),
+            stop_texts=tuple(stop for stop in stops if stop),
+            temperature=float(kwargs.get("temperature", 1.0)) if is_sampled else 0.0,
+            top_k=int(kwargs.get("top_k", 0)),
+            top_p=float(kwargs.get("top_p", 1.0)),
+        )
+        return Continuation(ids[-most:], settings, next(self._seeds)), stops
+
+    def _text(self, ids: list[int], stops: list[str]) -> str:
+        ends = frozenset(stop_ids(self.ours))
+        kept = itertools.takewhile(lambda id_: id_ not in ends, ids)
+        text = self.ours.decode([id_ for id_ in kept if id_ not in self._specials])
+        return postprocess_generated_text(text, stops, None)

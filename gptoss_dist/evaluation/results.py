@@ -1,0 +1,159 @@
+"""What an evaluation leaves behind: a folder with `result.json` and plots, and a run of MLflow below the model's own.
+
+The files come first and are complete before MLflow hears of them; without MLflow they are all there is to it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.disk import replacing, write_file_atomically
+from gptoss_dist.evaluation.options import ResultOptions
+from gptoss_dist.tracking.children import open_child
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was evaluated."""
+
+    name: str
+    """Of the run, the exported model or the architecture."""
+    source: str
+    """What the user called it."""
+    step: int = 0
+    """The checkpoint's step; 0 where there is none."""
+    run: Path | None = None
+    """The folder of the training run, if it belongs to one."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Numbers of one evaluation."""
+
+    verb: str
+    """Which one, such as `passkey`."""
+    settings: dict[str, Any]
+    """What it was asked to do, so that it can be repeated."""
+    rows: list[dict[str, Any]]
+    """The table, a dictionary per line."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What MLflow shows, such as `eval/passkey/accuracy`."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What else is worth keeping."""
+
+
+def subject_of(source: str, checkpoint: Path | None = None, step: int = 0) -> Subject:
+    """Return what `source` names: a run's folder, one of its checkpoints, or a model of its own.
+
+    Args:
+        source: What the user gave.
+        checkpoint: The checkpoint that was read, if it is one.
+        step: Its step.
+    """
+    folder = Path(checkpoint or source.rpartition(":")[2])
+    run = next((path for path in (folder, *folder.parents[:2]) if (path / "metrics.jsonl").is_file()), None)
+    return Subject((run or folder).resolve().name, source, step, run)
+
+
+def results_folder(options: ResultOptions, verb: str, subject: Subject) -> Path:
+    """Return the folder for an evaluation's files, which does not exist yet.
+
+    Raises:
+        ValueError: `--output` names one that does.
+    """
+    if options.output is not None:
+        folder = Path(options.output)
+        if folder.exists():
+            raise ValueError(f"--output {folder} exists already; name a new folder, or remove it")
+        return folder
+    name = f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}"
+    parent = (subject.run or Path()) / "evaluations"
+    return next(path for n in range(1, 1000) if not (path := parent / (name + f"-{n}" * (n > 1))).exists())
+
+
+def publish(
+    result: Result,
+    subject: Subject,
+    folder: Path,
+    *,
+    figures: Mapping[str, Callable[[Figure], None]] | None = None,
+    mlflow: bool = True,
+    message: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> None:
+    """Write the files of an evaluation, and tell MLflow.
+
+    Args:
+        result: The numbers.
+        subject: What they are of.
+        folder: From `results_folder`; it is created.
+        figures: What draws each plot, by the name of its file without `.png`.
+        mlflow: Whether MLflow is told; what it cannot take now can be sent later
+            (`python -m gptoss_dist.tracking sync FOLDER`).
+        message: What tells the user what went wrong.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [_draw(folder / f"{name}.png", draw) for name, draw in (figures or {}).items()]
+    text = json.dumps(
+        {
+            "evaluation": result.verb,
+            "subject": {"name": subject.name, "source": subject.source, "step": subject.step},
+            "settings": result.settings,
+            "metrics": result.metrics,
+            "rows": result.rows,
+            **result.details,
+        },
+        indent=1,
+    )
+    write_file_atomically(folder / RESULT, (text + "\n").encode())
+    if not mlflow:
+        return
+    tracker = open_child(
+        folder,
+        subject.run,
+        run_name=f"{result.verb} of {subject.name}",
+        params=result.settings | {"evaluated": subject.source},
+        tags={"evaluation": result.verb, "step": subject.step},
+        message=message,
+    )
+    tracker.log(subject.step, result.metrics)
+    for path in (folder / RESULT, *drawn):
+        tracker.artifact(path)
+    tracker.close()
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print rows of equal keys under their names, numbers to the right."""
+    if not rows:
+        return
+    cells = [[str(name) for name in rows[0]], *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    numeric = [isinstance(value, (int, float)) for value in rows[0].values()]
+    for line in cells:
+        print("  ".join(f"{c:>{w}}" if n else f"{c:<{w}}" for c, w, n in zip(line, widths, numeric)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _draw(path: Path, draw: Callable[[Figure], None]) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    draw(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path

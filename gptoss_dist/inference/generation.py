@@ -1,0 +1,294 @@
+"""Completions of many prompts at once: prompts of any lengths, several samples of each, a seed for each sample.
+
+Prompts pass the model once, in chunks, together. Then all samples grow by one token at a time; when half of them are
+finished, the others go on without them.
+
+Shapes: B samples in a batch, T tokens, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from data_pipeline import Tokenizer
+from data_pipeline.command_line import check_ranges, ranged
+from gptoss_dist.inference.stops import GrowingText
+from gptoss_dist.model.generate import PREFILL_CHUNK, columns_of_chunk, prefill, warn_of_length, without_padding
+from gptoss_dist.model.kv_cache import KVCache
+from gptoss_dist.model.transformer import GptOss
+from gptoss_dist.ops.sampling import penalize_repetition, sample
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. What is out of range, or nan, is refused by its name."""
+
+    temperature: float = ranged(1.0, at_least=0, below=float("inf"))
+    """Divides the logits; 0 always takes the most likely token."""
+    top_k: int = ranged(0, at_least=0)
+    """Sample from the k most likely tokens; 0 is all."""
+    top_p: float = ranged(1.0, above=0, at_most=1)
+    """Sample from the smallest set of tokens with this much probability (nucleus, arXiv:1904.09751)."""
+    min_p: float = ranged(0.0, at_least=0, at_most=1)
+    """Sample from tokens with at least this share of the likeliest one's probability (arXiv:2407.01082)."""
+    repetition_penalty: float = ranged(1.0, above=0, below=float("inf"))
+    """Makes tokens of the prompt and of what was written less likely, if above 1 (CTRL, arXiv:1909.05858)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+GREEDY = Sampling(temperature=0.0)
+"""The most likely token, always."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sample."""
+
+    ids: list[int]
+    """Without the prompt, and without what ended it: no stop id, and no token that is only part of a stop text."""
+    logprobs: list[float] | None
+    """Of each id, the logarithm of its probability under the model itself: before temperature, penalty and top-k."""
+    finish: Literal["stop", "length"]
+    """Whether a stop id or text ended it, or `max_new_tokens`."""
+    text: str | None = None
+    """What `ids` mean, up to a stop text, if there was a tokenizer."""
+
+
+@torch.no_grad()
+def complete(
+    model: GptOss,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling = Sampling(),
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    stop_texts: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    n: int = 1,
+    seeds: Sequence[int] | None = None,
+    logprobs: bool = False,
+    vocab_size: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    on_text: Callable[[int, str], None] | None = None,
+    largest: Callable[[int], int] | None = None,
+) -> list[list[Completion]]:
+    """Return n completions of each prompt, all made in one batch.
+
+    A sample depends on its prompt and its seed, and on its neighbours only by how products of other sizes are rounded.
+
+    Args:
+        model: A model, which may be sharded: then all ranks call this together, with equal `max_new_tokens` and with
+            `largest`. Their prompts, and the numbers of these, may differ.
+        prompts: Token ids of each prompt, one at least.
+        sampling: How tokens are chosen.
+        max_new_tokens: How many tokens to add at most.
+        stop_ids: Each of them ends a sample.
+        stop_texts: Each of them ends a sample, wherever tokens begin and end; they need a tokenizer.
+        tokenizer: What the ids mean. Completions then have texts, and no id beyond its vocabulary.
+        n: Samples of each prompt, which passes the model once.
+        seeds: One of each sample, those of the first prompt first. By default torch's global generator draws them.
+        logprobs: Whether to return log-probabilities.
+        vocab_size: Ids from here on are never produced.
+        prefill_chunk: How many tokens, of all prompts together, pass the model at once.
+        on_text: Called with the number of a sample and the next piece of its text, as it is written.
+        largest: Returns the largest of the ranks' numbers, at every rank.
+
+    Raises:
+        ValueError: A prompt is empty or has ids unknown to the model, a setting is out of range, or logits are nan.
+    """
+    _check(model, prompts, n, seeds, max_new_tokens, prefill_chunk)
+    stops = _encoded(stop_texts, tokenizer, on_text)
+    seeds = torch.randint(2**62, (len(prompts) * n,)).tolist() if seeds is None else seeds
+    samples = [
+        _Sample(number, frozenset(stop_ids), GrowingText(tokenizer, stops) if tokenizer else None, seed, on_text)
+        for number, seed in enumerate(seeds)
+    ]
+    vocab_size = tokenizer.n_vocab if vocab_size is None and tokenizer is not None else vocab_size
+    was_training = model.training
+    model.eval()
+    try:
+        if samples or largest is not None:
+            used = (prompts, n) if samples else ([[0]], 1)
+            batch = _Batch(model, *used, samples, max_new_tokens, prefill_chunk, largest)
+            batch.complete(sampling, vocab_size, max_new_tokens)
+    finally:
+        model.train(was_training)
+    done = [one.completion(logprobs) for one in samples]
+    return [done[start : start + n] for start in range(0, len(done), n)]
+
+
+def _check(
+    model: GptOss,
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    seeds: Sequence[int] | None,
+    max_new_tokens: int,
+    prefill_chunk: int,
+) -> None:
+    """Refuse what makes no sense, and warn of what may not.
+
+    Raises:
+        ValueError: See `complete`.
+    """
+    for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more")
+    for number, ids in enumerate(prompts):
+        if len(ids) == 0:
+            raise ValueError(f"prompt {number} has no token; give at least one (for example the end-of-text token)")
+        if min(ids) < 0 or max(ids) >= model.config.vocab_size:
+            raise ValueError(
+                f"prompt {number} has ids from {min(ids)} to {max(ids)}, and the model's vocab_size is "
+                f"{model.config.vocab_size}; use the tokenizer that it was trained with"
+            )
+    if seeds is not None and len(seeds) != len(prompts) * n:
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts with n={n}; give one of each sample")
+    warn_of_length(max(map(len, prompts), default=1), max_new_tokens, model.config.max_position_embeddings)
+
+
+def _encoded(stop_texts: Sequence[str], tokenizer: Tokenizer | None, on_text: Callable | None) -> list[bytes]:
+    """Return the bytes of the stop texts.
+
+    Raises:
+        ValueError: One is empty, or there is no tokenizer, which texts need.
+    """
+    if "" in stop_texts or (tokenizer is None and (stop_texts or on_text is not None)):
+        raise ValueError(f"stop_texts={list(stop_texts)} must not be empty; they, and on_text, need a tokenizer")
+    return [text.encode() for text in stop_texts]
+
+
+class _Sample:
+    """One sample while it grows."""
+
+    def __init__(
+        self,
+        number: int,
+        stop_ids: frozenset[int],
+        text: GrowingText | None,
+        seed: int,
+        on_text: Callable[[int, str], None] | None,
+    ) -> None:
+        self.number, self.stop_ids, self.text, self.on_text = number, stop_ids, text, on_text
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.stopped = False
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def take(self, token: int, logprob: float) -> None:
+        """Go on with this token, or stop."""
+        if token in self.stop_ids:
+            self.stopped = True
+        else:
+            self.ids.append(token)
+            self.logprobs.append(logprob)
+            self.stopped = self.text is not None and self.text.add(token)
+        if self.text is not None and self.on_text is not None:
+            self._show(final=self.stopped)
+
+    def _show(self, final: bool) -> None:
+        assert self.text is not None and self.on_text is not None
+        if piece := self.text.news(final=final):
+            self.on_text(self.number, piece)
+
+    def completion(self, logprobs: bool) -> Completion:
+        """Return the result, when there is nothing to come."""
+        kept = len(self.ids)
+        if self.text is not None:
+            kept = self.text.tokens
+            if self.on_text is not None and not self.stopped:
+                self._show(final=True)
+        return Completion(
+            self.ids[:kept],
+            self.logprobs[:kept] if logprobs else None,
+            "stop" if self.stopped else "length",
+            None if self.text is None else str(self.text),
+        )
+
+
+class _Batch:
+    """Samples that grow together, with their cache. Those that are finished stay until half of them are."""
+
+    def __init__(
+        self,
+        model: GptOss,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        samples: list[_Sample],
+        max_new_tokens: int,
+        prefill_chunk: int,
+        largest: Callable[[int], int] | None,
+    ) -> None:
+        self.model, self.samples, self.largest = model, list(samples), largest or int
+        self.device = next(model.parameters()).device
+        longest = max(map(len, prompts))
+        padding = [longest - len(ids) for ids in prompts]
+        ids_BT = torch.tensor([[0] * pad + list(ids) for pad, ids in zip(padding, prompts)], device=self.device)
+        self.cache = KVCache(model.config, capacity=longest + max_new_tokens, padding=padding)
+        passes = -(-longest // columns_of_chunk(prefill_chunk, len(prompts)))
+        behind = self.largest(passes) - passes
+        self.logits_BV = prefill(model, ids_BT, self.cache, prefill_chunk)
+        for _ in range(behind):  # passes that the rank with the longest prompts still makes
+            model(ids_BT[:1, :1], cache=KVCache(model.config), last_only=True)
+        rows = [row for row in range(len(prompts)) for _ in range(n)]
+        if n > 1:
+            self.cache.select(rows)
+            self.logits_BV = self.logits_BV[rows]
+        self.seen_BV = torch.zeros(self.logits_BV.shape, dtype=torch.bool, device=self.device)
+        for row, prompt in enumerate(rows):
+            self.seen_BV[row, ids_BT[prompt, padding[prompt] :]] = True
+
+    def complete(self, sampling: Sampling, vocab_size: int | None, max_new_tokens: int) -> None:
+        """Let the samples grow until all are finished, on all ranks."""
+        for new in range(1, max_new_tokens + 1):
+            self.grow(sampling, vocab_size)
+            if not self.largest(len(self.unfinished())) or new == max_new_tokens:
+                return
+            self.step()
+
+    def unfinished(self) -> list[int]:
+        """Return which rows go on."""
+        return [row for row, one in enumerate(self.samples) if not one.stopped]
+
+    def grow(self, sampling: Sampling, vocab_size: int | None) -> None:
+        """Choose a token for each sample.
+
+        Raises:
+            ValueError: Logits are nan.
+        """
+        logits_BV = without_padding(self.logits_BV, vocab_size)
+        scores_BV, uniform_B = logits_BV, None
+        if sampling.repetition_penalty != 1:
+            scores_BV = penalize_repetition(logits_BV, self.seen_BV, sampling.repetition_penalty)
+        if sampling.temperature > 0:
+            uniform_B = torch.zeros(len(logits_BV), dtype=torch.float64)
+            for row, one in enumerate(self.samples):
+                uniform_B[row] = torch.rand((), dtype=torch.float64, generator=one.generator)
+        self.next_B = sample(
+            scores_BV, sampling.temperature, sampling.top_k, sampling.top_p, min_p=sampling.min_p, uniform_B=uniform_B
+        )
+        logprob_B = logits_BV.gather(1, self.next_B.clamp(min=0)[:, None])[:, 0] - logits_BV.logsumexp(-1)
+        self.seen_BV.scatter_(1, self.next_B.clamp(min=0)[:, None], True)
+        for one, token, logprob in zip(self.samples, self.next_B.tolist(), logprob_B.tolist()):
+            if token < 0 or logprob != logprob:
+                raise ValueError("the model's logits are nan: its weights are broken, or its training has diverged")
+            if not one.stopped:
+                one.take(token, logprob)
+
+    def step(self) -> None:
+        """Put the chosen tokens through the model, without samples that are finished if these are half of all."""
+        rows = self.unfinished()
+        if 0 < len(rows) <= len(self.samples) // 2:
+            self.cache.select(rows)
+            self.samples = [self.samples[row] for row in rows]
+            self.next_B, self.seen_BV = self.next_B[rows], self.seen_BV[rows]
+        self.logits_BV = self._forward(self.next_B)
+
+    def _forward(self, ids_B: Tensor) -> Tensor:
+        return self.model(ids_B[:, None], cache=self.cache, last_only=True)[:, -1]
