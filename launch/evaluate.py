@@ -13,13 +13,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_pipeline.command_line import Program, run_verb
-from gptoss_dist.distributed.launchers import set_program
+from gptoss_dist.distributed import launchers
 from gptoss_dist.evaluation import options
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks for; return the exit code."""
-    set_program("evaluate.py")
+    launchers.set_program("evaluate.py")
+    if argv is None:  # of the deepspeed command, which puts an option first
+        sys.argv[1:] = launchers.without_local_rank(sys.argv[1:])
     verbs = {
         "kv-cache": (options.KvCacheOptions, _kv_cache),
         "passkey": (options.PasskeyOptions, _passkey),

@@ -55,8 +55,8 @@ def arrange(episode: Episode, depth: float, length: int, cut: Cut[Unit], generat
     room = length - len(head) - len(tail) - sum(map(len, needles))
     if room < 0:
         raise ValueError(
-            f"{length} tokens are too few for the task {episode.task}, which takes {length - room} without any filler; "
-            f"give {length - room} or more"
+            f"a length of {length} is too little for the task {episode.task}, which takes {length - room} without any "
+            f"filler; give {length - room} or more"
         )
     places = _places(episode, depth, room, generator)
     sentences, units, before = episode.filler(), list(head), 0

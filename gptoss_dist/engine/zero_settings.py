@@ -277,7 +277,8 @@ def _our_settings(settings: EngineSettings, layout: DeviceLayout) -> dict[str, t
         "gradient_accumulation_steps": (train.gradient_accumulation, "train.gradient_accumulation"),
         "train_batch_size": (
             train.micro_batch_size * train.gradient_accumulation * layout.world_size,
-            f"train.micro_batch_size x train.gradient_accumulation x {layout.world_size} processes",
+            f"train.micro_batch_size x train.gradient_accumulation x {layout.world_size} processes"
+            + " (DeepSpeed counts a sequence once for each process that shares it)" * (layout.context_parallel > 1),
         ),
         "gradient_clipping": (settings.optim.clip_norm, "optim.clip_norm"),
         "zero_optimization.stage": (zero_stage(settings.engine), "engine.zero_stage"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipeline import Tokenizer
 from gptoss_dist.inference import Sampling, complete
+from gptoss_dist.model.generate import PREFILL_CHUNK
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,16 @@ class ContinuationSettings:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no text can be written with.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_gen_toks={self.max_new_tokens} must be 1 or more")
+        Sampling(self.temperature, self.top_k, self.top_p)
 
     @property
     def key(self) -> tuple:
@@ -46,6 +57,7 @@ def continue_prompts(
     tokenizer: Tokenizer,
     continuations: Sequence[Continuation],
     *,
+    batch_tokens: int,
     largest: Callable[[int], int] | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, without those behind its end; the last one may hold a part of a stop text.
@@ -54,6 +66,7 @@ def continue_prompts(
         model: A `GptOss` in evaluation mode, which may be sharded.
         tokenizer: What made the prompts.
         continuations: The prompts, one at least; all have the same settings.
+        batch_tokens: The most tokens that pass the model at once.
         largest: As that of `complete`, where other ranks hold parts of the model.
     """
     settings = continuations[0].settings
@@ -65,6 +78,7 @@ def continue_prompts(
         stop_ids=settings.stop_ids,
         stop_texts=settings.stop_texts,
         tokenizer=tokenizer,
+        prefill_chunk=min(PREFILL_CHUNK, batch_tokens),
         seeds=[continuation.seed for continuation in continuations],
         largest=largest,
     )

@@ -22,12 +22,21 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from data_pipeline import MixtureDataset, Tokenizer, WeightedDataset, open_dataset, open_source, validation_batches
+from data_pipeline import (
+    Manifest,
+    MixtureDataset,
+    Tokenizer,
+    WeightedDataset,
+    open_dataset,
+    open_source,
+    validation_batches,
+)
 from data_pipeline.batches.reading import IGNORED_LABEL
 from data_pipeline.foreign import convert
 from gptoss_dist.checkpoint.info import INFO, CheckpointInfo
-from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object
+from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object, long_timeout_group
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.evaluation.options import PerplexityOptions
 from gptoss_dist.evaluation.results import Result, print_table, publish, results_folder
@@ -102,13 +111,16 @@ def evaluate(options: PerplexityOptions) -> None:
     with joined(options.device) as ranks:
         evaluated = load(options, ranks)
         plan = make_plan(options, evaluated)
+        evaluated.warn_of_length(plan.seq_len, ranks)
         folder = broadcast_object(lambda: results_folder(options, "perplexity", evaluated.subject))
+        weights = weights_of(plan) if plan.weighted else None
+        group = long_timeout_group() if ranks.world_size > 1 else None
         tallies = {
-            source.name or source.path: measure(evaluated, plan, source, ranks, options.batch_tokens)
+            source.name or source.path: measure(evaluated, plan, source, ranks, options.batch_tokens, group)
             for source in plan.data
         }
         if ranks.is_main:
-            result = summarize(tallies, plan, weights_of(plan) if plan.weighted else None)
+            result = summarize(tallies, plan, weights)
             _show(result)
             draw = {"loss_by_context": lambda figure: _draw(figure, tallies)}
             publish(result, evaluated.subject, folder, figures=draw, mlflow=options.mlflow)
@@ -132,6 +144,9 @@ def make_plan(options: PerplexityOptions, evaluated: Evaluated) -> Plan:
     else:
         data = trained.data.sources or [_Source(trained.data.path or "data/pystdlib")]
         data = [_Source(s.path, s.weight, s.max_epochs, s.name or Path(s.path).name) for s in data]
+        data = [source for source in data if Manifest.read(source.path).splits.get(options.split)]  # as in training
+        if not data:
+            raise ValueError(f"{options.checkpoint}: its data have no split {options.split}; give another, or --data")
     positions = evaluated.model.config.max_position_embeddings
     seq_len = options.seq_len or (trained.data.seq_len if trained else positions)
     if options.stride is not None and options.stride > seq_len:
@@ -160,8 +175,23 @@ def _name(path: str, all_paths: Sequence[str]) -> str:
     return path if [Path(other).name for other in all_paths].count(name) > 1 else name
 
 
-def measure(evaluated: Evaluated, plan: Plan, source: _Source, ranks: Ranks, batch_tokens: int) -> Tally:
+def measure(
+    evaluated: Evaluated,
+    plan: Plan,
+    source: _Source,
+    ranks: Ranks,
+    batch_tokens: int,
+    group: dist.ProcessGroup | None = None,
+) -> Tally:
     """Score one dataset or text; collective where there are ranks.
+
+    Args:
+        evaluated: The model.
+        plan: How it is read.
+        source: What is read.
+        ranks: This process.
+        batch_tokens: Tokens of a forward pass.
+        group: A group of all ranks, to wait in for the slowest of them, if not the default one.
 
     Returns:
         The sums over all ranks.
@@ -170,7 +200,7 @@ def measure(evaluated: Evaluated, plan: Plan, source: _Source, ranks: Ranks, bat
     for batch in _batches(evaluated.tokenizer, plan, source, ranks, batch_tokens):
         loss_BT = score(evaluated.model, batch, evaluated.device)
         tally.add(batch["labels"], loss_BT, context_lengths(batch), bytes_V)
-    return sum(all_gather_objects(tally), Tally())
+    return sum(all_gather_objects(tally, group), Tally())
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ The files come first and are complete before MLflow hears of them; without MLflo
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -70,16 +72,24 @@ def results_folder(options: ResultOptions, verb: str, subject: Subject) -> Path:
     """Return the folder for an evaluation's files, which does not exist yet.
 
     Raises:
-        ValueError: `--output` names one that does.
+        ValueError: `--output` names one that does, or it cannot be written.
     """
     if options.output is not None:
         folder = Path(options.output)
         if folder.exists():
             raise ValueError(f"--output {folder} exists already; name a new folder, or remove it")
-        return folder
-    name = f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}"
-    parent = (subject.run or Path()) / "evaluations"
-    return next(path for n in range(1, 1000) if not (path := parent / (name + f"-{n}" * (n > 1))).exists())
+    else:
+        name = f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}"
+        parent = (subject.run or Path()) / "evaluations"
+        folder = next(path for n in range(1, 1000) if not (path := parent / (name + f"-{n}" * (n > 1))).exists())
+    try:  # now, and not after hours of work
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ValueError(f"results cannot be written to {folder}; name another place with --output")
+    return folder
 
 
 def publish(
@@ -103,19 +113,27 @@ def publish(
         message: What tells the user what went wrong.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [_draw(folder / f"{name}.png", draw) for name, draw in (figures or {}).items()]
     text = json.dumps(
-        {
-            "evaluation": result.verb,
-            "subject": {"name": subject.name, "source": subject.source, "step": subject.step},
-            "settings": result.settings,
-            "metrics": result.metrics,
-            "rows": result.rows,
-            **result.details,
-        },
+        _finite(
+            {
+                "evaluation": result.verb,
+                "subject": {"name": subject.name, "source": subject.source, "step": subject.step},
+                "settings": result.settings,
+                "metrics": result.metrics,
+                "rows": result.rows,
+                **result.details,
+            }
+        ),
         indent=1,
+        allow_nan=False,
     )
     write_file_atomically(folder / RESULT, (text + "\n").encode())
+    drawn = []
+    for name, draw in (figures or {}).items():
+        try:
+            drawn.append(_draw(folder / f"{name}.png", draw))
+        except Exception as error:  # the numbers are there
+            message(f"{name}.png could not be drawn: {type(error).__name__}: {error}")
     if not mlflow:
         return
     tracker = open_child(
@@ -141,6 +159,15 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     numeric = [isinstance(value, (int, float)) for value in rows[0].values()]
     for line in cells:
         print("  ".join(f"{c:>{w}}" if n else f"{c:<{w}}" for c, w, n in zip(line, widths, numeric)).rstrip())
+
+
+def _finite(value: Any) -> Any:
+    """Return a value for JSON, which has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: Any) -> str:

@@ -169,7 +169,8 @@ def _score_plain(model: Any, batch: Batch, device: torch.device) -> TokenScores:
 def _score_shared(model: Any, batch: Batch, device: torch.device) -> TokenScores:
     contexts = [group[0].request.context[:-1] for group in batch.groups]  # the last one begins each continuation
     longest = max(map(len, contexts))
-    cache = KVCache(model.config, padding=[longest - len(context) for context in contexts])
+    capacity = longest + max(row.request.counted for row in batch.rows)
+    cache = KVCache(model.config, capacity=capacity, padding=[longest - len(context) for context in contexts])
     model(_padded(contexts, 0, device, before=True), cache=cache, last_only=True)
     cache.select([number for number, group in enumerate(batch.groups) for _ in group])
     requests = [row.request for row in batch.rows]

@@ -6,6 +6,7 @@ Each rank holds the whole model and works on a share of the texts; results are r
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline import Tokenizer
+from data_pipeline.command_line import print_line
 from data_pipeline.command_line.mistakes import in_words, is_explained
 from gptoss_dist.checkpoint import open_pretrained, read_info
 from gptoss_dist.distributed import launchers
@@ -44,6 +46,16 @@ class Evaluated:
     def device(self) -> torch.device:
         """Where its weights are in this process."""
         return self.model.lm_head.weight.device
+
+    def warn_of_length(self, length: int, ranks: Ranks) -> None:
+        """Say once if a context is longer than the positions that the model was made for."""
+        limit = self.model.config.max_position_embeddings
+        if length > limit and ranks.is_main:
+            print_line(
+                f"warning: contexts of {length:,} tokens are longer than the {limit:,} positions that the model was "
+                "made for (max_position_embeddings)",
+                file=sys.stderr,
+            )
 
 
 def load(options: ScoringOptions, ranks: Ranks) -> Evaluated:

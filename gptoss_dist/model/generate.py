@@ -78,29 +78,37 @@ def generate(
         ValueError: The prompt is empty, a setting is out of range, or logits are nan.
     """
     T = input_ids_BT.shape[1]
-    if T == 0:
-        raise ValueError("the prompt has no token; give at least one (for example the end-of-text token)")
+    _check_sizes(T, max_new_tokens)
     check_sampling(temperature, top_k, top_p, min_p)
     warn_of_length(T, max_new_tokens, model.config.max_position_embeddings)
     was_training = model.training
     model.eval()
-    cache, columns = cache_for(model, T + max_new_tokens), list(input_ids_BT.split(1, dim=1))
-    done_B = torch.zeros_like(input_ids_BT[:, 0], dtype=torch.bool)
-    logits_BV = prefill(model, input_ids_BT, cache)
-    for remaining in reversed(range(max_new_tokens)):
-        next_B = sample(without_padding(logits_BV, vocab_size), temperature, top_k, top_p, generator, min_p=min_p)
-        check_choice(next_B)
-        if eos_id is not None:
-            next_B = torch.where(done_B, eos_id, next_B)
-            done_B |= next_B == eos_id
-        if on_token is not None:
-            on_token(next_B)
-        columns.append(next_B[:, None])
-        if remaining == 0 or (eos_id is not None and bool(done_B.all())):
-            break
-        logits_BV = model(next_B[:, None], cache=cache, last_only=True)[:, -1]
-    model.train(was_training)
+    try:
+        cache, columns = cache_for(model, T + max_new_tokens), list(input_ids_BT.split(1, dim=1))
+        done_B = torch.zeros_like(input_ids_BT[:, 0], dtype=torch.bool)
+        logits_BV = prefill(model, input_ids_BT, cache)
+        for remaining in reversed(range(max_new_tokens)):
+            next_B = sample(without_padding(logits_BV, vocab_size), temperature, top_k, top_p, generator, min_p=min_p)
+            check_choice(next_B)
+            if eos_id is not None:
+                next_B = torch.where(done_B, eos_id, next_B)
+                done_B |= next_B == eos_id
+            if on_token is not None:
+                on_token(next_B)
+            columns.append(next_B[:, None])
+            if remaining == 0 or (eos_id is not None and bool(done_B.all())):
+                break
+            logits_BV = model(next_B[:, None], cache=cache, last_only=True)[:, -1]
+    finally:
+        model.train(was_training)
     return torch.cat(columns, dim=1)
+
+
+def _check_sizes(prompt: int, max_new_tokens: int) -> None:
+    if prompt == 0:
+        raise ValueError("the prompt has no token; give at least one (for example the end-of-text token)")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more")
 
 
 def cache_for(model: LanguageModel, capacity: int) -> KVCache:

@@ -1,4 +1,4 @@
-"""Moving rows between the processes of an expert-parallel group, and what that costs.
+"""Moving rows between the processes of a group, of expert or context parallelism, and what that costs.
 
 Shapes: R processes of the group, M rows, D width of a row.
 """

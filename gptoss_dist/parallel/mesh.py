@@ -99,13 +99,7 @@ def plan_layout(
     Raises:
         ValueError: The degrees do not fit; the message lists those that would.
     """
-    replicate = config.replicate
-    if replicate < 1 or world_size % replicate:
-        raise ValueError(
-            f"parallel.replicate={replicate} does not divide the {world_size} processes; "
-            f"possible: {_listed(_divisors(world_size))}"
-        )
-    shard = world_size // replicate
+    replicate, shard = config.replicate, shard_size(config, world_size)
     possible = [n for n in _divisors(shard) if num_experts % n == 0]
     if config.expert_parallel == "auto" and config.experts != "megablocks":
         expert_parallel = 1  # the only degree that these experts have
@@ -124,11 +118,25 @@ def plan_layout(
         raise ValueError(
             f"parallel.expert_parallel={expert_parallel} needs --parallel.experts megablocks, not {config.experts}"
         )
-    check_context(config, world_size)
+    count_data_groups(config, world_size)
     return DeviceLayout(replicate, shard, expert_parallel, config.context_parallel)
 
 
-def check_context(config: ParallelConfig, world_size: int) -> int:
+def shard_size(config: ParallelConfig, world_size: int) -> int:
+    """Return the number of processes that hold a copy of the weights between them.
+
+    Raises:
+        ValueError: `replicate` does not divide the processes; the message lists what does.
+    """
+    if config.replicate < 1 or world_size % config.replicate:
+        raise ValueError(
+            f"parallel.replicate={config.replicate} does not divide the {world_size} processes; "
+            f"possible: {_listed(_divisors(world_size))}"
+        )
+    return world_size // config.replicate
+
+
+def count_data_groups(config: ParallelConfig, world_size: int) -> int:
     """Return the number of groups of processes that have different samples.
 
     Args:
@@ -136,9 +144,9 @@ def check_context(config: ParallelConfig, world_size: int) -> int:
         world_size: Processes in all.
 
     Raises:
-        ValueError: `context_parallel` does not divide the processes of a copy; the message lists what does.
+        ValueError: A degree does not divide the processes; the message lists what does.
     """
-    shard = world_size // config.replicate
+    shard = shard_size(config, world_size)
     if config.context_parallel < 1 or shard % config.context_parallel:
         raise ValueError(
             f"parallel.context_parallel={config.context_parallel} must divide the {shard} processes of a shard group "

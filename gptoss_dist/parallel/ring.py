@@ -13,7 +13,8 @@ what it had to r + 1. What it computes of those of process s is, for every s, tw
 
 The blocks are added up by their log-sum-exps (`ops/attention/blocks.py`), beginning with a chunk's attention to itself,
 in which the sinks are counted, once. The backward pass sends keys and values round again, and with them the sum of
-their gradients, which is back home after N steps. A process holds the keys and values of two processes at a time.
+their gradients, which is back home after N steps. Beside its own a process holds up to
+three such blocks: what it sends, what it computes with, what it receives.
 
 Shapes: B batch, T tokens of this process, S tokens of another one, H query heads, K key/value heads, C head_dim.
 """

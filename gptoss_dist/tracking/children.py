@@ -42,7 +42,16 @@ def open_child(
         tags["parent_run"] = start.run_name
         if cursor.run_id is not None:
             tags["mlflow.parentRunId"] = cursor.run_id
-    return Tracker(folder, run_name=run_name, experiment=experiment, uri=uri, params=params, tags=tags, message=message)
+    return Tracker(
+        folder,
+        run_name=run_name,
+        experiment=experiment,
+        uri=uri,
+        params=params,
+        tags=tags,
+        is_child=True,
+        message=message,
+    )
 
 
 def _start(run_dir: Path) -> RunStart | None:

@@ -21,6 +21,7 @@ Nothing here ends a run: a file that is damaged or cannot be written costs lines
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import shlex
 import sys
@@ -87,6 +88,7 @@ class Tracker:
         resume_run_id: MLflow's id of the run to continue, from the checkpoint; without it the one last used in
             `run_dir`. Its parameters stay; new values become tags `resume.<n>.<key>`. `MLFLOW_RUN_ID` comes first.
         resumed_step: The step of the checkpoint; recorded rows of later steps belong to an abandoned branch.
+        is_child: Whether this is a run below another one: `MLFLOW_RUN_ID` and `MLFLOW_RUN_NAME` mean that one.
         interval_s: Seconds between deliveries.
         message: What tells the user what goes wrong, also from the delivering thread; by default a warning in the log.
     """
@@ -104,6 +106,7 @@ class Tracker:
         dataset: dict | None = None,
         resume_run_id: str | None = None,
         resumed_step: int | None = None,
+        is_child: bool = False,
         interval_s: float = 5.0,
         message: Callable[[str], None] = logger.warning,
     ) -> None:
@@ -112,6 +115,8 @@ class Tracker:
         self._make_room(resumed)
         about_mlflow = message if enabled else logger.debug
         wishes = Wishes.read(about_mlflow)
+        if is_child:
+            wishes = dataclasses.replace(wishes, run_id=None, run_name=None)
 
         cursor = Cursor.load(self._run_dir, about_mlflow)
         run_id = wishes.run_id or resume_run_id

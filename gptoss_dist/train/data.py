@@ -19,7 +19,7 @@ from gptoss_dist.checkpoint import DataPlace, SkippedSamples
 from gptoss_dist.checkpoint.formats.pretrained import Pretrained
 from gptoss_dist.config import Config, DataConfig, SourceConfig, StageConfig
 from gptoss_dist.distributed.collectives import all_gather_objects, raise_on_every_rank
-from gptoss_dist.parallel.mesh import check_context
+from gptoss_dist.parallel.mesh import count_data_groups
 from gptoss_dist.train.start import Start, print_message
 
 
@@ -92,7 +92,7 @@ def open_data(config: Config, world_size: int, start: Start) -> RunData:
         ValueError: Data that do not fit the model, the checkpoint or each other, or that end before the run; or ranks
             that cannot be split into context groups.
     """
-    groups = check_context(config.parallel, world_size)
+    groups = count_data_groups(config.parallel, world_size)
     samples_per_step = config.train.micro_batch_size * config.train.gradient_accumulation * groups
     training = open_training_data(config, samples_per_step, start)
     validation = open_validation(config, print_message) if config.validation.every else {}

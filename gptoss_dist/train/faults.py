@@ -323,8 +323,12 @@ class StepWatch:
 def _working_alone(engine: Engine, compiled: bool) -> list[nn.Module]:
     """Return the modules whose forward pass waits for no other rank, once its weights are gathered.
 
-    With distributed experts that is the attention of a block, which a compiled block does not show.
+    With distributed experts that is the attention of a block, with distributed sequences its experts; a compiled block
+    shows neither.
     """
-    if engine.exchange is None:
+    splits_experts, splits_sequences = engine.exchange is not None, engine.layout.context_parallel > 1
+    if not splits_experts and not splits_sequences:
         return list(engine.model.blocks)
-    return [] if compiled else [block.self_attn for block in engine.model.blocks]
+    if compiled or (splits_experts and splits_sequences):
+        return []
+    return [block.mlp if splits_sequences else block.self_attn for block in engine.model.blocks]

@@ -24,7 +24,7 @@ from gptoss_dist.train.changes import facts_of_start
 from gptoss_dist.train.data import check_tokenizer, open_data, verify
 from gptoss_dist.train.faults import report_failure
 from gptoss_dist.train.objectives import next_token_prediction
-from gptoss_dist.train.periodic import periodic_tasks, validate
+from gptoss_dist.train.periodic import Task, periodic_tasks, validate
 from gptoss_dist.train.report import LaunchedStep
 from gptoss_dist.train.run import Rewind, Run, Setup
 from gptoss_dist.train.start import (
@@ -93,19 +93,20 @@ def train(config: Config, ranks: Ranks) -> None:
         on_rank_zero(lambda: open_folder(config, lock), group)  # only now: a run that is refused writes nothing
         with closing(StopRequest()) as stop:
             setup = Setup(config, ranks, engine, group, stop, carried, lock)
+            tasks = periodic_tasks(config)
             while True:
                 with Run(setup, start, data) as open_run:
                     open_run.announce(start, weights)
                     record_launch(config)
-                    rewind = train_steps(open_run, start.step)
+                    rewind = train_steps(open_run, start.step, tasks)
                 if rewind is None:
                     return
                 start, data, weights = rewind.start, rewind.data, None
                 restore(engine, start, weights, seed=config.run.seed, rank=ranks.rank)
 
 
-def train_steps(run: Run, step: int) -> Rewind | None:
-    """Train from after step `step` to the last step, or until asked to stop; then save.
+def train_steps(run: Run, step: int, tasks: list[Task]) -> Rewind | None:
+    """Train from after step `step` to the last step, or until asked to stop; then save. Do `tasks` when they are due.
 
     Returns:
         Where the run goes on, if a spike of the loss makes it go back. Nothing is saved then.
@@ -114,7 +115,7 @@ def train_steps(run: Run, step: int) -> Rewind | None:
     last one is read before the last checkpoint, a task that is always due after the last step.
     """
     config, engine, steps = run.config, run.engine, run.steps
-    tasks, last, unread = periodic_tasks(config), config.train.steps, None
+    last, unread = config.train.steps, None
     if config.validation.every and step == 0:
         with steps.doing("validation"):
             validate(run, 0, {})

@@ -124,14 +124,12 @@ def evaluate_tasks(evaluation: TaskEvaluation, run: Run, step: int, findings: Fi
     Only a failure within a forward pass of a model that several ranks share ends the run.
     """
     tokenizer, ranks = run.data.training.mixture.tokenizer, run.ranks
-    carried = run.carried.get(TEMPLATE)
-    template = carried.decode() if carried else chat_template() if has_harmony(tokenizer) else None
     run.engine.model.eval()
     team = Team(ranks, run.engine.model, tokenizer, run.config.evaluation.batch_tokens, in_step=ranks.world_size > 1)
     try:
         # As for samples: shapes differ from batch to batch, and compiled blocks would be compiled anew for each.
         with torch.compiler.set_stance("force_eager"), run.engine.keep_gathered():
-            outcome = evaluation.measure(team, template)
+            outcome = evaluation.measure(team, _chat_template(run))
     except Exception as error:
         if ranks.world_size > 1:
             raise
@@ -139,6 +137,13 @@ def evaluate_tasks(evaluation: TaskEvaluation, run: Run, step: int, findings: Fi
         outcome = Outcome({}, 0.0, first_line(error))
     if run.report and outcome is not None:
         run.report.evaluation(step, outcome.metrics, outcome.seconds, outcome.problem)
+
+
+def _chat_template(run: Run) -> str | None:
+    """Return the chat template that came with the weights, or Harmony's if the tokenizer has its special tokens."""
+    if carried := run.carried.get(TEMPLATE):
+        return carried.decode(errors="replace")
+    return chat_template() if has_harmony(run.data.training.mixture.tokenizer) else None
 
 
 def save_checkpoint(run: Run, step: int, findings: Findings) -> None:

@@ -161,7 +161,7 @@ def test_a_model_with_yarn_shares_the_weights_and_computes_as_one_that_was_built
         ({"lengths": [100, 0]}, "lengths"),
         ({"lengths": []}, "lengths"),
         ({"trials": 0}, "trials=0"),
-        ({"lengths": [200]}, "200 tokens are too few for the task passkey"),
+        ({"lengths": [200]}, "a length of 200 is too little for the task passkey"),
     ],
 )
 def test_impossible_wishes_are_refused(exported, tmp_path, options, message):

@@ -3,7 +3,7 @@
 import pytest
 
 from gptoss_dist.config import ParallelConfig
-from gptoss_dist.parallel.mesh import DeviceLayout, check_context, plan_layout, ranks_per_node, spanned_machines
+from gptoss_dist.parallel.mesh import DeviceLayout, count_data_groups, plan_layout, ranks_per_node, spanned_machines
 from gptoss_dist.parallel.parallelize import shard_dimension
 
 
@@ -22,7 +22,7 @@ def test_context_groups_have_the_same_samples_and_any_experts():
     layout = plan(16, 8, expert_parallel=2, replicate=2, context_parallel=4)
     assert str(layout) == "replicate 2 x shard 8 (experts 2 x 4), context 4"
     assert layout.data_parallel == 4 and [layout.data_rank(rank) for rank in range(16)] == [n // 4 for n in range(16)]
-    assert check_context(ParallelConfig(context_parallel=4, replicate=2), 16) == 4
+    assert count_data_groups(ParallelConfig(context_parallel=4, replicate=2), 16) == 4
 
 
 @pytest.mark.parametrize(

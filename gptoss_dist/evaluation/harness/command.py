@@ -58,6 +58,7 @@ def _run(options: HarnessOptions, manager: Any, evaluated: Evaluated, team: Team
     folder = results_folder(options, "lm-eval", evaluated.subject)
     template = find_template(evaluated.folder, evaluated.tokenizer)
     positions = evaluated.model.config.max_position_embeddings
+    evaluated.warn_of_length(options.max_length or positions, team.ranks)
     model = HarnessModel(team, evaluated.tokenizer, max_length=options.max_length or positions, template=template)
     if options.chat and template is None:
         model.apply_chat_template([])  # which says why not

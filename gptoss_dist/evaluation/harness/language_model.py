@@ -139,8 +139,8 @@ class HarnessModel(TemplateLM):
             stop_ids=tuple(stop_ids(self.ours)),
             stop_texts=tuple(stop for stop in stops if stop),
             temperature=float(kwargs.get("temperature", 1.0)) if is_sampled else 0.0,
-            top_k=int(kwargs.get("top_k", 0)),
-            top_p=float(kwargs.get("top_p", 1.0)),
+            top_k=int(kwargs.get("top_k", 0)) if is_sampled else 0,
+            top_p=float(kwargs.get("top_p", 1.0)) if is_sampled else 1.0,
         )
         return Continuation(ids[-most:], settings, next(self._seeds)), stops
 

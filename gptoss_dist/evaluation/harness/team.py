@@ -79,7 +79,7 @@ class Team:
         jobs: list[list[tuple[int, Continuation]]] = []
         for index in order:
             key = continuations[index].settings.key
-            if not jobs or len(jobs[-1]) == PROMPTS_AT_ONCE or jobs[-1][0][1].settings.key != key:
+            if not jobs or jobs[-1][0][1].settings.key != key or self._is_full(jobs[-1]):
                 jobs.append([])
             jobs[-1].append((index, continuations[index]))
         while jobs:
@@ -152,8 +152,20 @@ class Team:
         if not job:
             return []
         largest = self._largest if self.in_step else None
-        texts = continue_prompts(self.model, self.tokenizer, [entry for _, entry in job], largest=largest)
+        texts = continue_prompts(
+            self.model,
+            self.tokenizer,
+            [entry for _, entry in job],
+            batch_tokens=self.batch_tokens,
+            largest=largest,
+        )
         return [(index, ids) for (index, _), ids in zip(job, texts)]
+
+    def _is_full(self, job: list[tuple[int, Continuation]]) -> bool:
+        """Return whether a job has no room for another prompt, none of which is longer than its first one."""
+        longest = job[0][1]
+        columns = len(longest.ids) + longest.settings.max_new_tokens
+        return len(job) == PROMPTS_AT_ONCE or (len(job) + 1) * columns > self.batch_tokens
 
     def _largest(self, number: int) -> int:
         return max(all_gather_objects(number, self.group))

@@ -47,7 +47,7 @@ def evaluate(options: PasskeyOptions) -> None:
     """
     with joined(options.device) as ranks:
         evaluated = load(options, ranks)
-        _check_length(options, evaluated)
+        _check_length(options, evaluated, ranks)
         folder = broadcast_object(lambda: results_folder(options, options.task, evaluated.subject))
         outcomes = _outcomes(options, evaluated, ranks)
         if ranks.is_main:
@@ -73,17 +73,12 @@ def _outcomes(options: PasskeyOptions, evaluated: Evaluated, ranks: Ranks) -> di
     return outcomes
 
 
-def _check_length(options: PasskeyOptions, evaluated: Evaluated) -> None:
+def _check_length(options: PasskeyOptions, evaluated: Evaluated, ranks: Ranks) -> None:
     """Refuse contexts that are too short for the task, and warn of those that the model was not made for."""
     for length in options.lengths:
         make_trial(options.task, places([length], 1, 1)[0], 1, options.seed, evaluated.tokenizer)
-    longest, limit = max(options.lengths), evaluated.model.config.max_position_embeddings
-    if longest > limit and OWN in options.yarn:
-        print_line(
-            f"warning: contexts of {longest:,} tokens are longer than the {limit:,} positions that the model was made "
-            "for (max_position_embeddings)",
-            file=sys.stderr,
-        )
+    if OWN in options.yarn:
+        evaluated.warn_of_length(max(options.lengths), ranks)
 
 
 def _run_trials(evaluated: Evaluated, options: PasskeyOptions, yarn: str, length: int, ranks: Ranks) -> list[Outcome]:

@@ -93,7 +93,7 @@ def backward(
     unused = torch.empty(0, device=q_BTHD.device)
     dq_NHD, dk_NKD, dv_NKD = torch.ops.aten._flash_attention_backward(
         *(x.flatten(0, 1) for x in (do_BTHD, q_BTHD, k_BTKD, v_BTKD, o_BTHD)),
-        lse_HN,
+        lse_HN.contiguous(),  # which the kernel takes for granted
         cu_seqlens,
         cu_seqlens,
         longest,
@@ -121,7 +121,7 @@ def block_forward(
     o_NHD, lse_HN, *_ = torch.ops.aten._flash_attention_forward(
         *(x.flatten(0, 1) for x in (q_BTHD, k_BSKD, v_BSKD)),
         *_segments(q_BTHD, S, first_BT),
-        T,
+        max(T, 2),  # a bound: at 1 the kernel takes its decoding layout, with the log-sum-exp in another order
         S,
         0.0,
         False,

@@ -196,11 +196,16 @@ def _line(values: Mapping[int, Mapping[K, float]], at: int) -> dict[K, float]:
 
 
 def period(settings: EngineSettings, *, memory_only: bool = False) -> int:
-    """Return after how many layers a model repeats itself; sliding and full attention take the same memory."""
+    """Return after how many layers a model repeats itself.
+
+    Sliding and full attention take the same memory, unless processes share the sequences.
+    """
     kinds = settings.model.attention_types
     alike = next(n for n in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[n:])))
+    if memory_only and settings.parallel.context_parallel == 1:
+        alike = 1
     # A single layer is the first and the last at once, which no other is.
-    return max(2, math.lcm(1 if memory_only else alike, settings.train.activation_checkpointing or 1))
+    return max(2, math.lcm(alike, settings.train.activation_checkpointing or 1))
 
 
 def trace_model(settings: EngineSettings, workload: Workload, *, in_full: bool = False) -> TracedStep:

@@ -264,7 +264,7 @@ def test_needles_are_questions_with_their_answers(task):
         ("needles:words=100", "expected needles:task=passkey|single|"),
         ("needles:least=many", "expected needles:task=passkey|single|"),
         ("needles:least=300", "least=300 is more than most=256; exchange them"),
-        ("needles:least=20", "least=20: 20 tokens are too few for the task passkey"),
+        ("needles:least=20", "least=20: a length of 20 is too little for the task passkey"),
     ],
 )
 def test_impossible_needles_are_refused(spec, message):

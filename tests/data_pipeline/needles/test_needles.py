@@ -20,7 +20,7 @@ def text_of(task: str, seed: int, depth: float, length: int) -> tuple[str, str]:
 
 def shortest(task: str, seed: int = 0) -> int:
     """The words of a text without filler, which the refusal of a shorter one says."""
-    with pytest.raises(ValueError, match="too few for the task") as refusal:
+    with pytest.raises(ValueError, match="too little for the task") as refusal:
         text_of(task, seed, 0.5, 1)
     return int(re.search(r"give (\d+) or more", str(refusal.value))[1])
 
