@@ -133,6 +133,34 @@ def test_segments_of_cuda_s_kernel(monkeypatch, documents):
         assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+def test_the_log_sum_exp_of_one_sequence_reaches_cuda_s_kernel_in_its_own_memory(monkeypatch):
+    """A chunk's part of it is a view with gaps where B is 1, and the kernel reads memory without looking at strides."""
+    given = []
+
+    def backward(do, q, k, v, o, lse, *_, **__):
+        given.append(lse)
+        return q, k, v
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
+    x, kv, lse_HBT = torch.zeros(1, 4, 4, 8), torch.zeros(1, 4, 2, 8), torch.arange(40.0).view(4, 1, 10)
+    part_HN = lse_HBT[:, :, 3:7].flatten(1)
+    assert not part_HN.is_contiguous()
+    cuda.backward(x, x, kv, kv, x, part_HN, 0.3, None, None, 4)
+    assert given[0].is_contiguous() and given[0].equal(part_HN)
+
+
+def test_a_block_of_one_query_keeps_out_of_cuda_s_decoding_layout(monkeypatch):
+    longest = []
+
+    def forward(q, k, v, cu_q, cu_k, longest_q, longest_k, *_, **__):
+        longest.append(longest_q)
+        return q, q.new_zeros(q.shape[1], q.shape[0]), None, None, None
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
+    cuda.block_forward(torch.zeros(2, 1, 4, 8), torch.zeros(2, 5, 2, 8), torch.zeros(2, 5, 2, 8), None, 0.3)
+    assert longest == [2]
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_shapes_of_cuda_s_kernel(documents):
     (q, do, k, v), first = block(documents)
