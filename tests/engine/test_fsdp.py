@@ -94,6 +94,7 @@ def test_compiled_blocks_agree(ranks):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # not silently eager
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_compiled_grouped_mm_agrees(ranks):
     """Torch cannot trace it in float32: the graph has to break around it, as on CUDA by default."""

@@ -104,8 +104,8 @@ ROUNDED = [
     Case("2x2 bf16 recomputed", 2, ep=2, options={"train.precision": "bf16"} | RECOMPUTE),
 ]
 # One block is enough: each is compiled by itself. Two in one model: `test_compiled_blocks...` of `test_fsdp.py`.
-COMPILED = [
-    Case("2x2 compiled", 2, ep=2, options={"train.compile": True}, model={"num_hidden_layers": 1}),
+COMPILED = [Case("2x2 compiled", 2, ep=2, options={"train.compile": True}, model={"num_hidden_layers": 1})]
+COMPILED_SLOW = [
     Case(
         "2x2 compiled, recomputed, keeping all-to-alls",
         2,
@@ -308,6 +308,13 @@ def test_bf16_stays_close(trained, expected_of, case):
 @pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.name)
 def test_compiled_blocks_agree(trained, expected_of, case):
     check(trained(case, COMPILED), case, expected_of(case), tolerance=3e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+@pytest.mark.parametrize("case", COMPILED_SLOW, ids=lambda case: case.name)
+def test_blocks_compiled_in_other_ways_agree(trained, expected_of, case):
+    check(trained(case, COMPILED_SLOW), case, expected_of(case), tolerance=3e-6)
 
 
 def test_initial_weights_do_not_depend_on_the_layout(trained):
