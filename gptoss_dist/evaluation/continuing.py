@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline import Tokenizer
-from gptoss_dist.inference import Sampling, complete
+from gptoss_dist.inference import GREEDY, Sampling, complete
 from gptoss_dist.model.generate import PREFILL_CHUNK
 
 
@@ -20,9 +21,7 @@ class ContinuationSettings:
     """Tokens that end the text."""
     stop_texts: tuple[str, ...] = ()
     """Texts that end it, wherever tokens begin and end."""
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    sampling: Sampling = GREEDY
 
     def __post_init__(self) -> None:
         """Refuse what no text can be written with.
@@ -32,15 +31,11 @@ class ContinuationSettings:
         """
         if self.max_new_tokens < 1:
             raise ValueError(f"max_gen_toks={self.max_new_tokens} must be 1 or more")
-        Sampling(self.temperature, self.top_k, self.top_p)
 
     @property
     def key(self) -> tuple:
         """What puts like settings next to each other in an order."""
-        return (
-            *(self.max_new_tokens, self.temperature, self.top_k, self.top_p),
-            *(self.stop_ids, self.stop_texts),
-        )
+        return (self.max_new_tokens, *dataclasses.astuple(self.sampling), self.stop_ids, self.stop_texts)
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ def continue_prompts(
     found = complete(
         model,
         [continuation.ids for continuation in continuations],
-        Sampling(settings.temperature, settings.top_k, settings.top_p),
+        settings.sampling,
         max_new_tokens=settings.max_new_tokens,
         stop_ids=settings.stop_ids,
         stop_texts=settings.stop_texts,

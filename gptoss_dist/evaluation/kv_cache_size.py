@@ -17,6 +17,7 @@ import torch
 
 from gptoss_dist.evaluation.options import KvCacheOptions
 from gptoss_dist.evaluation.results import RESULT, Result, print_table, publish, results_folder, subject_of
+from gptoss_dist.evaluation.subjects import DTYPES
 from gptoss_dist.model.config import FULL, SLIDING, ModelConfig
 from gptoss_dist.model.kv_cache import KVCache
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 MIB = 2**20
 LENGTHS = (4096, 16384, 65536, 131072)
 """Context lengths if none are given."""
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def evaluate(options: KvCacheOptions) -> None:

@@ -28,6 +28,7 @@ from gptoss_dist.inference.session import find_device
 from gptoss_dist.model.transformer import GptOss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Types by the names of `--precision`."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ import torch
 
 from data_pipeline import validation_batches
 from data_pipeline.printable import first_line
-from data_pipeline.tokenizer.harmony import chat_template, has_harmony
 from gptoss_dist.config import Config
-from gptoss_dist.evaluation.harness.chat import TEMPLATE
+from gptoss_dist.evaluation.harness.chat import TEMPLATE, default_template
 from gptoss_dist.evaluation.harness.in_training import Outcome, TaskEvaluation
 from gptoss_dist.evaluation.harness.team import Team
 from gptoss_dist.inference import Sampling, complete
@@ -140,10 +139,9 @@ def evaluate_tasks(evaluation: TaskEvaluation, run: Run, step: int, findings: Fi
 
 
 def _chat_template(run: Run) -> str | None:
-    """Return the chat template that came with the weights, or Harmony's if the tokenizer has its special tokens."""
-    if carried := run.carried.get(TEMPLATE):
-        return carried.decode(errors="replace")
-    return chat_template() if has_harmony(run.data.training.mixture.tokenizer) else None
+    """Return the chat template that came with the weights, or else that of the tokenizer."""
+    carried = run.carried.get(TEMPLATE)
+    return carried.decode(errors="replace") if carried else default_template(run.data.training.mixture.tokenizer)
 
 
 def save_checkpoint(run: Run, step: int, findings: Findings) -> None:

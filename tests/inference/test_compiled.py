@@ -3,38 +3,16 @@
 import pytest
 import torch
 
-from gptoss_dist import GptOss, ModelConfig
 from gptoss_dist.inference import KVCache
 from gptoss_dist.inference.compiled import CompiledDecoding
 from gptoss_dist.model.generate import generate
-from gptoss_dist.model.init import initialize
-
-WINDOW = 8
-
-
-def small_model() -> GptOss:
-    config = ModelConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        sliding_window=WINDOW,
-        initializer_range=0.3,
-    )
-    model = GptOss(config)
-    initialize(model, seed=0)
-    return model.eval()
+from tests.support.decoders import WINDOW, small_decoder
 
 
 @pytest.mark.compiled
 def test_one_compilation_serves_all_positions():
     """Before the window, across its border and far behind it, and a second text with the same capacity."""
-    model = small_model()
+    model = small_decoder(2)
     compiled = CompiledDecoding(model)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -51,7 +29,7 @@ def test_one_compilation_serves_all_positions():
 @torch.no_grad()
 def test_a_cache_of_fixed_shapes_is_a_cache(padding):
     """What is compiled, step by step and uncompiled: the masks hide what was never written, and padding."""
-    model, logits = small_model(), []
+    model, logits = small_decoder(2), []
     ids = torch.randint(0, 97, (3, 4 * WINDOW), generator=torch.Generator().manual_seed(0))
     for fixed_shapes in (False, True):
         cache = KVCache(model.config, capacity=64, padding=padding, fixed_shapes=fixed_shapes)

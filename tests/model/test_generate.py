@@ -3,32 +3,15 @@
 import pytest
 import torch
 
-from gptoss_dist import GptOss, ModelConfig
+from gptoss_dist import GptOss
 from gptoss_dist.inference import KVCache, sample
 from gptoss_dist.model.generate import generate
-from gptoss_dist.model.init import initialize
-
-WINDOW = 8
+from tests.support.decoders import WINDOW, small_decoder
 
 
 @pytest.fixture(scope="module")
 def model() -> GptOss:
-    config = ModelConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        sliding_window=WINDOW,
-        initializer_range=0.3,
-    )
-    model = GptOss(config)
-    initialize(model, seed=0)
-    return model.eval()
+    return small_decoder(4)
 
 
 def recomputed(model: GptOss, ids, steps: int):

@@ -16,9 +16,12 @@ TEMPLATE = "chat_template.jinja"
 
 
 def find_template(folder: Path, tokenizer: Tokenizer) -> str | None:
-    """Return the chat template beside a model, or Harmony's if its tokenizer has Harmony's special tokens."""
-    if (folder / TEMPLATE).is_file():
-        return read_text(folder / TEMPLATE)
+    """Return the chat template beside a model, or else `default_template`."""
+    return read_text(folder / TEMPLATE) if (folder / TEMPLATE).is_file() else default_template(tokenizer)
+
+
+def default_template(tokenizer: Tokenizer) -> str | None:
+    """Return Harmony's chat template if the tokenizer has Harmony's special tokens."""
     return chat_template() if has_harmony(tokenizer) else None
 
 

@@ -22,6 +22,7 @@ from data_pipeline.tokenizer.harmony import stop_ids
 from gptoss_dist.evaluation.continuing import Continuation, ContinuationSettings
 from gptoss_dist.evaluation.harness.chat import encoder, render
 from gptoss_dist.evaluation.scoring import Request, Score
+from gptoss_dist.inference import GREEDY, Sampling
 
 NEW_TOKENS = 256
 """The most that a task's text has if the task does not say, as in the harness's own models."""
@@ -128,7 +129,7 @@ class HarnessModel(TemplateLM):
     def _continuation(self, context: str, given: dict[str, Any]) -> tuple[Continuation, list[str]]:
         """Return what is asked of the model, and the texts at which the answer is cut."""
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, NEW_TOKENS))
-        new, is_sampled = kwargs["max_gen_toks"], kwargs.get("do_sample", False)
+        new = kwargs["max_gen_toks"]
         stops = handle_stop_sequences(kwargs["until"], eos=self.ours.eot_token)
         most = self.max_length - new
         if most < 1:
@@ -138,9 +139,7 @@ class HarnessModel(TemplateLM):
             max_new_tokens=new,
             stop_ids=tuple(stop_ids(self.ours)),
             stop_texts=tuple(stop for stop in stops if stop),
-            temperature=float(kwargs.get("temperature", 1.0)) if is_sampled else 0.0,
-            top_k=int(kwargs.get("top_k", 0)) if is_sampled else 0,
-            top_p=float(kwargs.get("top_p", 1.0)) if is_sampled else 1.0,
+            sampling=_sampling(kwargs) if kwargs.get("do_sample", False) else GREEDY,
         )
         return Continuation(ids[-most:], settings, next(self._seeds)), stops
 
@@ -149,3 +148,7 @@ class HarnessModel(TemplateLM):
         kept = itertools.takewhile(lambda id_: id_ not in ends, ids)
         text = self.ours.decode([id_ for id_ in kept if id_ not in self._specials])
         return postprocess_generated_text(text, stops, None)
+
+
+def _sampling(kwargs: dict[str, Any]) -> Sampling:
+    return Sampling(float(kwargs.get("temperature", 1.0)), int(kwargs.get("top_k", 0)), float(kwargs.get("top_p", 1.0)))

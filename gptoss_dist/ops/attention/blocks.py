@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gptoss_dist.ops.attention import cuda
 from gptoss_dist.ops.attention.sink_attention import AUTO_ORDER, BACKENDS
-from gptoss_dist.ops.attention.tiled import ROWS_PER_STRIP
+from gptoss_dist.ops.attention.tiled import ROWS_PER_STRIP, group_heads, ungroup_heads
 from gptoss_dist.ops.backends import choose
 
 aten = torch.ops.aten
@@ -138,13 +138,13 @@ def _cpu_forward(q_BTHD, k_BSKD, v_BSKD, first_BT, scale):
     o_BTHD = q_BTHD.new_zeros(q_BTHD.shape, dtype=exact)
     lse_HBT = q_BTHD.new_full((H, B, T), float("-inf"), dtype=exact)
     for batch, queries, keys in _rectangles(q_BTHD, k_BSKD.shape[1], first_BT):
-        q_BKRD = _rows(q_BTHD[batch, queries].to(exact), k_BSKD.shape[2])
+        q_BKRD = group_heads(q_BTHD[batch, queries].to(exact), k_BSKD.shape[2])
         k_BKSD, v_BKSD = (x[batch, keys].to(exact).transpose(1, 2) for x in (k_BSKD, v_BSKD))
         o_BKRD, lse_BKR = aten._scaled_dot_product_flash_attention_for_cpu(
             q_BKRD, k_BKSD, v_BKSD, 0.0, False, scale=scale
         )
-        o_BTHD[batch, queries] = _heads(o_BKRD, H)
-        lse_HBT[:, batch, queries] = _heads(lse_BKR[..., None], H)[..., 0].permute(2, 0, 1)
+        o_BTHD[batch, queries] = ungroup_heads(o_BKRD, H)
+        lse_HBT[:, batch, queries] = ungroup_heads(lse_BKR[..., None], H)[..., 0].permute(2, 0, 1)
     return o_BTHD, lse_HBT
 
 
@@ -152,13 +152,13 @@ def _cpu_backward(do_BTHD, q_BTHD, k_BSKD, v_BSKD, o_BTHD, lse_HBT, first_BT, sc
     H, K, exact = q_BTHD.shape[2], k_BSKD.shape[2], lse_HBT.dtype
     dq_BTHD, dk_BSKD, dv_BSKD = (x.new_zeros(x.shape, dtype=exact) for x in (q_BTHD, k_BSKD, v_BSKD))
     for batch, queries, keys in _rectangles(q_BTHD, k_BSKD.shape[1], first_BT):
-        do_BKRD, q_BKRD, o_BKRD = (_rows(x[batch, queries].to(exact), K) for x in (do_BTHD, q_BTHD, o_BTHD))
+        do_BKRD, q_BKRD, o_BKRD = (group_heads(x[batch, queries].to(exact), K) for x in (do_BTHD, q_BTHD, o_BTHD))
         k_BKSD, v_BKSD = (x[batch, keys].to(exact).transpose(1, 2) for x in (k_BSKD, v_BSKD))
-        lse_BKR = _rows(lse_HBT[:, batch, queries].permute(1, 2, 0)[..., None], K)[..., 0]
+        lse_BKR = group_heads(lse_HBT[:, batch, queries].permute(1, 2, 0)[..., None], K)[..., 0]
         dq_BKRD, dk_BKSD, dv_BKSD = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             do_BKRD, q_BKRD, k_BKSD, v_BKSD, o_BKRD, lse_BKR, 0.0, False, scale=scale
         )
-        dq_BTHD[batch, queries] = _heads(dq_BKRD, H)
+        dq_BTHD[batch, queries] = ungroup_heads(dq_BKRD, H)
         dk_BSKD[batch, keys] = dk_BKSD.transpose(1, 2)
         dv_BSKD[batch, keys] = dv_BKSD.transpose(1, 2)
     return dq_BTHD, dk_BSKD, dv_BSKD
@@ -170,7 +170,7 @@ def _cpu_backward(do_BTHD, q_BTHD, k_BSKD, v_BSKD, o_BTHD, lse_HBT, first_BT, sc
 def _scores(q_BTHD, k_BKSD, first_BT, strip: slice, scale: float) -> Tensor:
     """Return the scores of a strip in k's dtype, -inf where hidden, [B, K, R, S]."""
     _, K, S, _ = k_BKSD.shape
-    scores_BKRS = (_rows(q_BTHD[:, strip].to(k_BKSD.dtype), K) @ k_BKSD.mT).mul_(scale)
+    scores_BKRS = (group_heads(q_BTHD[:, strip].to(k_BKSD.dtype), K) @ k_BKSD.mT).mul_(scale)
     if first_BT is None:
         return scores_BKRS
     hidden_BCS = torch.arange(S, device=q_BTHD.device) < first_BT[:, strip, None]
@@ -193,8 +193,8 @@ def _chunked_forward(q_BTHD, k_BSKD, v_BSKD, first_BT, scale):
         scores_BKRS = _scores(q_BTHD, k_BKSD, first_BT, strip, scale)
         lse_BKR = scores_BKRS.logsumexp(-1)
         finite_BKR = torch.where(lse_BKR.isneginf(), 0.0, lse_BKR)  # of a query that sees nothing: exp(-inf) is 0
-        o_BTHD[:, strip] = _heads(scores_BKRS.sub_(finite_BKR[..., None]).exp_() @ v_BKSD, H)
-        lse_HBT[:, :, strip] = _heads(lse_BKR[..., None], H)[..., 0].permute(2, 0, 1)
+        o_BTHD[:, strip] = ungroup_heads(scores_BKRS.sub_(finite_BKR[..., None]).exp_() @ v_BKSD, H)
+        lse_HBT[:, :, strip] = ungroup_heads(lse_BKR[..., None], H)[..., 0].permute(2, 0, 1)
     return o_BTHD, lse_HBT
 
 
@@ -204,24 +204,11 @@ def _chunked_backward(do_BTHD, q_BTHD, k_BSKD, v_BSKD, o_BTHD, lse_HBT, first_BT
     dq_BTHD = q_BTHD.new_empty(q_BTHD.shape, dtype=exact)
     dk_BKSD, dv_BKSD = torch.zeros_like(k_BKSD), torch.zeros_like(v_BKSD)
     for strip in _strips(q_BTHD, K):
-        do_BKRD, q_BKRD, o_BKRD = (_rows(x[:, strip].to(exact), K) for x in (do_BTHD, q_BTHD, o_BTHD))
-        lse_BKR1 = _rows(lse_HBT[:, :, strip].permute(1, 2, 0)[..., None], K)
+        do_BKRD, q_BKRD, o_BKRD = (group_heads(x[:, strip].to(exact), K) for x in (do_BTHD, q_BTHD, o_BTHD))
+        lse_BKR1 = group_heads(lse_HBT[:, :, strip].permute(1, 2, 0)[..., None], K)
         p_BKRS = _scores(q_BTHD, k_BKSD, first_BT, strip, scale).sub_(lse_BKR1).exp_()
         dv_BKSD += p_BKRS.mT @ do_BKRD
         ds_BKRS = (do_BKRD @ v_BKSD.mT).sub_((do_BKRD * o_BKRD).sum(-1, keepdim=True)).mul_(p_BKRS).mul_(scale)
-        dq_BTHD[:, strip] = _heads(ds_BKRS @ k_BKSD, H)
+        dq_BTHD[:, strip] = ungroup_heads(ds_BKRS @ k_BKSD, H)
         dk_BKSD += ds_BKRS.mT @ q_BKRD
     return dq_BTHD, dk_BKSD.transpose(1, 2).contiguous(), dv_BKSD.transpose(1, 2).contiguous()
-
-
-def _rows(x_BCHD: Tensor, K: int) -> Tensor:
-    """Turn heads that share a key/value head into rows, [B, K, R, D]."""
-    B, C, H, D = x_BCHD.shape
-    return x_BCHD.reshape(B, C, K, H // K, D).transpose(1, 2).reshape(B, K, C * (H // K), D)
-
-
-def _heads(x_BKRD: Tensor, H: int) -> Tensor:
-    """Undo `_rows`: [B, C, H, D]."""
-    B, K, R, D = x_BKRD.shape
-    C = R * K // H
-    return x_BKRD.reshape(B, K, C, H // K, D).transpose(1, 2).reshape(B, C, H, D)

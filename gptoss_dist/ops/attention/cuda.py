@@ -88,9 +88,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq_BTHD, dk_BTKD, dv_BTKD, given what `forward` returned as o and lse."""
     cu_seqlens = _one_document_each(q_BTHD) if cu_seqlens is None else cu_seqlens
-    # Without dropout the kernel reads no random state.
-    rng_state = torch.zeros(2, dtype=torch.uint64, device=q_BTHD.device)
-    unused = torch.empty(0, device=q_BTHD.device)
     dq_NHD, dk_NKD, dv_NKD = torch.ops.aten._flash_attention_backward(
         *(x.flatten(0, 1) for x in (do_BTHD, q_BTHD, k_BTKD, v_BTKD, o_BTHD)),
         lse_HN.contiguous(),  # which the kernel takes for granted
@@ -100,8 +97,7 @@ def backward(
         longest,
         0.0,
         window is None,
-        rng_state,
-        unused,
+        *_random_state(q_BTHD.device),
         scale=scale,
         **_window_arguments(window),
     )
@@ -148,9 +144,6 @@ def block_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq_BTHD, dk_BSKD and dv_BSKD in float32; arguments as in `blocks.py`."""
     T, S = q_BTHD.shape[1], k_BSKD.shape[1]
-    # Without dropout the kernel reads no random state.
-    rng_state = torch.zeros(2, dtype=torch.uint64, device=q_BTHD.device)
-    unused = torch.empty(0, device=q_BTHD.device)
     dq_NHD, dk_NKD, dv_NKD = torch.ops.aten._flash_attention_backward(
         *(x.flatten(0, 1) for x in (do_BTHD, q_BTHD, k_BSKD, v_BSKD, o_BTHD)),
         lse_HBT.flatten(1),
@@ -159,8 +152,7 @@ def block_backward(
         S,
         0.0,
         False,
-        rng_state,
-        unused,
+        *_random_state(q_BTHD.device),
         scale=scale,
     )
     dq_BTHD = dq_NHD.float().contiguous().view(q_BTHD.shape)
@@ -171,6 +163,11 @@ def block_backward(
         seen_BS = torch.arange(S, device=q_BTHD.device) >= first_BT[:, :1]
         dk_BSKD, dv_BSKD = (torch.where(seen_BS[..., None, None], x, 0.0) for x in (dk_BSKD, dv_BSKD))
     return dq_BTHD, dk_BSKD, dv_BSKD
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what the backward kernel takes as random state, and does not read without dropout."""
+    return torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
 
 
 def _segments(q_BTHD: Tensor, S: int, first_BT: Tensor | None) -> tuple[Tensor, Tensor]:

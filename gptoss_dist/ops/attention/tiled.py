@@ -83,11 +83,11 @@ def forward(
     k_BKTD, v_BKTD = k_BTKD.to(dtype).transpose(1, 2), v_BTKD.to(dtype).transpose(1, 2)
     for strip in _strips(q_BTHD, K, window, first_BT):
         batch, queries, keys = strip
-        q_MKRD = _group(q_BTHD[batch, queries].to(dtype), K)
+        q_MKRD = group_heads(q_BTHD[batch, queries].to(dtype), K)
         bias_M1RS = _strip_bias(strip, window, first_BT, H // K, exact, q_BTHD.device)
         o_MKRD, lse_MKR = attend_tile(q_MKRD, k_BKTD[batch, :, keys], v_BKTD[batch, :, keys], bias_M1RS)
-        o_BTHD[batch, queries] = _ungroup(o_MKRD, H)
-        lse_HBT[:, batch, queries] = _ungroup(lse_MKR[..., None], H)[..., 0].permute(2, 0, 1)
+        o_BTHD[batch, queries] = ungroup_heads(o_MKRD, H)
+        lse_HBT[:, batch, queries] = ungroup_heads(lse_MKR[..., None], H)[..., 0].permute(2, 0, 1)
     return o_BTHD, lse_HBT.flatten(1)
 
 
@@ -131,18 +131,18 @@ def backward(
     k_BKTD, v_BKTD = k_BTKD.to(dtype).transpose(1, 2), v_BTKD.to(dtype).transpose(1, 2)
     for strip in _strips(q_BTHD, K, window, first_BT):
         batch, queries, keys = strip
-        do_MKRD, q_MKRD, o_MKRD = (_group(x[batch, queries].to(dtype), K) for x in (do_BTHD, q_BTHD, o_BTHD))
+        do_MKRD, q_MKRD, o_MKRD = (group_heads(x[batch, queries].to(dtype), K) for x in (do_BTHD, q_BTHD, o_BTHD))
         dq_MKRD, dk_MKSD, dv_MKSD = differentiate(
             do_MKRD,
             q_MKRD,
             k_BKTD[batch, :, keys],
             v_BKTD[batch, :, keys],
             o_MKRD,
-            _group(lse_BTH1[batch, queries], K)[..., 0],
+            group_heads(lse_BTH1[batch, queries], K)[..., 0],
             _strip_bias(strip, window, first_BT, H // K, exact, q_BTHD.device),
             scale,
         )
-        dq_BTHD[batch, queries] = _ungroup(dq_MKRD, H)
+        dq_BTHD[batch, queries] = ungroup_heads(dq_MKRD, H)
         dk_BTKD[batch, keys] += dk_MKSD.transpose(1, 2)
         dv_BTKD[batch, keys] += dv_MKSD.transpose(1, 2)
     return dq_BTHD, dk_BTKD.to(k_BTKD.dtype), dv_BTKD.to(v_BTKD.dtype)
@@ -159,7 +159,7 @@ def forward_unmasked(
     H, K = q_BTHD.shape[2], k_BKSD.shape[1]
     dtype, exact = _tile_dtype(q_BTHD, kernel), torch.promote_types(q_BTHD.dtype, torch.float32)
     attend, keys = (_flash_cpu if kernel == "flash" else _matmul), KEYS_PER_CALL[kernel]
-    q_BKRD = _group(q_BTHD.to(dtype), K)
+    q_BKRD = group_heads(q_BTHD.to(dtype), K)
     strips = []
     for q_BKrD in q_BKRD.split(q_BKRD.shape[2] if kernel == "flash" else ROWS_PER_STRIP, dim=2):
         merged = None
@@ -169,7 +169,7 @@ def forward_unmasked(
             merged = part if merged is None else merge(*merged, *part)
         strips.append(merged)
     o_BKRD, lse_BKR = (torch.cat(column, dim=2) for column in zip(*strips))
-    return _ungroup(o_BKRD, H), _ungroup(lse_BKR[..., None], H)[..., 0]
+    return ungroup_heads(o_BKRD, H), ungroup_heads(lse_BKR[..., None], H)[..., 0]
 
 
 def merge(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,14 +182,14 @@ def _tile_dtype(q_BTHD: Tensor, kernel: str) -> torch.dtype:
     return q_BTHD.dtype if kernel == "fused" else torch.promote_types(q_BTHD.dtype, torch.float32)
 
 
-def _group(x_BCHD: Tensor, K: int) -> Tensor:
+def group_heads(x_BCHD: Tensor, K: int) -> Tensor:
     """Turn heads that share a key/value head into rows, [B, K, C * G, D]: row c * G + g is query c, head g of G."""
     B, C, H, D = x_BCHD.shape
     return x_BCHD.reshape(B, C, K, H // K, D).transpose(1, 2).reshape(B, K, C * (H // K), D)
 
 
-def _ungroup(x_BKRD: Tensor, H: int) -> Tensor:
-    """Undo `_group`: [B, C, H, D]."""
+def ungroup_heads(x_BKRD: Tensor, H: int) -> Tensor:
+    """Undo `group_heads`: [B, C, H, D]."""
     B, K, R, D = x_BKRD.shape
     G = H // K
     return x_BKRD.reshape(B, K, R // G, G, D).transpose(1, 2).reshape(B, R // G, H, D)
@@ -297,7 +297,7 @@ class Band(NamedTuple):
             padded = x_BTHD.new_zeros((B, self.padded_tokens, H, D), dtype=dtype)
             padded[:, :T] = x_BTHD
             x_BTHD = padded
-        return _group(x_BTHD.to(dtype).reshape(-1, self.block, H, D), self.key_heads)
+        return group_heads(x_BTHD.to(dtype).reshape(-1, self.block, H, D), self.key_heads)
 
     def keys(self, x_BTKD: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the tiles of k or v, [M, K, S, D]: an overlapping view."""
@@ -321,7 +321,7 @@ class Band(NamedTuple):
         """Undo `queries`: [B, T, H, D]."""
         K, R = x_MKRD.shape[1:3]
         H, D = K * (R // self.block), x_MKRD.shape[-1]
-        return _ungroup(x_MKRD, H).view(B, self.padded_tokens, H, D)[:, : self.tokens]
+        return ungroup_heads(x_MKRD, H).view(B, self.padded_tokens, H, D)[:, : self.tokens]
 
     def bias(self, B: int, G: int, first_BT: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the bias of all tiles, [M, 1, R, S]; without documents it is the same in every layer, and kept."""

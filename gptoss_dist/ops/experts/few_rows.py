@@ -1,8 +1,8 @@
 """The experts of a decoding step on the CPU: so few rows that what surrounds the matrix products would take longer.
 
     experts [[3, 1], [0, 3]]  of two tokens, two each
-    pairs    0  1   2  3      rows of everything below, in the order of tokens
-    products 2; 1; 0 and 3    by expert, grouped on the host
+    pairs    0  1   2  3      in the order of tokens
+    rows     2; 1; 0 and 3    of everything below, in the order of experts: a product for each of them
 
 Each chosen expert multiplies its rows straight from the stacked weights; the biases, the activation, and the weighted
 sum are one pass each over the rows of all experts. Nothing is padded or kept for a backward pass: there is none.
@@ -60,7 +60,11 @@ def experts_of_few_rows(
     (T, K), expert_N = indices_TK.shape, indices_TK.flatten()
     # Which experts are chosen is known to the host only at run time: to a compiler a product is one opaque operation.
     multiply = _multiply_operator if torch.compiler.is_compiling() else _multiply
-    x_ND = x_TD.expand(K, -1) if T == 1 else x_TD.repeat_interleave(K, dim=0)
+    if T == 1:  # its experts are all different, in whatever order
+        x_ND, order_N = x_TD.expand(K, -1), None
+    else:
+        order_N = expert_N.argsort(stable=True)
+        x_ND, expert_N = x_TD.index_select(0, order_N // K), expert_N.index_select(0, order_N)
     h_NF = multiply(x_ND, expert_N, gate_up_proj_EDF)
     if gate_up_proj_bias_EF is not None:
         h_NF += gate_up_proj_bias_EF.index_select(0, expert_N)
@@ -68,6 +72,8 @@ def experts_of_few_rows(
     y_ND = multiply(a_NI.to(x_TD.dtype), expert_N, down_proj_EID)
     if down_proj_bias_ED is not None:
         y_ND += down_proj_bias_ED.index_select(0, expert_N)
+    if order_N is not None:
+        y_ND = torch.empty_like(y_ND).index_copy_(0, order_N, y_ND)
     return torch.bmm(weights_TK[:, None].to(y_ND.dtype), y_ND.view(T, K, -1))[:, 0]
 
 
@@ -81,25 +87,17 @@ def _activate(h_NF: Tensor, gating: Gating) -> Tensor:
 
 
 def _multiply(x_NC: Tensor, expert_N: Tensor, weight_ECO: Tensor) -> Tensor:
-    """Multiply each row by the matrix of its expert, [N, O].
+    """Multiply each row by the matrix of its expert, [N, O]; rows of one expert lie together.
 
     Where bf16 products are emulated, one row is a product of matrix and vector, which torch computes well from this
     layout (and several rows badly).
     """
-    experts = expert_N.tolist()
-    out_NO = x_NC.new_empty(x_NC.shape[0], weight_ECO.shape[2])
-    if len(set(experts)) == len(experts):
-        for row, expert in enumerate(experts):
-            _multiply_rows(x_NC[row : row + 1], weight_ECO[expert], out_NO[row : row + 1])
-        return out_NO
-    pairs = sorted((expert, row) for row, expert in enumerate(experts))
-    order_N = torch.tensor([row for _, row in pairs])
-    x_NC, start = x_NC.index_select(0, order_N), 0
-    for expert, group in groupby(expert for expert, _ in pairs):
-        stop = start + len(list(group))
+    out_NO, start = x_NC.new_empty(x_NC.shape[0], weight_ECO.shape[2]), 0
+    for expert, rows in groupby(expert_N.tolist()):
+        stop = start + len(list(rows))
         _multiply_rows(x_NC[start:stop], weight_ECO[expert], out_NO[start:stop])
         start = stop
-    return torch.empty_like(out_NO).index_copy_(0, order_N, out_NO)
+    return out_NO
 
 
 _multiply_operator = torch.library.custom_op("gptoss_dist::multiply_by_expert", _multiply, mutates_args=())
