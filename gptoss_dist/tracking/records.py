@@ -17,6 +17,7 @@ from gptoss_dist.tracking.jsonl import read_lines
 
 METRICS_FILE = "metrics.jsonl"
 JOURNAL_FILE = "tracking/journal.jsonl"
+SYSTEM_FOLDER = "tracking/system"
 
 _LAST_STEP = 2**53
 _LAST_TIME = 1e11
@@ -91,6 +92,19 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint was begun to be written."""
+
+    time: float
+    """That of its metrics, in seconds since 1970."""
+    step: int
+    path: str
+    """Relative to the run's folder if it lies there."""
+    metrics: dict[str, float]
+    """What is known of its weights; finite numbers only."""
+
+
+@dataclass(frozen=True)
 class End:
     """The run ended."""
 
@@ -98,7 +112,7 @@ class End:
     status: str
 
 
-Operation = RunStart | Tag | Artifact | Event | End
+Operation = RunStart | Tag | Artifact | Event | Checkpoint | End
 
 
 class _Damaged(ValueError):
@@ -170,6 +184,10 @@ def operation(line: dict) -> Operation | None:
                 return Artifact(_text(line, "path"), _text(line, "folder") if line.get("folder") is not None else None)
             case "event" if line.get("kind") in EVENT_KINDS:
                 return Event(_time(line), _step(line), line["kind"], _text(line, "text"))
+            case "checkpoint":
+                metrics = {key: _number(value) for key, value in _object(line, "metrics").items()}
+                known = {key: value for key, value in metrics.items() if math.isfinite(value)}
+                return Checkpoint(_time(line), _step(line), _text(line, "path"), known)
             case "end" if line.get("status") in STATUSES:
                 return End(_time(line), line["status"])
     except _Damaged:

@@ -6,9 +6,10 @@ Files of a run, lines of JSON that survive a crash at any byte:
   `{"event": "resume", "step": 5, "time": ...}` where training went back to step 5. Read it with `read_metrics`.
   JSON has no NaN: a value that is not finite is null (MLflow is not sent these), and an infinite one is named beside,
   `"infinite": {"loss/train": "-Infinity"}`.
-- `tracking/journal.jsonl`: what else MLflow is to know, in order: the run's parameters, tags, artifacts and end;
-  and events, for those who read the run's folder.
-- `tracking/cursor.json`: the run's id in MLflow, and how far MLflow has acknowledged both files.
+- `tracking/journal.jsonl`: what else MLflow is to know, in order: the run's parameters, tags, artifacts, checkpoints
+  and end; and events, for those who read the run's folder.
+- `tracking/system/HOST.jsonl`: what each machine did, as `metrics.jsonl`; its steps are numbers of samples.
+- `tracking/cursor.json`: the run's id in MLflow, and how far MLflow has acknowledged these files.
 
 Delivery is at least once and idempotent: MLflow keeps one of equal (key, value, time, step), parameters and tags are
 set to what they were, and a run is looked up by a unique tag before it is created. So what did not reach the server
@@ -24,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import shlex
 import sys
 import threading
@@ -47,6 +49,7 @@ from gptoss_dist.tracking.delivery.environment import (
 )
 from gptoss_dist.tracking.delivery.requests import one_line
 from gptoss_dist.tracking.delivery.shipper import DeliveryRefused, MlflowMissing, Shipper
+from gptoss_dist.tracking.delivery.system_metrics import monitor_this_node
 from gptoss_dist.tracking.jsonl import JsonLinesWriter, read_lines
 from gptoss_dist.tracking.records import (
     EVENT_KINDS,
@@ -92,6 +95,9 @@ class Tracker:
         resumed_step: The step of the checkpoint; recorded rows of later steps belong to an abandoned branch.
         is_child: Whether this is a run below another one: `MLFLOW_RUN_ID` and `MLFLOW_RUN_NAME` mean that one.
         interval_s: Seconds between deliveries.
+        system_metrics_every_s: Seconds between samples of what this machine does, unless MLflow's variables say
+            otherwise; 0 takes none.
+        node: This machine's name in these, for a run of several.
         message: What tells the user what goes wrong, also from the delivering thread; by default a warning in the log.
     """
 
@@ -110,6 +116,8 @@ class Tracker:
         resumed_step: int | None = None,
         is_child: bool = False,
         interval_s: float = 5.0,
+        system_metrics_every_s: float = 0.0,
+        node: str | None = None,
         message: Callable[[str], None] = logger.warning,
     ) -> None:
         self._run_dir, self._interval_s, self._message = Path(run_dir), interval_s, message
@@ -150,6 +158,7 @@ class Tracker:
         self._closing, self._abandoned = threading.Event(), threading.Event()
         self._problem = ""
         self._shipper = Shipper(self._run_dir, store, cursor, self._abandoned, message=message, wishes=wishes)
+        self._monitor = monitor_this_node(self._run_dir, system_metrics_every_s, wishes, node, message)
         self._thread = None
         if enabled:
             prepare_environment()
@@ -161,13 +170,18 @@ class Tracker:
         """MLflow's id of this run, which belongs into checkpoints; None until the server has created it."""
         return self._shipper.cursor.run_id
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: dict[str, float]) -> float:
         """Record values of one step, as one line in one write, unbuffered but not fsynced.
 
         Values are converted by `float`, so hand over numbers that are already on the host. Several calls for one step
         add up. A full disk costs the line and one warning.
+
+        Returns:
+            The time that the line has, in seconds since 1970.
         """
-        self._metrics.append(metrics_line(int(step), _now(), {key: float(value) for key, value in metrics.items()}))
+        now = _now()
+        self._metrics.append(metrics_line(int(step), now, {key: float(value) for key, value in metrics.items()}))
+        return now
 
     def tag(self, key: str, value: object) -> None:
         """Set a property of the run."""
@@ -190,10 +204,20 @@ class Tracker:
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Have a file or directory uploaded, as it is when its turn comes, into `folder` of the run's artifacts."""
-        path = Path(path).absolute()
-        with contextlib.suppress(ValueError):  # relative inside the run's folder, which may be moved before a `sync`
-            path = path.relative_to(self._run_dir.absolute())
-        self._operation("artifact", path=str(path), folder=folder)
+        self._operation("artifact", path=self._inside(path), folder=folder)
+
+    def checkpoint(self, step: int, path: str | Path, metrics: dict[str, float], time: float | None = None) -> None:
+        """Have a checkpoint shown as a logged model, without its weights.
+
+        Args:
+            step: Of after this step it is.
+            path: Its folder.
+            metrics: What is known of its weights.
+            time: That of these metrics, as `log` returned it.
+        """
+        finite = {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
+        record = {"op": "checkpoint", "time": _now() if time is None else time, "step": int(step)}
+        self._journal.append(record | {"path": self._inside(path), "metrics": finite})
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED", timeout: float = 30.0) -> None:
         """Record how the run ended and wait up to `timeout` seconds for the delivery of what is left.
@@ -207,6 +231,7 @@ class Tracker:
             raise ValueError(f"status={status!r} is not FINISHED, FAILED or KILLED")
         if self._closing.is_set():
             return
+        self._monitor.close()
         self._operation("end", status=status)
         self._closing.set()
         self._metrics.close()
@@ -223,6 +248,13 @@ class Tracker:
                 f"    python -m gptoss_dist.tracking sync {shlex.quote(str(self._run_dir))}"
                 f"{' --uri URI' if has_hidden(self._shipper.cursor.uri) else ''}"
             )
+
+    def _inside(self, path: str | Path) -> str:
+        """Return a path, relative inside the run's folder, which may be moved before a `sync`."""
+        path = Path(path).absolute()
+        with contextlib.suppress(ValueError):
+            path = path.relative_to(self._run_dir.absolute())
+        return str(path)
 
     def _make_room(self, resumed: bool) -> None:
         try:

@@ -25,8 +25,8 @@ from gptoss_dist.checkpoint.info import INFO
 from gptoss_dist.config import Config, OptimConfig, ParallelConfig, TrainConfig
 from gptoss_dist.distributed.agreement import Fact, source_digest
 from gptoss_dist.engine.schedule import learning_rate
+from gptoss_dist.tracking.about.revision import git_revision
 from gptoss_dist.train.data import sources
-from gptoss_dist.train.report import git_revision
 from gptoss_dist.train.start import Start
 
 T = TypeVar("T")

@@ -98,6 +98,7 @@ def train(config: Config, ranks: Ranks) -> None:
                 with Run(setup, start, data) as open_run:
                     open_run.announce(start, weights)
                     record_launch(config)
+                    open_run.monitor_node()
                     rewind = train_steps(open_run, start.step, tasks)
                 if rewind is None:
                     return

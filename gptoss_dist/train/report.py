@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-import platform
-import subprocess
+import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,6 +18,8 @@ from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine import Engine, StepResult
 from gptoss_dist.planner.flops import flops_per_token
 from gptoss_dist.planner.hardware import peak_flops
+from gptoss_dist.tracking.about.facts import RunFacts, facts_of
+from gptoss_dist.tracking.about.summary import Summary
 from gptoss_dist.tracking.expert_tokens import ExpertTokens
 from gptoss_dist.tracking.metrics import (
     Throughput,
@@ -32,11 +31,20 @@ from gptoss_dist.tracking.metrics import (
 )
 from gptoss_dist.tracking.plots import plot_run
 from gptoss_dist.tracking.progress import Progress
+from gptoss_dist.tracking.recorded.run import flat
+from gptoss_dist.tracking.records import Event
 from gptoss_dist.tracking.tracker import Tracker
 from gptoss_dist.train.data import TrainingData, sources
 from gptoss_dist.train.start import Start
 
 log = logging.getLogger(__name__)
+
+NOTE = "mlflow.note.content"
+NOTE_S, QUIET_NOTE_S = 30.0, 300.0
+"""Seconds between two writings of the run's note, at least, and where nothing happens but steps."""
+_CHARTED = ("resume", "rewind", "skipped", "data")
+"""Kinds of events that are metrics too: how many there were, as steps of a curve."""
+_STATES = {"FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,15 @@ class Report:
         self.data, self.start_step = data, start.step
         self._position: int | None = None
         self._said: set[str] = set()
+        self._rewound = False
+        self._validated: tuple[int, float, dict[str, float]] = (-1, 0.0, {})
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak = peak_flops(ranks.device, dtype)
         self.flops = flops_per_token(config.model, config.data.seq_len)
+        self.facts = facts_of(config, ranks, engine, self.peak, getattr(data.mixture, "weights", None))
+        self.summary = Summary(self.facts, start.step, start.tokens)
+        if start.step:
+            self.summary.read_back()
         self.throughput = Throughput(
             ranks.world_size,
             tokens=start.tokens,
@@ -86,8 +100,8 @@ class Report:
             experiment=config.tracking.experiment,
             uri=config.tracking.uri,
             enabled=config.tracking.mlflow,
-            params=_flatten(config.to_dict()),
-            tags=_tags(config, ranks, engine, self.peak) | _change_tags(data),
+            params=_params(config, self.facts),
+            tags=self.facts.tags() | _routing_tag(config) | _change_tags(data) | self._standing_tags("running"),
             dataset={
                 "name": " + ".join(source.label for source in sources(config.data)),
                 "digest": data.mixture.manifest_sha256,
@@ -95,14 +109,60 @@ class Report:
             },
             resume_run_id=start.mlflow_run_id,
             resumed_step=start.step or None,
+            system_metrics_every_s=config.tracking.system_metrics_every_s,
+            node=self.facts.node,
             message=self.message,
         )
-        self.revision = git_revision()
+        self._noted, self._changed = time.monotonic(), False
+        self.revision = self.facts.revision
+        self._begin(start)
         self.tracker.artifact(self.folder / "config.yaml")
         if config.train.routing != "learned":
             self.message(f"train.routing={config.train.routing}: a benchmark, the model learns nothing useful")
         if self.peak is None:
             self.message(f"no peak FLOP/s is known for {ranks.device}: MFU is not reported")
+
+    def _begin(self, start: Start) -> None:
+        """Record what this process does with the run."""
+        if start.checkpoint is None:
+            self.event(start.step, "start", f"training begins, {self.facts.devices}")
+        elif not start.rewound:
+            self.event(start.step, "resume", f"resumed from {start.checkpoint.name}, {self.facts.devices}")
+
+    def event(self, step: int, kind: str, text: str) -> None:
+        """Record that something happened after a step, for the note and the charts of the run.
+
+        Args:
+            step: The step.
+            kind: One of `records.EVENT_KINDS`.
+            text: What happened, in one line.
+        """
+        text = " ".join(without_secrets(text).split())
+        self.tracker.event(step, kind, text)
+        count = self.summary.event(Event(time.time(), step, kind, text))
+        if kind in _CHARTED:
+            if step > 1:
+                self.tracker.log(step - 1, {f"events/{kind}": count - 1})
+            self.tracker.log(step, {f"events/{kind}": count})
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Write the run's note anew, unless that was done a moment ago: then later."""
+        self._changed = True
+        if time.monotonic() - self._noted >= NOTE_S:
+            self._write_note("running")
+
+    def _write_note(self, state: str) -> None:
+        self._noted, self._changed = time.monotonic(), False
+        for key, value in self._standing_tags(state).items():
+            self.tracker.tag(key, value)
+
+    def _standing_tags(self, state: str) -> dict[str, str]:
+        """Return what changes while the run trains."""
+        tags = {"state": state, NOTE: self.summary.note(state)}
+        if self.summary.best is not None:
+            tags["best_val_loss"] = f"{self.summary.best[0]:.4f}"
+        return tags
 
     def message(self, text: str) -> None:
         """Write one line to the user and to log.txt."""
@@ -120,6 +180,7 @@ class Report:
         mixture, history = self.data.mixture, self.data.history
         if history and history[-1]["samples"] == position:
             self.message(f"the data changed: {'; '.join(history[-1]['changed'])}")
+            self.event(self.start_step, "data", f"the data changed: {'; '.join(history[-1]['changed'])}")
         if len(mixture.sources) > 1:
             self.message(f"data: {mixture.shares(position)}")
         for change, what in mixture.changes:
@@ -159,22 +220,40 @@ class Report:
         for change, what in self.data.mixture.changes:
             if self._position is not None and self._position <= change < position:
                 self.message(f"step {step}: {what}")
-        self._position = position
+                self.event(step, "data", what)
         metrics |= memory_metrics(self.ranks.device)
+        metrics |= self.summary.step(step, metrics)
         self.tracker.log(step, metrics)
+        if result.skipped:
+            self._skipped(step, position, metrics)
+        self._position = position
+        if time.monotonic() - self._noted >= (NOTE_S if self._changed else QUIET_NOTE_S):
+            self._write_note("running")
         if warning := self.expert_tokens.add(step, result.counts_LE):
             self.message(warning)
         shown = {"loss": metrics["loss/train"], "tokens_per_s": metrics.get("perf/tokens_per_s"), "lr": launched.lr}
         self.progress.update(step, **{name: value for name, value in shown.items() if value is not None})
+
+    def _skipped(self, step: int, position: int, metrics: dict[str, float]) -> None:
+        loss, norm = metrics["loss/train"], metrics["optim/grad_norm"]
+        samples = "" if self._position is None else f"; samples {self._position:,} to {position - 1:,} taught nothing"
+        self.event(step, "skipped", f"step {step} was skipped: loss {loss:.4g}, gradient norm {norm:.4g}{samples}")
 
     def validation(self, step: int, loss: float, by_source: dict[str, float]) -> None:
         """Record a validation loss, and that of each source if there are several, and redraw the plots."""
         metrics = loss_metrics("val", loss)
         if len(by_source) > 1:
             metrics |= {f"loss/val_{name}": value for name, value in by_source.items()}
-        self.tracker.log(step, metrics)
+        metrics |= self.summary.validation(step, loss)
+        self._validated = step, self.tracker.log(step, metrics), {k: v for k, v in metrics.items() if "loss/val" in k}
         self.message(f"step {step}: validation loss {loss:.4f}, perplexity {metrics['loss/val_ppl']:.2f}")
+        self._refresh()
         self.plots()
+
+    def rewound(self, entry: SkippedSamples) -> None:
+        """Record that the run goes back, and for what; this report will be closed, and another one opened."""
+        self._rewound = True
+        self.event(entry["step"], "rewind", in_words(entry))
 
     def skipping(self) -> None:
         """Record how often the run went back after a spike of the loss, and why and what it skips, if it did."""
@@ -190,8 +269,15 @@ class Report:
         self.tracker.log(self.start_step, counts)
 
     def saved(self, step: int, pause_s: float) -> None:
-        """Record how long the step was held up by saving."""
+        """Record that a checkpoint is being written, and how long the step was held up by that."""
         self.tracker.log(step, {"perf/checkpoint_pause_s": pause_s})
+        path = self.config.checkpoint_folder / f"step_{step:08d}"
+        validated, at, metrics = self._validated
+        if validated == step:
+            self.tracker.checkpoint(step, path, metrics, at)
+        else:
+            self.tracker.checkpoint(step, path, {})
+        self.event(step, "checkpoint", f"`{path}`")
 
     def samples(self, step: int, texts: list[str]) -> None:
         """Keep texts that the model wrote."""
@@ -234,15 +320,31 @@ class Report:
         except Exception as error:  # a plot must never end a run
             self._message_once(f"plots not drawn: {error}")
 
-    def close(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
-        """Finish the tracked run: FINISHED, KILLED or FAILED."""
+    def close(self, status: Literal["FINISHED", "KILLED", "FAILED"], why: str | None = None) -> None:
+        """Finish the tracked run: FINISHED, KILLED or FAILED.
+
+        Args:
+            why: What ended it early.
+        """
         try:
             self.expert_tokens.close()
         except Exception as error:  # reads the device, whose failure may be why the run ends
             log.warning("last row of expert tokens not written: %s", error)
         self.plots()
+        self._end(status, why)
         self.progress.__exit__(None, None, None)
         self.tracker.close(status)
+
+    def _end(self, status: Literal["FINISHED", "KILLED", "FAILED"], why: str | None) -> None:
+        """Record the end of the run, or that it goes back."""
+        step = self.summary.last_step
+        if not self._rewound:
+            kind = {"FINISHED": "end", "KILLED": "stop", "FAILED": "error"}[status]
+            self.event(step, kind, f"{_STATES[status]} at step {step}" + (f": {why}" if why else ""))
+        for kind, count in self.summary.counts.items():  # the curve goes on to the last step
+            if kind in _CHARTED:
+                self.tracker.log(step, {f"events/{kind}": count})
+        self._write_note("going back" if self._rewound else _STATES[status])
 
 
 def in_words(entry: SkippedSamples) -> str:
@@ -253,72 +355,17 @@ def in_words(entry: SkippedSamples) -> str:
     )
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def _change_tags(data: TrainingData) -> dict[str, str]:
     changes = enumerate(data.history, 1)
     return {f"data.change.{n}": f"step {change['step']}: {'; '.join(change['changed'])}" for n, change in changes}
 
 
-def _tags(config: Config, ranks: Ranks, engine: Engine, peak) -> dict[str, str]:
-    device = ranks.device
-    return _source_tags() | {
-        "git.sha": git_revision(),
-        "host": platform.node(),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU x {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "world_size": str(ranks.world_size),
-        "layout": f"{engine.name} {engine.layout}, dispatch {config.parallel.experts}",
-        "routing": config.train.routing if config.train.routing == "learned" else f"{config.train.routing} (forced)",
-        "mfu.peak": str(peak) if peak else "unknown",
-    }
+def _params(config: Config, facts: RunFacts) -> dict[str, object]:
+    """Return all settings, those that differ from the defaults first: MLflow shows them in this order."""
+    settings = flat(config.to_dict())
+    return {key: settings[key] for key in facts.changed} | settings
 
 
-def _source_tags() -> dict[str, str]:
-    """Return MLflow's own tags for the commit, the branch and the remote of this code."""
-    found = {
-        "commit": _git("rev-parse", "HEAD"),
-        "branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
-        "repoURL": without_secrets(_git("config", "--get", "remote.origin.url")),
-    }
-    return {f"mlflow.source.git.{name}": value for name, value in found.items() if value}
-
-
-@functools.cache
-def git_revision() -> str:
-    """Return the commit of this code, with `-dirty` if files differ from it, or `unknown`.
-
-    An image has no repository, but a file that was written when it was built (docker/). It lies beside the code: code
-    that is mounted into the image is not taken for the image's.
-    """
-    return _git("describe", "--always", "--dirty", "--abbrev=12") or _built_from() or "unknown"
-
-
-def _built_from() -> str:
-    try:
-        return (Path(__file__).parents[2] / "revision.txt").read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _git(*arguments: str) -> str:
-    """Return what git says of this code; nothing if there is no git, or no repository."""
-    try:
-        run = subprocess.run(
-            ["git", "-C", Path(__file__).parent, *arguments],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return run.stdout.strip()
+def _routing_tag(config: Config) -> dict[str, str]:
+    routing = config.train.routing
+    return {"routing": routing if routing == "learned" else f"{routing} (forced)"}

@@ -6,7 +6,7 @@ import logging
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +22,8 @@ from gptoss_dist.distributed.signals import StopRequest
 from gptoss_dist.engine import Engine
 from gptoss_dist.engine.non_finite import NonFiniteFinder
 from gptoss_dist.parallel.mesh import spanned_machines
+from gptoss_dist.tracking.delivery.environment import Wishes
+from gptoss_dist.tracking.delivery.system_metrics import NodeMonitor, monitor_this_node
 from gptoss_dist.tracking.profiling import profiled
 from gptoss_dist.train.changes import changes_of
 from gptoss_dist.train.data import RunData, TrainingData, check_length
@@ -90,6 +92,7 @@ class Run:
         self.spikes = SpikeGuard(config.spikes, start.info.recent_losses if start.info else ())
         self.last_saved_step = start.step
         self._status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
+        self._node: NodeMonitor | None = None
         self.steps = StepWatch(config, ranks, engine, self.message)
 
     def _open_loader(self, samples_consumed: int) -> BatchLoader:
@@ -110,13 +113,28 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self.steps.close()
         with suppress(Exception):
             self.saver.close()  # what is being written is finished, however the run ends
         self.loader.close()
+        if self._node is not None:
+            self._node.close()
         if self.report:
-            self.report.close(self._status)
+            self.report.close(self._status, self._why(exception[1]))
+
+    def _why(self, error: BaseException | None) -> str | None:
+        if error is not None:
+            return str(error) or type(error).__name__
+        return self.stop.reason if self._status == "KILLED" else None
+
+    def monitor_node(self) -> None:
+        """Measure this machine, in one process of each. Rank 0's is measured by its tracker."""
+        ranks = self.ranks
+        if ranks.rank > 0 and ranks.hosts and ranks.hosts.index(ranks.hosts[ranks.rank]) == ranks.rank:
+            wishes = Wishes.read(log.debug)
+            every_s, host = self.config.tracking.system_metrics_every_s, ranks.hosts[ranks.rank]
+            self._node = monitor_this_node(self.config.folder, every_s, wishes, host, log.warning)
 
     def announce(self, start: Start, weights: Pretrained | None) -> None:
         """Tell the user where the run starts, how it is laid out and what it reads; set later checkpoints aside.
@@ -225,7 +243,7 @@ class Run:
             return None
         training = self._skip(spike, start)
         self._status = "KILLED"
-        return Rewind(replace(start, skipped=training.skipped), replace(self.data, training=training))
+        return Rewind(replace(start, skipped=training.skipped, rewound=True), replace(self.data, training=training))
 
     def _skip(self, spike: Spike, start: Start) -> TrainingData:
         """Record that the samples of a spike are skipped; return the data without them."""
@@ -246,6 +264,8 @@ class Run:
         except (ValueError, OSError) as error:
             raise TrainingError(f"{spike}, and its samples cannot be skipped: {error}") from error
         self.message(in_words(entry))
+        if self.report:
+            self.report.rewound(entry)
         return training
 
     def _report_non_finite(self, step: int, finder: NonFiniteFinder) -> None:

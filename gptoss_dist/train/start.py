@@ -50,6 +50,8 @@ class Start:
     """The MLflow run that goes on, if it is this run's."""
     skipped: tuple[SkippedSamples, ...] = ()
     """What the run skips, in its data or in those of an earlier mixture."""
+    rewound: bool = False
+    """Whether this process went back there itself, after a spike of the loss."""
 
 
 def find_start(config: Config) -> Start:

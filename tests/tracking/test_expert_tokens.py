@@ -173,6 +173,7 @@ def report_steps(folder, start, last):
         entropy_L=torch.zeros(2),
         counts_LE=counts_LE,
         traffic_R3=None,
+        skipped=torch.zeros(()),
     )
     for step in range(start + 1, last + 1):
         report.step(LaunchedStep(step, result, 1e-3, {}, samples_consumed=0), skipped=0)

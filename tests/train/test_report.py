@@ -8,9 +8,10 @@ import torch
 
 from gptoss_dist.config import Config, ModelConfig, RunConfig, SamplingConfig, TrackingConfig
 from gptoss_dist.parallel.mesh import DeviceLayout
+from gptoss_dist.tracking.about.revision import git_revision
 from gptoss_dist.tracking.profiling import profiled
 from gptoss_dist.train.periodic import periodic_tasks, write_samples
-from gptoss_dist.train.report import Report, git_revision
+from gptoss_dist.train.report import Report
 from gptoss_dist.train.start import Start
 
 
@@ -88,9 +89,9 @@ def test_a_run_knows_the_source_of_its_code(tmp_path):
 
 
 def test_code_in_an_image_knows_what_it_was_built_from(tmp_path, monkeypatch):
-    file = tmp_path / "gptoss_dist/train/report.py"
+    file = tmp_path / "gptoss_dist/tracking/about/revision.py"
     file.parent.mkdir(parents=True)
-    monkeypatch.setattr("gptoss_dist.train.report.__file__", str(file))
+    monkeypatch.setattr("gptoss_dist.tracking.about.revision.__file__", str(file))
     assert git_revision.__wrapped__() == "unknown"
     (tmp_path / "revision.txt").write_text("0123456789ab-dirty\n")
     assert git_revision.__wrapped__() == "0123456789ab-dirty"

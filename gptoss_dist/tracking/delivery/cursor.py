@@ -6,13 +6,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.disk import replacing
 from data_pipeline.foreign import Count, read_json
 from gptoss_dist.tracking.jsonl import is_line_start
-from gptoss_dist.tracking.records import JOURNAL_FILE, METRICS_FILE
+from gptoss_dist.tracking.records import JOURNAL_FILE, METRICS_FILE, SYSTEM_FOLDER
 
 CURSOR_FILE = "tracking/cursor.json"
 
@@ -33,6 +33,8 @@ class Cursor:
     run_id: str | None = None
     metrics_offset: Count = 0
     journal_offset: Count = 0
+    system_offsets: dict[str, Count] = field(default_factory=dict)
+    """Of the files of system metrics, by name."""
 
     @classmethod
     def load(cls, run_dir: Path, message: Callable[[str], None]) -> Cursor:
@@ -63,9 +65,12 @@ class Cursor:
 
     def restart(self) -> None:
         """Forget what was acknowledged: the run is to be sent whole."""
-        self.run_id, self.metrics_offset, self.journal_offset = None, 0, 0
+        self.run_id, self.metrics_offset, self.journal_offset, self.system_offsets = None, 0, 0, {}
 
     def _check(self, run_dir: Path) -> None:
         for name, offset in ((METRICS_FILE, self.metrics_offset), (JOURNAL_FILE, self.journal_offset)):
             if not is_line_start(run_dir / name, offset):
                 raise ValueError(f"{run_dir / CURSOR_FILE}: no line of {name} begins at {offset}")
+        for name, offset in list(self.system_offsets.items()):
+            if not is_line_start(run_dir / SYSTEM_FOLDER / name, offset):
+                del self.system_offsets[name]

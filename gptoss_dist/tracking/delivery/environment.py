@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import math
 import os
 import re
 import sys
@@ -25,6 +26,8 @@ _MLFLOW_ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 _SQLITE = "sqlite:///"
+_MLFLOW_SAMPLING_S = 10.0
+"""MLflow's own default."""
 
 
 def prepare_environment() -> None:
@@ -117,8 +120,11 @@ class Wishes:
     """MLFLOW_RUN_NAME: the run's name in MLflow; its folder is named by `run.name`."""
     tags: dict[str, str] = field(default_factory=dict)
     """MLFLOW_TAGS: a JSON object."""
-    system_metrics: bool = False
-    """MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING."""
+    system_metrics_every_s: float | None = None
+    """MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING and MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL: seconds between samples, 0 for
+    none; None if neither is set."""
+    node: str | None = None
+    """MLFLOW_SYSTEM_METRICS_NODE_ID: this node's name in the system metrics."""
 
     @classmethod
     def read(cls, message: Callable[[str], None]) -> Self:
@@ -128,7 +134,8 @@ class Wishes:
             experiment=_variable("MLFLOW_EXPERIMENT_NAME"),
             run_name=_variable("MLFLOW_RUN_NAME"),
             tags=_tags(message),
-            system_metrics=_flag("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", message),
+            system_metrics_every_s=_system_metrics_every_s(message),
+            node=_variable("MLFLOW_SYSTEM_METRICS_NODE_ID"),
         )
 
 
@@ -161,8 +168,25 @@ def _tags(message: Callable[[str], None]) -> dict[str, str]:
     return {key: str(value) for key, value in tags.items()}
 
 
-def _flag(name: str, message: Callable[[str], None]) -> bool:
-    value = (_variable(name) or "false").lower()
-    if value not in ("true", "1", "false", "0"):
-        message(f"{name}={value[:200]!r} is neither true nor false: it is taken for false")
-    return value in ("true", "1")
+def _system_metrics_every_s(message: Callable[[str], None]) -> float | None:
+    enabled = _flag("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", message)
+    name, every_s = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", None
+    if (text := _variable(name)) is not None:
+        try:
+            every_s = float(text)
+            if not 0 < every_s < math.inf:
+                raise ValueError(text)
+        except ValueError:
+            message(f"{name}={text[:200]!r} is no number of seconds above 0: it is not used")
+            every_s = None
+    if enabled is None:
+        return every_s
+    return (every_s or _MLFLOW_SAMPLING_S) if enabled else 0.0
+
+
+def _flag(name: str, message: Callable[[str], None]) -> bool | None:
+    value = (_variable(name) or "").lower()
+    if value not in ("", "true", "1", "false", "0"):
+        message(f"{name}={value[:200]!r} is neither true nor false: it is not used")
+        return None
+    return value in ("true", "1") if value else None

@@ -23,6 +23,10 @@ _SHORTER = (500, 250)
 _NAMED = 5
 """Refused values that a message names."""
 
+NOTE_TAG = "mlflow.note.content"
+OWN_TEXT = "*What you write below this line stays.*"
+"""Ends the part of a run's note that is written anew."""
+
 Item = TypeVar("Item")
 
 
@@ -129,34 +133,6 @@ class Requests:
             self._message(f"MLflow refuses {len(keys)} {what}, which are {done} ({named}): {reason}")
 
 
-class SystemMonitor:
-    """MLflow's own measurement of processor, memory, disk, network and GPUs, as metrics `system/...` of a run."""
-
-    def __init__(self, wanted: bool, message: Callable[[str], None]) -> None:
-        self._wanted, self._message = wanted, message
-        self._monitor: Any = None
-
-    def start(self, run_id: str, uri: str) -> None:
-        """Begin to measure, or begin again with the same run: a monitor gives up when a server does not answer."""
-        if not self._wanted:
-            return
-        self.stop()
-        try:
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-            self._monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
-            self._monitor.start()
-        except Exception as error:
-            self._wanted, self._monitor = False, None
-            self._message(f"MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING: nothing is measured: {one_line(error)}")
-
-    def stop(self) -> None:
-        """Send what is measured and end."""
-        if self._monitor is not None:
-            self._monitor.finish()
-            self._monitor = None
-
-
 def is_refusal(error: Exception) -> bool:
     """Return whether the server is well and does not take what was sent; sending it again would not help."""
     return _code(error) in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST") or "failed with error code 413" in str(error)
@@ -178,6 +154,20 @@ def clean_text(text: str, limit: int = _MAX_VALUE) -> str:
 def is_same(value: str, kept: str) -> bool:
     """Return whether a server keeps `kept` for `value`, which it may have taken only when it was cut."""
     return value == kept or (len(kept) in _SHORTER and value.startswith(kept))
+
+
+def with_own_text(note: str, kept: str | None) -> str:
+    """Return a run's new note with what people wrote into the one that MLflow has: below its last line, or all of it.
+
+    Where both are too long, the new note is cut, and not written at all rather than a word of theirs.
+    """
+    if kept is None or len(kept) in _SHORTER:  # the latter was cut by an earlier version of MLflow
+        kept = ""
+    own = kept.rpartition(OWN_TEXT)[2].strip()
+    room = _MAX_VALUE - len(own) - len(OWN_TEXT) - 5
+    if room < 0:
+        return kept
+    return f"{note[:room]}\n\n{OWN_TEXT}\n" + (f"\n{own}\n" if own else "")
 
 
 def one_line(error: BaseException) -> str:

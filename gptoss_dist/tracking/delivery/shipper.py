@@ -22,20 +22,24 @@ from data_pipeline.secrets import has_hidden, without_secrets
 from gptoss_dist.tracking.delivery.cursor import Cursor
 from gptoss_dist.tracking.delivery.database import Database
 from gptoss_dist.tracking.delivery.environment import Store, Wishes
+from gptoss_dist.tracking.delivery.models import LoggedModels
 from gptoss_dist.tracking.delivery.requests import (
+    NOTE_TAG,
     Requests,
-    SystemMonitor,
     clean_key,
     clean_text,
     is_refusal,
     is_same,
     one_line,
+    with_own_text,
 )
 from gptoss_dist.tracking.jsonl import read_lines
 from gptoss_dist.tracking.records import (
     JOURNAL_FILE,
     METRICS_FILE,
+    SYSTEM_FOLDER,
     Artifact,
+    Checkpoint,
     Damage,
     End,
     MetricsRow,
@@ -50,6 +54,11 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 _UID_TAG = "gptoss_dist.uid"
+_EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # else MLflow 3 may open it as one of chats and traces
+    "mlflow.experiment.primaryMetric.name": "loss/val",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "False",
+}
 _METRICS_PER_REQUEST = 1000
 _MAX_DIGEST = 36
 _ATTEMPTS = 3
@@ -100,7 +109,7 @@ class Shipper:
         self._database = Database(store.database, store.options) if store.database else None
         self._uri = store.uri
         self._client: Any = None  # an MlflowClient while there is a connection
-        self._system = SystemMonitor(self._wishes.system_metrics, message)
+        self._logs_models = True
         self._damage = {name: Damage(run_dir / name) for name in (METRICS_FILE, JOURNAL_FILE)}
         self._failures = 0
         """Of the operation that is next."""
@@ -134,7 +143,7 @@ class Shipper:
                 f"the address of the MLflow server was recorded without its secrets, {self._store.uri}: give it anew "
                 "with --tracking.uri (or --uri of sync), or set MLFLOW_TRACKING_URI"
             )
-        if self._client is not None and not self.pending():
+        if self._client is not None and not self.pending() and not self._system_files():
             return  # but look at the server once: it may not be the one that the cursor speaks of
         try:
             with _exclusive(self._run_dir / "tracking" / "lock", self._lock_wait_s):
@@ -145,6 +154,7 @@ class Shipper:
                 self._ship_metrics()
                 while self._ship_operation():
                     self._ship_metrics()
+                self._ship_system_metrics()
         except Exception:
             self._client = None  # look again at what the server has: it may come back as another one
             raise
@@ -186,8 +196,6 @@ class Shipper:
         if run is not None and run.info.lifecycle_stage == "active":
             if self._database is not None:
                 self._database.adopt_artifacts(run.info.experiment_id, run_id)
-            if run.info.status == "RUNNING":
-                self._system.start(run_id, self._uri)
             return
         at = without_secrets(self._store.uri)
         if run_id == self._wishes.run_id:
@@ -201,37 +209,39 @@ class Shipper:
 
     def _ship_metrics(self) -> None:
         while self.cursor.run_id is not None and not self._abandoned.is_set():
-            metrics, offset, damaged = self._next_metrics()
+            metrics, offset, damaged = _next_metrics(self._run_dir / METRICS_FILE, self.cursor.metrics_offset)
             if offset == self.cursor.metrics_offset:
                 return
-            requests = self._requests()
-            for i in range(0, len(metrics), _METRICS_PER_REQUEST):
-                requests.log_metrics(metrics[i : i + _METRICS_PER_REQUEST])
+            self._send_metrics(metrics)
             self._damage[METRICS_FILE].lines += damaged
             self.cursor.metrics_offset = offset
             self._save_cursor()
 
-    def _next_metrics(self) -> tuple[list[Metric], int, int]:
-        """Return about one request's worth of finite values, the offset behind them, and damaged lines on the way."""
-        from mlflow.entities import Metric
+    def _send_metrics(self, metrics: list[Metric]) -> None:
+        requests = self._requests()
+        for i in range(0, len(metrics), _METRICS_PER_REQUEST):
+            requests.log_metrics(metrics[i : i + _METRICS_PER_REQUEST])
 
-        metrics: list[Metric] = []
-        offset, damaged = self.cursor.metrics_offset, 0
-        for line, end in read_lines(self._run_dir / METRICS_FILE, offset):
-            record = metrics_record(line)
-            values = record.metrics if isinstance(record, MetricsRow) else {}
-            if metrics and len(metrics) + len(values) > _METRICS_PER_REQUEST:
-                break
-            offset = end
-            damaged += record is None
-            if isinstance(record, MetricsRow):
-                at = _milliseconds(record.time)
-                metrics += [
-                    Metric(clean_key(key), value, at, record.step)
-                    for key, value in values.items()
-                    if math.isfinite(value)
-                ]
-        return metrics, offset, damaged
+    def _system_files(self) -> list[Path]:
+        """Return the files of system metrics, each of one node, that have grown."""
+        sent = self.cursor.system_offsets
+        try:
+            found = sorted((self._run_dir / SYSTEM_FOLDER).glob("*.jsonl"))
+            return [path for path in found if path.stat().st_size > sent.get(path.name, 0)]
+        except OSError:
+            return []
+
+    def _ship_system_metrics(self) -> None:
+        """Send what the nodes have measured; the files belong to others, so that damage in them is passed over."""
+        for path in self._system_files() if self.cursor.run_id is not None else ():
+            while not self._abandoned.is_set():
+                before = self.cursor.system_offsets.get(path.name, 0)
+                metrics, offset, _ = _next_metrics(path, before)
+                if offset == before:
+                    break
+                self._send_metrics(metrics)
+                self.cursor.system_offsets[path.name] = offset
+                self._save_cursor()
 
     def _ship_operation(self) -> bool:
         """Apply the next line of the journal; return False if there is none."""
@@ -254,7 +264,13 @@ class Shipper:
         try:
             match record:
                 case Tag():
-                    requests.set_tags({record.key: record.value})
+                    value = record.value
+                    if record.key == NOTE_TAG:
+                        value = with_own_text(value, requests.run().data.tags.get(NOTE_TAG))
+                    requests.set_tags({record.key: value})
+                case Checkpoint() if self._logs_models:
+                    models = LoggedModels(self._client, str(self.cursor.run_id), self._run_dir, self._message)
+                    self._logs_models = models.log(record)
                 case Artifact():
                     self._upload(record)
                 case End():
@@ -270,7 +286,6 @@ class Shipper:
             self._message(f"MLflow refuses {record}: {one_line(error)}")
 
     def _end(self, record: End, requests: Requests) -> None:
-        self._system.stop()
         # A clock that jumped back would have the run end before it began.
         end = max(_milliseconds(record.time), requests.run().info.start_time or 0)
         self._client.set_terminated(self.cursor.run_id, record.status, end_time=end)
@@ -297,8 +312,9 @@ class Shipper:
         if record.dataset is not None:
             tags["dataset.digest"] = record.dataset.get("digest", "")  # MLflow's own field holds 36 characters
             self._log_dataset(record.dataset, requests)
+        if NOTE_TAG in tags:
+            tags[NOTE_TAG] = with_own_text(tags[NOTE_TAG], data.tags.get(NOTE_TAG))
         requests.set_tags(tags)
-        self._system.start(run_id, self._uri)
 
     def _log_dataset(self, dataset: dict[str, str], requests: Requests) -> None:
         from mlflow.entities import Dataset, DatasetInput
@@ -316,7 +332,8 @@ class Shipper:
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             try:
-                return client.create_experiment(name, artifact_location=database.artifacts if database else None)
+                location = database.artifacts if database else None
+                return client.create_experiment(name, artifact_location=location, tags=_EXPERIMENT_TAGS)
             except MlflowException:  # another run has made it meanwhile: those of a sweep start together
                 experiment = client.get_experiment_by_name(name)
                 if experiment is None:
@@ -329,6 +346,9 @@ class Shipper:
             )
         if database is not None:
             database.adopt_artifacts(experiment.experiment_id)
+        for key in _EXPERIMENT_TAGS.keys() - experiment.tags.keys():
+            with contextlib.suppress(MlflowException):  # how a page opens is worth no more than a try
+                client.set_experiment_tag(experiment.experiment_id, key, _EXPERIMENT_TAGS[key])
         return experiment.experiment_id
 
     def _create_run(self, record: RunStart) -> str:
@@ -377,6 +397,27 @@ class Shipper:
                     f"{self._run_dir / 'tracking'} cannot be written ({error.strerror}): delivery goes on without it"
                 )
             self._unsaved = True
+
+
+def _next_metrics(path: Path, begin: int) -> tuple[list[Metric], int, int]:
+    """Return about one request's worth of finite values, the offset behind them, and damaged lines on the way."""
+    from mlflow.entities import Metric
+
+    metrics: list[Metric] = []
+    offset, damaged = begin, 0
+    for line, end in read_lines(path, offset):
+        record = metrics_record(line)
+        values = record.metrics if isinstance(record, MetricsRow) else {}
+        if metrics and len(metrics) + len(values) > _METRICS_PER_REQUEST:
+            break
+        offset = end
+        damaged += record is None
+        if isinstance(record, MetricsRow):
+            at = _milliseconds(record.time)
+            metrics += [
+                Metric(clean_key(key), value, at, record.step) for key, value in values.items() if math.isfinite(value)
+            ]
+    return metrics, offset, damaged
 
 
 def _milliseconds(seconds: float) -> int:

@@ -1,0 +1,163 @@
+"""The note of a run: a page of Markdown that says what it is and how it stands, kept current while it trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gptoss_dist.planner.flops import MFU_CONVENTION
+from gptoss_dist.tracking.about.facts import RunFacts, data_text
+from gptoss_dist.tracking.records import Event
+
+MOST_EVENTS = 20
+MOST_CHARACTERS = 4000
+"""MLflow takes tags of 5,000; the rest is for what people add."""
+_MOST_SETTINGS, _MOST_VALUE, _MOST_TEXT = 15, 60, 240
+_EVENTS_SHOWN_APART = ("checkpoint",)
+"""Kinds of which only the last is told: they come often."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run is."""
+
+    state: str
+    """`running`, `finished`, `stopped` or `failed`."""
+    time: float
+    """Seconds since 1970."""
+    step: int
+    tokens: int
+    exaflops: float
+    hours: float
+    gpu_hours: float
+    train_loss: float | None = None
+    """Mean of the last steps' losses in nats."""
+    averaged_steps: int = 0
+    """How many these are."""
+    best: tuple[float, int] | None = None
+    """The lowest validation loss in nats, and its step."""
+    last: tuple[float, int] | None = None
+    """The last validation loss, and its step."""
+    tokens_per_s: float | None = None
+    mfu: float | None = None
+    skipped_steps: int = 0
+
+
+def render(facts: RunFacts, standing: Standing, events: Sequence[Event]) -> str:
+    """Return the note, of at most 4,000 characters: what is older of the events is left out first."""
+    events = list(events)
+    kept = [event for event in events if event.kind not in _EVENTS_SHOWN_APART]
+    checkpoints = [event for event in events if event.kind in _EVENTS_SHOWN_APART]
+    shown = min(len(kept), MOST_EVENTS)
+    settings = min(len(facts.changed), _MOST_SETTINGS)
+    while True:
+        text = "\n".join(
+            [
+                _headline(facts),
+                "",
+                *_table(facts, standing, checkpoints),
+                "",
+                *_events(kept, shown),
+                *_settings(facts, settings),
+                *_commands(facts),
+            ]
+        )
+        if len(text) <= MOST_CHARACTERS or not (shown or settings):
+            return text[:MOST_CHARACTERS]
+        shown, settings = (shown - 1, settings) if shown > 3 or not settings else (shown, settings - 1)
+
+
+def _headline(facts: RunFacts) -> str:
+    count = facts.parameters
+    sizes = f"{in_millions(count.total)} parameters, {in_millions(count.active)} active per token"
+    return f"**{facts.name}**: {facts.model}; {sizes}; trained on {data_text(facts.data)}."
+
+
+def _table(facts: RunFacts, now: Standing, checkpoints: list[Event]) -> list[str]:
+    share = f" ({100 * now.step / facts.steps:.0f} %)" if facts.steps else ""
+    rows = [
+        ("state", f"**{now.state}**, as of {_clock(now.time)}"),
+        ("step", f"{now.step:,} of {facts.steps:,}{share}"),
+        ("validation loss", _validation(now)),
+        ("training loss", _training(now)),
+        ("tokens", f"{now.tokens:,}; {facts.tokens_per_step:,} a step"),
+        ("compute", f"{now.exaflops:.4g} exaFLOPs; {_hours(now.gpu_hours)} device-hours in {_hours(now.hours)} h"),
+        ("speed", _speed(now)),
+        ("skipped steps", str(now.skipped_steps)),
+        ("layout", f"{facts.layout}, {facts.precision}"),
+        ("devices", facts.devices),
+        ("data", data_text(facts.data)),
+        ("checkpoint", _cell(checkpoints[-1].text) if checkpoints else "none yet"),
+        ("folder", f"`{facts.folder}`"),
+        ("code", f"`{facts.revision}`"),
+    ]
+    if facts.sweep:
+        rows.insert(1, ("sweep", facts.sweep))
+    return ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows)]
+
+
+def _validation(now: Standing) -> str:
+    if now.best is None or now.last is None:
+        return "none yet"
+    return f"best **{now.best[0]:.4f}** at step {now.best[1]:,}; last {now.last[0]:.4f} at step {now.last[1]:,}"
+
+
+def _training(now: Standing) -> str:
+    return "none yet" if now.train_loss is None else f"{now.train_loss:.4f}, mean of {now.averaged_steps} steps"
+
+
+def _speed(now: Standing) -> str:
+    if now.tokens_per_s is None:
+        return "none yet"
+    mfu = "" if now.mfu is None else f"; MFU {100 * now.mfu:.1f} % ({MFU_CONVENTION})"
+    return f"{now.tokens_per_s:,.0f} tokens/s{mfu}"
+
+
+def _events(events: list[Event], shown: int) -> list[str]:
+    if not events:
+        return []
+    older = len(events) - shown
+    title = "**Events**" + (f" (the last {shown} of {len(events)})" if older else "")
+    lines = [f"- step {event.step:,}, {_clock(event.time)}: **{event.kind}** {_cell(event.text)}" for event in events]
+    return [title, "", *lines[older:], ""]
+
+
+def _settings(facts: RunFacts, shown: int) -> list[str]:
+    if not shown:
+        return []
+    items = [f"`{key}={_cell(value)[:_MOST_VALUE]}`" for key, value in facts.changed.items()]
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return [f"**Not the defaults**: {', '.join(items[:shown])}{more}", ""]
+
+
+def _commands(facts: RunFacts) -> list[str]:
+    return [
+        "**Go on with it, or repeat it** at the same commit",
+        "",
+        "```",
+        facts.resume_command,
+        facts.repeat_command,
+        "```",
+    ]
+
+
+def in_millions(number: int) -> str:
+    """Return a count of weights as it is spoken of: `9.7M`, `20.9B`."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return str(number)
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.3g}" if hours < 100 else f"{hours:,.0f}"
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _cell(text: str) -> str:
+    """Return a text that stays in its line and in its cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")[:_MOST_TEXT]
