@@ -60,7 +60,8 @@ def html_page(title: str, sections: Sequence[Section], *, subtitle: str = "") ->
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<link rel="icon" href="data:,"><title>{escaped(title)}</title>\n<style>{_STYLE}</style></head>\n'
-        f'<body><header><h1>{escaped(title)}</h1><p class="subtitle">{escaped(subtitle)}</p><nav>{links}</nav></header>\n'
+        f'<body><header><h1>{escaped(title)}</h1><p class="subtitle">{escaped(subtitle)}</p>\n'
+        f"<nav>{links}</nav></header>\n"
         f"<main>{bodies}</main>\n{scripts}</body></html>\n"
     )
 
