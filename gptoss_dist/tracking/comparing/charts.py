@@ -134,7 +134,7 @@ def fit_figure(fit: Fit, predictions: list[float]) -> dict[str, Any]:
     }
 
 
-_MARGIN = {"l": 70, "r": 20, "t": 50, "b": 60}
+_MARGIN = {"l": 70, "r": 20, "t": 60, "b": 60}
 _LEGEND = {"orientation": "h", "y": -0.2}
 
 
@@ -169,15 +169,15 @@ class _Traces:
             {"label": kind, "method": "relayout", "args": [{"xaxis.type": kind, "xaxis.autorange": True}]}
             for kind in ("linear", "log")
         ]
-        menu = {"type": "buttons", "direction": "right", "y": 1.12, "yanchor": "bottom", "pad": {"t": 0, "b": 4}}
+        menu = {"type": "buttons", "direction": "right", "y": 1, "yanchor": "bottom", "pad": {"t": 0, "b": 10}}
         return {
             "xaxis": {"title": {"text": AXES[self._axes[0]]}},
             "yaxis": {"title": {"text": words}},
             "updatemenus": [
                 {**menu, "buttons": buttons, "x": 0, "xanchor": "left"},
-                {**menu, "buttons": kinds, "x": 1, "xanchor": "right"},
+                {**menu, "buttons": kinds, "x": 0.38, "xanchor": "left"},
             ],
-            "margin": {**_MARGIN, "t": 70},
+            "margin": _MARGIN,
             "legend": _LEGEND,
             "hovermode": "closest",
         }

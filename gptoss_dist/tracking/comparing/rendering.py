@@ -56,7 +56,9 @@ class Part:
 
     title: str
     texts: list[str] = field(default_factory=list)
+    """Paragraphs."""
     bullets: list[str] = field(default_factory=list)
+    """What comes before them, as a list."""
     tables: list[tuple[list[str], list[list[str]]]] = field(default_factory=list)
     """Headers and rows."""
 
@@ -79,9 +81,9 @@ def markdown(found: Comparison) -> str:
     lines = [f"# {_text(found.name)}", ""]
     for part in parts(found):
         lines += [f"## {_text(part.title)}", ""]
-        lines += [line for text in part.texts for line in (_text(text), "")]
         if part.bullets:
             lines += [*(f"- {_text(text)}" for text in part.bullets), ""]
+        lines += [line for text in part.texts for line in (_text(text), "")]
         for headers, rows in part.tables:
             lines += [_row(headers), _row(["---"] * len(headers)), *map(_row, rows), ""]
     return "\n".join(lines)
@@ -91,7 +93,7 @@ def page(found: Comparison) -> str:
     """Return a comparison as an HTML page that needs no other file and no network."""
     sections = []
     for number, part in enumerate(parts(found)):
-        body = paragraphs_html(part.texts) + (list_html(part.bullets) if part.bullets else "")
+        body = (list_html(part.bullets) if part.bullets else "") + paragraphs_html(part.texts)
         body += "".join(table_html(headers, rows) for headers, rows in part.tables)
         if part.title == _FIT and found.fit:
             body += figure_html(charts.fit_figure(found.fit, found.predictions))

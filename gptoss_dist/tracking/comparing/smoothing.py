@@ -25,6 +25,8 @@ FEWEST = 16
 _FEWEST_AT_ALL = 4
 _BLOCKS = 12
 _FOR_BLOCKS = 100
+_FOR_CORRELATION = 64
+"""Losses, at least, that tell how neighbours are correlated."""
 _LARGEST_CORRELATION = 0.95
 
 
@@ -84,11 +86,12 @@ def smooth(x: np.ndarray, y: np.ndarray, place: float, half: float) -> Smoothed:
     """
     if not len(x) or not _covers(x, place):
         return UNKNOWN
-    low, high = np.searchsorted(x, place - half, "left"), np.searchsorted(x, place + half, "right")
-    x, y = x[low:high] - place, y[low:high]
-    count = len(x)
+    low, high = _indices(x, place, half)
+    count = high - low
     if count < _FEWEST_AT_ALL:
         return UNKNOWN
+    neighbours = _correlation(y, low, high)
+    x, y = x[low:high] - place, y[low:high]
     centre = float(x.mean())
     spread = float(((x - centre) ** 2).sum())
     if spread == 0:
@@ -96,7 +99,7 @@ def smooth(x: np.ndarray, y: np.ndarray, place: float, half: float) -> Smoothed:
     slope = float(((x - centre) * y).sum()) / spread
     value = float(y.mean()) - slope * centre
     residuals = y - (value + slope * x)
-    inflation = _inflation(residuals)
+    inflation = _inflation(residuals, neighbours)
     variance = float((residuals**2).sum()) / (count - 2 * inflation)  # of noise that the line has not followed
     error = math.sqrt(variance * inflation * (1 / count + centre**2 / spread))
     return Smoothed(value, error, max(2.0, count / inflation - 2), count)
@@ -110,16 +113,21 @@ def paired_difference(
     Runs that read the same batches are high and low together, and the noise of their difference is then less than that
     of either.
     """
-    (x, y), (other_x, other_y) = (_cut(*curve, place, half) for curve in (first, second))
-    if len(x) != len(other_x) or not len(x) or not np.allclose(x, other_x, rtol=1e-9, atol=0):
+    sides = [_indices(x, place, half) for x, _ in (first, second)]
+    if sides[0][1] - sides[0][0] != sides[1][1] - sides[1][0]:
+        return None
+    before = min(_FOR_CORRELATION, *(low for low, _ in sides))
+    (x, y), (other_x, other_y) = (
+        (x[low - before : high], y[low - before : high]) for (low, high), (x, y) in zip(sides, (first, second))
+    )
+    if not len(x) or not np.allclose(x, other_x, rtol=1e-9, atol=0):
         return None
     difference = smooth(x, y - other_y, place, half)
     return difference if difference.is_known else None
 
 
-def _cut(x: np.ndarray, y: np.ndarray, place: float, half: float) -> tuple[np.ndarray, np.ndarray]:
-    low, high = np.searchsorted(x, place - half, "left"), np.searchsorted(x, place + half, "right")
-    return x[low:high], y[low:high]
+def _indices(x: np.ndarray, place: float, half: float) -> tuple[int, int]:
+    return int(np.searchsorted(x, place - half, "left")), int(np.searchsorted(x, place + half, "right"))
 
 
 def _covers(x: np.ndarray, place: float) -> bool:
@@ -127,15 +135,29 @@ def _covers(x: np.ndarray, place: float) -> bool:
     return bool(x[0] - slack <= place <= x[-1] + slack)
 
 
-def _inflation(residuals: np.ndarray) -> float:
-    """Return the factor by which correlation of neighbours widens the variance of a mean; 1 at least."""
+def _correlation(y: np.ndarray, low: int, high: int) -> float:
+    """Return how losses next to each other are correlated, in a window that is widened to what that takes."""
+    missing = max(0, _FOR_CORRELATION - (high - low))
+    low = max(0, low - missing // 2 - max(0, high + missing - missing // 2 - len(y)))
+    high = min(len(y), low + max(high - low, _FOR_CORRELATION))
+    z, part = np.log(np.arange(low + 1, high + 1)), y[low:high]  # losses bend least over the logarithm of steps
+    z = (z - z.mean()) / float(np.ptp(z))
+    powers = np.stack([np.ones_like(z), z, z**2, z**3], axis=1)
+    residuals = part - powers @ np.linalg.lstsq(powers, part, rcond=None)[0]
+    total = float((residuals**2).sum())
+    if total == 0:
+        return 0.0
+    found = float((residuals[1:] * residuals[:-1]).sum()) / total
+    # What is left of a fit with four parameters is less correlated than the noise is, by about so much.
+    return min(max(found + (4 + 4 * max(found, 0)) / len(z), 0.0), _LARGEST_CORRELATION)
+
+
+def _inflation(residuals: np.ndarray, neighbours: float) -> float:
+    """Return the factor by which correlation widens the variance of a mean; 1 at least."""
     count = len(residuals)
     total = float((residuals**2).sum())
     if total == 0:
         return 1.0
-    neighbours = float((residuals[1:] * residuals[:-1]).sum()) / total
-    # Residuals of a fit with two parameters are less correlated than the noise is, by about so much.
-    neighbours = min(max(neighbours + (2 + 4 * max(neighbours, 0)) / count, 0.0), _LARGEST_CORRELATION)
     factor = (1 + neighbours) / (1 - neighbours)
     if count >= _FOR_BLOCKS:
         length = count // _BLOCKS

@@ -147,6 +147,7 @@ _DRAW = """
     var ink = colour('--ink'), line = colour('--line');
     layout.paper_bgcolor = layout.plot_bgcolor = 'rgba(0,0,0,0)';
     layout.font = Object.assign({}, layout.font, {color: ink});
+    layout.modebar = {bgcolor: 'rgba(0,0,0,0)', color: colour('--line'), activecolor: ink};
     layout.hoverlabel = {bgcolor: colour('--row'), font: {color: ink}};
     Object.keys(layout).concat('xaxis', 'yaxis').forEach(function (key) {
       if (/^[xy]axis\\d*$/.test(key)) {
