@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Follow a training run on a terminal, from any machine that sees its folder; nothing is written there.
 
-    python launch/watch.py runs/quickstart
-    python launch/watch.py runs/quickstart --once
+python launch/watch.py runs/quickstart
+python launch/watch.py runs/quickstart --once
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from dataclasses import dataclass
@@ -60,6 +61,4 @@ def _next(looks: RunWatch, before: Snapshot) -> Snapshot:
 
 
 def _with_message(snapshot: Snapshot, text: str) -> Snapshot:
-    import dataclasses
-
     return dataclasses.replace(snapshot, messages=[*snapshot.messages, text])

@@ -7,12 +7,16 @@ and begins another one: that is seen by its number on the disk, and everything i
 from __future__ import annotations
 
 import bisect
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from gptoss_dist.tracking.jsonl import read_lines
+from gptoss_dist.tracking.recorded.columns import read_columns
 from gptoss_dist.tracking.records import (
     JOURNAL_FILE,
     METRICS_FILE,
@@ -25,6 +29,8 @@ from gptoss_dist.tracking.records import (
     operation,
 )
 
+logger = logging.getLogger(__name__)
+
 CURVES = ("loss/train", "loss/val", "perf/tokens_per_s", "perf/mfu", "optim/grad_norm")
 """Metrics of which all values are kept; of the others the last one."""
 
@@ -33,28 +39,34 @@ class Tail:
     """The lines that a file gains, and whether it is still the same file."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
+        self.path, self.offset = path, 0
+        """How far it was read, in bytes."""
         self._identity: tuple[int, int] | None = None
 
-    def new_lines(self, forget: Callable[[], None]) -> Iterator[dict]:
-        """Yield the lines since the last call.
-
-        Args:
-            forget: Called first if the file is another one than before, which is then read from its beginning.
+    def is_another(self) -> bool:
+        """Return whether there is another file than at the last call; it is read from its beginning then.
 
         Raises:
-            OSError: It cannot be read.
+            OSError: That cannot be told.
         """
         try:
-            status = os.stat(self._path)
+            status = os.stat(self.path)
         except FileNotFoundError:  # not yet, or between two runs
-            return
+            return False
         identity = status.st_dev, status.st_ino
-        if identity != self._identity or status.st_size < self._offset:
-            if self._identity is not None:
-                forget()
-            self._identity, self._offset = identity, 0
-        for line, self._offset in read_lines(self._path, self._offset):  # noqa: B020 -- how far it was read
+        if identity == self._identity and status.st_size >= self.offset:
+            return False
+        self._identity, self.offset = identity, 0
+        return True
+
+    def new_lines(self) -> Iterator[dict]:
+        """Yield the lines since the last call.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        for line, end in read_lines(self.path, self.offset):
+            self.offset = end
             yield line
 
 
@@ -108,12 +120,35 @@ class MetricsFollower:
         Raises:
             OSError: The file cannot be read.
         """
-        for line in self._tail.new_lines(self._forget):
+        if self._tail.is_another():
+            self._forget()
+            self._load()
+        for line in self._tail.new_lines():
             record = metrics_record(line)
             if isinstance(record, Resumed):
                 self._go_back(record.step)
             elif isinstance(record, MetricsRow):
                 self._add(record)
+
+    def _load(self) -> None:
+        """Take in what is there already, by the columns that the run has kept."""
+        try:
+            columns = read_columns(self._tail.path.parent, logger.debug, keep=False)
+        except ValueError:  # renamed in this moment
+            return
+        self._tail.offset = columns.end
+        for name in columns:
+            rows, values = columns.points(name)
+            if not len(rows):
+                continue
+            if name in self.curves:
+                self.curves[name] = Curve(columns.steps[rows].tolist(), values.tolist())
+            self.newest[name] = int(columns.steps[rows[-1]]), float(values[-1])
+        rows, _ = columns.points("loss/train")
+        rows = rows[columns.steps[rows] > max(columns.resumes, default=-1)]
+        self.times = Curve(columns.steps[rows].tolist(), columns.times[rows].tolist())
+        self.last_time = float(np.nanmax(columns.line_times, initial=0.0))
+        self.resumes = list(columns.resumes)
 
     def _add(self, row: MetricsRow) -> None:
         self.last_time = max(self.last_time, row.time)
@@ -162,7 +197,9 @@ class JournalFollower:
         Raises:
             OSError: The file cannot be read.
         """
-        for line in self._tail.new_lines(self._forget):
+        if self._tail.is_another():
+            self._forget()
+        for line in self._tail.new_lines():
             match operation(line):
                 case RunStart() as start:
                     self.start, self.end = start, None

@@ -34,47 +34,33 @@ _STYLES = {
 _SIDE = 38
 """Characters of the column of numbers."""
 _LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d (\d\d:\d\d:\d\d),\d+ (\w+) [\w.]+: (.*)")
+_FRAME = 2
+"""Lines of the frame of a panel."""
+_LEAST_CHART = 4
 _SMOOTHED = 50
 """Steps whose mean is shown as the loss."""
 
 
 def screen(snapshot: Snapshot, console: Console) -> RenderableType:
-    """Return what fills the terminal of `console`, and no more than that."""
+    """Return what fills the terminal of `console`, and no more than that, if it has some ten lines."""
     width, height = console.size
-    side = _SIDE if width >= 2 * _SIDE else 0
+    left = height - 3 - _FRAME  # the first two lines, the last one, and the frame of the chart
+    panels: list[RenderableType] = []  # messages are the last on the screen, and the first to get room
+    for make, share in ((_messages_panel, 5), (_ranks_panel, 4), (_sample_panel, 6)):
+        panel, lines = make(snapshot, console, max(2, min(8, left // share)))
+        if panel is not None and left - lines >= _LEAST_CHART:
+            panels.append(panel)
+            left -= lines
     numbers = _numbers(snapshot)
-    parts: list[RenderableType] = [_headline(snapshot), _progress(snapshot, width)]
-    left = height - 4
-    ranks = _ranks_table(snapshot, most=min(8, max(2, left // 4)))
-    messages = _messages(snapshot, most=min(8, max(2, left // 5)))
-    sample = _sample(snapshot, width - 4, most=min(8, max(2, left // 6)))
-    used = sum(part.row_count + 3 for part in (ranks,) if part) + sum(len(p.split("\n")) + 2 for p in (messages, sample) if p)
-    chart_height = max(4, min(left - used - 2, 20, max(len(numbers), 8)))
-    only_ascii = not (console.encoding or "").lower().startswith("utf")
-    chart = curve.draw(
-        snapshot.loss.steps, snapshot.loss.values, width - side - 4, chart_height, only_ascii=only_ascii
-    )
-    panel = Panel(Text("\n".join(chart), style="cyan"), title="loss", title_align="left", box=_box(console))
-    if side:
-        table = Table.grid(padding=(0, 1), expand=True)
-        table.add_column(style="dim")
-        table.add_column(justify="right")
-        for name, value in numbers[:chart_height]:
-            table.add_row(name, Text(printable(value)))
+    chart = max(_LEAST_CHART, min(left, 20, max(len(numbers), 8)))
+    top = _chart_panel(snapshot, console, width - (_SIDE if width >= 2 * _SIDE else 0), chart)
+    if width >= 2 * _SIDE:
         row = Table.grid(expand=True)
         row.add_column(ratio=1)
-        row.add_column(width=side)
-        row.add_row(panel, Panel(table, title="now", title_align="left", box=_box(console), height=chart_height + 2))
-        parts.append(row)
-    else:
-        parts.append(panel)
-    if ranks:
-        parts.append(Panel(ranks, title="ranks", title_align="left", box=_box(console)))
-    if sample and snapshot.sample:
-        parts.append(Panel(Text(sample), title=f"sample of step {snapshot.sample[0]}", title_align="left", box=_box(console)))
-    if messages:
-        parts.append(Panel(Text(messages), title="messages", title_align="left", box=_box(console)))
-    return Group(*parts)
+        row.add_column(width=_SIDE)
+        row.add_row(top, _numbers_panel(numbers[:chart], console, chart))
+        top = row
+    return Group(_headline(snapshot), _progress(snapshot, width), top, *reversed(panels))
 
 
 def plain(snapshot: Snapshot) -> str:
@@ -92,8 +78,65 @@ def plain(snapshot: Snapshot) -> str:
     return "\n".join(lines)
 
 
-def _box(console: Console) -> box.Box:
-    return box.ROUNDED if (console.encoding or "").lower().startswith("utf") else box.ASCII
+def _framed(content: RenderableType, title: str, console: Console, height: int | None = None) -> Panel:
+    """Return a panel; `height` is that of its content."""
+    lines = box.ROUNDED if _has_unicode(console) else box.ASCII
+    return Panel(content, title=title, title_align="left", box=lines, height=height and height + _FRAME)
+
+
+def _has_unicode(console: Console) -> bool:
+    return (console.encoding or "").lower().startswith("utf")
+
+
+def _chart_panel(snapshot: Snapshot, console: Console, width: int, height: int) -> RenderableType:
+    steps, values = snapshot.loss.steps, snapshot.loss.values
+    chart = curve.draw(steps, values, width - 4, height, only_ascii=not _has_unicode(console))
+    title = f"loss of steps {steps[0]} to {steps[-1]}" if steps else "loss"
+    return _framed(Text("\n".join(chart), style="cyan"), title, console, height)
+
+
+def _numbers_panel(numbers: list[tuple[str, str]], console: Console, height: int) -> RenderableType:
+    table = Table.grid(padding=(0, 1), expand=True)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    for name, value in numbers:
+        table.add_row(name, Text(printable(value)))
+    return _framed(table, "now", console, height)
+
+
+def _ranks_panel(snapshot: Snapshot, console: Console, most: int) -> tuple[RenderableType | None, int]:
+    """Return a panel of at most `most` ranks and the lines that it takes; like those that follow."""
+    rows = _rank_rows(snapshot, most)
+    if not rows:
+        return None, 0
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for name in rows[0]:
+        table.add_column(name, no_wrap=True, overflow="ellipsis")
+    for cells in rows[1:]:
+        table.add_row(*(Text(cell, style="bold red" if cells[-1] else "") for cell in cells))
+    return _framed(table, "ranks", console), len(rows) + _FRAME
+
+
+def _sample_panel(snapshot: Snapshot, console: Console, most: int) -> tuple[RenderableType | None, int]:
+    if snapshot.sample is None:
+        return None, 0
+    step, text = snapshot.sample
+    width = max(1, console.width - 4)
+    lines = [
+        line[start : start + width]
+        for line in printable(text, lines=True).expandtabs(4).split("\n")
+        for start in range(0, max(1, len(line)), width)
+    ][:most]
+    shown = Text("\n".join(lines), no_wrap=True, overflow="crop")
+    return _framed(shown, f"sample of step {step}", console), len(lines) + _FRAME
+
+
+def _messages_panel(snapshot: Snapshot, console: Console, most: int) -> tuple[RenderableType | None, int]:
+    lines = [_log_line(line) for line in snapshot.messages[-most:]]
+    if not lines:
+        return None, 0
+    shown = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+    return _framed(shown, "messages", console), len(lines) + _FRAME
 
 
 def _headline(snapshot: Snapshot) -> Text:
@@ -171,24 +214,13 @@ def _sortable(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def _ranks_table(snapshot: Snapshot, most: int) -> Table | None:
-    rows = _rank_rows(snapshot, most)
-    if not rows:
-        return None
-    table = Table(*rows[0], box=None, padding=(0, 1), header_style="dim")
-    for cells in rows[1:]:
-        is_odd = cells[-1] != "" or "silent" in cells
-        table.add_row(*(Text(cell, style="bold red" if is_odd else "") for cell in cells))
-    return table
-
-
 def _rank_rows(snapshot: Snapshot, most: int) -> list[list[str]]:
     """Return a heading and a row for each of the ranks that matter most; [] if they are not known."""
     report = snapshot.ranks
     if report is None or not report.ranks:
         return []
     last = max(state.step for state in report.ranks)
-    rows = [["rank", "host", "step", "does", "own ms", "of the median", ""]]
+    rows = [["rank", "host", "step", "does", "own ms", "x median", ""]]
     for state in report.notable(most):
         lag = report.lag(state)
         remarks = []
@@ -212,21 +244,6 @@ def _rank_rows(snapshot: Snapshot, most: int) -> list[list[str]]:
     if (hidden := len(report.ranks) - (len(rows) - 1)) > 0:
         rows.append(["...", f"and {hidden} more", "", "", "", "", ""])
     return rows
-
-
-def _sample(snapshot: Snapshot, width: int, most: int) -> str:
-    if snapshot.sample is None:
-        return ""
-    lines = [
-        line[start : start + width]
-        for line in printable(snapshot.sample[1], lines=True).expandtabs(4).split("\n")
-        for start in range(0, max(1, len(line)), max(1, width))
-    ]
-    return "\n".join(lines[:most])
-
-
-def _messages(snapshot: Snapshot, most: int) -> str:
-    return "\n".join(_log_line(line) for line in snapshot.messages[-most:])
 
 
 def _log_line(line: str) -> str:

@@ -84,9 +84,7 @@ def judge(
     return _ended(run_dir, metrics, journal, owner.name if owner else None, now)
 
 
-def _of_a_process(
-    metrics: MetricsFollower, journal: JournalFollower, ranks: RanksReport | None, now: float
-) -> State:
+def _of_a_process(metrics: MetricsFollower, journal: JournalFollower, ranks: RanksReport | None, now: float) -> State:
     """Return the state of a run whose process lives."""
     began = journal.start.time if journal.start else metrics.last_time
     last = max(began, metrics.last_time)
@@ -98,7 +96,9 @@ def _of_a_process(
     usual = metrics.seconds_per_step() or 0.0
     if now - last > max(QUIET_S, QUIET_FACTOR * usual):
         where = f", in {doing}" if doing else ""
-        return State("stalled", f"no step since {clock(last)} ({duration(now - last)}{where}); a step takes {usual:.3g} s")
+        return State(
+            "stalled", f"no step since {clock(last)} ({duration(now - last)}{where}); a step takes {usual:.3g} s"
+        )
     return State("running", "running")
 
 
@@ -109,9 +109,7 @@ def _phase(ranks: RanksReport | None, now: float) -> str:
     return min(ranks.ranks, key=lambda state: state.step).phase
 
 
-def _ended(
-    run_dir: Path, metrics: MetricsFollower, journal: JournalFollower, owner: str | None, now: float
-) -> State:
+def _ended(run_dir: Path, metrics: MetricsFollower, journal: JournalFollower, owner: str | None, now: float) -> State:
     """Return the state of a run that no process seems to work at and that left no marker."""
     if journal.end is not None:
         match journal.end.status:
