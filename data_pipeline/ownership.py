@@ -271,6 +271,33 @@ def _claim(folder: Path, me: Owner, message: Callable[[str], None]) -> Path:
             time.sleep(random.uniform(0.0, 0.2))
 
 
+@dataclass(frozen=True)
+class Sighting:
+    """A process that owns a folder, or did so until it died, as its record says at this moment."""
+
+    name: str
+    """The process, its machine and since when."""
+    is_alive: bool | None
+    """None if it is on another machine, where only `touched` tells."""
+    touched: float
+    """When its record was last touched, in seconds since 1970 by the clock of the file system."""
+
+
+def sighting(folder: Path) -> Sighting | None:
+    """Look who owns a folder, without a lock and without writing anything; None if nobody has a record there.
+
+    Raises:
+        OSError: The folder cannot be read.
+    """
+    records = _records(folder)
+    if not records:
+        return None
+    found = records[-1]
+    is_here = found.owner is not None and found.owner.machine == machine()
+    alive = _started(found.owner.process) == found.owner.started if found.owner and is_here else None
+    return Sighting(str(found), alive, found.touched / 1e9)
+
+
 def await_free(folder: Path, message: Callable[[str], None] = lambda text: None) -> None:
     """Return once no process owns a folder, which stays free for others to take.
 

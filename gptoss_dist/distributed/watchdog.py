@@ -46,6 +46,8 @@ T = TypeVar("T")
 
 EXIT_S = 60.0
 """A rank that has found a stall ends so many seconds later, whatever hangs while it reports."""
+LOOK_S = 10.0
+"""Seconds between two looks of rank 0 at the beats of all ranks, for those who watch the run."""
 _TICK_S = 0.5
 _STORE_TIMEOUT_S = 10.0
 _REPORT_S = 25.0
@@ -158,6 +160,7 @@ class Watchdog:
         self._main = threading.main_thread().ident or 0
         self._closed = threading.Event()
         self._age_s, self._overdue, self._answered = 0.0, False, time.monotonic()
+        self._next_look = 0.0
         self._notice: _Stall | None = None
         self._measured, self._compared_step = (0, 0.0), 0
         self._times: list[Beat] | None = None
@@ -193,6 +196,17 @@ class Watchdog:
         times, self._times = self._times, None
         return times
 
+    def view(self) -> View:
+        """Return what is known of all ranks, this one included, without asking anybody.
+
+        Rank 0 asks the others every `LOOK_S` seconds, and in every beat once its own step takes too long.
+        """
+        own = {self._ranks.rank: self._current_beat()}
+        if self._store is None:
+            return View(own, frozenset(), 0.0)
+        known = self._heartbeat.view()
+        return View(known.beats | own, known.silent, known.watched_s)
+
     # The thread that talks to the store ------------------------------------------------------------------------------
 
     def _communicate(self) -> None:
@@ -213,7 +227,8 @@ class Watchdog:
             self._notice = _Stall(**json.loads(self._store.get("stall")))
         if 0 not in self._heartbeat.view().beats:
             self._heartbeat.look([0])  # its process often holds the store: later it may be too late to ask who it is
-        if self._overdue or self._compared_step:
+        if self._overdue or self._compared_step or (self._ranks.is_main and time.monotonic() >= self._next_look):
+            self._next_look = time.monotonic() + LOOK_S
             self._heartbeat.look()
         if self._compared_step:
             beats = list(self._heartbeat.view().beats.values())

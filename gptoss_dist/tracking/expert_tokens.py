@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from data_pipeline.disk import move
-from gptoss_dist.tracking.jsonl import JsonLinesWriter, read_lines
-from gptoss_dist.tracking.records import Damage
+from gptoss_dist.tracking.jsonl import JsonLinesWriter
+from gptoss_dist.tracking.recorded.experts import EXPERT_TOKENS_FILE, read_expert_tokens
 
 logger = logging.getLogger(__name__)
 
-EXPERT_TOKENS_FILE = "expert_tokens.jsonl"
+__all__ = ["EXPERT_TOKENS_FILE", "ExpertTokens", "read_expert_tokens"]
 
 _NAMED_EXPERTS = 8
 """Dead experts that a warning names."""
@@ -119,51 +119,6 @@ class ExpertTokens:
             f"({names}{more}); raise loss.aux_coef, or train with model.router_selection_bias and "
             "loss.selection_bias_rate"
         )
-
-
-def read_expert_tokens(run_dir: str | Path, message: Callable[[str], None] = logger.warning) -> list[dict]:
-    """Return the rows of the branch that training finally took, in order of steps.
-
-    Args:
-        run_dir: Folder of the run.
-        message: What is told how many lines are damaged, if any is.
-
-    Returns:
-        Rows `{"first_step": int, "step": int, "tokens": list[list[int]]}`, tokens as [L][E]. After a resume at step k
-        earlier rows that reach beyond k are gone, and with a row that began before k its steps up to k: a sum cannot be
-        split. Torn and damaged lines are passed over.
-
-    Raises:
-        ValueError: The folder has no such file.
-    """
-    path = Path(run_dir) / EXPERT_TOKENS_FILE
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give the folder of a run with tracking.expert_tokens_every > 0")
-    rows: list[dict] = []
-    damage = Damage(path)
-    for record, _ in read_lines(path):
-        if record.get("event") == "resume" and _is_step(record.get("step")):
-            rows = [row for row in rows if row["step"] <= record["step"]]
-        elif _is_row(record):
-            rows.append(record)
-        else:
-            damage.lines += 1
-    damage.report(message)
-    return rows
-
-
-def _is_row(record: dict) -> bool:
-    """Return whether a line is a row with a rectangle of counts."""
-    tokens = record.get("tokens")
-    if not (_is_step(record.get("first_step")) and _is_step(record.get("step")) and isinstance(tokens, list)):
-        return False
-    widths = {len(row) if isinstance(row, list) else 0 for row in tokens}
-    return len(widths) == 1 and 0 not in widths and all(_is_step(count) for row in tokens for count in row)
-
-
-def _is_step(value: object) -> bool:
-    """Return whether a value is a number of steps or tokens."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _set_aside(path: Path) -> None:

@@ -23,10 +23,12 @@ from gptoss_dist.checkpoint import StepLoss
 from gptoss_dist.config import Config, SpikesConfig
 from gptoss_dist.distributed import launchers
 from gptoss_dist.distributed.collectives import LocalError, is_peer_loss
+from gptoss_dist.distributed.heartbeat import SILENT_S, View
 from gptoss_dist.distributed.hosts import this_host
 from gptoss_dist.distributed.processes import Ranks, exit_after_error, silent_ranks
-from gptoss_dist.distributed.watchdog import Limits, Watchdog
+from gptoss_dist.distributed.watchdog import LOOK_S, Limits, Watchdog
 from gptoss_dist.engine import Engine
+from gptoss_dist.tracking.live.ranks import RanksRecorder, RankState
 from gptoss_dist.tracking.metrics import StepTimer
 from gptoss_dist.tracking.stragglers import OwnTime, Stragglers
 
@@ -273,6 +275,7 @@ class StepWatch:
             self._compilations = callback_handler
             callback_handler.register_start_callback(self._note_compilation)
         self._watchdog.start()
+        self._recorder = RanksRecorder(config.folder, RankStates(self._watchdog.view)) if ranks.is_main else None
 
     def begin(self, step: int) -> None:
         """Note that step `step` begins."""
@@ -311,6 +314,8 @@ class StepWatch:
 
     def close(self) -> None:
         """End the watch."""
+        if self._recorder is not None:
+            self._recorder.close()
         self._watchdog.close()
         self._own.close()
         if self._compilations is not None:
@@ -318,6 +323,42 @@ class StepWatch:
 
     def _note_compilation(self, arguments: object) -> None:
         self._watchdog.clock.compiles()
+
+
+class RankStates:
+    """What all ranks do, for those who watch the run from outside.
+
+    Args:
+        view: Returns what rank 0 knows of all ranks.
+    """
+
+    def __init__(self, view: Callable[[], View]) -> None:
+        self._view = view
+        self._counts: dict[int, tuple[int, float]] = {}
+
+    def __call__(self) -> list[RankState]:
+        """Return a state for each rank that was heard of; one whose beats no longer come is silent."""
+        now, states = time.monotonic(), []
+        for rank, beat in sorted(self._view().beats.items()):
+            count, since = self._counts.get(rank, (-1, now))
+            if beat.count != count:
+                since = now
+                self._counts[rank] = beat.count, now
+            # It is looked at every LOOK_S seconds, and twice before it is called silent. This rank itself is not.
+            is_silent = rank != 0 and now - since > 2 * LOOK_S + SILENT_S
+            states.append(
+                RankState(
+                    rank=rank,
+                    host=beat.host,
+                    step=beat.step,
+                    phase=beat.phase,
+                    place=beat.place,
+                    is_silent=is_silent,
+                    measured_step=beat.measured_step,
+                    own_ms=beat.own_ms,
+                )
+            )
+        return states
 
 
 def _working_alone(engine: Engine, compiled: bool) -> list[nn.Module]:

@@ -74,6 +74,8 @@ class Columns(Mapping[str, np.ndarray]):
         """Seconds since 1970 at which each step was last written, float64 [N]."""
         self.damaged = sum(segment.header.damaged for segment in segments)
         """Lines that could not be read."""
+        self.end = segments[-1].header.end if segments else 0
+        """How much of the file was read, in bytes: what it gained since begins there."""
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._kept:

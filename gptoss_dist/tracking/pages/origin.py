@@ -1,0 +1,119 @@
+"""Where a run was made, and how to make it again."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.command_line.texts import dump_yaml
+from data_pipeline.foreign import read_text
+from data_pipeline.secrets import without_secrets
+from gptoss_dist.config import Config, ModelConfig
+from gptoss_dist.tracking.live.state import clock
+from gptoss_dist.tracking.pages.skeleton import escaped, table_html
+from gptoss_dist.tracking.recorded.run import RecordedRun, flat
+
+_ENVIRONMENT = ("host", "hardware", "world_size", "torch", "layout", "engine", "precision", "routing", "mfu.peak")
+"""Tags that say where a run was made, in this order; what else the run was tagged with comes after them."""
+_ELSEWHERE = ("spike.", "data.change.", "mlflow.", "best_", "last_", "state", "resume.")
+"""Beginnings of tags that are shown in other sections, or are MLflow's own."""
+
+
+def environment_html(run: RecordedRun) -> str:
+    """Return the hardware, the versions and the code of a run, and when its processes started."""
+    tags = run.tags
+    names = [name for name in _ENVIRONMENT if name in tags]
+    names += sorted(name for name in tags if name not in _ENVIRONMENT and not name.startswith(_ELSEWHERE))
+    rows = [(name, tags[name]) for name in names]
+    rows += [
+        (f"git {name.removeprefix('mlflow.source.git.')}", tags[name])
+        for name in sorted(tags)
+        if name.startswith("mlflow.source.git.")
+    ]
+    starts = [
+        (
+            clock(start.time),
+            "anew" if start.resumed_step is None else f"from step {start.resumed_step:,}",
+            start.tags.get("host", "–"),
+            start.tags.get("world_size", "–"),
+            start.tags.get("git.sha", "–"),
+        )
+        for start in run.starts[-20:]
+    ]
+    parts = [table_html(("", ""), rows) if rows else "<p>Nothing is recorded of the environment.</p>"]
+    if starts:
+        parts.append("<h3>Starts</h3>" + table_html(("time", "start", "host", "processes", "code"), starts))
+    return "\n".join(parts)
+
+
+def reproduction_html(run: RecordedRun) -> str:
+    """Return the commands that make the run again, what its settings change of the defaults, and all settings."""
+    parts = [f"<pre>{escaped(commands(run))}</pre>"]
+    if digest := run.dataset.get("digest"):
+        about = "The data of this run have this digest; others give other losses:"
+        parts.append(f"<p>{about} <code>{escaped(digest)}</code></p>")
+    changed = list(changed_settings(run.config))
+    parts.append("<h3>Settings that are not the defaults</h3>")
+    parts.append(table_html(("setting", "value", "default"), changed) if changed else "<p>None is known.</p>")
+    parts.append(_all_settings(run))
+    return "\n".join(parts)
+
+
+def commands(run: RecordedRun) -> str:
+    """Return the lines of a shell that make a run again under another name, from a clone of the code."""
+    lines = []
+    revision = run.tags.get("git.sha", "")
+    commit = run.tags.get("mlflow.source.git.commit") or revision.removesuffix("-dirty")
+    if commit and commit != "unknown":
+        lines.append(f"git checkout {shlex.quote(commit)}")
+    if revision.endswith("-dirty"):
+        lines.append("# the code had changes that are not in this commit")
+    lines.append("sh launch/install.sh")
+    folder = run.folder if run.folder is not None else Path("runs") / run.name
+    config = shlex.quote(str(folder / "config.yaml"))
+    name = shlex.quote(f"--run.name={run.name}-again")
+    processes = run.tags.get("world_size", "1")
+    launcher = "python"
+    if processes != "1":
+        launcher = f"torchrun --standalone --nproc_per_node {processes}"
+        lines.append(f"# {processes} processes; on several machines see docs/multi_node.md")
+    lines.append(f"{launcher} launch/train.py --config {config} --run.dir null {name}")
+    if len(run.starts) > 1:
+        lines.append("# its own settings are those of its last start; what resumes changed is in log.txt")
+    return "\n".join(lines)
+
+
+def changed_settings(config: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield each setting of a run that has another value than the default: its key, its value and the default."""
+    defaults = _defaults()
+    for key, value in config.items():
+        if key.startswith(("run.dir", "resume")) and value is None:
+            continue
+        default = defaults.get(key, _UNKNOWN)
+        if default is not _UNKNOWN and default == value:
+            continue
+        yield key, without_secrets(str(value)), "(unknown here)" if default is _UNKNOWN else str(default)
+
+
+_UNKNOWN = object()
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return flat(Config(model=ModelConfig()).to_dict())
+
+
+def _all_settings(run: RecordedRun) -> str:
+    """Return config.yaml as it is; without it what the journal says of the settings."""
+    text = ""
+    if run.folder is not None:
+        try:
+            text = without_secrets(read_text(run.folder / "config.yaml"))
+        except ValueError:  # told when the run was read
+            text = ""
+    if not text and run.config:
+        text = dump_yaml(run.config, allow_unicode=False)
+    return f"<details><summary>All settings (config.yaml)</summary><pre>{escaped(text)}</pre></details>" if text else ""

@@ -1,0 +1,136 @@
+"""The report of a run: one page of HTML that can be forwarded, opened without a network, and printed.
+
+It is made of what the run's folder holds, also while the run is under way, after it was killed, or where it was made by
+an earlier version; what is not recorded is left out. The page is replaced at once when it is complete.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.command_line import positional, print_line
+from data_pipeline.disk import replacing
+from data_pipeline.printable import printable
+from gptoss_dist.tracking.live.snapshot import RunWatch, check_run
+from gptoss_dist.tracking.live.state import clock
+from gptoss_dist.tracking.pages.curves import curves_html
+from gptoss_dist.tracking.pages.data_read import data_html
+from gptoss_dist.tracking.pages.origin import environment_html, reproduction_html
+from gptoss_dist.tracking.pages.overview import events_html, summary_html
+from gptoss_dist.tracking.pages.results import evaluations_html, samples_html
+from gptoss_dist.tracking.pages.routing import routing_html
+from gptoss_dist.tracking.pages.skeleton import Section, html_page
+from gptoss_dist.tracking.pages.step_time import step_time_html
+from gptoss_dist.tracking.recorded.run import RecordedRun, read_run
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "report.html"
+
+
+@dataclass
+class ReportOptions:
+    """Write the report of a run: one page of HTML with its curves, samples, events and settings."""
+
+    run: str = positional("RUN")
+    """Folder of a run, such as runs/quickstart; it may be under way."""
+    output: str | None = None
+    """The file; null is report.html in the run's folder."""
+
+
+def report(options: ReportOptions) -> None:
+    """Write the report that the command line asks for, and print where it is.
+
+    Raises:
+        ValueError: There is no such run, it has no metrics yet, or the file cannot be written.
+    """
+    path = write_report(options.run, options.output, message=lambda text: print_line(f"report.py: {text}"))
+    print_line(str(path))
+
+
+def write_report(
+    run_dir: str | Path,
+    output: str | Path | None = None,
+    *,
+    state: str | None = None,
+    message: Callable[[str], None] = logger.warning,
+) -> Path:
+    """Write the report of a run.
+
+    Args:
+        run_dir: Folder of the run.
+        output: The file; by default `report.html` in that folder.
+        state: How the run is, in words; by default what its folder tells.
+        message: What is told what cannot be read.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: The folder holds no run with metrics, or the file cannot be written.
+    """
+    run_dir = Path(run_dir)
+    check_run(run_dir)
+    path = Path(output) if output is not None else run_dir / REPORT_FILE
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file with --output")
+    run = read_run(run_dir, message)
+    if not len(run.columns.steps):
+        raise ValueError(f"{run_dir} has no metrics to report yet")
+    page = page_of(run, state or RunWatch(run_dir).look().state.text, message)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}); name another file with --output") from None
+    return path
+
+
+def page_of(run: RecordedRun, state: str, message: Callable[[str], None]) -> str:
+    """Return the page of a run.
+
+    Args:
+        run: The run.
+        state: How it is, in words.
+        message: What is told what cannot be read.
+    """
+    sections = (
+        Section("Summary", f"<style>{_STYLE}</style>{summary_html(run, state)}"),
+        Section("Curves", curves_html(run)),
+        Section("Samples", samples_html(run, message)),
+        Section("Experts", routing_html(run, message)),
+        Section("Data", data_html(run)),
+        Section("Time", step_time_html(run)),
+        Section("Events", events_html(run)),
+        Section("Evaluations", evaluations_html(run, message)),
+        Section("Environment", environment_html(run)),
+        Section("Again", reproduction_html(run)),
+    )
+    steps = run.columns.steps
+    read = f"metrics up to step {int(steps[-1]):,} of {clock(float(run.columns.times[-1]))}"
+    return html_page(f"Run {printable(run.name)}", sections, subtitle=f"{state}; {read}")
+
+
+_STYLE = """
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: .7rem; margin: .6rem 0; }
+.card { padding: .6rem .8rem; border: 1px solid var(--line); border-radius: 6px; }
+.card .value { font-size: 1.35rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.card .name { color: var(--soft); font-size: .82rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: .4rem 1.2rem; }
+.switch { text-align: right; color: var(--soft); }
+select { font: inherit; color: inherit; background: var(--row); border: 1px solid var(--line); border-radius: 4px; }
+.samples td { min-width: 18rem; }
+.samples td.number { min-width: 4rem; }
+.samples pre { margin: 0; padding: .3rem .5rem; font-size: .8rem; border: 0; background: none; }
+summary { cursor: pointer; color: var(--soft); }
+@media print {
+  nav, .switch, .modebar { display: none; }
+  body { max-width: none; padding: 0; font-size: 12px; }
+  h2 { break-after: avoid; }
+  .figure, .card, tr { break-inside: avoid; }
+}
+"""
