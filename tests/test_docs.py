@@ -46,6 +46,7 @@ UNCHECKED = {
     "docker",
     "export",
     "git",
+    "hf",
     "kill",
     "mlflow",
     "pip",

@@ -17,6 +17,7 @@ from data_pipeline.foreign import Count, convert, parse_json, read_json, read_te
 from data_pipeline.printable import printable
 from data_pipeline.shards.megatron import DTYPE_CODES, IndexedReader
 from data_pipeline.shards.raw import DTYPES, RawReader
+from data_pipeline.shards.recipes import find_recipe
 
 FILE_NAME = "manifest.json"
 FORMAT = "gptoss_dist tokens"
@@ -193,8 +194,12 @@ def _not_a_dataset(directory: Path, error: OSError) -> ValueError:
         return ValueError(f"{directory}: not a prepared dataset itself, but {inside[0]} is one{others}")
     here = printable(directory)
     source = "pystdlib" if directory.name == "pystdlib" else "SOURCES"
-    prepare = f"make one with `python -m data_pipeline.prepare {source} --output {here}`"
+    recipe = find_recipe(directory)
+    arguments = f"{source} --output {here}" if recipe is None else f"--config {printable(recipe)}"
+    prepare = f"make one with `python -m data_pipeline.prepare {arguments}`"
     if not directory.exists():
+        if recipe is not None:
+            return ValueError(f"{here}: not a prepared dataset, there is no such directory; {prepare}")
         beside = {path.name: path for path in _datasets_in(directory.parent)}
         close = difflib.get_close_matches(directory.name, beside, n=1)
         meant = f"; did you mean {printable(beside[close[0]])}?" if close else ""

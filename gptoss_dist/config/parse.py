@@ -58,7 +58,8 @@ def parse_arguments(argv: list[str], parser: jsonargparse.ArgumentParser | None 
             )
     kinds = typing.get_type_hints(Config)
     sections = [name for name, kind in kinds.items() if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)]
-    values = parse_with(parser or build_parser(), _with_whole_models(argv), sections)
+    argv = _with_one_kind_of_data(_with_whole_models(argv))
+    values = parse_with(parser or build_parser(), argv, sections)
     names = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{name: values[name] for name in names})
     return config, {name: value for name, value in values.items() if name not in names | {"config"}}
@@ -80,6 +81,23 @@ def _with_whole_models(argv: list[str]) -> list[str]:
             if is_second and (fields := _fields(_model_of(value) if name == "--config" else value)):
                 result.append(f"--model={json.dumps(fields)}")
         is_second |= name == "--config" or name.partition(".")[0] == "--model"
+    return result
+
+
+def _with_one_kind_of_data(argv: list[str]) -> list[str]:
+    """Return a command line in which `--data.path FOLDER` replaces the sources of the files before it.
+
+    Both say what is read, so that the later one wins, as with any option. Given side by side they are refused.
+    """
+    result, words = [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        result.append(word)
+        if name == "--data.path":
+            if not equals:
+                result.append(value := next(words, ""))
+            if value not in ("", "null") and not any(w.partition("=")[0] == "--data.sources" for w in argv):
+                result.append("--data.sources=[]")
     return result
 
 

@@ -31,6 +31,17 @@ def sources(config: DataConfig) -> list[SourceConfig]:
     return [SourceConfig(path=config.path)]
 
 
+def missing_sources(config: DataConfig) -> dict[str, str]:
+    """Return why a source cannot be read and what makes it, by the source's name, of those that are not there whole."""
+    missing = {}
+    for source in sources(config):
+        try:
+            Manifest.read(source.path)
+        except ValueError as error:
+            missing[source.label] = str(error)
+    return missing
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """What a run trains on, in all of its parts between resumes."""
@@ -106,7 +117,14 @@ def open_training_data(config: Config, samples_per_step: int, start: Start | Non
         ValueError: Data that do not fit the model, the checkpoint or each other, or that end before the run.
     """
     start = start or Start()
-    opened = [WeightedDataset(s.label, _open(config, s, "train"), s.weight, s.max_epochs) for s in sources(config.data)]
+    try:
+        opened = [
+            WeightedDataset(s.label, _open(config, s, "train"), s.weight, s.max_epochs) for s in sources(config.data)
+        ]
+    except ValueError as error:
+        if (others := len(missing_sources(config.data)) - 1) > 0:
+            raise ValueError(f"{error}; {others} more of data.sources cannot be read either, --dry-run says why") from error
+        raise
     mixing = _Mixing(opened, config.data.stages, samples_per_step)
     if start.info is None:
         data = TrainingData(mixing.begin(0, 0, None), 0, [])

@@ -18,7 +18,7 @@ from gptoss_dist.parallel.mesh import plan_layout, ranks_per_node
 from gptoss_dist.planner.hardware import find_network, gpu_of_driver
 from gptoss_dist.planner.plan import Machines, Plan, make_plan
 from gptoss_dist.planner.report import GIB, to_text
-from gptoss_dist.train.data import open_training_data, open_validation
+from gptoss_dist.train.data import missing_sources, open_training_data, open_validation
 from gptoss_dist.train.objectives import next_token_prediction
 from gptoss_dist.train.start import engine_settings
 
@@ -26,6 +26,8 @@ from gptoss_dist.train.start import engine_settings
 def _describe_data(config: Config, samples_per_step: int) -> list[str]:
     """Return lines about the data that are there, or why a run would be refused."""
     lines = []
+    if missing := missing_sources(config.data):
+        return [f"NOT READY: {why}" for why in missing.values()]
     try:
         mixture = open_training_data(config, samples_per_step).mixture
         end = config.train.steps * samples_per_step

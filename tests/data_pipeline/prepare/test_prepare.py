@@ -294,7 +294,7 @@ def test_recipes(tmp_path, corpus, capsys):
         recipe.write_text(line + "\n")
         code, _, err = run("--config", recipe, "--output", tmp_path / "c", capsys=capsys)
         assert code == 2 and message in err and "recipe.yaml" in err and err.count("\n") == 1
-    for path in (Path(__file__).parents[3] / "configs/data").glob("*.yaml"):
+    for path in (Path(__file__).parents[3] / "configs/data").rglob("*.yaml"):
         assert parse(PrepareConfig, ["--config", str(path), "--output", "x"], prog="prepare").sources
 
 
