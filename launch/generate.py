@@ -11,9 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_pipeline.command_line import Program, check_ranges, option, ranged, run
+from data_pipeline.command_line import Program, check_ranges, option, ranged, ranged_like, run
 from data_pipeline.printable import printable
 from gptoss_dist.inference.interactive import REPL_HELP, repl
+from gptoss_dist.model.sampling import Sampling
 
 
 @dataclass
@@ -24,15 +25,15 @@ class GenerateOptions:
     """A run's folder, a checkpoint, or a model that convert.py exported."""
     prompt: list[str] = option(default_factory=list, metavar="PROMPT", may_be_empty=True)
     """Text to continue; may be repeated. Without one the program is interactive."""
-    temperature: float = ranged(0.8, at_least=0)
+    temperature: float = ranged_like(Sampling, "temperature", 0.8)
     """0 always takes the most likely token."""
-    top_k: int = ranged(50, at_least=0)
+    top_k: int = ranged_like(Sampling, "top_k", 50)
     """Sample from the k most likely tokens; 0 is all."""
-    top_p: float = ranged(0.95, above=0, at_most=1)
+    top_p: float = ranged_like(Sampling, "top_p", 0.95)
     """Sample from this much probability."""
-    min_p: float = ranged(0.0, at_least=0, at_most=1)
+    min_p: float = ranged_like(Sampling, "min_p", 0.0)
     """Sample from tokens with at least this share of the most likely one's probability."""
-    repetition_penalty: float = ranged(1.0, above=0)
+    repetition_penalty: float = ranged_like(Sampling, "repetition_penalty", 1.0)
     """More than 1 makes tokens that are in the text already less likely."""
     max_new_tokens: int = ranged(128, at_least=1)
     """Tokens to write at most."""

@@ -22,7 +22,7 @@ jsonargparse; spelling.py adds what people type but it does not know: bare flags
 from data_pipeline.command_line.options import option, positional
 from data_pipeline.command_line.parser import new_parser, parse, parse_with, show_ranges
 from data_pipeline.command_line.program import MISTAKE, Program, print_line, run, run_verb
-from data_pipeline.command_line.ranges import Range, check_ranges, ranged, ranges_of
+from data_pipeline.command_line.ranges import Range, check_ranges, ranged, ranged_like, ranges_of
 from data_pipeline.command_line.split import split_arguments
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "positional",
     "print_line",
     "ranged",
+    "ranged_like",
     "ranges_of",
     "run",
     "run_verb",

@@ -112,6 +112,18 @@ def ranged(
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
 
 
+def ranged_like(kind: type, name: str, default: Any) -> Any:
+    """Return a dataclass field with the limits of a field of another dataclass, and a default of its own.
+
+    Args:
+        kind: The dataclass that declares them.
+        name: Its field.
+        default: That of `dataclasses.field`.
+    """
+    (limits,) = (field.metadata["range"] for field in dataclasses.fields(kind) if field.name == name)
+    return dataclasses.field(default=default, metadata={"range": limits})
+
+
 def check_ranges(section: Any, prefix: str = "") -> None:
     """Check that all values make sense and lie in their fields' ranges, in `section` and the dataclasses inside it.
 

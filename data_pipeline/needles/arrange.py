@@ -50,14 +50,10 @@ def arrange(episode: Episode, depth: float, length: int, cut: Cut[Unit], generat
     Raises:
         ValueError: The episode alone is longer than that.
     """
-    head, tail = cut(episode.intro), cut(" " + episode.question)
-    needles = [cut(" " + needle) for needle in episode.needles]
+    head, needles, tail = _without_filler(episode, cut)
     room = length - len(head) - len(tail) - sum(map(len, needles))
     if room < 0:
-        raise ValueError(
-            f"a length of {length} is too little for the task {episode.task}, which takes {length - room} without any "
-            f"filler; give {length - room} or more"
-        )
+        raise too_short(episode.task, length, length - room)
     places = _places(episode, depth, room, generator)
     sentences, units, before = episode.filler(), list(head), 0
     for place, index in sorted((place, index) for index, place in enumerate(places)):
@@ -65,6 +61,25 @@ def arrange(episode: Episode, depth: float, length: int, cut: Cut[Unit], generat
         units += needles[index]
         before = place
     return [*units, *_filler(sentences, room - before, cut), *tail]
+
+
+def least_length(episode: Episode, cut: Cut[Unit]) -> int:
+    """Return how many units an episode has without any filler: the least `length` for `arrange`."""
+    head, needles, tail = _without_filler(episode, cut)
+    return len(head) + len(tail) + sum(map(len, needles))
+
+
+def too_short(task: str, length: int, least: int) -> ValueError:
+    """Return the error that says so."""
+    return ValueError(
+        f"a length of {length} is too little for the task {task}, which takes {least} without any filler; give "
+        f"{least} or more"
+    )
+
+
+def _without_filler(episode: Episode, cut: Cut[Unit]) -> tuple[Sequence[Unit], list[Sequence[Unit]], Sequence[Unit]]:
+    """Return the beginning, the needles and the question of an episode."""
+    return cut(episode.intro), [cut(" " + needle) for needle in episode.needles], cut(" " + episode.question)
 
 
 def _places(episode: Episode, depth: float, room: int, generator: random.Random) -> list[int]:

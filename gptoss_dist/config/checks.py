@@ -35,12 +35,17 @@ def check_loss(loss: LossConfig, model: ModelConfig) -> None:
     )
 
 
-def check_recompute(train: TrainConfig) -> None:
-    """Refuse to keep for a second forward pass what only has one."""
+def check_recompute(train: TrainConfig, parallel: ParallelConfig) -> None:
+    """Refuse to keep for a second forward pass what only has one, or what no process sends."""
     _require(
         not train.keep_all_to_all or train.activation_checkpointing > 0,
         f"train.keep_all_to_all={train.keep_all_to_all} needs --train.activation_checkpointing 1 or more: without it "
         "nothing is exchanged again",
+    )
+    _require(
+        not train.keep_all_to_all or parallel.expert_parallel != 1 or parallel.context_parallel > 1,
+        f"train.keep_all_to_all={train.keep_all_to_all} has nothing to keep: with parallel.expert_parallel=1 and "
+        "parallel.context_parallel=1 nothing is exchanged; leave it out, or raise one of them",
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NotRequired, TypedDict
 
-from data_pipeline.command_line import option, ranged
+from data_pipeline.command_line import option, ranged, ranged_like
+from gptoss_dist.model.sampling import Sampling
 
 
 @dataclass
@@ -173,9 +174,9 @@ class SamplingConfig:
     """Texts to continue."""
     max_new_tokens: int = ranged(64, above=0)
     """Tokens to write per prompt."""
-    temperature: float = ranged(0.8, at_least=0)
+    temperature: float = ranged_like(Sampling, "temperature", 0.8)
     """0 takes the most likely token."""
-    top_k: int = ranged(50, at_least=0)
+    top_k: int = ranged_like(Sampling, "top_k", 50)
     """Sample from this many most likely tokens; 0 is all."""
 
 

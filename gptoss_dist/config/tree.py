@@ -80,7 +80,7 @@ class Config:
         """
         check_ranges(self)
         checks.check_loss(self.loss, self.model)
-        checks.check_recompute(self.train)
+        checks.check_recompute(self.train, self.parallel)
         checks.check_length_of_samples(self.data, self.model)
         checks.check_context(self.data, self.parallel)
         checks.check_schedule(self.optim, self.train)

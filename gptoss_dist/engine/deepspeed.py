@@ -30,6 +30,7 @@ from gptoss_dist.engine.optimizer import adamw, allocate_state, freeze, paramete
 from gptoss_dist.engine.zero_settings import check_frozen, check_layout, check_offload, deepspeed_settings, zero_stage
 from gptoss_dist.model.init import fill
 from gptoss_dist.model.transformer import GptOss
+from gptoss_dist.ops.precision import DTYPES
 from gptoss_dist.parallel.context import split_sequences
 from gptoss_dist.parallel.mesh import build_meshes, local, plan_layout
 from gptoss_dist.parallel.parallelize import place_experts, wrap_blocks
@@ -150,7 +151,7 @@ class DeepSpeedEngine(Engine):
     def materialize(self, *, initial: bool = True) -> None:
         """Hand the model to DeepSpeed, which allocates all it holds, and fill in the initial weights."""
         settings, configuration = self.settings, self.configuration
-        dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
+        dtype = DTYPES[settings.train.precision]
         with _in_one_line():
             _materialize(self.model, dtype, self.ranks.device, configuration if self.stage == 3 else None)
             freeze(self.model, settings.optim.freeze)

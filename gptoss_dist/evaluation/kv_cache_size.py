@@ -17,9 +17,9 @@ import torch
 
 from gptoss_dist.evaluation.options import KvCacheOptions
 from gptoss_dist.evaluation.results import RESULT, Result, print_table, publish, results_folder, subject_of
-from gptoss_dist.evaluation.subjects import DTYPES
 from gptoss_dist.model.config import FULL, SLIDING, ModelConfig
 from gptoss_dist.model.kv_cache import KVCache
+from gptoss_dist.ops.precision import DTYPES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -39,7 +39,7 @@ from gptoss_dist.checkpoint.info import INFO, CheckpointInfo
 from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object, long_timeout_group
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.evaluation.options import PerplexityOptions
-from gptoss_dist.evaluation.results import Result, print_table, publish, results_folder
+from gptoss_dist.evaluation.results import Result, metric_parts, print_table, publish, results_folder
 from gptoss_dist.evaluation.subjects import Evaluated, joined, load
 from gptoss_dist.evaluation.tally import Tally, bytes_of_ids
 
@@ -347,8 +347,9 @@ def summarize(tallies: Mapping[str, Tally], plan: Plan, weights: Mapping[str, fl
         rows.append(_by_weight(tallies, weights))
     metrics = {f"eval/perplexity/{key}": rows[-1][key] for key in ("loss", "perplexity", "bits_per_byte")}
     if len(tallies) > 1:
+        parts = metric_parts(tallies)
         for row in rows[: len(tallies)]:
-            metrics |= {f"eval/perplexity/{row['data']}/{key}": row[key] for key in ("loss", "bits_per_byte")}
+            metrics |= {f"eval/perplexity/{parts[row['data']]}/{key}": row[key] for key in ("loss", "bits_per_byte")}
     settings = {
         "data": [source.path for source in plan.data],
         "cut": f"windows of {plan.seq_len}, stride {plan.stride}" if plan.stride else f"{plan.packing}, {plan.seq_len}",

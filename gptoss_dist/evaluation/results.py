@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULT = "result.json"
+_MOST_LETTERS = 200
+"""Of a part of a metric's name, of which MLflow takes 250 characters in all."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,23 @@ def results_folder(options: ResultOptions, verb: str, subject: Subject) -> Path:
     if not writable:
         raise ValueError(f"results cannot be written to {folder}; name another place with --output")
     return folder
+
+
+def metric_parts(names: Iterable[str]) -> dict[str, str]:
+    """Return names as parts of a metric's name that MLflow takes as they are, different ones of different names.
+
+    Args:
+        names: Such as `data/one`, `../two` or `texts/*.txt`.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        parts = (re.sub(r"[^\w\-. :]", "_", part) for part in name.split("/"))
+        part = "/".join(part for part in parts if part not in ("", ".", ".."))[:_MOST_LETTERS].rstrip("/") or "_"
+        number = 1
+        while (unique := part if number == 1 else f"{part}-{number}") in found.values():
+            number += 1
+        found[name] = unique
+    return found
 
 
 def publish(

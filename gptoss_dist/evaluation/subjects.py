@@ -26,9 +26,7 @@ from gptoss_dist.evaluation.options import ScoringOptions
 from gptoss_dist.evaluation.results import Subject, subject_of
 from gptoss_dist.inference.session import find_device
 from gptoss_dist.model.transformer import GptOss
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Types by the names of `--precision`."""
+from gptoss_dist.ops.precision import DTYPES
 
 
 @dataclass(frozen=True)

@@ -16,35 +16,12 @@ import torch
 from torch import Tensor
 
 from data_pipeline import Tokenizer
-from data_pipeline.command_line import check_ranges, ranged
 from gptoss_dist.inference.stops import GrowingText
 from gptoss_dist.model.generate import PREFILL_CHUNK, columns_of_chunk, prefill, warn_of_length, without_padding
 from gptoss_dist.model.kv_cache import KVCache
+from gptoss_dist.model.sampling import PLAIN, Sampling
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.ops.sampling import penalize_repetition, sample
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen. What is out of range, or nan, is refused by its name."""
-
-    temperature: float = ranged(1.0, at_least=0, below=float("inf"))
-    """Divides the logits; 0 always takes the most likely token."""
-    top_k: int = ranged(0, at_least=0)
-    """Sample from the k most likely tokens; 0 is all."""
-    top_p: float = ranged(1.0, above=0, at_most=1)
-    """Sample from the smallest set of tokens with this much probability (nucleus, arXiv:1904.09751)."""
-    min_p: float = ranged(0.0, at_least=0, at_most=1)
-    """Sample from tokens with at least this share of the likeliest one's probability (arXiv:2407.01082)."""
-    repetition_penalty: float = ranged(1.0, above=0, below=float("inf"))
-    """Makes tokens of the prompt and of what was written less likely, if above 1 (CTRL, arXiv:1909.05858)."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-
-GREEDY = Sampling(temperature=0.0)
-"""The most likely token, always."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +42,7 @@ class Completion:
 def complete(
     model: GptOss,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = PLAIN,
     *,
     max_new_tokens: int,
     stop_ids: Sequence[int] = (),

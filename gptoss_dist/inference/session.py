@@ -9,7 +9,8 @@ import torch
 
 from data_pipeline import Tokenizer
 from gptoss_dist.checkpoint import open_pretrained
-from gptoss_dist.inference.generation import Completion, Sampling, complete
+from gptoss_dist.inference.generation import Completion, complete
+from gptoss_dist.model.sampling import Sampling
 from gptoss_dist.model.transformer import GptOss
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.kv_cache import KVCache
+from gptoss_dist.model.sampling import Sampling
 from gptoss_dist.ops.sampling import sample
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def generate(
     """
     T = input_ids_BT.shape[1]
     _check_sizes(T, max_new_tokens)
-    check_sampling(temperature, top_k, top_p, min_p)
+    Sampling(temperature, top_k, top_p, min_p)  # refuses what makes no sense
     warn_of_length(T, max_new_tokens, model.config.max_position_embeddings)
     was_training = model.training
     model.eval()
@@ -146,19 +147,6 @@ def without_padding(logits_BV: Tensor, vocab_size: int | None) -> Tensor:
     if vocab_size is not None:
         logits_BV[:, vocab_size:] = -torch.inf
     return logits_BV
-
-
-def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    """Refuse what makes no sense, nan too.
-
-    Raises:
-        ValueError: A setting is out of range.
-    """
-    if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
-        raise ValueError(
-            f"temperature={temperature} and top_k={top_k} must be >= 0 and finite, top_p={top_p} in (0, 1], "
-            f"min_p={min_p} in [0, 1]"
-        )
 
 
 def check_choice(next_B: Tensor) -> None:

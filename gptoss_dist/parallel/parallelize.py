@@ -18,6 +18,7 @@ from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.ops.backends import AUTO, BF16_ONLY
 from gptoss_dist.ops.experts.grouped_experts import BACKENDS
+from gptoss_dist.ops.precision import DTYPES
 from gptoss_dist.parallel.context import split_sequences
 from gptoss_dist.parallel.exchange import Exchange
 from gptoss_dist.parallel.mesh import Meshes, local
@@ -41,7 +42,7 @@ def parallelize(model: GptOss, train: TrainConfig, parallel: ParallelConfig, mes
     # One process holds everything anyway: gathering it a second time for the backward pass would only cost time.
     reshard = parallel.reshard_after_forward and torch.distributed.get_world_size() > 1
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if train.precision == "bf16" else None, reduce_dtype=torch.float32
+        param_dtype=None if train.precision == "fp32" else DTYPES[train.precision], reduce_dtype=torch.float32
     )
     for layer in model.blocks:
         experts = layer.mlp.experts
@@ -121,9 +122,8 @@ def _check_expert_gemm(gemm: str, precision: str, model: ModelConfig, device_typ
     """Refuse by its key what `grouped_experts` would refuse in the first step, when the run's folder exists already."""
     if gemm == AUTO:
         return
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     sizes = (model.hidden_size, model.intermediate_size)
-    reason = BACKENDS[gemm].why_not(dtype, sizes, torch.device(device_type))
+    reason = BACKENDS[gemm].why_not(DTYPES[precision], sizes, torch.device(device_type))
     if reason is not None:
         remedy = "choose --parallel.expert_gemm auto"
         if reason == BF16_ONLY:

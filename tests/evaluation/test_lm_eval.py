@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ import torch
 from data_pipeline.tokenizer.harmony import chat_template
 from data_pipeline.tokenizer.published import load_tokenizer
 from gptoss_dist.config import EvaluationConfig
-from gptoss_dist.distributed.processes import Ranks
+from gptoss_dist.distributed.processes import Ranks, seed_everything
 from gptoss_dist.evaluation.harness import in_training, tasks
 from gptoss_dist.evaluation.harness.chat import encoder, render
 from gptoss_dist.evaluation.harness.in_training import TaskEvaluation
@@ -93,13 +95,7 @@ def harness(monkeypatch, work) -> TaskEvaluation:
     """Tasks that `work` does in the thread of the harness, with the desk at which it may ask."""
     evaluation = TaskEvaluation(EvaluationConfig(every=1, tasks=["x"], max_seconds=0.5))
 
-    def run_in_thread(self, desk, tokenizer, max_length, template):
-        try:
-            desk.finish(work(desk))
-        except Exception as error:
-            desk.finish(error)
-
-    monkeypatch.setattr(TaskEvaluation, "_run", run_in_thread)
+    monkeypatch.setattr(TaskEvaluation, "_run_tasks", lambda self, desk, *arguments: work(desk))
     return evaluation
 
 
@@ -136,6 +132,38 @@ def test_a_harness_that_fails_or_dawdles_costs_no_more_than_it_may(monkeypatch):
     assert "still busy" in evaluation.measure(Answering(), None).problem
     evaluation._thread.join()
     assert refused == ["TimeIsUp"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_random_numbers_of_the_harness_are_not_those_of_training(monkeypatch, late):
+    """Also when it goes on after its time, while training draws: what both draw is what each draws alone."""
+    begun, drawn = threading.Event(), []
+
+    def draw():
+        choice = [random.random(), random.choice(range(99)), float(np.random.rand()), int(np.random.permutation(9)[0])]
+        return [*choice, float(torch.rand(())), float(torch.empty(()).uniform_()), torch.randperm(9).tolist()]
+
+    def work(desk):
+        assert begun.wait(5) if late else True
+        drawn.append(draw())
+        seed_everything(7, 0)
+        drawn.append(draw())
+        return tasks.Findings([], {})
+
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    seed_everything(7, 0)
+    seeded = draw()
+    seed_everything(11, 0)
+    after, expected = draw(), states()
+    evaluation = harness(monkeypatch, work)
+    seed_everything(11, 0)
+    assert bool(evaluation.measure(Answering(), None).problem) == late
+    begun.set()
+    assert draw() == after
+    evaluation._thread.join()
+    assert states() == expected and len(drawn) == 2 and drawn[1] == seeded != drawn[0]
 
 
 def test_an_error_of_the_model_is_raised_where_training_sees_it(monkeypatch):

@@ -12,7 +12,7 @@ from gptoss_dist.checkpoint import save_pretrained
 from gptoss_dist.evaluation.options import PasskeyOptions
 from gptoss_dist.evaluation.retrieval import passkey
 from gptoss_dist.evaluation.retrieval.scaling import with_yarn
-from gptoss_dist.evaluation.retrieval.trials import judge, make_trial, places, wilson_interval
+from gptoss_dist.evaluation.retrieval.trials import Place, judge, make_trial, places, wilson_interval
 from gptoss_dist.model.config import ModelConfig, RopeScaling
 from gptoss_dist.model.init import initialize
 from gptoss_dist.model.rope import inverse_frequencies
@@ -168,6 +168,26 @@ def test_impossible_wishes_are_refused(exported, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate(exported, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_length_that_is_too_short_for_any_trial_is_refused_before_the_first(exported, tmp_path, monkeypatch):
+    """Things have names of different lengths: what the first trial needs says nothing of the others."""
+    monkeypatch.setattr(passkey, "answers", lambda *arguments: pytest.fail("a trial was computed"))
+
+    options = {"task": "multi-key", "depths": 2, "trials": 3}
+    rest = [(1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
+    short = next(n for n in range(200, 400) if fits(n, 0, 0) and not all(fits(n, *place) for place in rest))
+    with pytest.raises(ValueError, match=rf"length of {short} is too little .*; give \d+ or more"):
+        evaluate(exported, tmp_path / "out", lengths=[short], **options)
+    assert not (tmp_path / "out").exists()
+
+
+def fits(length: int, bucket: int, trial: int) -> bool:
+    try:
+        make_trial("multi-key", Place(length, bucket, trial), 2, 0, BYTES)
+    except ValueError:
+        return False
+    return True
 
 
 def test_a_length_that_the_model_was_not_made_for_is_said(exported, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import posixpath
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from data_pipeline.tokenizer.published import load_tokenizer
 from gptoss_dist import GptOss, ModelConfig
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.evaluation.options import PerplexityOptions
-from gptoss_dist.evaluation.perplexity import context_lengths, make_plan, measure
+from gptoss_dist.evaluation.perplexity import Plan, context_lengths, make_plan, measure, summarize
 from gptoss_dist.evaluation.results import Subject
 from gptoss_dist.evaluation.subjects import Evaluated
 from gptoss_dist.evaluation.tally import Tally, bytes_of_ids
 from gptoss_dist.model.init import initialize
+from gptoss_dist.tracking.delivery.requests import clean_key
 from tests.support.ranks import MODEL, losses, run
 from tests.support.token_data import write_dataset
 
@@ -119,6 +121,27 @@ def test_special_tokens_stand_for_no_text():
 def test_mistakes_are_refused(evaluated, options, message):
     with pytest.raises(ValueError, match=message):
         make_plan(PerplexityOptions(checkpoint="tiny", **options), evaluated)
+
+
+def test_metrics_of_data_with_odd_names_are_those_that_mlflow_takes():
+    names = [
+        "data/one",
+        "../data/one",
+        "/data/one",
+        "texts/*.txt",
+        "texts/?.txt",
+        "..",
+        "a//b/",
+        "büch-ér: 2",
+        "x" * 300,
+    ]
+    tallies = {name: Tally(tokens=1, loss=float(number), bytes=1) for number, name in enumerate(names)}
+    plan = Plan([], 8, None, "contiguous", False, None, 0, "validation", "text", False)
+    metrics = summarize(tallies, plan, None).metrics
+    assert len(metrics) == 3 + 2 * len(names)
+    assert metrics["eval/perplexity/data/one/loss"] == 0 and metrics["eval/perplexity/texts/_.txt/loss"] == 3
+    for metric in metrics:
+        assert clean_key(metric) == metric == posixpath.normpath(metric)
 
 
 @pytest.fixture(scope="module")

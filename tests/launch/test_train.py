@@ -362,7 +362,11 @@ MISTAKES = {
         ["--parallel.expert_gemm", "grouped_mm", "--model.intermediate_size", "30"],
         "parallel.expert_gemm=grouped_mm needs rows of whole 16 bytes: sizes in multiples of 4",
     ),
-    "nothing recomputed": (["--train.keep_all_to_all", "true"], "train.keep_all_to_all=True"),
+    "nothing recomputed": (["--train.keep_all_to_all", "true"], "needs --train.activation_checkpointing 1 or more"),
+    "nothing exchanged": (
+        ["--train.keep_all_to_all", "true", "--train.activation_checkpointing", "1"],
+        "train.keep_all_to_all=True has nothing to keep: with parallel.expert_parallel=1",
+    ),
     "two kinds of data": (["--data.sources", "[{path: a}]"], "and data.sources are both given"),
     "impossible sampling": (["--sampling.temperature", "-1"], "sampling.temperature=-1"),
 }

@@ -6,28 +6,25 @@
 
 Only the training threads talk to other ranks. When the time is over, rank 0's lets all of them train on, whatever the
 harness does then: its thread is left alone, and its next question is refused. A harness that loads for minutes, from a
-network that does not answer for example, so costs one evaluation and not the run.
+network that does not answer for example, so costs one evaluation and not the run. It draws random numbers of its own
+(`own_random.py`), so that training goes on as without it.
 """
 
 from __future__ import annotations
 
 import queue
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
-import torch
 
 from data_pipeline import Tokenizer
 from data_pipeline.printable import first_line
 from gptoss_dist.config import EvaluationConfig
 from gptoss_dist.evaluation.continuing import Continuation
-from gptoss_dist.evaluation.harness.tasks import Findings, find_tasks, load_tasks, run_tasks
+from gptoss_dist.evaluation.harness.own_random import own_random_numbers
+from gptoss_dist.evaluation.harness.tasks import FEWSHOT_SEED, Findings, find_tasks, load_tasks, run_tasks
 from gptoss_dist.evaluation.harness.team import Team, TimeIsUp
 from gptoss_dist.evaluation.scoring import Request, Score
 
@@ -82,8 +79,7 @@ class TaskEvaluation:
         began = time.monotonic()
         team.deadline = began + self.config.max_seconds
         try:
-            with _same_random_numbers():
-                findings = self._ask_harness(team, template)
+            findings = self._ask_harness(team, template)
         except (TimeIsUp, _HarnessError) as error:
             spent = f"not finished after {self.config.max_seconds:g} s (evaluation.max_seconds)"
             problem = str(error) or spent
@@ -113,16 +109,21 @@ class TaskEvaluation:
     def _run(self, desk: _Desk, tokenizer: Tokenizer, max_length: int, template: str | None) -> None:
         """Run the tasks in the harness's thread."""
         try:
-            from gptoss_dist.evaluation.harness.language_model import HarnessModel
-
-            config = self.config
-            if self._loaded is None:
-                manager = find_tasks(config.tasks, config.include, KEY)
-                self._loaded = load_tasks(manager, config.tasks, config.num_fewshot)
-            model = HarnessModel(desk, tokenizer, max_length=max_length, template=template)
-            desk.finish(run_tasks(model, self._loaded, limit=config.limit, chat=config.chat, with_errors=False))
+            with own_random_numbers(FEWSHOT_SEED):
+                desk.finish(self._run_tasks(desk, tokenizer, max_length, template))
         except Exception as error:
             desk.finish(error)
+
+    def _run_tasks(self, desk: _Desk, tokenizer: Tokenizer, max_length: int, template: str | None) -> Findings:
+        """Load the tasks if they are not yet, and run them."""
+        from gptoss_dist.evaluation.harness.language_model import HarnessModel
+
+        config = self.config
+        if self._loaded is None:
+            manager = find_tasks(config.tasks, config.include, KEY)
+            self._loaded = load_tasks(manager, config.tasks, config.num_fewshot)
+        model = HarnessModel(desk, tokenizer, max_length=max_length, template=template)
+        return run_tasks(model, self._loaded, limit=config.limit, chat=config.chat, with_errors=False)
 
 
 class _HarnessError(Exception):
@@ -193,15 +194,3 @@ class _Desk:
     def close(self) -> None:
         """Answer nothing more."""
         self._closed.set()
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Leave the generators of python, numpy and torch as they were: tasks draw from them, and training does too."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

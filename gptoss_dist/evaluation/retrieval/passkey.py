@@ -29,6 +29,7 @@ from gptoss_dist.evaluation.retrieval.trials import (
     Trial,
     accuracy,
     batches,
+    check_lengths,
     judge,
     make_trial,
     places,
@@ -75,8 +76,8 @@ def _outcomes(options: PasskeyOptions, evaluated: Evaluated, ranks: Ranks) -> di
 
 def _check_length(options: PasskeyOptions, evaluated: Evaluated, ranks: Ranks) -> None:
     """Refuse contexts that are too short for the task, and warn of those that the model was not made for."""
-    for length in options.lengths:
-        make_trial(options.task, places([length], 1, 1)[0], 1, options.seed, evaluated.tokenizer)
+    trials = places(options.lengths, options.depths, options.trials)
+    check_lengths(options.task, trials, options.seed, evaluated.tokenizer)
     if OWN in options.yarn:
         evaluated.warn_of_length(max(options.lengths), ranks)
 

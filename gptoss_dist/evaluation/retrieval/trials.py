@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_pipeline import Tokenizer
-from data_pipeline.needles.arrange import arrange
+from data_pipeline.needles.arrange import arrange, least_length, too_short
 from data_pipeline.needles.tasks import Episode, make_episode
 
 _Z = 1.959963984540054
@@ -85,11 +85,38 @@ def make_trial(task: str, place: Place, buckets: int, seed: int, tokenizer: Toke
     def cut(text: str) -> list[int]:
         return tokenizer.encode(text).tolist()
 
-    generator = random.Random(f"{seed} {task} {place.length} {place.bucket} {place.trial}")
-    episode = make_episode(task, generator)
+    episode, generator = _episode(task, place, seed)
     depth = (place.bucket + generator.random()) / buckets
     ids = arrange(episode, depth, place.length, cut, generator)
     return Trial(place, episode, depth, ids, len(cut(episode.answer)))
+
+
+def check_lengths(task: str, places: Sequence[Place], seed: int, tokenizer: Tokenizer) -> None:
+    """Check that each trial has room for what it says and asks; the filler is not made for that.
+
+    Args:
+        task: That of `make_trial`.
+        places: Where the trials belong.
+        seed: That of `make_trial`.
+        tokenizer: That of `make_trial`.
+
+    Raises:
+        ValueError: A length is too short; the message has what the longest of its trials takes.
+    """
+    least: dict[int, int] = {}
+    for place in places:
+        episode, _ = _episode(task, place, seed)
+        needed = least_length(episode, lambda text: tokenizer.encode(text).tolist())
+        least[place.length] = max(needed, least.get(place.length, 0))
+    for length, needed in least.items():
+        if length < needed:
+            raise too_short(task, length, needed)
+
+
+def _episode(task: str, place: Place, seed: int) -> tuple[Episode, random.Random]:
+    """Draw what a trial says and asks; return it with the generator that draws the rest of the trial."""
+    generator = random.Random(f"{seed} {task} {place.length} {place.bucket} {place.trial}")
+    return make_episode(task, generator), generator
 
 
 def judge(trial: Trial, answered: str) -> Outcome:

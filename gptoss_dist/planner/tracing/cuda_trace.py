@@ -34,11 +34,11 @@ from gptoss_dist.model.transformer import GptOss, LossSums
 from gptoss_dist.ops.attention import kernel_op, sink_attention
 from gptoss_dist.ops.backends import AUTO, choose
 from gptoss_dist.ops.experts import grouped_experts
+from gptoss_dist.ops.precision import DTYPES
 from gptoss_dist.parallel.mesh import plan_layout
 from gptoss_dist.parallel.parallelize import wrap_blocks
 from gptoss_dist.planner.tracing.host_reads import GROUPED_MM, HostRead, HostReadWatch, Sizes, documented
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NO_KERNEL = {
     *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "split", "split_with_sizes"),
     *("unbind", "squeeze", "unsqueeze", "detach", "as_strided", "alias", "empty", "empty_like", "empty_strided"),

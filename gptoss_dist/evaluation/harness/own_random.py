@@ -1,0 +1,87 @@
+"""Random numbers of the harness's thread: its own, while it runs, whatever it seeds and draws.
+
+Tasks draw from the generators that Python, numpy and torch share among all threads, and training draws from torch's.
+The harness's thread may outlive an evaluation (`in_training.py`), when nobody could put their states back any more.
+
+    random.random(), numpy.random.rand(), torch.manual_seed(...)   a function of the module that asks which thread calls
+    torch.rand(...), tensor.uniform_()                             torch's modes, which belong to a thread
+
+A function that somebody took out of its module before (`from random import shuffle`) is not seen.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_OF_TORCH = ("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial")
+_OF_TENSORS = ("bernoulli", "multinomial")
+_IN_PLACE = ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "random_", "uniform_")
+_DRAWING = {getattr(torch, name) for name in _OF_TORCH} | {getattr(Tensor, name) for name in (*_OF_TENSORS, *_IN_PLACE)}
+
+
+@contextmanager
+def own_random_numbers(seed: int) -> Iterator[None]:
+    """Give the calling thread generators of its own; all others keep those that there are.
+
+    Args:
+        seed: What they begin with.
+    """
+    own, of_numpy, of_torch = random.Random(seed), np.random.RandomState(seed), torch.Generator().manual_seed(seed)
+    with ExitStack() as stack:
+        stack.enter_context(_diverted(random, _bound_to(random, random._inst), own))  # type: ignore[attr-defined]
+        shared = np.random.mtrand._rand  # type: ignore[attr-defined]
+        stack.enter_context(_diverted(np.random, {"seed", *_bound_to(np.random, shared)}, of_numpy))
+        stack.enter_context(_diverted(torch, {"manual_seed", "seed", "initial_seed"}, of_torch))
+        stack.enter_context(_Drawing(of_torch))
+        yield
+
+
+def _bound_to(module: ModuleType, shared: object) -> set[str]:
+    """Return the functions of a module that are methods of the generator that all threads share."""
+    return {name for name, function in vars(module).items() if getattr(function, "__self__", None) is shared}
+
+
+@contextmanager
+def _diverted(module: ModuleType, names: set[str], own: Any) -> Iterator[None]:
+    """Let functions of a module be methods of the same name of `own`, for the calling thread."""
+    before = {name: getattr(module, name) for name in names if hasattr(own, name)}
+    for name, shared in before.items():
+        setattr(module, name, _choosing(threading.get_ident(), getattr(own, name), shared))
+    try:
+        yield
+    finally:
+        for name, shared in before.items():
+            setattr(module, name, shared)
+
+
+def _choosing(thread: int, own: Callable[..., Any], shared: Callable[..., Any]) -> Callable[..., Any]:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return (own if threading.get_ident() == thread else shared)(*args, **kwargs)
+
+    return function
+
+
+class _Drawing(TorchFunctionMode):
+    """Lets what draws on the CPU without a generator draw from this one."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in _DRAWING and kwargs.get("generator") is None:
+            device = kwargs.get("device") or next((a.device for a in args if isinstance(a, Tensor)), "cpu")
+            if torch.device(device).type == "cpu":
+                kwargs = {**kwargs, "generator": self.generator}
+        return function(*args, **kwargs)
