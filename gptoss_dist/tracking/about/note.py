@@ -151,7 +151,7 @@ def in_millions(number: int) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:.3g}" if hours < 100 else f"{hours:,.0f}"
+    return f"{hours:.2f}" if hours < 100 else f"{hours:,.0f}"
 
 
 def _clock(seconds: float) -> str:

@@ -159,4 +159,5 @@ def last_values(path: Path, names: tuple[str, ...]) -> dict[str, float]:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
         tail = file.read().decode(errors="replace")
     found = {name: re.findall(rf'"{re.escape(name)}": ?([-+.\deE]+)', tail) for name in names}
-    return {name: float(values[-1]) for name, values in found.items() if values}
+    last = {name: float(values[-1]) for name, values in found.items() if values}
+    return {name: value for name, value in last.items() if np.isfinite(value)}

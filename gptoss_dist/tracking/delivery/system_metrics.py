@@ -68,10 +68,10 @@ class NodeMonitor:
         pause = min(_FIRST_S, self._every_s)
         while not self._closing.wait(pause):
             pause = self._every_s
+            if not self._run_dir.is_dir():
+                return
             values = {f"{self._prefix}{key}": value for key, value in meters.read().items()}
             if writer is None:
-                if not self._run_dir.is_dir():
-                    return
                 path = self._run_dir / SYSTEM_FOLDER / f"{_file_name(this_host())}.jsonl"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 step = _next_sample(path)

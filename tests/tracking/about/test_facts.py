@@ -1,0 +1,61 @@
+"""What is known of a run before its first step, as tags."""
+
+import platform
+from types import SimpleNamespace
+
+import torch
+
+from gptoss_dist.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from gptoss_dist.parallel.mesh import DeviceLayout
+from gptoss_dist.planner.flops import flops_per_token
+from gptoss_dist.planner.parameters import count_parameters
+from gptoss_dist.tracking.about.facts import changed_settings, facts_of
+
+MODEL = ModelConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_local_experts=4, head_dim=8
+)
+
+
+def config_of(folder, **sections):
+    return Config(model=MODEL, run=RunConfig(name="run-3", dir=str(folder)), **sections)
+
+
+def facts_on(config, hosts=("a", "a", "b", "b"), shares=None):
+    ranks = SimpleNamespace(world_size=len(hosts), device=torch.device("cpu"), hosts=hosts)
+    engine = SimpleNamespace(name="fsdp", layout=DeviceLayout(1, len(hosts), 1, context_parallel=2))
+    return facts_of(config, ranks, engine, None, shares)
+
+
+def test_tags_group_and_filter(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    config = config_of(
+        tmp_path,
+        data=DataConfig(path="data/x", seq_len=128),
+        train=TrainConfig(micro_batch_size=2, gradient_accumulation=3),
+    )
+    tags = facts_on(config, shares={"web": 3.0, "code": 1.0}).tags()
+    counts = count_parameters(MODEL)
+    assert tags["model.params"] == str(counts.total) and tags["model.active_params"] == str(counts.active)
+    assert tags["tokens_per_step"] == str(2 * 3 * 2 * 128), "four processes, two of which share each sequence"
+    assert float(tags["flops_per_token"]) == flops_per_token(MODEL, 128).training
+    assert tags["data"] == "web 75 %, code 25 %"
+    assert tags["sweep"] == "run" and tags["slurm.job_id"] == "77_3"
+    assert tags["run.folder"] == str(tmp_path) and tags["mfu.peak"] == "unknown"
+    assert {"git.sha", "host", "hardware", "torch", "world_size", "layout", "engine", "precision"} <= tags.keys()
+    assert all(isinstance(value, str) for value in tags.values())
+
+
+def test_nodes_are_named_only_where_there_are_several(tmp_path, monkeypatch):
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    facts = facts_on(config_of(tmp_path), hosts=("a", "a"), shares={"web": 1.0})
+    assert facts.node is None and facts_on(config_of(tmp_path)).node == platform.node()
+    assert facts.data == (("web", None),)
+    assert facts.devices.startswith("2 processes on 1 machine, ")
+    assert not {"sweep", "slurm.job_id"} & facts.tags().keys()
+
+
+def test_only_what_differs_from_the_defaults_is_listed(tmp_path):
+    config = config_of(tmp_path, data=DataConfig(path="data/x"), optim=OptimConfig(lr=1e-3, betas=[0.9, 0.95]))
+    assert changed_settings(config) == {"data.path": "data/x", "optim.lr": 1e-3}

@@ -1,0 +1,74 @@
+"""How a run stands: costs and losses over several processes."""
+
+import dataclasses
+import json
+import time
+
+import pytest
+
+from gptoss_dist.tracking.about.summary import Summary, last_values
+from gptoss_dist.tracking.records import Event
+from gptoss_dist.tracking.tracker import Tracker
+from tests.tracking.about.test_note import FACTS, rows
+
+
+def test_costs_add_up_over_processes_and_lost_steps(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("gptoss_dist.tracking.about.summary.time.monotonic", lambda: clock[0])
+    facts = dataclasses.replace(FACTS, folder=tmp_path, processes=4, flops_per_token=1e12)
+    losses = {10: 5.0, 20: 3.0, 30: 2.0}
+    tracker, summary = Tracker(tmp_path, run_name="x", enabled=False), Summary(facts, 0, 0)
+    tracker.event(0, "start", "begins")
+    for step in range(1, 31):
+        clock[0] += 36.0
+        metrics = {"loss/train": float(step), "progress/tokens": 1000.0 * step}
+        costs = summary.step(step, metrics)
+        tracker.log(step, metrics | costs)
+        if step in losses:
+            tracker.log(step, {"loss/val": losses[step]} | summary.validation(step, losses[step]))
+    tracker.event(25, "skipped", "loss nan")
+    tracker.close("KILLED")
+    assert costs == pytest.approx(
+        {"progress/exaflops": 0.03, "progress/hours": 0.3, "progress/gpu_hours": 1.2}, rel=1e-12
+    )
+
+    # Twice as many processes go on from step 20: what was done after it is lost, and was paid for.
+    clock[0] += 1e6
+    facts = dataclasses.replace(facts, processes=8)
+    resumed = Summary(facts, 20, 20_000)
+    resumed.read_back()
+    assert resumed.best == (3.0, 20), "the loss of step 30 is one of an abandoned branch"
+    assert [event.kind for event in resumed.events] == ["start", "skipped"] and resumed.counts["skipped"] == 1
+    assert resumed.event(Event(time.time(), 26, "skipped", "again")) == 2
+    clock[0] += 360.0
+    costs = resumed.step(21, {"loss/train": 2.5, "progress/tokens": 21_000.0})
+    assert costs == pytest.approx({"progress/exaflops": 0.021, "progress/hours": 0.4, "progress/gpu_hours": 2.0})
+    assert resumed.validation(30, 4.0) == pytest.approx(
+        {"loss/val_best": 3.0, "progress/val_tokens": 21_000, "progress/val_exaflops": 0.021}
+    )
+    table = rows(resumed.note("running"))
+    assert table["validation loss"] == "best **3.0000** at step 20; last 4.0000 at step 30"
+    assert table["compute"] == "0.021 exaFLOPs; 2.00 device-hours in 0.40 h"
+
+
+def test_what_cannot_be_read_costs_nothing_but_itself(tmp_path):
+    summary = Summary(dataclasses.replace(FACTS, folder=tmp_path), 5, 100)
+    summary.read_back()  # no files at all
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "metrics": {"progress/hours": 1e400}}\nnonsense\n')
+    summary.read_back()
+    table = rows(summary.note("running"))
+    assert table["validation loss"] == "none yet" and "0.00 device-hours in 0.00 h" in table["compute"]
+
+
+def test_losses_that_are_no_numbers_do_not_spoil_the_mean(tmp_path):
+    summary = Summary(dataclasses.replace(FACTS, folder=tmp_path), 0, 0)
+    for step, loss in enumerate((4.0, float("nan"), 2.0, float("inf")), 1):
+        summary.step(step, {"loss/train": loss, "progress/tokens": 1.0})
+    assert rows(summary.note("running"))["training loss"] == "3.0000, mean of 2 steps"
+
+
+def test_the_last_values_are_those_of_the_file_not_of_the_branch(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, "metrics": {"progress/hours": step / 7, "x": "y" * 500}} for step in range(2000)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"event": "resume", "step": 3}]))
+    assert last_values(path, ("progress/hours", "progress/gpu_hours")) == {"progress/hours": 1999 / 7}

@@ -1,0 +1,105 @@
+"""What MLflow's pages show of a run at first sight: its note, the kind of its experiment, checkpoints as models."""
+
+import pytest
+
+from gptoss_dist.tracking.delivery.requests import NOTE_TAG, OWN_TEXT, with_own_text
+from tests.support.tracked import history, runs_of, start
+
+
+def models_of(client):
+    experiment = client.get_experiment_by_name("tests").experiment_id
+    return {model.name: model for model in client.search_logged_models([experiment])}
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_an_experiment_opens_as_one_of_training(tmp_path, client, store, made_before):
+    if made_before:
+        client.create_experiment("tests", tags={"mlflow.experiment.primaryMetric.name": "theirs"})
+    start(tmp_path / "run").close()
+    tags = client.get_experiment_by_name("tests").tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    assert tags["mlflow.experiment.primaryMetric.name"] == ("theirs" if made_before else "loss/val")
+
+
+def test_parameters_keep_their_order(tmp_path, client, store):
+    params = {"z.changed": 1, "b.changed": 2} | {f"p{i}": i for i in range(120)}
+    start(tmp_path / "run", params=params).close()
+    assert list(runs_of(client)[0].data.params) == list(params), "MLflow's pages show them as they come"
+
+
+def test_what_people_write_into_a_note_stays(tmp_path, client, store):
+    run_dir = tmp_path / "run"
+    tracker = start(run_dir, tags={NOTE_TAG: "one"})
+    tracker.close()
+    note = runs_of(client)[0].data.tags[NOTE_TAG]
+    assert note == f"one\n\n{OWN_TEXT}\n"
+    client.set_tag(tracker.run_id, NOTE_TAG, note + "\nThis is **ours**.\n")
+    resumed = start(run_dir, tags={NOTE_TAG: "two"}, resumed_step=1)
+    resumed.tag(NOTE_TAG, "three")
+    resumed.close()
+    assert runs_of(client)[0].data.tags[NOTE_TAG] == f"three\n\n{OWN_TEXT}\n\nThis is **ours**.\n"
+
+
+@pytest.mark.parametrize(
+    ("kept", "written"),
+    [
+        (None, f"note\n\n{OWN_TEXT}\n"),
+        ("all theirs", f"note\n\n{OWN_TEXT}\n\nall theirs\n"),
+        ("x" * 500, f"note\n\n{OWN_TEXT}\n"),  # of ours, cut by an earlier version of MLflow
+        ("x" * 4999, "x" * 4999),  # no room for ours
+    ],
+)
+def test_a_note_and_what_is_below_it(kept, written):
+    assert with_own_text("note", kept) == written
+    assert len(with_own_text("n" * 4000, "y" * 3000)) <= 5000
+
+
+def test_checkpoints_are_models_with_their_metrics_and_without_weights(tmp_path, client, store):
+    run_dir = tmp_path / "run"
+    for _ in range(2):  # the second process sends what the first one may have sent already
+        tracker = start(run_dir, resumed_step=20 if _ else None)
+        for step in (10, 20):
+            folder = run_dir / "checkpoints" / f"step_{step:08d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "weights").write_text("heavy")
+            at = tracker.log(step, {"loss/val": 30.0 / step})
+            tracker.checkpoint(step, folder, {"loss/val": 30.0 / step, "loss/bad": float("nan")}, at)
+        tracker.close()
+    assert len(models_of(client)) == 2
+    model = models_of(client)["step_00000020"]
+    assert model.source_run_id == tracker.run_id and model.status == "READY" and model.params == {"step": "20"}
+    assert model.tags["path"] == "checkpoints/step_00000020" and model.tags["on_disk"] == "yes"
+    assert {(metric.key, metric.value, metric.step) for metric in model.metrics} == {("loss/val", 1.5, 20)}
+    assert len(history(client, tracker.run_id, "loss/val")) == 4, "two of each process, none from the models"
+    assert [output.model_id for output in client.get_run(tracker.run_id).outputs.model_outputs].count(model.model_id)
+    assert client.list_logged_model_artifacts(model.model_id) == [], "no weights"
+
+    # A checkpoint that was removed to keep only the newest is said to be.
+    (run_dir / "checkpoints" / "step_00000010" / "weights").unlink()
+    (run_dir / "checkpoints" / "step_00000010").rmdir()
+    tracker = start(run_dir, resumed_step=20)
+    tracker.checkpoint(30, run_dir / "checkpoints" / "step_00000030", {})
+    tracker.close()
+    found = models_of(client)
+    assert [found[f"step_000000{n}"].tags["on_disk"] for n in (10, 20, 30)] == ["removed", "yes", "yes"]
+
+
+def test_a_server_without_logged_models_is_told_once_and_gets_the_rest(tmp_path, client, store, monkeypatch):
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
+
+    class Older(mlflow.MlflowClient):
+        def search_logged_models(self, *args, **kwargs):
+            raise MlflowException("No API found", ENDPOINT_NOT_FOUND)
+
+    monkeypatch.setattr(mlflow, "MlflowClient", Older)
+    said = []
+    tracker = start(tmp_path / "run", message=said.append)
+    for step in (1, 2, 3):
+        tracker.checkpoint(step, tmp_path / "run" / f"step_{step:08d}", {"loss/val": 1.0})
+    tracker.tag("last", "ok")
+    tracker.close()
+    (run,) = runs_of(client)
+    assert run.data.tags["last"] == "ok" and run.info.status == "FINISHED"
+    assert len(said) == 1 and "no logged models" in said[0]
