@@ -13,7 +13,7 @@ import ast
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,8 @@ class Server:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._client = MlflowClient(tracking_uri=address)
 
-    def experiment(self, name: str, filter_string: str = "") -> list[ComparedRun]:
-        """Read the training runs of an experiment, those that failed or go on included.
+    def experiment(self, name: str, filter_string: str = "") -> Iterator[ComparedRun]:
+        """Yield the training runs of an experiment, those that failed or go on included.
 
         Args:
             name: Of the experiment.
@@ -115,7 +115,8 @@ class Server:
             entities += page
             token = page.token or ""
         trained = [one for one in entities if TRAIN in one.data.metrics and "kind" not in one.data.tags]
-        return [self._read(one, name) for one in reversed(trained)]  # the oldest first
+        for one in reversed(trained):  # the oldest first
+            yield self._read(one, name)
 
     def run(self, run_id: str) -> ComparedRun:
         """Read one run.
