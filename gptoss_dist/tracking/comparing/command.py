@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
@@ -107,7 +108,7 @@ def analyse(runs: list[ComparedRun], summaries: list[RunSummary], options: Compa
         else:
             tables.append(table)
     spoiled = any(reason.spoils_training for reason in reasons)
-    judgements = [] if spoiled else _judge(runs, groups, names, tables, notes)
+    judgements = [] if spoiled else _judge(runs, summaries, groups, names, tables, notes)
     fit, note = (None, "") if spoiled and options.fit == "auto" else _fit(runs, options)
     return Comparison(
         name=_name(options, runs),
@@ -127,13 +128,18 @@ def analyse(runs: list[ComparedRun], summaries: list[RunSummary], options: Compa
 
 
 def _judge(
-    runs: list[ComparedRun], groups: list[list[int]], names: list[str], tables: list[EqualTable], notes: list[str]
+    runs: list[ComparedRun],
+    summaries: list[RunSummary],
+    groups: list[list[int]],
+    names: list[str],
+    tables: list[EqualTable],
+    notes: list[str],
 ) -> list[tuple[str, Judgement]]:
     found: list[tuple[str, Judgement]] = []
     if len(groups) < 2:
         notes.append("All runs have the same settings but for the seed: their differences are the noise.")
         return []
-    per_token = {run.tags.get("flops_per_token") for run in runs}
+    per_token = {round(math.log(one.exaflops / one.tokens), 6) if one.exaflops > 0 else None for one in summaries}
     for table in tables:
         if table.axis == "exaflops" and len(per_token) == 1 and None not in per_token:
             continue  # the same places as those of tokens

@@ -95,9 +95,9 @@ def summarize(run: ComparedRun) -> RunSummary:
         tokens_per_s=_median(run.values("perf/tokens_per_s")),
         mfu=_median(run.values("perf/mfu")),
         spikes=[int(run.steps[rows[index]]) for index in spikes(losses)],
-        skipped=float(max(run.values("optim/skipped_steps"), default=math.nan)),
+        skipped=_largest(run.values("optim/skipped_steps")),
         grad_norm_median=_median(grad_norms),
-        grad_norm_largest=float(grad_norms.max()) if len(grad_norms) else math.nan,
+        grad_norm_largest=_largest(grad_norms),
         load_cv=_end(run.values("moe/load_cv")),
         dead_experts=_end(run.values("moe/dead_experts")),
         resumes=sum(event.kind in ("resume", "rewind") for event in run.events),
@@ -208,6 +208,10 @@ def _last(values: np.ndarray | None) -> float:
 
 def _median(values: np.ndarray) -> float:
     return float(np.median(values)) if len(values) else math.nan
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(values.max()) if len(values) else math.nan
 
 
 def _end(values: np.ndarray) -> float:
