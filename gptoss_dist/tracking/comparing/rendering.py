@@ -207,7 +207,7 @@ def _figures(found: Comparison) -> Part:
     cost = [
         [
             one.name,
-            one.status.lower() + (f", {one.resumes} resumes" if one.resumes else ""),
+            one.status.lower() + (f", resumed {one.resumes} x" if one.resumes else ""),
             f"{one.steps:,}",
             _amount(one.tokens),
             _amount(one.exaflops),
@@ -265,8 +265,9 @@ def _method() -> Part:
             "A training loss at a place is the value there of a straight line, fitted by least squares to the losses "
             f"within {100 * HALF_WIDTH:.0f} % of the place on either side (more where a run has fewer than {FEWEST} "
             "losses there), the same window for all runs. Behind ± in the tables is its standard error, from the "
-            "scatter of these losses, widened for the correlation of neighbours. Validation losses are interpolated "
-            "between two validations. Nothing is extrapolated: a dash stands where a run did not get.",
+            "scatter of these losses, widened for the correlation of neighbours. Two runs that read the same batches "
+            "are compared batch by batch, so their difference is known better than either loss. Validation losses are "
+            "interpolated between two validations. Nothing is extrapolated: a dash stands where a run did not get.",
             "Hours are those of the run's processes, without pauses between them. FLOPs are model FLOPs, as for MFU. "
             "Spikes are counted by the rule of train.spikes; expert load is the mean over the last tenth of a run.",
         ],

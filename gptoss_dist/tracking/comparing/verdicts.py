@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -149,10 +150,52 @@ def sentences(judgement: Judgement, most: int = 8) -> list[str]:
 
 
 def t_quantile(probability: float, freedom: float) -> float:
-    """Return a quantile of Student's t distribution."""
-    from scipy.special import stdtrit
+    """Return a quantile of Student's t distribution, for a probability above one half.
 
-    return float(stdtrit(min(freedom, 1e6), probability))
+    Found by bisection of the distribution function. scipy has it too, but its import takes longer than all the rest.
+    """
+    if freedom > 1e6:
+        return NormalDist().inv_cdf(probability)
+    low, high = 0.0, 2.0
+    while _t_probability(high, freedom) < probability:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_probability(middle, freedom) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def _t_probability(value: float, freedom: float) -> float:
+    """Return the probability that t is at most `value`, which is not negative."""
+    if value == 0:
+        return 0.5
+    x, a, b = freedom / (freedom + value**2), freedom / 2, 0.5
+    logarithm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    if x < (a + 1) / (a + b + 2):
+        tail = math.exp(logarithm) * _beta_fraction(x, a, b) / a
+    else:
+        tail = 1 - math.exp(logarithm) * _beta_fraction(1 - x, b, a) / b
+    return 1 - tail / 2
+
+
+def _beta_fraction(x: float, a: float, b: float) -> float:
+    """Return the continued fraction of the incomplete beta function, by Lentz's method."""
+    c, d = 1.0, 1 / _not_zero(1 - (a + b) * x / (a + 1))
+    found = d
+    for m in range(1, 500):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            d = 1 / _not_zero(1 + term * d)
+            c = _not_zero(1 + term / c)
+            found *= c * d
+        if abs(c * d - 1) < 1e-14:
+            break
+    return found
+
+
+def _not_zero(value: float) -> float:
+    return value if abs(value) > 1e-300 else 1e-300
 
 
 def _replica_noise(groups: list[list[float]]) -> tuple[float, int] | None:
