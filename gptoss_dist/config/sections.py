@@ -215,5 +215,8 @@ class TrackingConfig:
     in all that the run writes."""
     plots: bool = True
     """Draw the run's plots at each validation and at the end."""
+    report: bool = True
+    """Write the run's report, report.html, at the end: one page to read and to forward. launch/report.py writes it at
+    any time."""
     expert_tokens_every: int = ranged(100, at_least=0)
     """Steps between rows of expert_tokens.jsonl (tokens of each expert, summed over those steps); 0 writes none."""

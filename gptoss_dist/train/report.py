@@ -30,6 +30,7 @@ from gptoss_dist.tracking.metrics import (
     memory_metrics,
     mixture_metrics,
 )
+from gptoss_dist.tracking.pages.run_page import write_in_time
 from gptoss_dist.tracking.plots import plot_run
 from gptoss_dist.tracking.progress import Progress
 from gptoss_dist.tracking.tracker import Tracker
@@ -65,6 +66,8 @@ class Report:
         self.data, self.start_step = data, start.step
         self._position: int | None = None
         self._said: set[str] = set()
+        self.goes_on = False
+        """Whether the run goes on from an earlier checkpoint when this is closed."""
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak = peak_flops(ranks.device, dtype)
         self.flops = flops_per_token(config.model, config.data.seq_len)
@@ -234,6 +237,20 @@ class Report:
         except Exception as error:  # a plot must never end a run
             self._message_once(f"plots not drawn: {error}")
 
+    def page(self, status: str) -> None:
+        """Write report.html, beside the run's end: one that takes too long is not waited for.
+
+        Args:
+            status: How the run ends: FINISHED, KILLED or FAILED.
+        """
+        if not self.config.tracking.report or self.goes_on:
+            return
+        words = {"FINISHED": "finished", "KILLED": "stopped as asked", "FAILED": "failed; the reason is in log.txt"}
+        written = write_in_time(self.folder, words[status], self._message_once)
+        if written is not None:
+            self.tracker.artifact(written)
+            self.message(f"the run's report is {written}")
+
     def close(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
         """Finish the tracked run: FINISHED, KILLED or FAILED."""
         try:
@@ -241,6 +258,7 @@ class Report:
         except Exception as error:  # reads the device, whose failure may be why the run ends
             log.warning("last row of expert tokens not written: %s", error)
         self.plots()
+        self.page(status)
         self.progress.__exit__(None, None, None)
         self.tracker.close(status)
 

@@ -225,6 +225,8 @@ class Run:
             return None
         training = self._skip(spike, start)
         self._status = "KILLED"
+        if self.report:
+            self.report.goes_on = True
         return Rewind(replace(start, skipped=training.skipped), replace(self.data, training=training))
 
     def _skip(self, spike: Spike, start: Start) -> TrainingData:

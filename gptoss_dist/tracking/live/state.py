@@ -174,6 +174,8 @@ def clock(when: float) -> str:
 
 def duration(seconds: float) -> str:
     """Return a length of time such as `42 s`, `5 min`, `3 h 20 min` or `2 d 4 h`."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
     whole = round(seconds)
     if whole < 100:
         return f"{whole} s"

@@ -135,7 +135,7 @@ def chart(run: RecordedRun, axes: Sequence[Axis], chart: Chart) -> dict[str, Any
     shown = np.concatenate(heights)
     low, high = float(shown.min()), float(shown.max())
     traces += _marks(axes, run, low, high)
-    layout = _layout(axes[0], chart.title)
+    layout = layout_of(chart.title, axes[0].title)
     layout["showlegend"] = len(names) + len(chart.points) > 1
     if chart.is_log and low > 0:
         layout["yaxis"] = {"type": "log"}
@@ -233,19 +233,28 @@ def _marks(axes: Sequence[Axis], run: RecordedRun, low: float, high: float) -> I
     }
 
 
-def _layout(axis: Axis, title: str) -> dict[str, Any]:
+def layout_of(title: str, horizontal: str, /, **vertical: Any) -> dict[str, Any]:
+    """Return the layout that all charts of the page begin with.
+
+    Args:
+        title: Of the chart.
+        horizontal: Title of the horizontal axis.
+        **vertical: What plotly.js is told of the vertical axis.
+    """
     return {
         "title": {"text": title, "font": {"size": 14}, "x": 0, "xref": "paper"},
         "margin": {"l": 60, "r": 16, "t": 34, "b": 42},
-        "xaxis": {"title": {"text": axis.title, "font": {"size": 12}}, "exponentformat": "SI"},
+        "xaxis": {"title": {"text": horizontal, "font": {"size": 12}}, "exponentformat": "SI"},
+        "yaxis": vertical,
         "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
         "hovermode": "closest",
+        "modebar": {"orientation": "v", "bgcolor": "rgba(0,0,0,0)", "color": "#8a94a3", "activecolor": "#3b82c4"},
     }
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Return the exponential moving average over about a fiftieth of the curve, starting at the first value."""
-    alpha = 2 / (max(1.0, len(values) / 50) + 1)
+    """Return the exponential moving average over about a twenty-fifth of the curve, starting at the first value."""
+    alpha = 2 / (max(1.0, len(values) / 25) + 1)
     result = np.empty_like(values)
     mean = values[0] if len(values) else 0.0
     for i, value in enumerate(values.tolist()):

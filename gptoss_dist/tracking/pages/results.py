@@ -42,7 +42,8 @@ def samples_html(run: RecordedRun, message: Callable[[str], None]) -> str:
         rows.append(f'<tr><td class="number">{step:,}</td>{cells}</tr>')
     note = f"{len(steps)} of {len(files)} steps with samples, the newest first." if len(files) > len(steps) else ""
     return (
-        f'<p>{note}</p><div class="table samples"><table><thead><tr><th>step</th><th>texts</th></tr></thead>'
+        f'<p>{note}</p><div class="table samples"><table><thead><tr><th>step</th>'
+        f'<th colspan="{_MOST_PROMPTS}">texts</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
