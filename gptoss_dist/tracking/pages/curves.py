@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gptoss_dist.tracking.pages.overview import events_of
 from gptoss_dist.tracking.pages.skeleton import COLOURS, escaped, figure_html
 from gptoss_dist.tracking.pages.thinning import rounded, thin
 from gptoss_dist.tracking.recorded.run import RecordedRun
@@ -211,7 +212,7 @@ def _marked(
 
 def _marks(axes: Sequence[Axis], run: RecordedRun, low: float, high: float) -> Iterator[dict[str, Any]]:
     """Yield a trace of dotted lines where something happened, with its text."""
-    events = [event for event in run.events if event.kind in _MARKED][-_MOST_MARKS:]
+    events = [event for event in events_of(run) if event.kind in _MARKED][-_MOST_MARKS:]
     if not events:
         return
     rows = np.searchsorted(run.columns.steps, [event.step for event in events]).clip(0, len(run.columns.steps) - 1)

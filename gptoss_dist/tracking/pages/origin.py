@@ -12,7 +12,7 @@ from data_pipeline.command_line.texts import dump_yaml
 from data_pipeline.foreign import read_text
 from data_pipeline.secrets import without_secrets
 from gptoss_dist.config import Config, ModelConfig
-from gptoss_dist.tracking.live.state import clock
+from gptoss_dist.tracking.pages.overview import moment
 from gptoss_dist.tracking.pages.skeleton import escaped, table_html
 from gptoss_dist.tracking.recorded.run import RecordedRun, flat
 
@@ -35,7 +35,7 @@ def environment_html(run: RecordedRun) -> str:
     ]
     starts = [
         (
-            clock(start.time),
+            moment(start.time),
             "anew" if start.resumed_step is None else f"from step {start.resumed_step:,}",
             start.tags.get("host", "–"),
             start.tags.get("world_size", "–"),
@@ -43,7 +43,11 @@ def environment_html(run: RecordedRun) -> str:
         )
         for start in run.starts[-20:]
     ]
-    parts = [table_html(("", ""), rows) if rows else "<p>Nothing is recorded of the environment.</p>"]
+    parts = [
+        f'<div class="facts">{table_html(("", ""), rows)}</div>'
+        if rows
+        else "<p>Nothing is recorded of the environment.</p>"
+    ]
     if starts:
         parts.append("<h3>Starts</h3>" + table_html(("time", "start", "host", "processes", "code"), starts))
     return "\n".join(parts)

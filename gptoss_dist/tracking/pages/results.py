@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.foreign import read_bytes, read_json
-from gptoss_dist.tracking.live.state import clock
+from gptoss_dist.tracking.pages.overview import moment
 from gptoss_dist.tracking.pages.skeleton import escaped, table_html
 from gptoss_dist.tracking.recorded.run import RecordedRun
 
@@ -86,7 +86,7 @@ def _tasks(run: RecordedRun) -> str:
 def _evaluation(path: Path, result: dict[str, Any]) -> str:
     subject = result.get("subject")
     step = subject.get("step") if isinstance(subject, dict) else None
-    title = f"{result.get('evaluation', path.parent.name)}, step {step}, {clock(path.stat().st_mtime)}"
+    title = f"{result.get('evaluation', path.parent.name)}, step {step}, {moment(path.stat().st_mtime)}"
     rows = result.get("rows")
     if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
         names = list(dict.fromkeys(name for row in rows for name in row))

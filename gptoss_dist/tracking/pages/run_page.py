@@ -19,11 +19,10 @@ from data_pipeline.disk import replacing
 from data_pipeline.printable import first_line, printable
 from gptoss_dist.tracking.jsonl import read_lines
 from gptoss_dist.tracking.live.snapshot import RunWatch, check_run
-from gptoss_dist.tracking.live.state import clock
 from gptoss_dist.tracking.pages.curves import curves_html
 from gptoss_dist.tracking.pages.data_read import data_html
 from gptoss_dist.tracking.pages.origin import environment_html, reproduction_html
-from gptoss_dist.tracking.pages.overview import events_html, summary_html
+from gptoss_dist.tracking.pages.overview import events_html, moment, summary_html
 from gptoss_dist.tracking.pages.results import evaluations_html, samples_html
 from gptoss_dist.tracking.pages.routing import routing_html
 from gptoss_dist.tracking.pages.skeleton import Section, html_page
@@ -150,10 +149,10 @@ def page_of(run: RecordedRun, state: str, message: Callable[[str], None]) -> str
         Section("Events", events_html(run)),
         Section("Evaluations", evaluations_html(run, message)),
         Section("Environment", environment_html(run)),
-        Section("Again", reproduction_html(run)),
+        Section("How to make it again", reproduction_html(run)),
     )
     steps = run.columns.steps
-    read = f"metrics up to step {int(steps[-1]):,} of {clock(float(run.columns.times[-1]))}"
+    read = f"metrics up to step {int(steps[-1]):,} of {moment(float(run.columns.times[-1]))}"
     return html_page(f"Run {printable(run.name)}", sections, subtitle=f"{state}; {read}")
 
 
@@ -167,6 +166,7 @@ _STYLE = """
 .figure:hover .modebar { opacity: 1; }
 .switch { text-align: right; color: var(--soft); }
 select { font: inherit; color: inherit; background: var(--row); border: 1px solid var(--line); border-radius: 4px; }
+.facts td.number { text-align: left; }
 .samples td { min-width: 18rem; }
 .samples td.number { min-width: 4rem; }
 .samples pre { margin: 0; padding: .3rem .5rem; font-size: .8rem; border: 0; background: none; }
