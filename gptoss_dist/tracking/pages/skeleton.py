@@ -60,7 +60,8 @@ def html_page(title: str, sections: Sequence[Section], *, subtitle: str = "") ->
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<link rel="icon" href="data:,"><title>{escaped(title)}</title>\n<style>{_STYLE}</style></head>\n'
-        f'<body><header><h1>{escaped(title)}</h1><p class="subtitle">{escaped(subtitle)}</p><nav>{links}</nav></header>\n'
+        f'<body><header><h1>{escaped(title)}</h1><p class="subtitle">{escaped(subtitle)}</p>\n'
+        f"<nav>{links}</nav></header>\n"
         f"<main>{bodies}</main>\n{scripts}</body></html>\n"
     )
 
@@ -146,6 +147,7 @@ _DRAW = """
     var ink = colour('--ink'), line = colour('--line');
     layout.paper_bgcolor = layout.plot_bgcolor = 'rgba(0,0,0,0)';
     layout.font = Object.assign({}, layout.font, {color: ink});
+    layout.modebar = {bgcolor: 'rgba(0,0,0,0)', color: colour('--line'), activecolor: ink};
     layout.hoverlabel = {bgcolor: colour('--row'), font: {color: ink}};
     Object.keys(layout).concat('xaxis', 'yaxis').forEach(function (key) {
       if (/^[xy]axis\\d*$/.test(key)) {

@@ -1,0 +1,1 @@
+"""Comparison of runs: what differs, losses at equal cost, and which differences are more than noise."""

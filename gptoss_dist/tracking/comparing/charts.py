@@ -1,0 +1,231 @@
+"""The figures of a comparison, as plain data for plotly.js: curves over each axis, with a switch, and fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gptoss_dist.tracking.comparing.equal import TRAIN, is_validation
+from gptoss_dist.tracking.comparing.fits import CONFIDENCE, Fit
+from gptoss_dist.tracking.comparing.runs import AXES, ComparedRun
+from gptoss_dist.tracking.comparing.smoothing import FEWEST, HALF_WIDTH, smooth_curve
+from gptoss_dist.tracking.pages.skeleton import COLOURS
+from gptoss_dist.tracking.pages.thinning import MOST_POINTS, rounded, thin
+
+_ALL_POINTS = 40_000
+"""Of all runs together: beyond that a page gets slow."""
+_FEWEST_POINTS = 120
+_WITH_RAW = 12
+"""Runs, at most, whose raw losses are drawn; more would hide each other."""
+_DASHES = ("solid", "dash", "dot", "dashdot")
+_SHOWN_EVENTS = ("resume", "rewind", "skipped", "data", "error")
+
+
+def loss_figure(runs: list[ComparedRun]) -> dict[str, Any]:
+    """Return the losses of all runs: raw ones faint, smoothed ones as lines, validations as points, events as marks."""
+    traces = _Traces(runs)
+    visible = []
+    for number, run in enumerate(runs):
+        x, y = run.curve(TRAIN, "steps")
+        if not len(x):
+            continue
+        rows = np.searchsorted(run.steps, x.astype(np.int64))
+        line = _line(number)
+        most = _points(len(runs))
+        if len(runs) <= _WITH_RAW:
+            thinned = thin(y, most // 2)
+            if thinned.is_whole:
+                at, raw = thinned.last, thinned.mean
+            else:  # from the least to the greatest of each bin: a band
+                at, raw = np.repeat(thinned.last, 2), np.stack([thinned.low, thinned.high], axis=1).ravel()
+            traces.add(run, rows[at], raw, mode="lines", line={**line, "width": 1}, opacity=0.25, hoverinfo="skip")
+        at = thin(y, most).last
+        smooth = smooth_curve(x, y, x[at], _half_widths(x[at], len(x)))
+        visible.append(smooth[len(smooth) // 20 :])
+        traces.add(run, rows[at], smooth, mode="lines", line={**line, "width": 2}, legend=True)
+        _add_validations(traces, run, line)
+        _add_events(traces, run, rows[at], smooth, line)
+    layout = traces.layout("loss (nats)")
+    if visible:
+        values = np.concatenate(visible)
+        margin = 0.06 * float(np.ptp(values)) or 0.1
+        layout["yaxis"]["range"] = [float(values.min()) - margin, float(values.max()) + margin]
+    return {"data": traces.data, "layout": layout}
+
+
+def metric_figure(runs: list[ComparedRun], metric: str, words: str) -> dict[str, Any] | None:
+    """Return the smoothed curves of another metric; None if no run logged it."""
+    traces = _Traces(runs)
+    for number, run in enumerate(runs):
+        x, y = run.curve(metric, "steps")
+        if len(x):
+            at = thin(y, min(400, _points(len(runs)))).last
+            smooth = smooth_curve(x, y, x[at], _half_widths(x[at], len(x)))
+            rows = np.searchsorted(run.steps, x[at].astype(np.int64))
+            traces.add(run, rows, smooth, mode="lines", line={**_line(number), "width": 2}, legend=True)
+    return {"data": traces.data, "layout": traces.layout(words)} if traces.data else None
+
+
+def fit_figure(fit: Fit, predictions: list[float]) -> dict[str, Any]:
+    """Return the points of a fit, its law with the interval around it, and what it predicts."""
+    largest = max([float(fit.compute.max()), *predictions])
+    compute = np.geomspace(float(fit.compute.min()) / 1.5, largest * 1.5, 120)
+    laws = [fit.predict(float(place)) for place in compute]
+    x = rounded(compute)
+    colour, other = COLOURS[0], COLOURS[1]
+    asked = [fit.predict(place) for place in predictions]
+    data: list[dict[str, Any]] = [
+        {"x": x, "y": rounded(np.array([law.low for law in laws])), "mode": "lines", "line": {"width": 0}},
+        {
+            "x": x,
+            "y": rounded(np.array([law.high for law in laws])),
+            "mode": "lines",
+            "line": {"width": 0},
+            "fill": "tonexty",
+            "fillcolor": "rgba(59,130,196,.18)",
+            "name": f"{100 * CONFIDENCE:.0f} % interval",
+            "showlegend": True,
+        },
+        {
+            "x": x,
+            "y": rounded(np.array([law.value for law in laws])),
+            "mode": "lines",
+            "line": {"color": colour, "width": 2},
+            "name": "E + A C^-alpha",
+            "showlegend": True,
+        },
+        {
+            "x": rounded(fit.compute),
+            "y": rounded(fit.loss),
+            "text": fit.names,
+            "mode": "markers",
+            "marker": {"color": colour, "size": 9},
+            "name": "runs",
+            "showlegend": True,
+        },
+    ]
+    if asked:
+        error = {
+            "array": [one.high - one.value for one in asked],
+            "arrayminus": [one.value - one.low for one in asked],
+        }
+        data.append(
+            {
+                "x": predictions,
+                "y": [one.value for one in asked],
+                "error_y": error,
+                "mode": "markers",
+                "marker": {"color": other, "size": 9, "symbol": "diamond"},
+                "name": "predicted",
+                "showlegend": True,
+            }
+        )
+    data[0]["hoverinfo"] = data[1]["hoverinfo"] = "skip"
+    data[0]["showlegend"] = False
+    return {
+        "data": data,
+        "layout": {
+            "xaxis": {"title": {"text": "exaFLOPs"}, "type": "log", "exponentformat": "power"},
+            "yaxis": {"title": {"text": "loss (nats)"}},
+            "margin": _MARGIN,
+            "legend": _LEGEND,
+        },
+    }
+
+
+_MARGIN = {"l": 70, "r": 20, "t": 60, "b": 60}
+_LEGEND = {"orientation": "h", "y": -0.2}
+
+
+class _Traces:
+    """Traces whose places are known on several axes, between which buttons switch."""
+
+    def __init__(self, runs: list[ComparedRun]) -> None:
+        self.data: list[dict[str, Any]] = []
+        self._axes = [
+            axis for axis in AXES if any(np.isfinite(run.axis(axis)).any() for run in runs) or axis == "steps"
+        ]
+        self._places: dict[str, list[np.ndarray]] = {axis: [] for axis in self._axes}
+
+    def add(self, run: ComparedRun, rows: np.ndarray, y: np.ndarray, *, legend: bool = False, **style: Any) -> None:
+        """Add a trace of a run, at rows of it."""
+        for axis in self._axes:
+            self._places[axis].append(rounded(run.axis(axis)[rows]))
+        trace = {"y": rounded(y), "name": run.name, "legendgroup": run.name, "showlegend": legend, **style}
+        self.data.append({"x": self._places[self._axes[0]][-1], **trace})
+
+    def layout(self, words: str) -> dict[str, Any]:
+        """Return the layout, with a button for each axis, and two for its kind."""
+        buttons = [
+            {
+                "label": AXES[axis],
+                "method": "update",
+                "args": [{"x": self._places[axis]}, {"xaxis.title.text": AXES[axis], "xaxis.autorange": True}],
+            }
+            for axis in self._axes
+        ]
+        kinds = [
+            {"label": kind, "method": "relayout", "args": [{"xaxis.type": kind, "xaxis.autorange": True}]}
+            for kind in ("linear", "log")
+        ]
+        menu = {"type": "buttons", "direction": "right", "y": 1, "yanchor": "bottom", "pad": {"t": 0, "b": 10}}
+        return {
+            "xaxis": {"title": {"text": AXES[self._axes[0]]}},
+            "yaxis": {"title": {"text": words}},
+            "updatemenus": [
+                {**menu, "buttons": buttons, "x": 0, "xanchor": "left"},
+                {**menu, "buttons": kinds, "x": 0.38, "xanchor": "left"},
+            ],
+            "margin": _MARGIN,
+            "legend": _LEGEND,
+            "hovermode": "closest",
+        }
+
+
+def _add_validations(traces: _Traces, run: ComparedRun, line: dict[str, Any]) -> None:
+    for name in sorted(filter(is_validation, run.series)):
+        if name != "loss/val" and "loss/val" in run.series:
+            continue
+        series = run.series[name]
+        finite = np.isfinite(series.values)
+        traces.add(
+            run,
+            series.rows[finite],
+            series.values[finite],
+            mode="lines+markers",
+            line={"color": line["color"], "width": 1, "dash": "dot"},
+            marker={"color": line["color"], "size": 7},
+            hovertemplate=f"%{{y:.4f}} {name}",
+        )
+
+
+def _add_events(traces: _Traces, run: ComparedRun, rows: np.ndarray, smooth: np.ndarray, line: dict[str, Any]) -> None:
+    """Mark what happened to the run, on its smoothed curve."""
+    events = [event for event in run.events if event.kind in _SHOWN_EVENTS][:100]
+    if not events:
+        return
+    steps = np.array([event.step for event in events])
+    at = np.minimum(np.searchsorted(run.steps, steps), len(run.steps) - 1)
+    traces.add(
+        run,
+        at,
+        np.interp(at, rows, smooth),
+        mode="markers",
+        marker={"color": line["color"], "size": 11, "symbol": "x-open"},
+        text=[f"step {event.step}: {event.text}"[:200].replace("<", "&lt;") for event in events],
+        hovertemplate="%{text}",
+    )
+
+
+def _half_widths(places: np.ndarray, count: int) -> np.ndarray:
+    """Return the windows of the tables, over steps."""
+    return np.maximum(HALF_WIDTH * places, FEWEST / 2 * max(1.0, float(places[-1]) / max(count, 1)))
+
+
+def _points(runs: int) -> int:
+    return int(np.clip(_ALL_POINTS // max(runs, 1), _FEWEST_POINTS, MOST_POINTS))
+
+
+def _line(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "dash": _DASHES[number // len(COLOURS) % len(_DASHES)]}

@@ -1,0 +1,239 @@
+"""The command `launch/compare.py`: reads runs, compares them, and writes what it found."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from data_pipeline.command_line import check_ranges, option, positional, print_line
+from data_pipeline.disk import write_file_atomically
+from gptoss_dist.tracking.comparing import rendering
+from gptoss_dist.tracking.comparing.differences import differences, doubts, labels, replicas
+from gptoss_dist.tracking.comparing.equal import EqualTable, equal_table, place_of
+from gptoss_dist.tracking.comparing.fits import Fit, final_points, fit_law
+from gptoss_dist.tracking.comparing.reading import Server, is_folder, read_folder
+from gptoss_dist.tracking.comparing.rendering import Comparison
+from gptoss_dist.tracking.comparing.runs import ComparedRun, with_own_names
+from gptoss_dist.tracking.comparing.summary import summarize
+from gptoss_dist.tracking.comparing.verdicts import Judgement, judge_training, judge_validation
+
+Message = Callable[[str], None]
+
+
+@dataclass
+class CompareOptions:
+    """Compare runs: what differs, losses at equal cost, and which differences are more than noise."""
+
+    runs: list[str] = positional("RUN", default_factory=list)
+    """Folders of runs, or ids of runs in MLflow."""
+    experiment: str | None = None
+    """All training runs of this experiment in MLflow, beside those that are named."""
+    filter: str = option("", may_be_empty=True)
+    """Only those of the experiment that fit, in MLflow's words: params.optim.lr = '0.001'."""
+    uri: str | None = None
+    """Where MLflow is; null is $MLFLOW_TRACKING_URI, then mlflow.db in the working directory."""
+    at_tokens: list[str] = option(default_factory=list, metavar="TOKENS", several=True)
+    """Compare at these tokens, such as 300k; without one at 1/4, 1/2 and all of what every run reached."""
+    at_exaflops: list[str] = option(default_factory=list, metavar="EXAFLOPS", several=True)
+    """The same for FLOPs, in units of 1e18."""
+    at_hours: list[str] = option(default_factory=list, metavar="HOURS", several=True)
+    """The same for hours of training."""
+    fit: Literal["auto", "envelope", "final", "none"] = "auto"
+    """Fit a power law of loss against compute: to the runs that no cheaper run beats (envelope) or to all (final).
+    auto is envelope where that is possible."""
+    predict: list[float] = option(default_factory=list, metavar="EXAFLOPS", several=True, above=0)
+    """Predict the loss at these budgets from the fit."""
+    output: str | None = None
+    """Folder for comparison.md, .json and .html, which must not be there yet; null is comparisons/NAME-date."""
+    mlflow: bool = True
+    """Log the page to MLflow too, as a run of its own in the experiment of the runs."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        for text in (*self.at_tokens, *self.at_exaflops, *self.at_hours):
+            place_of(text)
+        if self.filter and not self.experiment:
+            raise ValueError("--filter is for the runs of --experiment NAME; give one")
+        if not self.runs and not self.experiment:
+            raise ValueError("no runs; give two folders of runs or more, or --experiment NAME")
+
+    def places(self, axis: str) -> list[float]:
+        """Return where a person wants losses on an axis."""
+        return [place_of(text) for text in getattr(self, f"at_{axis}")]
+
+
+def compare(options: CompareOptions) -> None:
+    """Do what `launch/compare.py` is asked to.
+
+    Raises:
+        ValueError: There are no two runs to compare, or they cannot be read.
+    """
+    folder = _output_folder(options)
+    runs = _read(options, _warn)
+    found = analyse(runs, options)
+    text = rendering.markdown(found)
+    files = {
+        "comparison.md": text,
+        "comparison.json": json.dumps(rendering.as_json(found), indent=1, allow_nan=False) + "\n",
+        "comparison.html": rendering.page(found),
+    }
+    for name, content in files.items():
+        write_file_atomically(folder / name, content.encode("utf-8", "backslashreplace"))
+    print_line(text)
+    print_line(f"{folder / 'comparison.html'}: the same with curves, for a browser")
+    if options.mlflow:
+        _log(folder, found, options, list(files), _warn)
+
+
+def analyse(runs: list[ComparedRun], options: CompareOptions) -> Comparison:
+    """Return what can be said about some runs."""
+    groups = replicas(runs)
+    names = labels(runs, groups)
+    reasons = doubts(runs)
+    tables = []
+    notes = []
+    for axis, words in (("tokens", "tokens"), ("exaflops", "FLOPs"), ("hours", "hours")):
+        table = equal_table(runs, axis, options.places(axis))
+        if table is None:
+            notes.append(f"Losses at equal {words} are not known: fewer than two runs recorded them.")
+        else:
+            tables.append(table)
+    spoiled = any(reason.spoils_training for reason in reasons)
+    judgements = [] if spoiled else _judge(runs, groups, names, tables, notes)
+    fit, note = (None, "") if spoiled and options.fit == "auto" else _fit(runs, options)
+    return Comparison(
+        name=_name(options, runs),
+        runs=runs,
+        labels=names,
+        groups=groups,
+        differences=differences(runs),
+        doubts=reasons,
+        tables=tables,
+        judgements=judgements,
+        summaries=[summarize(run) for run in runs],
+        fit=fit,
+        fit_note=note,
+        predictions=sorted(options.predict),
+        notes=notes,
+    )
+
+
+def _judge(
+    runs: list[ComparedRun], groups: list[list[int]], names: list[str], tables: list[EqualTable], notes: list[str]
+) -> list[tuple[str, Judgement]]:
+    found: list[tuple[str, Judgement]] = []
+    if len(groups) < 2:
+        notes.append("All runs have the same settings but for the seed: their differences are the noise.")
+        return []
+    per_token = {run.tags.get("flops_per_token") for run in runs}
+    for table in tables:
+        if table.axis == "exaflops" and len(per_token) == 1 and None not in per_token:
+            continue  # the same places as those of tokens
+        if judgement := judge_training(runs, groups, names, table):
+            found.append((table.axis, judgement))
+        else:
+            notes.append(f"No two configurations got to the last place in {table.words}.")
+        if table.axis == "tokens" and (validated := judge_validation(groups, names, table, "loss/val")):
+            found.append((table.axis, validated))
+    return found
+
+
+def _fit(runs: list[ComparedRun], options: CompareOptions) -> tuple[Fit | None, str]:
+    if options.fit == "none":
+        return None, ""
+    only_best = options.fit != "final"
+    try:
+        fit = fit_law(*final_points(runs, only_best))
+    except ValueError as error:
+        if options.fit == "auto" and not options.predict:
+            return None, "" if len(runs) < 4 else f"{error}."
+        raise
+    chosen = "that no run with less compute beats" if only_best else "of the comparison"
+    return fit, (
+        f"One point is one run {chosen}: its smoothed loss at its end. It is assumed that each run's learning rate had "
+        "fallen by its end, that all would be tuned alike, that the deviations are independent and normal, and that "
+        "the law holds beyond the runs; of the last nothing here tells."
+    )
+
+
+def _read(options: CompareOptions, message: Message) -> list[ComparedRun]:
+    runs: list[ComparedRun] = []
+    server: Server | None = None
+    for source in dict.fromkeys(options.runs):
+        if is_folder(source):
+            runs.append(read_folder(source, message))
+        else:
+            server = server or Server(options.uri, message)
+            runs.append(server.run(source))
+    if options.experiment:
+        server = server or Server(options.uri, message)
+        runs += server.experiment(options.experiment, options.filter)
+    known: set[str] = set()
+    kept = []
+    for run in runs:
+        identity = run.run_id or run.source
+        if identity not in known:
+            kept.append(run)
+        known.add(identity)
+    if len(kept) < 2:
+        asked = f"--experiment {options.experiment}" if options.experiment else "runs"
+        raise ValueError(f"{asked}: {len(kept)} training run is no comparison; give two or more")
+    return with_own_names(kept)
+
+
+def _name(options: CompareOptions, runs: list[ComparedRun]) -> str:
+    if options.experiment:
+        return f"{options.experiment}: {len(runs)} runs"
+    names = [run.name for run in runs]
+    return " and ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _output_folder(options: CompareOptions) -> Path:
+    if options.output is not None:
+        folder = Path(options.output)
+        if folder.exists():
+            raise ValueError(f"--output {folder} exists already; name a new folder, or remove it")
+        return folder
+    stem = options.experiment or Path(options.runs[0]).resolve().name
+    stem = re.sub(r"[^\w.-]+", "_", stem).strip("._")[:80] or "runs"
+    name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    parent = Path("comparisons")
+    return next(path for n in range(1, 1000) if not (path := parent / (name + f"-{n}" * (n > 1))).exists())
+
+
+def _log(folder: Path, found: Comparison, options: CompareOptions, files: list[str], message: Message) -> None:
+    """Log the files as a run of MLflow, where the runs are."""
+    from gptoss_dist.tracking.delivery.cursor import Cursor
+    from gptoss_dist.tracking.delivery.environment import find_store
+    from gptoss_dist.tracking.tracker import Tracker
+
+    tracked = next((run for run in found.runs if run.run_id is not None), None)
+    if tracked is None and options.uri is None:
+        message("the runs are not in MLflow, and so the page is not logged there; --uri names a server")
+        return
+    uri = options.uri
+    if uri is None and tracked is not None and tracked.folder is not None and not options.experiment:
+        uri = find_store(None, Cursor.load(tracked.folder, message), tracked.folder).uri
+    tracker = Tracker(
+        folder,
+        run_name=f"comparison of {found.name}"[:250],
+        experiment=options.experiment or (tracked.experiment if tracked else None),
+        uri=uri,
+        params={"runs": ", ".join(run.name for run in found.runs)},
+        tags={"kind": "comparison", "compared": ", ".join(filter(None, (run.run_id for run in found.runs)))},
+        is_child=True,
+        message=message,
+    )
+    for name in files:
+        tracker.artifact(folder / name)
+    tracker.close(timeout=120)
+
+
+def _warn(text: str) -> None:
+    print_line(f"compare.py: {text}", file=sys.stderr)

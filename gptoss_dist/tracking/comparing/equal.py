@@ -1,0 +1,115 @@
+"""Losses of several runs at equal tokens, equal FLOPs and equal hours."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptoss_dist.tracking.comparing.runs import AXES, ComparedRun
+from gptoss_dist.tracking.comparing.smoothing import UNKNOWN, Smoothed, smooth, window
+
+TRAIN = "loss/train"
+_SHARES = (0.25, 0.5, 1.0)
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+_UNIT_OF = {"tokens": "tokens", "exaflops": "exaFLOPs", "hours": "h", "steps": "steps"}
+
+
+@dataclass(frozen=True)
+class EqualTable:
+    """Losses at places on one axis. Shapes: R runs, P places."""
+
+    axis: str
+    """A name of `AXES`."""
+    places: list[float]
+    """[P], in order."""
+    half_widths: list[float]
+    """[P], of the windows in which training losses were smoothed."""
+    train: list[list[Smoothed]]
+    """[R][P]."""
+    validation: dict[str, list[list[float]]]
+    """[R][P] by metric, between two validations; NaN where that would be beyond the first or the last one."""
+
+    @property
+    def words(self) -> str:
+        """The axis in words."""
+        return AXES[self.axis]
+
+
+def equal_table(runs: list[ComparedRun], axis: str, asked: list[float]) -> EqualTable | None:
+    """Return the losses of all runs at the places asked for, and at shares of what all have reached.
+
+    Args:
+        runs: The R runs. Those for which the axis is not known have no loss anywhere.
+        axis: A name of `AXES`.
+        asked: Places that a person wants; without one 1/4, 1/2 and all of the least that a run reached.
+
+    Returns:
+        The table; None if fewer than two runs know the axis.
+    """
+    curves = [run.curve(TRAIN, axis) for run in runs]
+    ends = [float(x[-1]) for x, _ in curves if len(x)]
+    if len(ends) < min(2, len(runs)):
+        return None
+    places = sorted(set(asked)) or [share * min(ends) for share in _SHARES]
+    places = [place for place in places if place > 0]
+    half_widths = [window([x for x, _ in curves], place) for place in places]
+    train = [
+        [smooth(x, y, place, half) if len(x) else UNKNOWN for place, half in zip(places, half_widths)]
+        for x, y in curves
+    ]
+    names = sorted({name for run in runs for name in run.series if is_validation(name)})
+    validation = {
+        name: [[between(*run.curve(name, axis), place) for place in places] for run in runs] for name in names
+    }
+    return EqualTable(axis, places, half_widths, train, validation)
+
+
+def is_validation(metric: str) -> bool:
+    """Return whether a metric is a validation loss: `loss/val`, or `loss/val_NAME` of a source."""
+    return metric == "loss/val" or (metric.startswith("loss/val_") and metric != "loss/val_ppl")
+
+
+def between(x: np.ndarray, y: np.ndarray, place: float) -> float:
+    """Return the value at a place on the line between the two points around it; NaN beyond the first and the last.
+
+    Args:
+        x: float64 [M], in order.
+        y: float64 [M].
+        place: Where it is wanted.
+    """
+    slack = 1e-9 * abs(place)
+    if not len(x) or not x[0] - slack <= place <= x[-1] + slack:
+        return math.nan
+    return float(np.interp(place, x, y))
+
+
+def place_of(text: str) -> float:
+    """Return the number that a person means by `300k`, `1.5M`, `2e9` or `300,000`.
+
+    Raises:
+        ValueError: It is none, or not more than 0.
+    """
+    found = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?)([kmbgt]?)", text.strip().replace(",", "").replace("_", "").lower())
+    try:
+        value = float(found[1]) * _UNITS[found[2]] if found else math.nan
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{text!r} is no amount; give a number above 0, such as 300k, 1.5M or 2e9")
+    return value
+
+
+def place_in_words(axis: str, place: float) -> str:
+    """Return a place on an axis as a person writes it: `300k tokens`, `0.00123 exaFLOPs`."""
+    return f"{amount(place)} {_UNIT_OF[axis]}"
+
+
+def amount(value: float) -> str:
+    """Return a number with at most four digits and a unit: 307200 is 307.2k."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.4g}{unit}"
+    return f"{value:.4g}"

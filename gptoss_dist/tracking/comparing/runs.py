@@ -1,0 +1,108 @@
+"""The runs that are compared: what was recorded of each, and the axes that losses are put over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.printable import shown
+
+AXES = {"tokens": "tokens", "exaflops": "exaFLOPs", "hours": "hours of training", "steps": "steps"}
+"""What losses are put over, and its words."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """The values of one metric, where it was logged."""
+
+    rows: np.ndarray
+    """int64 [M]: which of the run's rows they belong to, in order."""
+    values: np.ndarray
+    """float64 [M]; infinite ones are kept, and NaN are left out."""
+
+
+@dataclass(frozen=True)
+class RunEvent:
+    """Something that happened to a run."""
+
+    step: int
+    kind: str
+    """start, resume, rewind, skipped, data, checkpoint, stop, end or error."""
+    text: str
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """All that a comparison reads of a run. Shapes: N rows, one per step, in order."""
+
+    name: str
+    """Of its own among the runs that are compared."""
+    source: str
+    """Its folder, or its address in MLflow, as people may see it."""
+    config: dict[str, str]
+    """The settings, flat, as text."""
+    tags: dict[str, str]
+    dataset: dict[str, str]
+    """Of its training data `name`, `digest` and `source`; empty if that is not known."""
+    status: str
+    steps: np.ndarray
+    """int64 [N]."""
+    axes: dict[str, np.ndarray]
+    """float64 [N] each: `tokens` and `exaflops` so far, `hours` of training without pauses. NaN where not known."""
+    series: dict[str, Series]
+    """By the metric's name."""
+    folder: Path | None = None
+    """On this machine, if it is here."""
+    events: list[RunEvent] = field(default_factory=list)
+    run_id: str | None = None
+    """MLflow's."""
+    experiment: str | None = None
+    """In MLflow."""
+
+    def axis(self, name: str) -> np.ndarray:
+        """Return float64 [N], what axis `name` of `AXES` is in each row."""
+        return self.steps.astype(np.float64) if name == "steps" else self.axes[name]
+
+    def curve(self, metric: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return where a metric's finite values lie on an axis, and the values, float64 [M] both, in order.
+
+        Both are empty if the metric or the axis is not known.
+        """
+        series = self.series.get(metric)
+        if series is None:
+            return np.empty(0), np.empty(0)
+        x, y = self.axis(axis)[series.rows], series.values
+        known = np.isfinite(x) & np.isfinite(y)
+        return (x, y) if known.all() else (x[known], y[known])
+
+    def values(self, metric: str) -> np.ndarray:
+        """Return the finite values of a metric, float64 [M], in order of steps; empty if it was never logged."""
+        series = self.series.get(metric)
+        return series.values[np.isfinite(series.values)] if series else np.empty(0)
+
+    def at_most(self, axis: str, metric: str = "loss/train") -> float:
+        """Return the largest value of an axis at which a metric is known; NaN if there is none."""
+        x = self.curve(metric, axis)[0]
+        return float(x[-1]) if len(x) else np.nan
+
+
+def with_own_names(runs: list[ComparedRun]) -> list[ComparedRun]:
+    """Return the runs with names that differ: those that share one get the folder above it, or a number."""
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        parents = [Path(run.source).parent.name for run in runs]
+        names = [f"{up}/{name}" if names.count(name) > 1 and up else name for name, up in zip(names, parents)]
+    taken: dict[str, int] = {}
+    own = []
+    for run, name in zip(runs, names):
+        taken[name] = taken.get(name, 0) + 1
+        own.append(replace(run, name=shown(name if taken[name] == 1 else f"{name} ({taken[name]})")))
+    return own
+
+
+def series_of(column: np.ndarray) -> Series:
+    """Return a column with a value for each row, NaN where there is none, as the values alone."""
+    rows = np.flatnonzero(~np.isnan(column))
+    return Series(rows, column[rows])

@@ -1,0 +1,154 @@
+"""Verdicts: chance alone seldom makes one, real differences are found, and the noise is named for what it is."""
+
+import zlib
+
+import numpy as np
+import pytest
+
+from gptoss_dist.tracking.comparing.differences import differences, doubts, labels, replicas
+from gptoss_dist.tracking.comparing.equal import equal_table
+from gptoss_dist.tracking.comparing.runs import ComparedRun, Series, with_own_names
+from gptoss_dist.tracking.comparing.verdicts import judge_training, judge_validation, sentences
+from tests.support.recorded_runs import law, noise
+
+
+def made_up(name, *, lr="0.001", seed=0, shift=0.0, std=0.02, batches=None, steps=200, correlation=0.0, **config):
+    """A run in memory; `batches` is the seed of its noise."""
+    steps_N = np.arange(1, steps + 1)
+    tokens = 4096.0 * steps_N
+    losses = (
+        law(tokens) + shift + noise(steps, std, zlib.crc32(name.encode()) if batches is None else batches, correlation)
+    )
+    rows = np.arange(steps)
+    series = {"loss/train": Series(rows, losses), "loss/val": Series(rows[49::50], law(tokens[49::50]) + shift)}
+    return ComparedRun(
+        name=name,
+        source=f"runs/{name}",
+        config={"optim.lr": lr, "run.seed": str(seed), "run.name": name, "model.vocab_size": "512"} | config,
+        tags={},
+        dataset={"digest": "d"},
+        status="FINISHED",
+        steps=steps_N,
+        axes={"tokens": tokens, "exaflops": tokens * 1e-9, "hours": steps_N / 400},
+        series=series,
+    )
+
+
+def judged(runs, axis="tokens"):
+    groups = replicas(runs)
+    return judge_training(runs, groups, labels(runs, groups), equal_table(runs, axis, []))
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5])
+def test_chance_alone_seldom_shows_a_difference(correlation):
+    """Four runs of different settings and the same loss: in at most about 5 % is the best one `better`."""
+    wrong = 0
+    for trial in range(150):
+        runs = [
+            made_up(str(n), lr=f"0.00{n}", batches=10 * trial + n, correlation=correlation, steps=120)
+            for n in range(1, 5)
+        ]
+        wrong += any(verdict.is_shown for verdict in judged(runs).verdicts)
+    assert wrong <= 15, wrong
+
+
+def test_chance_alone_seldom_shows_a_difference_between_replicas():
+    """With an effect of the seed that is far more than the noise within a run."""
+    random = np.random.default_rng(0)
+    wrong = without_seeds = 0
+    for trial in range(150):
+        runs = [
+            made_up(
+                f"{lr}-{seed}",
+                lr=f"0.00{lr}",
+                seed=seed,
+                shift=random.normal(0, 0.05),
+                std=0.01,
+                batches=trial * 100 + lr * 10 + seed,
+                steps=60,
+            )
+            for lr in (1, 2, 3)
+            for seed in (0, 1)
+        ]
+        wrong += any(verdict.is_shown for verdict in judged(runs).verdicts)
+        without_seeds += any(verdict.is_shown for verdict in judged(runs[::2]).verdicts)
+    assert wrong <= 15, wrong
+    assert without_seeds > 75, "the trial would not tell a judgement that ignores seeds from one that knows them"
+
+
+def test_a_real_difference_is_found_and_said_plainly():
+    runs = [made_up("a", lr="0.001"), made_up("b", lr="0.002", shift=-0.12), made_up("c", lr="0.004", shift=-0.1201)]
+    judgement = judged(runs)
+    near, far = judgement.verdicts
+    assert not near.is_shown and str(near).startswith("No difference shown between lr 0.00")
+    assert far.is_shown and far.worse == "lr 0.001" and far.difference == pytest.approx(0.12, abs=0.03)
+    assert str(far).endswith("nats at 819.2k tokens.") and " is better than lr 0.001 by 0.1" in str(far)
+    assert "does not contain what another seed would change" in judgement.noise and judgement.noise_std is None
+
+
+def test_replicas_give_the_noise():
+    shifts = {(1, 0): 0.03, (1, 1): -0.03, (2, 0): -0.5, (2, 1): -0.44}
+    runs = [
+        made_up(f"{lr}-{seed}", lr=f"0.00{lr}", seed=seed, shift=shift, std=1e-4)
+        for (lr, seed), shift in shifts.items()
+    ]
+    judgement = judged(runs)
+    (verdict,) = judgement.verdicts
+    assert verdict.difference == pytest.approx(0.47, abs=0.001)
+    assert judgement.noise_std == pytest.approx(0.06 / np.sqrt(2), abs=0.001)
+    assert "n = 4 runs of 2 configurations, 2 degrees of freedom" in judgement.noise
+    assert verdict.half_width == pytest.approx(4.303 * judgement.noise_std, rel=0.01)  # t of 2 degrees, sqrt(1/2 + 1/2)
+    validated = judge_validation(replicas(runs), ["lr 0.001", "lr 0.002"], equal_table(runs, "tokens", []), "loss/val")
+    assert validated.verdicts[0].difference == pytest.approx(0.47, abs=0.001)
+    assert judge_validation([[0], [2]], ["a", "b"], equal_table(runs, "tokens", []), "loss/val") is None
+
+
+def test_the_same_batches_make_small_differences_visible():
+    """Runs that share the scatter of their batches differ by less than it."""
+    runs = [made_up("a", batches=7), made_up("b", lr="0.002", shift=-0.004, batches=7)]
+    assert judged(runs).verdicts[0].is_shown
+    runs = [made_up("a", batches=7), made_up("b", lr="0.002", shift=-0.004, batches=8)]
+    assert not judged(runs).verdicts[0].is_shown
+
+
+def test_a_run_that_did_not_get_there_is_not_judged():
+    runs = [made_up("a"), made_up("b", lr="0.002", steps=100), made_up("c", lr="0.003")]
+    groups = replicas(runs)
+    table = equal_table(runs, "tokens", [4096.0 * 150])
+    judgement = judge_training(runs, groups, labels(runs, groups), table)
+    assert [sorted((v.better, v.worse)) for v in judgement.verdicts] == [["lr 0.001", "lr 0.003"]]
+    assert judge_training(runs[:2], groups[:2], ["a", "b"], equal_table(runs[:2], "tokens", [4096.0 * 150])) is None
+
+
+def test_of_many_runs_those_within_the_noise_share_a_sentence():
+    runs = [made_up(f"r{n:02}", lr=f"{n}", shift=0.0 if n < 12 else 0.5) for n in range(20)]
+    said = sentences(judged(runs))
+    assert len(said) == 3 and "has the lowest loss" in said[0] and "No difference shown" in said[1]
+    assert "It is better than" in said[2] and "8" in said[2]
+
+
+def test_what_differs_is_named_once():
+    runs = [made_up("a"), made_up("b", lr="0.002", seed=3)]
+    assert {one.key: one.values for one in differences(runs)} == {
+        "optim.lr": ["0.001", "0.002"],
+        "run.seed": ["0", "3"],
+    }
+    assert replicas([*runs, made_up("c", seed=5)]) == [[0, 2], [1]]
+    many = [made_up("a", **{"x.a": "1", "x.b": "1"}), made_up("b", lr="0.002", **{"x.a": "2", "x.b": "2"})]
+    assert labels(many, replicas(many)) == ["a", "b"]
+
+
+def test_losses_that_cannot_be_compared_are_not():
+    for other in (made_up("b", **{"model.vocab_size": "1024"}), made_up("b")):
+        if other.config["model.vocab_size"] == "512":
+            other.dataset["digest"] = "e"
+        (doubt,) = doubts([made_up("a"), other])
+        assert doubt.spoils_training and "bits per byte" in doubt.text and "not comparable" in doubt.text
+    assert not doubts([made_up("a"), made_up("b")])
+    (doubt,) = doubts([made_up("a", **{"train.steps": "10"}), made_up("b", **{"train.steps": "20"})])
+    assert not doubt.spoils_training and "schedules" in doubt.text
+
+
+def test_runs_of_one_name_get_names_of_their_own():
+    runs = [made_up("x"), made_up("x"), made_up("y")]
+    assert [run.name for run in with_own_names(runs)] == ["runs/x", "runs/x (2)", "y"]
