@@ -155,7 +155,9 @@ def _waiting_job(run_dir: Path) -> str | None:
 
 def _newest_stall(run_dir: Path, began: float) -> Path | None:
     """Return the folder of stacks that the last start of the run left, if there is one."""
-    stalls = [path for path in (run_dir / "stalls").glob("step_*") if path.is_dir() and _changed(path) >= began]
+    # The clock of a file system may be behind that of a process, and be it by a tick.
+    earliest = began - 1.0
+    stalls = [path for path in (run_dir / "stalls").glob("step_*") if path.is_dir() and _changed(path) >= earliest]
     return max(stalls, key=_changed, default=None)
 
 
