@@ -22,6 +22,8 @@ BINS = 700
 _MARKED = ("resume", "rewind", "skipped", "data")
 """Kinds of events that are marked in curves."""
 _MOST_MARKS = 100
+_MOST_LABELS = 12
+"""Marks that are named in the curve; more of them are named by a pointer only."""
 _EARLY = 20
 """A loss falls from a height that nobody needs to see: the first of so many parts of the curve may be cut off."""
 
@@ -139,12 +141,12 @@ def chart(run: RecordedRun, axes: Sequence[Axis], chart: Chart) -> dict[str, Any
     layout = layout_of(chart.title, axes[0].title)
     layout["showlegend"] = len(names) + len(chart.points) > 1
     if chart.is_log and low > 0:
-        layout["yaxis"] = {"type": "log"}
+        layout["yaxis"] |= {"type": "log"}
     elif chart.from_zero:
-        layout["yaxis"] = {"rangemode": "tozero"}
+        layout["yaxis"] |= {"rangemode": "tozero"}
     elif chart.cut and high > low:
         margin = 0.05 * (high - low)
-        layout["yaxis"] = {"range": [low - margin, high + margin]}
+        layout["yaxis"] |= {"range": [low - margin, high + margin]}
     return {"data": traces, "layout": layout}
 
 
@@ -220,11 +222,18 @@ def _marks(axes: Sequence[Axis], run: RecordedRun, low: float, high: float) -> I
     for positions in at["meta"].values():
         positions[2::3] = np.nan  # a gap between two lines
     y = np.tile([low, high, np.nan], len(events))
+    labels = ["", "", ""] * len(events)
+    if len(events) <= _MOST_LABELS:
+        labels[1::3] = [event.kind for event in events]
     texts = [f"{event.kind}, step {event.step}: {event.text}" for event in events]
     yield {
         "type": "scatter",
-        "mode": "lines",
+        "mode": "lines+text",
         "name": "events",
+        "text": labels,
+        "textposition": "top center",
+        "textfont": {"size": 11, "color": "#8a94a3"},
+        "cliponaxis": False,
         "line": {"width": 1, "color": "#8a94a3", "dash": "dot"},
         **at,
         "y": rounded(y),
@@ -246,7 +255,7 @@ def layout_of(title: str, horizontal: str, /, **vertical: Any) -> dict[str, Any]
         "title": {"text": title, "font": {"size": 14}, "x": 0, "xref": "paper"},
         "margin": {"l": 60, "r": 16, "t": 34, "b": 42},
         "xaxis": {"title": {"text": horizontal, "font": {"size": 12}}, "exponentformat": "SI"},
-        "yaxis": vertical,
+        "yaxis": {"exponentformat": "power"} | vertical,
         "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
         "hovermode": "closest",
         "modebar": {"orientation": "v", "bgcolor": "rgba(0,0,0,0)", "color": "#8a94a3", "activecolor": "#3b82c4"},

@@ -51,9 +51,9 @@ def _cards(run: RecordedRun) -> Iterator[tuple[str, str]]:
     if (hours := _last(run.hours)) is not None:
         yield "time of training", duration(3600 * hours)
     if (rate := late_median(run, "perf/tokens_per_s")) is not None:
-        yield "tokens per second, median", f"{rate:,.0f}"
+        yield "tokens per second, median of the second half", f"{rate:,.0f}"
     if (mfu := late_median(run, "perf/mfu")) is not None:
-        yield "MFU, median (model FLOPs)", f"{100 * mfu:.1f} %"
+        yield "MFU (model FLOPs), median of the second half", f"{100 * mfu:.1f} %"
 
 
 def _description(run: RecordedRun) -> Iterator[tuple[str, str]]:

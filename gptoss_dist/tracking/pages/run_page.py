@@ -164,9 +164,10 @@ _STYLE = """
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: .4rem 1.2rem; }
 .modebar { opacity: 0; }
 .figure:hover .modebar { opacity: 1; }
-.switch { text-align: right; color: var(--soft); }
+.switch { max-width: none; text-align: right; color: var(--soft); }
 select { font: inherit; color: inherit; background: var(--row); border: 1px solid var(--line); border-radius: 4px; }
 .facts td.number { text-align: left; }
+.facts td:first-child { white-space: nowrap; }
 .samples td { min-width: 18rem; }
 .samples td.number { min-width: 4rem; }
 .samples pre { margin: 0; padding: .3rem .5rem; font-size: .8rem; border: 0; background: none; }

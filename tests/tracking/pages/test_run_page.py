@@ -158,7 +158,7 @@ def test_summary_time_data_and_experts_are_computed_from_the_records(folder, pag
     last = np.mean([metrics(step)["loss/train"] for step in range(1, STEPS + 1)])
     assert f"{last:.4f} training loss, mean of the last 40 steps" in text
     assert "3.6000 best validation loss, step 30" in text and "4.0000 last validation loss, step 40" in text
-    assert "40 k tokens" in text and "25.0 % MFU, median" in text and "40 of 40" in text
+    assert "40 k tokens" in text and "25.0 % MFU (model FLOPs), median" in text and "40 of 40" in text
     assert "data/web 3 75.00 % 30 k 4" in text and "data/code 1 25.00 % 10 k 0.4" in text
     rows, parts = step_parts(read_run(folder))
     assert len(rows) == STEPS - 2, "the first step of each process warms up"
