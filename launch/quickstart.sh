@@ -52,6 +52,7 @@ cat <<END
 
 == done
   run          $run            (config.yaml, metrics.jsonl, log.txt, samples/)
+  report       $run/report.html    (curves, samples, events: open it in a browser, or forward it)
   plots        $run/plots/
   checkpoints  $run/checkpoints/
   MLflow       mlflow.db

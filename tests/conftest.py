@@ -115,7 +115,7 @@ def settings(tmp_path, corpus):
         "loss": {"aux_coef": 0.01, "z_coef": 0.001},
         "checkpoint": {"every": 4, "keep": 2},
         "validation": {"every": 6, "samples": 6},
-        "tracking": {"mlflow": False, "plots": False},
+        "tracking": {"mlflow": False, "plots": False, "report": False},
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))

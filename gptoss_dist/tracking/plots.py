@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipeline.disk import replacing
 from gptoss_dist.tracking.expert_tokens import EXPERT_TOKENS_FILE, read_expert_tokens
-from gptoss_dist.tracking.tracker import read_metrics, read_resume_steps
+from gptoss_dist.tracking.recorded.columns import read_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,20 +73,17 @@ class _Run:
     steps: np.ndarray
     hours: np.ndarray
     """Wall-clock time since the first row."""
-    series: dict[str, np.ndarray]
+    series: Mapping[str, np.ndarray]
     """One value per step and metric; NaN where a step did not log it."""
     resumes: list[int]
 
     @classmethod
     def read(cls, run_dir: Path, message: Callable[[str], None] = logger.warning) -> _Run:
-        rows = read_metrics(run_dir, message)
-        if not rows:
+        columns = read_columns(run_dir, message)
+        if not len(columns.steps):
             raise ValueError(f"{run_dir} has no metrics to plot yet")
-        steps = np.array([row["step"] for row in rows], dtype=float)
-        times = np.array([row["time"] for row in rows])
-        names = {name for row in rows for name in row["metrics"]}
-        series = {name: np.array([row["metrics"].get(name, np.nan) for row in rows]) for name in names}
-        return cls(run_dir.resolve().name, steps, (times - times[0]) / 3600, series, read_resume_steps(run_dir))
+        hours = (columns.times - columns.times[0]) / 3600
+        return cls(run_dir.resolve().name, columns.steps.astype(float), hours, columns, columns.resumes)
 
     def has(self, metric: str) -> bool:
         return any(np.isfinite(self.series[name]).any() for name in self.matching(metric))

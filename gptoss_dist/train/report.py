@@ -29,6 +29,7 @@ from gptoss_dist.tracking.metrics import (
     memory_metrics,
     mixture_metrics,
 )
+from gptoss_dist.tracking.pages.run_page import write_in_time
 from gptoss_dist.tracking.plots import plot_run
 from gptoss_dist.tracking.progress import Progress
 from gptoss_dist.tracking.recorded.run import flat
@@ -320,6 +321,20 @@ class Report:
         except Exception as error:  # a plot must never end a run
             self._message_once(f"plots not drawn: {error}")
 
+    def page(self, status: str) -> None:
+        """Write report.html, beside the run's end: one that takes too long is not waited for.
+
+        Args:
+            status: How the run ends: FINISHED, KILLED or FAILED.
+        """
+        if not self.config.tracking.report or self._rewound:
+            return
+        words = {"FINISHED": "finished", "KILLED": "stopped as asked", "FAILED": "failed; the reason is in log.txt"}
+        written = write_in_time(self.folder, words[status], self._message_once)
+        if written is not None:
+            self.tracker.artifact(written)
+            self.message(f"the run's report is {written}")
+
     def close(self, status: Literal["FINISHED", "KILLED", "FAILED"], why: str | None = None) -> None:
         """Finish the tracked run: FINISHED, KILLED or FAILED.
 
@@ -332,6 +347,7 @@ class Report:
             log.warning("last row of expert tokens not written: %s", error)
         self.plots()
         self._end(status, why)
+        self.page(status)
         self.progress.__exit__(None, None, None)
         self.tracker.close(status)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure what saving costs a run: never, in the background, and waiting for it, in turns of the same run.
 
-    python launch/benchmark_checkpoints.py --processes 2
+    python launch/benchmarks/checkpoints.py --processes 2
 
 Each turn trains `--every` steps after a save of its kind, and counts the time until the save is on disk. The order of
 the kinds rotates, and all kinds share the processes of one launch; see protocol.py for the rest. The pause is the time
@@ -37,9 +37,7 @@ KINDS = ("never", "asynchronous", "synchronous")
 
 
 def build_parser(argv: list[str]) -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="benchmark_checkpoints.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="checkpoints.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=whole, default=2, help="(2)")
     parser.add_argument("--every", type=whole, default=10, help="steps between saves (10)")
     parser.add_argument("--rounds", type=whole, default=7, help="turns of each kind (7)")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compare the planner's step times with real ones of this machine; `launch/plan.py published` has those of others.
 
-    python launch/benchmark_plan.py steps [--hardware configs/hardware/NAME.yaml]
+    python launch/benchmarks/plan.py steps [--hardware configs/hardware/NAME.yaml]
 
 `steps` measures this machine (about a minute) unless a file says what it does, predicts a step of some models that were
 not measured for that, trains each of them in a process of its own, and prints both. With one thread, seconds are those
@@ -53,7 +53,7 @@ CASES = (
 
 
 def build_parser(argv: list[str]) -> argparse.ArgumentParser:
-    parser = Parser(prog="benchmark_plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     steps = commands.add_parser("steps", help="steps on this machine, predicted and measured")
     steps.add_argument(
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     try:
         return compare_steps(arguments)
     except ValueError as error:
-        print(f"benchmark_plan.py: {error}", file=sys.stderr)
+        print(f"plan.py: {error}", file=sys.stderr)
         return 2
 
 

@@ -163,7 +163,7 @@ def mixed_run(tmp_path_factory):
         "optim": {"lr": 1e-2},
         "validation": {"every": 3, "samples": 7},
         "checkpoint": {"every": 3},
-        "tracking": {"mlflow": False, "plots": False},
+        "tracking": {"mlflow": False, "plots": False, "report": False},
     }
     return root, values
 

@@ -12,7 +12,7 @@ from launch.benchmarks.protocol import QUICKSTART, Spread, run_worker
 LAUNCH = Path(__file__).parents[2] / "launch"
 
 
-COMMANDS = ["benchmark", "benchmark_checkpoints", "benchmark_data", "benchmark_engines", "benchmark_plan"]
+COMMANDS = ["benchmark", "benchmark_data", "benchmark_engines", "benchmarks/checkpoints", "benchmarks/plan"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

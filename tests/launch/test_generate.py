@@ -19,7 +19,7 @@ def folder(tmp_path_factory, corpus):
         "data": {"path": str(corpus), "seq_len": 32},
         "train": {"steps": 2, "micro_batch_size": 2, "precision": "fp32"},
         "validation": {"every": 0},
-        "tracking": {"mlflow": False, "plots": False},
+        "tracking": {"mlflow": False, "plots": False, "report": False},
     }
     (root / "run.yaml").write_text(yaml.safe_dump(values))
     run("launch/train.py", "--config", str(root / "run.yaml"))

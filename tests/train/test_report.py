@@ -42,6 +42,19 @@ def test_samples_of_any_text_are_kept_under_an_ascii_locale(tmp_path, monkeypatc
     assert "na\\xefve \\u732b" in shown and "the display goes on" in shown
 
 
+@pytest.mark.parametrize("status, words", [("FINISHED", "finished"), ("FAILED", "failed"), ("rewind", None)])
+def test_a_run_ends_with_its_report(tmp_path, status, words, capsys):
+    report = open_report(tmp_path)
+    report.tracker.log(3, {"loss/train": 1.25})
+    report.goes_on = status == "rewind"
+    report.close("KILLED" if report.goes_on else status)
+    page, said = tmp_path / "report.html", capsys.readouterr().err
+    assert page.exists() == (words is not None) == ("the run's report is" in said)
+    if words:
+        assert f'<p class="subtitle">{words}' in (text := page.read_text()) and "1.2500" in text
+        assert '"report.html"' in (tmp_path / "tracking/journal.jsonl").read_text(), "MLflow gets it"
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     "place, kind",
@@ -55,6 +68,7 @@ def test_samples_of_any_text_are_kept_under_an_ascii_locale(tmp_path, monkeypatc
         ("metrics.jsonl", "folder"),
         ("tracking", "file"),
         ("expert_tokens.jsonl", "folder"),
+        ("report.html", "folder"),
         ("profile", "file"),
         ("profile", "folder"),
     ],

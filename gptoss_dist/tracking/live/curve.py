@@ -35,16 +35,16 @@ def draw(
     Returns:
         `height` lines of at most `width` characters; without two finite values one line that says so.
     """
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    known = np.isfinite(x) & np.isfinite(y)
-    x, y = x[known], y[known]
-    if len(x) < 2 or x[-1] <= x[0]:
+    at, values = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    known = np.isfinite(at) & np.isfinite(values)
+    at, values = at[known], values[known]
+    if len(at) < 2 or at[-1] <= at[0]:
         return ["(not enough values yet)"]
-    low, high = _limits(y)
+    low, high = _limits(values)
     labels = [f"{value:.4g}" for value in (high, (low + high) / 2, low)]
     margin = max(map(len, labels)) + 1
     columns = max(1, width - margin)
-    dots = _dots(x, y, (low, high), 2 * columns, 4 * height)
+    dots = _dots(at, values, (low, high), 2 * columns, 4 * height)
     lines = []
     for row in range(height):
         label = {0: labels[0], height // 2: labels[1], height - 1: labels[2]}.get(row, "")

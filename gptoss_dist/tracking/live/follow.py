@@ -225,20 +225,33 @@ def last_lines(path: Path, most: int, most_bytes: int = 2**16) -> list[str]:
     return lines[1 if size > most_bytes else 0 : -1][-most:]
 
 
-def last_sample(run_dir: Path, most_bytes: int = 2**14) -> tuple[int, str] | None:
-    """Return the newest text that the model wrote, and the step after which it did; None if there is none.
+def sample_files(run_dir: Path) -> dict[int, Path]:
+    """Return the files of texts that the model wrote, by the step after which it did.
 
     Raises:
         OSError: The folder cannot be read.
     """
     folder = run_dir / "samples"
     if not folder.is_dir():
-        return None
+        return {}
     found = [path for path in folder.iterdir() if path.name.startswith("step_") and path.suffix == ".txt"]
-    steps = {int(number): path for path in found if (number := path.stem.removeprefix("step_")).isdecimal()}
-    if not steps:
+    names = {path.stem.removeprefix("step_"): path for path in found if path.is_file()}
+    return {int(number): path for number, path in names.items() if number.isdecimal()}
+
+
+def texts_of(sample: str) -> list[str]:
+    """Return the texts of one file, one for each prompt."""
+    return sample.rstrip("\n").split("\n\n----\n\n")
+
+
+def last_sample(run_dir: Path, most_bytes: int = 2**14) -> tuple[int, str] | None:
+    """Return the newest text that the model wrote, and the step after which it did; None if there is none.
+
+    Raises:
+        OSError: The folder cannot be read.
+    """
+    if not (files := sample_files(run_dir)):
         return None
-    step = max(steps)
-    with open(steps[step], "rb") as file:
-        text = file.read(most_bytes).decode("utf-8", "replace")
-    return step, text.split("\n\n----\n\n")[0].rstrip("\n")
+    step = max(files)
+    with open(files[step], "rb") as file:
+        return step, texts_of(file.read(most_bytes).decode("utf-8", "replace"))[0]

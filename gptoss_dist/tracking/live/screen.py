@@ -148,13 +148,12 @@ def _headline(snapshot: Snapshot) -> Text:
 
 
 def _progress(snapshot: Snapshot, width: int) -> RenderableType:
-    row = Table.grid(padding=(0, 1))
     words = _steps_in_words(snapshot)
-    cells: list[RenderableType] = [Text(words)]
-    if snapshot.last_step:
-        bar = ProgressBar(snapshot.last_step, snapshot.step, width=max(10, min(60, width - len(words) - 2)))
-        cells.insert(0, bar)
-    row.add_row(*cells)
+    text, room = Text(words, no_wrap=True, overflow="ellipsis"), min(60, width - len(words) - 2)
+    if not snapshot.last_step or room < 10:
+        return text
+    row = Table.grid(padding=(0, 1))
+    row.add_row(ProgressBar(snapshot.last_step, snapshot.step, width=room), text)
     return row
 
 

@@ -14,13 +14,13 @@ rank 0 writes tracking/ranks.json. They are judged by their age, so that clocks 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from data_pipeline.foreign import read_json
 from data_pipeline.ownership import STALE_AFTER_S, sighting
 from gptoss_dist.tracking.live.follow import JournalFollower, MetricsFollower, last_lines
 from gptoss_dist.tracking.live.ranks import STALE_S, RanksReport
@@ -133,12 +133,14 @@ def _reason(run_dir: Path) -> str:
     return f": {errors[-1].partition(': ')[2]}" if errors else ""
 
 
-def _said(run_dir: Path, name: str) -> dict:
+def _said(run_dir: Path, name: str) -> dict[str, Any]:
     """Return what a marker says, {} if it is not there."""
-    with contextlib.suppress(OSError, ValueError):
-        values = json.loads((run_dir / name).read_text())
-        return values if isinstance(values, dict) and values else {"step": "?"}
-    return {}
+    if not (run_dir / name).exists():
+        return {}
+    with contextlib.suppress(ValueError):
+        if values := read_json(run_dir / name, dict[str, Any]):
+            return values
+    return {"step": "?"}
 
 
 def _waiting_job(run_dir: Path) -> str | None:
@@ -155,7 +157,9 @@ def _waiting_job(run_dir: Path) -> str | None:
 
 def _newest_stall(run_dir: Path, began: float) -> Path | None:
     """Return the folder of stacks that the last start of the run left, if there is one."""
-    stalls = [path for path in (run_dir / "stalls").glob("step_*") if path.is_dir() and _changed(path) >= began]
+    # The clock of a file system may be behind that of a process, and be it by a tick.
+    earliest = began - 1.0
+    stalls = [path for path in (run_dir / "stalls").glob("step_*") if path.is_dir() and _changed(path) >= earliest]
     return max(stalls, key=_changed, default=None)
 
 
@@ -174,6 +178,8 @@ def clock(when: float) -> str:
 
 def duration(seconds: float) -> str:
     """Return a length of time such as `42 s`, `5 min`, `3 h 20 min` or `2 d 4 h`."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
     whole = round(seconds)
     if whole < 100:
         return f"{whole} s"

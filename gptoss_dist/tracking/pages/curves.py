@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gptoss_dist.tracking.pages.overview import events_of
 from gptoss_dist.tracking.pages.skeleton import COLOURS, escaped, figure_html
 from gptoss_dist.tracking.pages.thinning import rounded, thin
 from gptoss_dist.tracking.recorded.run import RecordedRun
@@ -21,6 +22,8 @@ BINS = 700
 _MARKED = ("resume", "rewind", "skipped", "data")
 """Kinds of events that are marked in curves."""
 _MOST_MARKS = 100
+_MOST_LABELS = 12
+"""Marks that are named in the curve; more of them are named by a pointer only."""
 _EARLY = 20
 """A loss falls from a height that nobody needs to see: the first of so many parts of the curve may be cut off."""
 
@@ -135,15 +138,15 @@ def chart(run: RecordedRun, axes: Sequence[Axis], chart: Chart) -> dict[str, Any
     shown = np.concatenate(heights)
     low, high = float(shown.min()), float(shown.max())
     traces += _marks(axes, run, low, high)
-    layout = _layout(axes[0], chart.title)
+    layout = layout_of(chart.title, axes[0].title)
     layout["showlegend"] = len(names) + len(chart.points) > 1
     if chart.is_log and low > 0:
-        layout["yaxis"] = {"type": "log"}
+        layout["yaxis"] |= {"type": "log"}
     elif chart.from_zero:
-        layout["yaxis"] = {"rangemode": "tozero"}
+        layout["yaxis"] |= {"rangemode": "tozero"}
     elif chart.cut and high > low:
         margin = 0.05 * (high - low)
-        layout["yaxis"] = {"range": [low - margin, high + margin]}
+        layout["yaxis"] |= {"range": [low - margin, high + margin]}
     return {"data": traces, "layout": layout}
 
 
@@ -211,7 +214,7 @@ def _marked(
 
 def _marks(axes: Sequence[Axis], run: RecordedRun, low: float, high: float) -> Iterator[dict[str, Any]]:
     """Yield a trace of dotted lines where something happened, with its text."""
-    events = [event for event in run.events if event.kind in _MARKED][-_MOST_MARKS:]
+    events = [event for event in events_of(run) if event.kind in _MARKED][-_MOST_MARKS:]
     if not events:
         return
     rows = np.searchsorted(run.columns.steps, [event.step for event in events]).clip(0, len(run.columns.steps) - 1)
@@ -219,11 +222,18 @@ def _marks(axes: Sequence[Axis], run: RecordedRun, low: float, high: float) -> I
     for positions in at["meta"].values():
         positions[2::3] = np.nan  # a gap between two lines
     y = np.tile([low, high, np.nan], len(events))
+    labels = ["", "", ""] * len(events)
+    if len(events) <= _MOST_LABELS:
+        labels[1::3] = [event.kind for event in events]
     texts = [f"{event.kind}, step {event.step}: {event.text}" for event in events]
     yield {
         "type": "scatter",
-        "mode": "lines",
+        "mode": "lines+text",
         "name": "events",
+        "text": labels,
+        "textposition": "top center",
+        "textfont": {"size": 11, "color": "#8a94a3"},
+        "cliponaxis": False,
         "line": {"width": 1, "color": "#8a94a3", "dash": "dot"},
         **at,
         "y": rounded(y),
@@ -233,19 +243,28 @@ def _marks(axes: Sequence[Axis], run: RecordedRun, low: float, high: float) -> I
     }
 
 
-def _layout(axis: Axis, title: str) -> dict[str, Any]:
+def layout_of(title: str, horizontal: str, /, **vertical: Any) -> dict[str, Any]:
+    """Return the layout that all charts of the page begin with.
+
+    Args:
+        title: Of the chart.
+        horizontal: Title of the horizontal axis.
+        **vertical: What plotly.js is told of the vertical axis.
+    """
     return {
         "title": {"text": title, "font": {"size": 14}, "x": 0, "xref": "paper"},
         "margin": {"l": 60, "r": 16, "t": 34, "b": 42},
-        "xaxis": {"title": {"text": axis.title, "font": {"size": 12}}, "exponentformat": "SI"},
+        "xaxis": {"title": {"text": horizontal, "font": {"size": 12}}, "exponentformat": "SI"},
+        "yaxis": {"exponentformat": "power"} | vertical,
         "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
         "hovermode": "closest",
+        "modebar": {"orientation": "v", "bgcolor": "rgba(0,0,0,0)", "color": "#8a94a3", "activecolor": "#3b82c4"},
     }
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Return the exponential moving average over about a fiftieth of the curve, starting at the first value."""
-    alpha = 2 / (max(1.0, len(values) / 50) + 1)
+    """Return the exponential moving average over about a twenty-fifth of the curve, starting at the first value."""
+    alpha = 2 / (max(1.0, len(values) / 25) + 1)
     result = np.empty_like(values)
     mean = values[0] if len(values) else 0.0
     for i, value in enumerate(values.tolist()):

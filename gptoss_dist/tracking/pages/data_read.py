@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gptoss_dist.tracking.pages.curves import layout_of
 from gptoss_dist.tracking.pages.overview import si
 from gptoss_dist.tracking.pages.skeleton import COLOURS, escaped, figure_html, list_html, table_html
 from gptoss_dist.tracking.pages.thinning import rounded, thin
@@ -92,13 +93,7 @@ def shares(run: RecordedRun, names: list[str]) -> dict[str, Any] | None:
         }
         for number, (name, values) in enumerate(zip(names, values_SN))
     ]
-    layout = {
-        "title": {"text": "share of each source in all tokens so far (%)", "font": {"size": 14}, "x": 0},
-        "margin": {"l": 60, "r": 16, "t": 34, "b": 42},
-        "xaxis": {"title": {"text": "steps", "font": {"size": 12}}},
-        "yaxis": {"range": [0, 100]},
-        "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
-    }
+    layout = layout_of("share of each source in all tokens so far (%)", "steps", range=[0, 100])
     return {"data": traces, "layout": layout}
 
 

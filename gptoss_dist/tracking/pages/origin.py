@@ -10,9 +10,10 @@ from typing import Any
 
 from data_pipeline.command_line.texts import dump_yaml
 from data_pipeline.foreign import read_text
+from data_pipeline.printable import shortened
 from data_pipeline.secrets import without_secrets
 from gptoss_dist.config import Config, ModelConfig
-from gptoss_dist.tracking.live.state import clock
+from gptoss_dist.tracking.pages.overview import moment
 from gptoss_dist.tracking.pages.skeleton import escaped, table_html
 from gptoss_dist.tracking.recorded.run import RecordedRun, flat
 
@@ -35,7 +36,7 @@ def environment_html(run: RecordedRun) -> str:
     ]
     starts = [
         (
-            clock(start.time),
+            moment(start.time),
             "anew" if start.resumed_step is None else f"from step {start.resumed_step:,}",
             start.tags.get("host", "–"),
             start.tags.get("world_size", "–"),
@@ -43,7 +44,11 @@ def environment_html(run: RecordedRun) -> str:
         )
         for start in run.starts[-20:]
     ]
-    parts = [table_html(("", ""), rows) if rows else "<p>Nothing is recorded of the environment.</p>"]
+    parts = [
+        f'<div class="facts">{table_html(("", ""), rows)}</div>'
+        if rows
+        else "<p>Nothing is recorded of the environment.</p>"
+    ]
     if starts:
         parts.append("<h3>Starts</h3>" + table_html(("time", "start", "host", "processes", "code"), starts))
     return "\n".join(parts)
@@ -57,7 +62,7 @@ def reproduction_html(run: RecordedRun) -> str:
         parts.append(f"<p>{about} <code>{escaped(digest)}</code></p>")
     changed = list(changed_settings(run.config))
     parts.append("<h3>Settings that are not the defaults</h3>")
-    parts.append(table_html(("setting", "value", "default"), changed) if changed else "<p>None is known.</p>")
+    parts.append(_settings_html(changed) if changed else "<p>None is known.</p>")
     parts.append(_all_settings(run))
     return "\n".join(parts)
 
@@ -93,12 +98,28 @@ def changed_settings(config: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         if key.startswith(("run.dir", "resume")) and value is None:
             continue
         default = defaults.get(key, _UNKNOWN)
-        if default is not _UNKNOWN and default == value:
-            continue
-        yield key, without_secrets(str(value)), "(unknown here)" if default is _UNKNOWN else str(default)
+        if default is _UNKNOWN or default != value:
+            yield key, _shown(value), _default_in_words(key, default, defaults)
+
+
+def _default_in_words(key: str, default: object, defaults: dict[str, Any]) -> str:
+    if default is not _UNKNOWN:
+        return _shown(default)
+    parts = {name.removeprefix(f"{key}."): value for name, value in defaults.items() if name.startswith(f"{key}.")}
+    return _shown(parts) if parts else "(unknown here)"
+
+
+def _shown(value: object) -> str:
+    return shortened(without_secrets(str(value)), _MOST_CHARACTERS)
+
+
+def _settings_html(changed: list[tuple[str, str, str]]) -> str:
+    return f'<div class="facts">{table_html(("setting", "value", "default"), changed)}</div>'
 
 
 _UNKNOWN = object()
+_MOST_CHARACTERS = 120
+"""Of a value in the table of settings; all of it stands in config.yaml below."""
 
 
 @functools.cache

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
+import time
 from collections.abc import Iterator
 
 import numpy as np
 
 from gptoss_dist.planner.flops import MFU_CONVENTION
-from gptoss_dist.tracking.live.state import clock, duration
+from gptoss_dist.tracking.live.state import duration
 from gptoss_dist.tracking.pages.skeleton import escaped, list_html, table_html
 from gptoss_dist.tracking.recorded.run import RecordedRun
+from gptoss_dist.tracking.records import Event
 
 MOST_EVENTS = 200
 """Rows of the table of events; the others are counted."""
@@ -28,7 +31,7 @@ def summary_html(run: RecordedRun, state: str) -> str:
         for name, value in _cards(run)
     )
     rows = [("state", state), *_description(run)]
-    return f'<div class="cards">{cards}</div>\n{table_html(("", ""), rows)}'
+    return f'<div class="cards">{cards}</div>\n<div class="facts">{table_html(("", ""), rows)}</div>'
 
 
 def _cards(run: RecordedRun) -> Iterator[tuple[str, str]]:
@@ -48,9 +51,9 @@ def _cards(run: RecordedRun) -> Iterator[tuple[str, str]]:
     if (hours := _last(run.hours)) is not None:
         yield "time of training", duration(3600 * hours)
     if (rate := late_median(run, "perf/tokens_per_s")) is not None:
-        yield "tokens per second, median", f"{rate:,.0f}"
+        yield "tokens per second, median of the second half", f"{rate:,.0f}"
     if (mfu := late_median(run, "perf/mfu")) is not None:
-        yield "MFU, median (model FLOPs)", f"{100 * mfu:.1f} %"
+        yield "MFU (model FLOPs), median of the second half", f"{100 * mfu:.1f} %"
 
 
 def _description(run: RecordedRun) -> Iterator[tuple[str, str]]:
@@ -61,7 +64,7 @@ def _description(run: RecordedRun) -> Iterator[tuple[str, str]]:
     yield "steps", f"{last:,} of {steps:,}" if isinstance(steps, int) else f"{last:,}"
     if run.starts:
         began, ended = run.starts[0].time, float(np.nanmax(columns.line_times, initial=run.starts[0].time))
-        yield "began, last heard of", f"{clock(began)}, {clock(ended)}"
+        yield "began, last heard of", f"{moment(began)}, {moment(ended)}"
     model = [f"{config[f'model.{key}']} {word}" for key, word in _MODEL if f"model.{key}" in config]
     if model:
         yield "model", ", ".join(model)
@@ -111,14 +114,50 @@ def _stability(run: RecordedRun) -> str:
 
 def events_html(run: RecordedRun) -> str:
     """Return a table of what happened to the run, in order of time."""
-    events = run.events
+    events = events_of(run)
     shown = events if len(events) <= MOST_EVENTS else [e for e in events if e.kind != "checkpoint"][-MOST_EVENTS:]
-    rows = [(clock(event.time), f"{event.step:,}", event.kind, event.text) for event in shown]
+    rows = [(moment(event.time), f"{event.step:,}", event.kind, event.text) for event in shown]
     if not rows:
         return "<p>Nothing but steps: no resume, no skipped step, no change of the data.</p>"
     left_out = len(events) - len(shown)
     note = list_html([f"{counted(left_out, 'earlier event')} left out"]) if left_out else ""
     return table_html(("time", "step", "what", ""), rows) + note
+
+
+def events_of(run: RecordedRun) -> list[Event]:
+    """Return the events of a run in order of time; those that an earlier version did not record, as far as they show.
+
+    Starts are in the journal, checkpoints in the time that they took, changes of the data and rewinds in tags.
+    """
+    events, columns = list(run.events), run.columns
+    kinds = {event.kind for event in events}
+    if "start" not in kinds:
+        events += [Event(s.time, 0, "start", f"started as {s.run_name}") for s in run.starts if s.resumed_step is None]
+    if "checkpoint" not in kinds:
+        rows, seconds = columns.points("perf/checkpoint_pause_s")
+        events += [
+            Event(
+                float(columns.times[row]), int(columns.steps[row]), "checkpoint", f"saved; steps waited {pause:.2f} s"
+            )
+            for row, pause in zip(rows, seconds)
+        ]
+    for kind, beginning in (("data", "data.change."), ("rewind", "spike.")):
+        if kind not in kinds:
+            events += [_tagged(run, kind, text) for key, text in run.tags.items() if key.startswith(beginning)]
+    return sorted(events, key=lambda event: (event.time, event.step))
+
+
+def _tagged(run: RecordedRun, kind: str, text: str) -> Event:
+    """Return the event of a tag whose text names its step; its time is that of the next step that was recorded."""
+    found = re.search(r"\bsteps? (\d{1,12})", text)
+    step = int(found[1]) if found else 0
+    row = min(int(np.searchsorted(run.columns.steps, step)), len(run.columns.steps) - 1)
+    return Event(float(run.columns.times[row]), step, kind, text)
+
+
+def moment(when: float) -> str:
+    """Return a date and a time of the machine that writes the page."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
 
 
 def last_mean(run: RecordedRun, name: str) -> tuple[float, int] | None:

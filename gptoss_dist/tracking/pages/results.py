@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.foreign import read_bytes, read_json
-from gptoss_dist.tracking.live.state import clock
+from gptoss_dist.tracking.live.follow import sample_files, texts_of
+from gptoss_dist.tracking.pages.overview import moment
 from gptoss_dist.tracking.pages.skeleton import escaped, table_html
 from gptoss_dist.tracking.recorded.run import RecordedRun
 
@@ -25,7 +25,11 @@ _MOST_ROWS = 60
 def samples_html(run: RecordedRun, message: Callable[[str], None]) -> str:
     """Return what the model wrote, a row for each step and a column for each prompt."""
     assert run.folder is not None, "samples are files in the run's folder"
-    files = _sample_files(run.folder / "samples")
+    try:
+        files = sample_files(run.folder)
+    except OSError as error:
+        message(f"the samples cannot be read: {error}")
+        files = {}
     if not files:
         return "<p>No samples were written (sampling.prompts).</p>"
     steps = sorted(files)
@@ -34,7 +38,7 @@ def samples_html(run: RecordedRun, message: Callable[[str], None]) -> str:
     rows = []
     for step in reversed(steps):
         try:
-            texts = read_bytes(files[step]).decode("utf-8", "replace").rstrip("\n").split("\n\n----\n\n")
+            texts = texts_of(read_bytes(files[step]).decode("utf-8", "replace"))
         except ValueError as error:
             message(str(error))
             continue
@@ -42,16 +46,10 @@ def samples_html(run: RecordedRun, message: Callable[[str], None]) -> str:
         rows.append(f'<tr><td class="number">{step:,}</td>{cells}</tr>')
     note = f"{len(steps)} of {len(files)} steps with samples, the newest first." if len(files) > len(steps) else ""
     return (
-        f'<p>{note}</p><div class="table samples"><table><thead><tr><th>step</th><th>texts</th></tr></thead>'
+        f'<p>{note}</p><div class="table samples"><table><thead><tr><th>step</th>'
+        f'<th colspan="{_MOST_PROMPTS}">texts</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-
-
-def _sample_files(folder: Path) -> dict[int, Path]:
-    with contextlib.suppress(OSError):
-        found = [path for path in folder.iterdir() if path.name.startswith("step_") and path.suffix == ".txt"]
-        return {int(number): path for path in found if (number := path.stem.removeprefix("step_")).isdecimal()}
-    return {}
 
 
 def _cut(text: str) -> str:
@@ -85,7 +83,7 @@ def _tasks(run: RecordedRun) -> str:
 def _evaluation(path: Path, result: dict[str, Any]) -> str:
     subject = result.get("subject")
     step = subject.get("step") if isinstance(subject, dict) else None
-    title = f"{result.get('evaluation', path.parent.name)}, step {step}, {clock(path.stat().st_mtime)}"
+    title = f"{result.get('evaluation', path.parent.name)}, step {step}, {moment(path.stat().st_mtime)}"
     rows = result.get("rows")
     if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
         names = list(dict.fromkeys(name for row in rows for name in row))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gptoss_dist.tracking.pages.curves import layout_of
 from gptoss_dist.tracking.pages.skeleton import figure_html, paragraphs_html
 from gptoss_dist.tracking.pages.thinning import rounded
 from gptoss_dist.tracking.recorded.experts import EXPERT_TOKENS_FILE, read_expert_tokens
@@ -63,13 +64,13 @@ def imbalance(run: RecordedRun) -> dict[str, Any] | None:
         "data": [
             {
                 "type": "heatmap",
-                "x": steps[first + counts - 1],
+                "x": np.append(steps[first] - 0.5, steps[-1] + 0.5),
                 "y": layers,
                 "z": rounded(mean_LT, 3),
                 "zmin": 0,
                 "colorscale": "Viridis",
                 "colorbar": {"title": {"text": "CV"}},
-                "hovertemplate": "layer %{y}, up to step %{x}: %{z}<extra></extra>",
+                "hovertemplate": "layer %{y}, about step %{x:.0f}: %{z}<extra></extra>",
             }
         ],
         "layout": _layout("imbalance of each layer", "layer"),
@@ -91,18 +92,18 @@ def experts(run: RecordedRun, message: Callable[[str], None]) -> dict[str, Any] 
     sums = [np.sum([row["tokens"] for row in rows[a : b + 1]], axis=0, dtype=np.float64) for a, b in zip(first, ends)]
     tokens_TLE = np.stack(sums)
     share_TLE = tokens_TLE / np.maximum(tokens_TLE.mean(axis=2, keepdims=True), 1e-9)
-    steps = [rows[end]["step"] for end in ends]
+    edges = [rows[first[0]]["first_step"] - 0.5, *(rows[end]["step"] + 0.5 for end in ends)]
     traces = [
         {
             "type": "heatmap",
             "visible": layer == 0,
-            "x": steps,
+            "x": edges,
             "z": np.ascontiguousarray(rounded(share_TLE[:, layer].T, 3)),
             "zmin": 0,
             "zmax": 2,
             "colorscale": _SHARES,
             "colorbar": {"title": {"text": "x even"}},
-            "hovertemplate": f"layer {layer}, expert %{{y}}, up to step %{{x}}: %{{z}}<extra></extra>",
+            "hovertemplate": f"layer {layer}, expert %{{y}}, about step %{{x:.0f}}: %{{z}}<extra></extra>",
         }
         for layer in range(shape[0])
     ]
@@ -132,9 +133,5 @@ def _first_of_bins(length: int, most: int) -> np.ndarray:
 
 
 def _layout(title: str, vertical: str) -> dict[str, Any]:
-    return {
-        "title": {"text": title, "font": {"size": 14}, "x": 0, "xref": "paper"},
-        "margin": {"l": 60, "r": 16, "t": 50, "b": 42},
-        "xaxis": {"title": {"text": "steps", "font": {"size": 12}}},
-        "yaxis": {"title": {"text": vertical, "font": {"size": 12}}, "dtick": None, "tickformat": "d"},
-    }
+    layout = layout_of(title, "steps", title={"text": vertical, "font": {"size": 12}}, tickformat="d")
+    return layout | {"margin": {"l": 60, "r": 16, "t": 50, "b": 42}}

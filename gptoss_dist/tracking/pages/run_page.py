@@ -6,25 +6,29 @@ an earlier version; what is not recorded is left out. The page is replaced at on
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.command_line import positional, print_line
 from data_pipeline.disk import replacing
-from data_pipeline.printable import printable
+from data_pipeline.printable import first_line, printable
+from gptoss_dist.tracking.jsonl import read_lines
 from gptoss_dist.tracking.live.snapshot import RunWatch, check_run
-from gptoss_dist.tracking.live.state import clock
 from gptoss_dist.tracking.pages.curves import curves_html
 from gptoss_dist.tracking.pages.data_read import data_html
 from gptoss_dist.tracking.pages.origin import environment_html, reproduction_html
-from gptoss_dist.tracking.pages.overview import events_html, summary_html
+from gptoss_dist.tracking.pages.overview import events_html, moment, summary_html
 from gptoss_dist.tracking.pages.results import evaluations_html, samples_html
 from gptoss_dist.tracking.pages.routing import routing_html
 from gptoss_dist.tracking.pages.skeleton import Section, html_page
 from gptoss_dist.tracking.pages.step_time import step_time_html
 from gptoss_dist.tracking.recorded.run import RecordedRun, read_run
+from gptoss_dist.tracking.records import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +94,43 @@ def write_report(
     return path
 
 
+def write_in_time(run_dir: Path, state: str, message: Callable[[str], None], timeout_s: float = 60.0) -> Path | None:
+    """Write the report at the end of a run, in a thread that is waited for so long; nothing that goes wrong is raised.
+
+    Args:
+        run_dir: Folder of the run.
+        state: How the run ended, in words.
+        message: What tells the user that there is no report, and why.
+        timeout_s: Seconds.
+
+    Returns:
+        The file; None if there is none in time.
+    """
+    if not has_steps(run_dir):  # it failed before there was anything to report
+        return None
+    written: list[Path] = []
+
+    def write() -> None:
+        try:
+            written.append(write_report(run_dir, state=state, message=logger.info))
+        except Exception as error:  # a report must never end a run
+            message(f"no report was written: {first_line(error)}")
+
+    thread = threading.Thread(target=write, name="run-report", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        message(f"the report takes longer than {timeout_s:.0f} s; write it with launch/report.py {run_dir}")
+    return written[0] if written else None
+
+
+def has_steps(run_dir: Path) -> bool:
+    """Return whether anything is recorded in a run's folder."""
+    with contextlib.suppress(OSError):
+        return any("metrics" in line for line, _ in itertools.islice(read_lines(run_dir / METRICS_FILE), 10))
+    return False
+
+
 def page_of(run: RecordedRun, state: str, message: Callable[[str], None]) -> str:
     """Return the page of a run.
 
@@ -108,21 +149,25 @@ def page_of(run: RecordedRun, state: str, message: Callable[[str], None]) -> str
         Section("Events", events_html(run)),
         Section("Evaluations", evaluations_html(run, message)),
         Section("Environment", environment_html(run)),
-        Section("Again", reproduction_html(run)),
+        Section("How to make it again", reproduction_html(run)),
     )
     steps = run.columns.steps
-    read = f"metrics up to step {int(steps[-1]):,} of {clock(float(run.columns.times[-1]))}"
+    read = f"metrics up to step {int(steps[-1]):,} of {moment(float(run.columns.times[-1]))}"
     return html_page(f"Run {printable(run.name)}", sections, subtitle=f"{state}; {read}")
 
 
 _STYLE = """
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: .7rem; margin: .6rem 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem; margin: .6rem 0; }
 .card { padding: .6rem .8rem; border: 1px solid var(--line); border-radius: 6px; }
 .card .value { font-size: 1.35rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .card .name { color: var(--soft); font-size: .82rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: .4rem 1.2rem; }
-.switch { text-align: right; color: var(--soft); }
+.modebar { opacity: 0; }
+.figure:hover .modebar { opacity: 1; }
+.switch { max-width: none; text-align: right; color: var(--soft); }
 select { font: inherit; color: inherit; background: var(--row); border: 1px solid var(--line); border-radius: 4px; }
+.facts td.number { text-align: left; }
+.facts td:first-child { white-space: nowrap; }
 .samples td { min-width: 18rem; }
 .samples td.number { min-width: 4rem; }
 .samples pre { margin: 0; padding: .3rem .5rem; font-size: .8rem; border: 0; background: none; }

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gptoss_dist.tracking.live.state import duration
+from gptoss_dist.tracking.pages.curves import layout_of
 from gptoss_dist.tracking.pages.skeleton import COLOURS, figure_html, table_html
 from gptoss_dist.tracking.pages.thinning import rounded
 from gptoss_dist.tracking.recorded.run import RecordedRun
@@ -98,14 +99,7 @@ def breakdown(steps: np.ndarray, parts: dict[str, np.ndarray]) -> dict[str, Any]
         }
         for number, (name, values) in enumerate(parts.items())
     ]
-    layout = {
-        "title": {"text": "time of a step (ms, mean)", "font": {"size": 14}, "x": 0, "xref": "paper"},
-        "margin": {"l": 60, "r": 16, "t": 34, "b": 42},
-        "xaxis": {"title": {"text": "steps", "font": {"size": 12}}},
-        "yaxis": {"rangemode": "tozero"},
-        "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
-    }
-    return {"data": traces, "layout": layout}
+    return {"data": traces, "layout": layout_of("time of a step (ms, mean)", "steps", rangemode="tozero")}
 
 
 def _between(run: RecordedRun, steps_ms: float) -> Iterator[tuple[str, str, str]]:

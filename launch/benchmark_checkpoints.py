@@ -1,8 +1,0 @@
-#!/usr/bin/env python
-"""Runs launch/benchmarks/checkpoints.py, under the name that it has had."""
-
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":
-    runpy.run_path(str(Path(__file__).with_name("benchmarks") / "checkpoints.py"), run_name="__main__")
