@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gptoss_dist.planner.hardware import Peak
+if TYPE_CHECKING:  # torch, which it imports, is not needed to count
+    from gptoss_dist.planner.hardware import Peak
 
 MFU_CONVENTION = "model FLOPs: 3 x forward matmuls, exact visible attention pairs, no recomputation"
 BACKWARD_OVER_FORWARD = 2

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+import orjson
+
 logger = logging.getLogger(__name__)
 
 LONGEST_LINE = 2**26
@@ -114,10 +116,17 @@ def _complete_lines(file: IO[bytes]) -> Iterator[tuple[bytes | None, int]]:
 
 def _parse(line: bytes | None) -> dict:
     try:
-        record = json.loads(line) if line is not None else None
+        record = _loads(line) if line is not None else None
     except (ValueError, RecursionError):
         record = None
     return record if isinstance(record, dict) else {}
+
+
+def _loads(line: bytes) -> object:
+    try:
+        return orjson.loads(line)  # five times as fast
+    except ValueError:  # it refuses NaN, integers of more than 64 bits and lone surrogates
+        return json.loads(line)
 
 
 def _ends_with_newline(path: Path) -> bool:

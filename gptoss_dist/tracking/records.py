@@ -22,6 +22,7 @@ _LAST_STEP = 2**53
 _LAST_TIME = 1e11
 """Seconds since 1970: in the year 5138. MLflow takes milliseconds of 64 bits, and plots take hours."""
 STATUSES = ("FINISHED", "FAILED", "KILLED")
+EVENT_KINDS = ("start", "resume", "rewind", "skipped", "data", "checkpoint", "stop", "end", "error")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,19 @@ class Artifact:
 
 
 @dataclass(frozen=True)
+class Event:
+    """Something happened to the run that a person who reads its curves wants to know."""
+
+    time: float
+    step: int
+    """After which step."""
+    kind: str
+    """One of `EVENT_KINDS`."""
+    text: str
+    """It in words, one line."""
+
+
+@dataclass(frozen=True)
 class End:
     """The run ended."""
 
@@ -84,7 +98,7 @@ class End:
     status: str
 
 
-Operation = RunStart | Tag | Artifact | End
+Operation = RunStart | Tag | Artifact | Event | End
 
 
 class _Damaged(ValueError):
@@ -154,6 +168,8 @@ def operation(line: dict) -> Operation | None:
                 return Tag(_text(line, "key"), _text(line, "value"))
             case "artifact":
                 return Artifact(_text(line, "path"), _text(line, "folder") if line.get("folder") is not None else None)
+            case "event" if line.get("kind") in EVENT_KINDS:
+                return Event(_time(line), _step(line), line["kind"], _text(line, "text"))
             case "end" if line.get("status") in STATUSES:
                 return End(_time(line), line["status"])
     except _Damaged:

@@ -6,7 +6,8 @@ Files of a run, lines of JSON that survive a crash at any byte:
   `{"event": "resume", "step": 5, "time": ...}` where training went back to step 5. Read it with `read_metrics`.
   JSON has no NaN: a value that is not finite is null (MLflow is not sent these), and an infinite one is named beside,
   `"infinite": {"loss/train": "-Infinity"}`.
-- `tracking/journal.jsonl`: what else MLflow is to know, in order: the run's parameters, tags, artifacts and end.
+- `tracking/journal.jsonl`: what else MLflow is to know, in order: the run's parameters, tags, artifacts and end;
+  and events, for those who read the run's folder.
 - `tracking/cursor.json`: the run's id in MLflow, and how far MLflow has acknowledged both files.
 
 Delivery is at least once and idempotent: MLflow keeps one of equal (key, value, time, step), parameters and tags are
@@ -48,6 +49,7 @@ from gptoss_dist.tracking.delivery.requests import one_line
 from gptoss_dist.tracking.delivery.shipper import DeliveryRefused, MlflowMissing, Shipper
 from gptoss_dist.tracking.jsonl import JsonLinesWriter, read_lines
 from gptoss_dist.tracking.records import (
+    EVENT_KINDS,
     JOURNAL_FILE,
     METRICS_FILE,
     STATUSES,
@@ -170,6 +172,21 @@ class Tracker:
     def tag(self, key: str, value: object) -> None:
         """Set a property of the run."""
         self._operation("tag", key=key, value=str(value))
+
+    def event(self, step: int, kind: str, text: str) -> None:
+        """Record that something happened after a step.
+
+        Args:
+            step: The step.
+            kind: One of `EVENT_KINDS`.
+            text: What happened, in one line.
+
+        Raises:
+            ValueError: There is no such kind.
+        """
+        if kind not in EVENT_KINDS:
+            raise ValueError(f"kind={kind!r} is not one of {', '.join(EVENT_KINDS)}")
+        self._operation("event", step=int(step), kind=kind, text=text)
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Have a file or directory uploaded, as it is when its turn comes, into `folder` of the run's artifacts."""
