@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
-WORDS = "the of model data token layer import return def class 0 1 alpha beta sum page story once upon time".split()
+WORDS = ["the", "of", "model", "data", "token", "import", "return", "def", "alpha", "beta", "0", "1", "once", "upon"]
 DOCUMENTS = 60
 
 

@@ -213,13 +213,13 @@ def test_validation_and_dry_run_name_the_sources(config, folders):
 
 
 def test_missing_sources_are_all_named(config, monkeypatch, tmp_path):
-    """A start names the first and says how many more there are; a dry run names each, with the command that makes it."""
+    """A start names the first and says how many more there are; a dry run names each, and what makes it."""
     settings = config(("web", 0.5), ("none", 0.3), ("data/mine", 0.2))
     settings.data.sources[2].path = "data/mine"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs/data").mkdir(parents=True)
     (tmp_path / "configs/data/mine.yaml").write_text("sources: [pystdlib]\noutput: data/mine\n")
-    with pytest.raises(ValueError, match="none: not a prepared dataset.*; 1 more of data.sources") as error:
+    with pytest.raises(ValueError, match=r"none: not a prepared dataset.*; 1 more of data.sources") as error:
         open_training_data(settings, PER_STEP)
     assert "\n" not in str(error.value)
     text = describe(settings, world_size=1)[0]
@@ -290,7 +290,7 @@ def test_a_later_path_takes_the_place_of_sources(tmp_path):
         ["--data.path", "mine", "--config", str(file)],
         ["--config", str(file), "--data.path", "mine", "--data.sources", "[{path: a}]"],
     ):
-        with pytest.raises(ValueError, match="data.path=mine and data.sources are both given"):
+        with pytest.raises(ValueError, match=r"data\.path=mine and data.sources are both given"):
             parse_arguments(arguments)
 
 
