@@ -21,6 +21,7 @@ from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.engine import Engine, StepResult
 from gptoss_dist.planner.flops import flops_per_token
 from gptoss_dist.planner.hardware import peak_flops
+from gptoss_dist.tracking.delivery.bridges import Bridges
 from gptoss_dist.tracking.expert_tokens import ExpertTokens
 from gptoss_dist.tracking.metrics import (
     Throughput,
@@ -97,6 +98,7 @@ class Report:
             resumed_step=start.step or None,
             message=self.message,
         )
+        self.bridges = Bridges(self.folder, config.tracking.also, self.message)
         self.revision = git_revision()
         self.tracker.artifact(self.folder / "config.yaml")
         if config.train.routing != "learned":
@@ -243,6 +245,7 @@ class Report:
         self.plots()
         self.progress.__exit__(None, None, None)
         self.tracker.close(status)
+        self.bridges.close()
 
 
 def in_words(entry: SkippedSamples) -> str:
