@@ -34,11 +34,12 @@ def open_child(
         tags: As those of `Tracker`.
         message: What tells the user what goes wrong.
     """
-    uri = experiment = None
+    uri = experiment = experiment_id = None
     tags = dict(tags or {})
     if parent is not None and (start := _start(parent)) is not None:
         cursor = Cursor.load(parent, message)
         uri, experiment = find_store(None, cursor, parent).uri, start.experiment
+        experiment_id = start.experiment_id
         tags["parent_run"] = start.run_name
         if cursor.run_id is not None:
             tags["mlflow.parentRunId"] = cursor.run_id
@@ -46,6 +47,7 @@ def open_child(
         folder,
         run_name=run_name,
         experiment=experiment,
+        experiment_id=experiment_id,
         uri=uri,
         params=params,
         tags=tags,

@@ -59,6 +59,8 @@ class RunStart:
     resume: int
     """How often the run was resumed."""
     resumed_step: int | None
+    experiment_id: str | None = None
+    """In the place of `experiment`, if given."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ def operation(line: dict) -> Operation | None:
                     dataset=_texts(line, "dataset") if line.get("dataset") is not None else None,
                     resume=_whole(line, "resume"),
                     resumed_step=_whole(line, "resumed_step") if line.get("resumed_step") is not None else None,
+                    experiment_id=_text(line, "experiment_id") if line.get("experiment_id") is not None else None,
                 )
             case "tag":
                 return Tag(_text(line, "key"), _text(line, "value"))

@@ -84,6 +84,8 @@ class Tracker:
             `tracking/` there aside (`metrics.1.jsonl`, `tracking.1`), a resume continues them.
         run_name: The run's name in MLflow, unless `MLFLOW_RUN_NAME` gives one.
         experiment: The experiment's name in MLflow; without it `MLFLOW_EXPERIMENT_NAME`, then `gptoss_dist`.
+        experiment_id: Its id, in the place of a name; without either `MLFLOW_EXPERIMENT_ID`, if there is no
+            `MLFLOW_EXPERIMENT_NAME`.
         uri: Tracking URI. Without it `MLFLOW_TRACKING_URI`, then (on resume) the run's earlier one, then
             `mlflow.db` in the working directory.
         enabled: Mirror to MLflow; the local files are written in any case, so `sync` works later either way.
@@ -107,6 +109,7 @@ class Tracker:
         *,
         run_name: str,
         experiment: str | None = None,
+        experiment_id: str | None = None,
         uri: str | None = None,
         enabled: bool = True,
         params: dict | None = None,
@@ -126,7 +129,8 @@ class Tracker:
         about_mlflow = message if enabled else logger.debug
         wishes = Wishes.read(about_mlflow)
         if is_child:
-            wishes = dataclasses.replace(wishes, run_id=None, run_name=None)
+            wishes = dataclasses.replace(wishes, run_id=None, run_name=None, parent_run_id=None)
+        parent = {} if wishes.parent_run_id is None else {"mlflow.parentRunId": wishes.parent_run_id}
 
         cursor = Cursor.load(self._run_dir, about_mlflow)
         run_id = wishes.run_id or resume_run_id
@@ -148,8 +152,9 @@ class Tracker:
             uid=starts[0].uid if starts else uuid.uuid4().hex,
             run_name=wishes.run_name or run_name,
             experiment=experiment or wishes.experiment or DEFAULT_EXPERIMENT,
+            experiment_id=experiment_id or (wishes.experiment_id if experiment is None else None),
             params=_texts(params),
-            tags=user_tags() | _texts(tags) | wishes.tags,
+            tags=user_tags() | parent | _texts(tags) | wishes.tags,
             dataset=None if dataset is None else _texts(dataset),
             resume=1 + sum(start.resume > 0 for start in starts) if resumed else 0,
             resumed_step=resumed_step,
@@ -366,7 +371,8 @@ def sync(run_dir: str | Path, uri: str | None = None, message: Callable[[str], N
         raise ValueError(f"{run_dir} holds no {JOURNAL_FILE}; give the folder of a run")
     prepare_environment()
     cursor = Cursor.load(run_dir, message)
-    wishes = Wishes(run_id=Wishes.read(message).run_id)
+    wishes = Wishes.read(message)
+    wishes = Wishes(run_id=wishes.run_id, experiment_id=wishes.experiment_id)
     if wishes.run_id is not None and wishes.run_id != cursor.run_id:
         cursor.restart()
         cursor.run_id = wishes.run_id

@@ -123,7 +123,8 @@ def open_training_data(config: Config, samples_per_step: int, start: Start | Non
         ]
     except ValueError as error:
         if (others := len(missing_sources(config.data)) - 1) > 0:
-            raise ValueError(f"{error}; {others} more of data.sources cannot be read either, --dry-run says why") from error
+            more = f"{others} more of data.sources cannot be read either, which --dry-run names"
+            raise ValueError(f"{error}; {more}") from error
         raise
     mixing = _Mixing(opened, config.data.stages, samples_per_step)
     if start.info is None:

@@ -18,6 +18,7 @@ from gptoss_dist.parallel.mesh import plan_layout, ranks_per_node
 from gptoss_dist.planner.hardware import find_network, gpu_of_driver
 from gptoss_dist.planner.plan import Machines, Plan, make_plan
 from gptoss_dist.planner.report import GIB, to_text
+from gptoss_dist.tracking.delivery.bridges import check_bridges
 from gptoss_dist.train.data import missing_sources, open_training_data, open_validation
 from gptoss_dist.train.objectives import next_token_prediction
 from gptoss_dist.train.start import engine_settings
@@ -70,6 +71,7 @@ def describe(config: Config, world_size: int | None = None) -> tuple[str, str | 
     """
     world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
     check_tasks(config.evaluation)
+    check_bridges(config.tracking.also)
     layout = plan_layout(config.parallel, config.model.num_local_experts, world_size)
     if engine_kind(config.engine) == "deepspeed":
         check_layout(config.parallel)

@@ -20,6 +20,7 @@ from gptoss_dist.planner.flops import flops_per_token
 from gptoss_dist.planner.hardware import peak_flops
 from gptoss_dist.tracking.about.facts import RunFacts, facts_of
 from gptoss_dist.tracking.about.summary import Summary
+from gptoss_dist.tracking.delivery.bridges import Bridges
 from gptoss_dist.tracking.expert_tokens import ExpertTokens
 from gptoss_dist.tracking.metrics import (
     Throughput,
@@ -114,6 +115,7 @@ class Report:
             node=self.facts.node,
             message=self.message,
         )
+        self.bridges = Bridges(self.folder, config.tracking.also, self.message)
         self._noted, self._changed = time.monotonic(), False
         self.revision = self.facts.revision
         self._begin(start)
@@ -350,6 +352,7 @@ class Report:
         self.page(status)
         self.progress.__exit__(None, None, None)
         self.tracker.close(status)
+        self.bridges.close()
 
     def _end(self, status: Literal["FINISHED", "KILLED", "FAILED"], why: str | None) -> None:
         """Record the end of the run, or that it goes back."""

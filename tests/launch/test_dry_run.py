@@ -7,7 +7,7 @@ from tests.support.ranks import run
 pytestmark = pytest.mark.distributed
 
 
-def test_dry_run_prints_the_plan_once():
+def test_dry_run_prints_the_plan_and_what_is_missing_once():
     config = "configs/pretrain_502m_a100.yaml"
     batch = "--train.micro_batch_size 1 --train.gradient_accumulation 16 --train.activation_checkpointing 1"
     done = run("launch/train.py", "--config", config, *batch.split(), "--dry-run", processes=2)
@@ -20,6 +20,10 @@ def test_dry_run_prints_the_plan_once():
         ": fits",
     ):
         assert done.stdout.count(expected) == 1, done.stdout
+    for source in ("fineweb_edu", "fineweb", "stack_python", "open_web_math", "arxiv"):
+        command = f"python -m data_pipeline.prepare --config configs/data/pretrain_502m/{source}.yaml"
+        assert done.stdout.count(f"NOT READY: data/pretrain_502m/{source}: ") == 1
+        assert done.stdout.count(f"make one with `{command}`") == 1, done.stdout
 
 
 def test_dry_run_refuses_what_no_machine_holds_and_says_what_fits(settings):

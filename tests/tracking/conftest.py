@@ -7,7 +7,11 @@ import pytest
 from gptoss_dist.tracking.delivery.database import Database
 from gptoss_dist.tracking.delivery.environment import prepare_environment
 
-VARIABLES = ("TRACKING_URI", "RUN_ID", "RUN_NAME", "EXPERIMENT_NAME", "TAGS", "ENABLE_SYSTEM_METRICS_LOGGING")
+VARIABLES = (
+    *("TRACKING_URI", "RUN_ID", "PARENT_RUN_ID", "RUN_NAME", "EXPERIMENT_NAME", "EXPERIMENT_ID", "TAGS"),
+    *("TRACKING_USERNAME", "TRACKING_PASSWORD", "TRACKING_TOKEN", "TRACKING_INSECURE_TLS"),
+    "ENABLE_SYSTEM_METRICS_LOGGING",
+)
 
 
 @pytest.fixture(scope="session")

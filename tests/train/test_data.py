@@ -16,7 +16,7 @@ from data_pipeline import Manifest
 from data_pipeline.tokenizer.published import load_tokenizer
 from gptoss_dist.checkpoint import CheckpointInfo, DataPlace
 from gptoss_dist.checkpoint.info import FORMAT, sealed
-from gptoss_dist.config import Config, SourceConfig, StageConfig, load_config
+from gptoss_dist.config import Config, SourceConfig, StageConfig, load_config, parse_arguments
 from gptoss_dist.distributed.processes import init_distributed
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.train import data as data_module
@@ -212,6 +212,21 @@ def test_validation_and_dry_run_name_the_sources(config, folders):
     assert "NOT READY" in describe(config("math"), world_size=1)[0]
 
 
+def test_missing_sources_are_all_named(config, monkeypatch, tmp_path):
+    """A start names the first and says how many more there are; a dry run names each, and what makes it."""
+    settings = config(("web", 0.5), ("none", 0.3), ("data/mine", 0.2))
+    settings.data.sources[2].path = "data/mine"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs/data").mkdir(parents=True)
+    (tmp_path / "configs/data/mine.yaml").write_text("sources: [pystdlib]\noutput: data/mine\n")
+    with pytest.raises(ValueError, match=r"none: not a prepared dataset.*; 1 more of data.sources") as error:
+        open_training_data(settings, PER_STEP)
+    assert "\n" not in str(error.value)
+    text = describe(settings, world_size=1)[0]
+    assert text.count("NOT READY: ") == 2 and "NOT READY: data/mine: " in text
+    assert "python -m data_pipeline.prepare --config configs/data/mine.yaml`" in text
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -261,6 +276,22 @@ def test_later_lists_take_the_place_of_earlier_ones(tmp_path, count):
         assert config.data.sources == tuple(SourceConfig(f"y/{n}") for n in range(count)) and config.data.stages == ()
     (tmp_path / "saved.yaml").write_text(yaml.safe_dump(config.to_dict()))
     assert load_config(tmp_path / "saved.yaml").data == config.data
+
+
+def test_a_later_path_takes_the_place_of_sources(tmp_path):
+    """As any later option does; what is given side by side, or in a later file, is still a contradiction."""
+    file = tmp_path / "sources.yaml"
+    file.write_text(yaml.safe_dump({"data": {"sources": [{"path": "x/a"}, {"path": "x/b"}]}}))
+    for given in (["--data.path", "mine"], ["--data.path=mine"]):
+        data = parse_arguments(["--config", str(file), *given])[0].data
+        assert data.path == "mine" and data.sources == ()
+    assert len(parse_arguments(["--config", str(file), "--data.path", "null"])[0].data.sources) == 2
+    for arguments in (
+        ["--data.path", "mine", "--config", str(file)],
+        ["--config", str(file), "--data.path", "mine", "--data.sources", "[{path: a}]"],
+    ):
+        with pytest.raises(ValueError, match=r"data\.path=mine and data.sources are both given"):
+            parse_arguments(arguments)
 
 
 def test_content_is_verified_as_asked(config, monkeypatch):

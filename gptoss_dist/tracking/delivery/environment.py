@@ -116,6 +116,10 @@ class Wishes:
     """MLFLOW_RUN_ID: the run to continue, whatever made it."""
     experiment: str | None = None
     """MLFLOW_EXPERIMENT_NAME."""
+    experiment_id: str | None = None
+    """MLFLOW_EXPERIMENT_ID, where no name is given."""
+    parent_run_id: str | None = None
+    """MLFLOW_PARENT_RUN_ID: the run that MLflow shows this one below."""
     run_name: str | None = None
     """MLFLOW_RUN_NAME: the run's name in MLflow; its folder is named by `run.name`."""
     tags: dict[str, str] = field(default_factory=dict)
@@ -131,7 +135,9 @@ class Wishes:
         """Read the environment; what makes no sense is left out, and the user is told."""
         return cls(
             run_id=_variable("MLFLOW_RUN_ID"),
-            experiment=_variable("MLFLOW_EXPERIMENT_NAME"),
+            experiment=(experiment := _variable("MLFLOW_EXPERIMENT_NAME")),
+            experiment_id=_variable("MLFLOW_EXPERIMENT_ID") if experiment is None else None,
+            parent_run_id=_variable("MLFLOW_PARENT_RUN_ID"),
             run_name=_variable("MLFLOW_RUN_NAME"),
             tags=_tags(message),
             system_metrics_every_s=_system_metrics_every_s(message),

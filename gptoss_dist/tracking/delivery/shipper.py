@@ -324,12 +324,16 @@ class Shipper:
         inputs = [DatasetInput(entity)]
         requests.optional(f"the dataset {name}", lambda: self._client.log_inputs(self.cursor.run_id, datasets=inputs))
 
-    def _experiment_id(self, name: str) -> str:
-        """Return the id of an experiment, which is created if there is none."""
+    def _experiment_id(self, name: str, given_id: str | None = None) -> str:
+        """Return the id of an experiment by its name, which is created if there is none, or by the id that is given."""
         from mlflow.exceptions import MlflowException
 
         client, database = self._client, self._database
-        experiment = client.get_experiment_by_name(name)
+        if given_id is None:
+            experiment = client.get_experiment_by_name(name)
+        else:
+            experiment = self._experiment_by_id(given_id)
+            name = experiment.name
         if experiment is None:
             try:
                 location = database.artifacts if database else None
@@ -351,9 +355,25 @@ class Shipper:
                 client.set_experiment_tag(experiment.experiment_id, key, _EXPERIMENT_TAGS[key])
         return experiment.experiment_id
 
+    def _experiment_by_id(self, experiment_id: str) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_experiment(experiment_id)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            at = without_secrets(self._store.uri)
+            raise DeliveryRefused(
+                f"MLFLOW_EXPERIMENT_ID={experiment_id}: MLflow at {at} has no such experiment; correct it, also "
+                "for the `sync` that sends this run"
+            ) from error
+
     def _create_run(self, record: RunStart) -> str:
         """Return the id of a new run, or of the one that an earlier attempt made without hearing the answer."""
-        client, experiment_id = self._client, self._experiment_id(record.experiment)
+        # Who sends the run later may correct an id.
+        given_id = record.experiment_id and (self._wishes.experiment_id or record.experiment_id)
+        client, experiment_id = self._client, self._experiment_id(record.experiment, given_id)
         found = client.search_runs([experiment_id], f"tags.`{_UID_TAG}` = '{record.uid}'", max_results=1)
         if found:
             return found[0].info.run_id

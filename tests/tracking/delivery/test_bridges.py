@@ -1,0 +1,107 @@
+"""Metrics in TensorBoard's event files, read back by TensorBoard's own reader."""
+
+import json
+import math
+
+import pytest
+
+from gptoss_dist.tracking.delivery import bridges
+from gptoss_dist.tracking.delivery.bridges import PLACES_FILE, Bridges, check_bridges
+from gptoss_dist.tracking.tracker import read_metrics
+from tests.support.ranks import run
+from tests.support.tracked import start
+
+accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+
+def scalars(run_dir, folder="tensorboard") -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each metric, as TensorBoard shows them."""
+    events = accumulator.EventAccumulator(str(run_dir / folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def record(run_dir, steps, value, **options):
+    """Log a value for each step, with a bridge beside; return what was said."""
+    said = []
+    tracker = start(run_dir, enabled=False, message=said.append, **options)
+    follower = Bridges(run_dir, ["tensorboard"], said.append, interval_s=0.02)
+    for step in steps:
+        tracker.log(step, {"loss/train": value + step, "optim/lr": 0.5})
+    tracker.close()
+    follower.close()
+    return said
+
+
+def test_rows_arrive_and_a_resume_takes_the_place_of_what_it_gave_up(tmp_path):
+    folder = tmp_path / "run"
+    assert record(folder, range(1, 7), 0.0) == []
+    assert scalars(folder)["loss/train"] == [(step, float(step)) for step in range(1, 7)]
+    assert record(folder, range(4, 9), 100.0, resumed_step=3) == []
+    expected = [(step, step + (100.0 if step > 3 else 0.0)) for step in range(1, 9)]
+    assert scalars(folder)["loss/train"] == expected and len(scalars(folder)["optim/lr"]) == 8
+    assert expected == [(row["step"], row["metrics"]["loss/train"]) for row in read_metrics(folder)]
+    assert json.loads((folder / PLACES_FILE).read_text()) == {"tensorboard": (folder / "metrics.jsonl").stat().st_size}
+
+
+def test_none_is_lost_by_a_kill_and_another_run_in_the_folder_begins_anew(tmp_path):
+    folder = tmp_path / "run"
+    record(folder, range(1, 4), 0.0)
+    # Killed after the rows were written and before that was noted; or what was noted is damaged.
+    for text in ('{"tensorboard": 0}', "{", '{"tensorboard": 5}', '{"tensorboard": 10000000}'):
+        (folder / PLACES_FILE).write_text(text)
+        record(folder, [], 0.0, resumed_step=3)
+        found = [
+            entry
+            for name in ("tensorboard", "tensorboard.1")
+            if (folder / name).exists()
+            for entry in scalars(folder, name)["loss/train"]
+        ]
+        assert set(found) == {(1, 1.0), (2, 2.0), (3, 3.0)}
+    record(folder, range(1, 3), 50.0)  # a fresh start
+    assert scalars(folder)["loss/train"] == [(1, 51.0), (2, 52.0)]
+
+
+def test_values_that_are_not_finite_and_damaged_lines(tmp_path):
+    folder = tmp_path / "run"
+    tracker = start(folder, enabled=False)
+    tracker.log(1, {"a": math.inf, "b": math.nan})
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": "x"}\n[1]\n{"step": 2, "ti')
+    tracker.close()
+    Bridges(folder, ["tensorboard"], pytest.fail).close()
+    found = scalars(folder)
+    assert found["a"] == [(1, math.inf)] and math.isnan(found["b"][0][1])
+
+
+def test_a_failure_costs_one_message(tmp_path, monkeypatch):
+    class Failing(bridges.TensorBoard):
+        def row(self, row):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(bridges.BRIDGES, "tensorboard", Failing)
+    said = record(tmp_path / "run", range(1, 50), 0.0)
+    assert len(said) == 1 and said[0].startswith("tracking.also=tensorboard: OSError: [Errno 28]")
+    assert len(read_metrics(tmp_path / "run")) == 49
+
+
+def test_a_missing_package_is_refused_with_the_remedy(monkeypatch):
+    check_bridges(["tensorboard"])
+    monkeypatch.setattr(bridges, "find_spec", lambda name: None)
+    check_bridges([])
+    with pytest.raises(ValueError, match=r"tracking\.also=tensorboard needs .* --extras tensorboard`") as error:
+        check_bridges(["tensorboard"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.distributed
+def test_a_resumed_run(settings, tmp_path):
+    options = ["--config", str(settings), "--run.dir", str(tmp_path / "run"), "--tracking.also", "[tensorboard]"]
+    options += ["--tracking.mlflow", "false", "--optim.warmup_steps", "1"]
+    run("launch/train.py", *options, "--train.steps", "4", cwd=tmp_path)
+    run("launch/train.py", *options, "--train.steps", "6", "--resume", "auto", cwd=tmp_path)
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss/train" in row["metrics"]]
+    found = scalars(tmp_path / "run")
+    assert [step for step, _ in found["loss/train"]] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in found["loss/train"]] == pytest.approx([row["metrics"]["loss/train"] for row in rows])
+    assert {key for row in rows for key in row["metrics"]} <= found.keys()
