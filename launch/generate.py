@@ -8,6 +8,7 @@ Interactive:  python launch/generate.py --checkpoint runs/quickstart
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -45,11 +46,13 @@ class GenerateOptions:
     """Print each token with its log-probability below the text (only with prompts)."""
     seed: int = 0
     """The same seed writes the same text."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the decoding step: true from the first text on, auto once so much is written that it pays."""
     device: str | None = None
     """cpu or cuda; null is cuda where there is one."""
 
 
-SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "stop")
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "stop", "compile")
 """What each text is written with."""
 
 

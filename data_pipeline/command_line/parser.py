@@ -134,13 +134,17 @@ _ONE_TYPE_OR_NULL = re.compile(
     r'Parser key "([^"]+)": Does not validate against any of the Union subtypes Subtypes: '
     r"\[(\S+ '\w+'>|typing\.Literal\[.*?\]), <class 'NoneType'>\] Errors: .* Given value: (.*)"
 )
+_WORDS_OR_ONE_TYPE = re.compile(
+    r'Parser key "([^"]+)": Does not validate against any of the Union subtypes Subtypes: '
+    r"\[(.*?)typing\.Literal\[([^\]]*)\](.*?)\] Errors: .* Given value: (.*)"
+)
 
 
 def _of_one_type(message: str) -> str | None:
     """Return in plain words what jsonargparse says of a value that has one type, or null; None of anything else."""
     found = _ONE_TYPE.fullmatch(message) or _ONE_TYPE_OR_NULL.fullmatch(message)
     if found is None:
-        return None
+        return _of_words_or_one_type(message)
     key, kind, value = found.groups()
     null = " or null" if found.re is _ONE_TYPE_OR_NULL else ""
     if words := _TYPES.get(kind):
@@ -149,6 +153,16 @@ def _of_one_type(message: str) -> str | None:
         return None
     known = [word.strip(" '\"") for word in choices[1].split(",")]
     return f"{key}={value} must be one of {', '.join(known)}{null}{suggestion(value, known)}"
+
+
+def _of_words_or_one_type(message: str) -> str | None:
+    """Return the same of a value that has one type or is a word, such as `auto`."""
+    found = _WORDS_OR_ONE_TYPE.fullmatch(message)
+    kind = found and _TYPES.get(f"{found[2]}{found[4]}".strip(", "))
+    if found is None or kind is None:
+        return None
+    words = found[3].replace("'", "")
+    return f"{found[1]}={found[5]} must be {words}{', ' if ' or ' in kind else ' or '}{kind}"
 
 
 def _near_miss(message: str, parser: jsonargparse.ArgumentParser) -> str:

@@ -76,5 +76,6 @@ def continue_prompts(
         prefill_chunk=min(PREFILL_CHUNK, batch_tokens),
         seeds=[continuation.seed for continuation in continuations],
         largest=largest,
+        compile=False,  # other shapes in every round, and perhaps a model that trains
     )
     return [completion.ids for (completion,) in found]

@@ -8,16 +8,25 @@ Shapes: B samples in a batch, T tokens, V vocab_size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from data_pipeline import Tokenizer
+from gptoss_dist.inference.compiled import Compile, decoder_for
 from gptoss_dist.inference.stops import GrowingText
-from gptoss_dist.model.generate import PREFILL_CHUNK, columns_of_chunk, prefill, warn_of_length, without_padding
+from gptoss_dist.model.generate import (
+    PREFILL_CHUNK,
+    LanguageModel,
+    cache_for,
+    columns_of_chunk,
+    prefill,
+    warn_of_length,
+    without_padding,
+)
 from gptoss_dist.model.kv_cache import KVCache
 from gptoss_dist.model.sampling import PLAIN, Sampling
 from gptoss_dist.model.transformer import GptOss
@@ -55,6 +64,8 @@ def complete(
     prefill_chunk: int = PREFILL_CHUNK,
     on_text: Callable[[int, str], None] | None = None,
     largest: Callable[[int], int] | None = None,
+    compile: Compile = "auto",
+    earlier_steps: int = 0,
 ) -> list[list[Completion]]:
     """Return n completions of each prompt, all made in one batch.
 
@@ -76,9 +87,13 @@ def complete(
         prefill_chunk: How many tokens, of all prompts together, pass the model at once.
         on_text: Called with the number of a sample and the next piece of its text, as it is written.
         largest: Returns the largest of the ranks' numbers, at every rank.
+        compile: Whether to compile the decoding step; `auto` does where it pays (`compiled.py`), and false is for
+            models that train.
+        earlier_steps: Tokens that earlier texts of as many samples and about the same length took, for `auto`.
 
     Raises:
-        ValueError: A prompt is empty or has ids unknown to the model, a setting is out of range, or logits are nan.
+        ValueError: A prompt is empty or has ids unknown to the model, a setting is out of range, logits are nan, or
+            the step cannot be compiled and `compile` is true.
     """
     _check(model, prompts, n, seeds, max_new_tokens, prefill_chunk)
     stops = _encoded(stop_texts, tokenizer, on_text)
@@ -88,13 +103,15 @@ def complete(
         for number, seed in enumerate(seeds)
     ]
     vocab_size = tokenizer.n_vocab if vocab_size is None and tokenizer is not None else vocab_size
-    was_training = model.training
+    used = (prompts, n) if samples else ([[0]], 1)
+    columns, steps = max(map(len, used[0])) + max_new_tokens, earlier_steps + max_new_tokens
+    decoder = decoder_for(model, compile, steps=steps, columns=columns, is_shared=largest is not None)
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
         if samples or largest is not None:
-            used = (prompts, n) if samples else ([[0]], 1)
-            batch = _Batch(model, *used, samples, max_new_tokens, prefill_chunk, largest)
-            batch.complete(sampling, vocab_size, max_new_tokens)
+            batch = _Batch(decoder, *used, samples, columns, prefill_chunk, largest, device)
+            batch.complete(sampling, vocab_size, max_new_tokens, logprobs)
     finally:
         model.train(was_training)
     done = [one.completion(logprobs) for one in samples]
@@ -194,37 +211,37 @@ class _Batch:
 
     def __init__(
         self,
-        model: GptOss,
+        decoder: LanguageModel,
         prompts: Sequence[Sequence[int]],
         n: int,
         samples: list[_Sample],
-        max_new_tokens: int,
+        columns: int,
         prefill_chunk: int,
         largest: Callable[[int], int] | None,
+        device: torch.device,
     ) -> None:
-        self.model, self.samples, self.largest = model, list(samples), largest or int
-        self.device = next(model.parameters()).device
+        self.decoder, self.samples, self.largest = decoder, list(samples), largest or int
         longest = max(map(len, prompts))
         padding = [longest - len(ids) for ids in prompts]
-        ids_BT = torch.tensor([[0] * pad + list(ids) for pad, ids in zip(padding, prompts)], device=self.device)
-        self.cache = KVCache(model.config, capacity=longest + max_new_tokens, padding=padding)
+        ids_BT = torch.tensor([[0] * pad + list(ids) for pad, ids in zip(padding, prompts)], device=device)
+        self.cache = cache_for(decoder, columns, padding)
         passes = -(-longest // columns_of_chunk(prefill_chunk, len(prompts)))
         behind = self.largest(passes) - passes
-        self.logits_BV = prefill(model, ids_BT, self.cache, prefill_chunk)
+        self.logits_BV = prefill(decoder, ids_BT, self.cache, prefill_chunk)
         for _ in range(behind):  # passes that the rank with the longest prompts still makes
-            model(ids_BT[:1, :1], cache=KVCache(model.config), last_only=True)
+            decoder(ids_BT[:1, :1], cache=KVCache(decoder.config), last_only=True)
         rows = [row for row in range(len(prompts)) for _ in range(n)]
         if n > 1:
             self.cache.select(rows)
             self.logits_BV = self.logits_BV[rows]
-        self.seen_BV = torch.zeros(self.logits_BV.shape, dtype=torch.bool, device=self.device)
+        self.seen_BV = torch.zeros(self.logits_BV.shape, dtype=torch.bool, device=device)
         for row, prompt in enumerate(rows):
             self.seen_BV[row, ids_BT[prompt, padding[prompt] :]] = True
 
-    def complete(self, sampling: Sampling, vocab_size: int | None, max_new_tokens: int) -> None:
+    def complete(self, sampling: Sampling, vocab_size: int | None, max_new_tokens: int, logprobs: bool) -> None:
         """Let the samples grow until all are finished, on all ranks."""
         for new in range(1, max_new_tokens + 1):
-            self.grow(sampling, vocab_size)
+            self.grow(sampling, vocab_size, logprobs)
             if not self.largest(len(self.unfinished())) or new == max_new_tokens:
                 return
             self.step()
@@ -233,8 +250,8 @@ class _Batch:
         """Return which rows go on."""
         return [row for row, one in enumerate(self.samples) if not one.stopped]
 
-    def grow(self, sampling: Sampling, vocab_size: int | None) -> None:
-        """Choose a token for each sample.
+    def grow(self, sampling: Sampling, vocab_size: int | None, logprobs: bool) -> None:
+        """Choose a token for each sample; without `logprobs` samples get logits for these.
 
         Raises:
             ValueError: Logits are nan.
@@ -250,22 +267,26 @@ class _Batch:
         self.next_B = sample(
             scores_BV, sampling.temperature, sampling.top_k, sampling.top_p, min_p=sampling.min_p, uniform_B=uniform_B
         )
-        logprob_B = logits_BV.gather(1, self.next_B.clamp(min=0)[:, None])[:, 0] - logits_BV.logsumexp(-1)
-        self.seen_BV.scatter_(1, self.next_B.clamp(min=0)[:, None], True)
+        next_B1 = self.next_B.clamp(min=0)[:, None]
+        if sampling.repetition_penalty != 1:
+            self.seen_BV.scatter_(1, next_B1, True)
+        logprob_B = logits_BV.gather(1, next_B1)[:, 0]
+        if logprobs:
+            logprob_B = logprob_B - logits_BV.logsumexp(-1)
         for one, token, logprob in zip(self.samples, self.next_B.tolist(), logprob_B.tolist()):
-            if token < 0 or logprob != logprob:
+            if token < 0 or not math.isfinite(logprob):
                 raise ValueError("the model's logits are nan: its weights are broken, or its training has diverged")
             if not one.stopped:
                 one.take(token, logprob)
 
     def step(self) -> None:
-        """Put the chosen tokens through the model, without samples that are finished if these are half of all."""
+        """Put the chosen tokens through the model, without samples that are finished if these are half of all.
+
+        For a compiled step the batch stays as large as it is: another size would be compiled anew.
+        """
         rows = self.unfinished()
-        if 0 < len(rows) <= len(self.samples) // 2:
+        if 0 < len(rows) <= len(self.samples) // 2 and not self.cache.fixed_shapes:
             self.cache.select(rows)
             self.samples = [self.samples[row] for row in rows]
             self.next_B, self.seen_BV = self.next_B[rows], self.seen_BV[rows]
-        self.logits_BV = self._forward(self.next_B)
-
-    def _forward(self, ids_B: Tensor) -> Tensor:
-        return self.model(ids_B[:, None], cache=self.cache, last_only=True)[:, -1]
+        self.logits_BV = self.decoder(self.next_B[:, None], cache=self.cache, last_only=True)[:, -1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,17 +10,24 @@ import torch
 
 from data_pipeline import Tokenizer
 from gptoss_dist.checkpoint import open_pretrained
+from gptoss_dist.inference.compiled import Compile
 from gptoss_dist.inference.generation import Completion, complete
+from gptoss_dist.model.generate import fixed_room
 from gptoss_dist.model.sampling import Sampling
 from gptoss_dist.model.transformer import GptOss
 
 
 class Session:
-    """A model, its tokenizer and a random state, which are kept between prompts; and the folder that they are from."""
+    """A model, its tokenizer and a random state, which are kept between prompts; and the folder that they are from.
+
+    It counts the tokens that it writes, so that the decoding step is compiled once so many are asked for that it pays.
+    """
 
     def __init__(self, model: GptOss, tokenizer: Tokenizer, folder: Path | None = None) -> None:
         self.model, self.tokenizer, self.folder = model, tokenizer, folder
         self.generator = torch.Generator()
+        self._steps: Counter[tuple[int, int]] = Counter()
+        """Decoding steps so far, by samples at once and the room of a cache."""
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | None = None) -> Session:
@@ -67,6 +75,7 @@ class Session:
         seeds: Sequence[int] | None = None,
         logprobs: bool = False,
         on_text: Callable[[int, str], None] | None = None,
+        compile: Compile = "auto",
         **sampling,
     ) -> list[list[Completion]]:
         """Continue each prompt n times, all in one batch, up to the end of text, a stop text, or `max_new_tokens`.
@@ -79,16 +88,20 @@ class Session:
             seeds: One of each sample, those of the first prompt first; by default the session's generator draws them.
             logprobs: Whether to return log-probabilities.
             on_text: Called with the number of a sample and pieces of its text as they are written.
+            compile: Whether to compile the decoding step; `auto` does once it pays, earlier texts of the session
+                included (`compiled.py`).
             **sampling: Those of `Sampling`.
 
         Raises:
-            ValueError: A setting is out of range, or logits are nan.
+            ValueError: A setting is out of range, logits are nan, or the step cannot be compiled and `compile` is true.
         """
         if seeds is None:
             seeds = torch.randint(2**62, (len(prompts) * n,), generator=self.generator).tolist()
-        return complete(
+        ids = [self.tokenizer.encode(prompt).tolist() or [self.tokenizer.eot_id] for prompt in prompts]
+        shape = len(prompts) * n, fixed_room(max(map(len, ids), default=0) + max_new_tokens)
+        found = complete(
             self.model,
-            [self.tokenizer.encode(prompt).tolist() or [self.tokenizer.eot_id] for prompt in prompts],
+            ids,
             Sampling(**sampling),
             max_new_tokens=max_new_tokens,
             stop_ids=[self.tokenizer.eot_id],
@@ -98,7 +111,11 @@ class Session:
             seeds=seeds,
             logprobs=logprobs,
             on_text=on_text,
+            compile=compile,
+            earlier_steps=self._steps[shape],
         )
+        self._steps[shape] += max((len(one.ids) for samples in found for one in samples), default=0)
+        return found
 
 
 def find_device(name: str | None) -> torch.device:

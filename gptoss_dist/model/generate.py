@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, V vocab_size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -29,8 +29,13 @@ PREFILL_CHUNK = 4096
 class LanguageModel(Protocol):
     """The part of a model that `generate` needs; `GptOss` has it, plain or sharded, and so may others."""
 
-    config: ModelConfig
-    training: bool
+    @property
+    def config(self) -> ModelConfig:
+        """The model's architecture."""
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is in training mode."""
 
     def __call__(self, input_ids_BT: Tensor, *, cache: KVCache, last_only: bool) -> Tensor:
         """Return logits [B, T or 1, V], and extend the cache in place."""
@@ -112,14 +117,22 @@ def _check_sizes(prompt: int, max_new_tokens: int) -> None:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more")
 
 
-def cache_for(model: LanguageModel, capacity: int) -> KVCache:
-    """Return an empty cache with room for so many columns, of fixed shapes if the model wants them.
+def cache_for(model: LanguageModel, capacity: int, padding: Sequence[int] | None = None) -> KVCache:
+    """Return an empty cache, of fixed shapes if the model wants them.
 
-    The room of the latter is a multiple of 256: what was compiled for one text serves others of about its length.
+    Args:
+        model: The model.
+        capacity: For how many columns there is to be room.
+        padding: That of `KVCache`.
     """
     if getattr(model, "fixed_shapes", False):
-        return KVCache(model.config, capacity=-(-capacity // 256) * 256, fixed_shapes=True)
-    return KVCache(model.config, capacity=capacity)
+        return KVCache(model.config, capacity=fixed_room(capacity), padding=padding, fixed_shapes=True)
+    return KVCache(model.config, capacity=capacity, padding=padding)
+
+
+def fixed_room(capacity: int) -> int:
+    """Return the room of a cache of fixed shapes: what was compiled for one text serves others of about its length."""
+    return -(-capacity // 256) * 256
 
 
 def prefill(model: LanguageModel, input_ids_BT: Tensor, cache: KVCache, chunk: int = PREFILL_CHUNK) -> Tensor:

@@ -105,8 +105,8 @@ class KVCache:
             raise ValueError("a key/value cache has no gradient; call the model inside of torch.no_grad()")
         (B, T), device = input_ids_BT.shape, input_ids_BT.device
         self._check(B, T)
-        if self.padding is not None and self._first_B is None:
-            self._first_B = torch.tensor(self.padding, device=device)
+        if self._first_B is None and (self.padding is not None or self.fixed_shapes):
+            self._first_B = torch.tensor(self.padding or (0,) * B, device=device)
         start, self.length = self.length, self.length + T
         if self.fixed_shapes:
             if self.column_1 is None:
@@ -153,12 +153,11 @@ class KVCache:
         return step
 
     def _fixed_step(self, column_1: Tensor) -> Step:
-        assert self.capacity is not None
-        step = Step(column_1, 1, self.padding, self.window)
+        """Return the step of one token whose tensors have the same shapes with padding and without."""
+        assert self.capacity is not None and self._first_B is not None
+        step = Step(column_1, 1, None, self.window)
         key_S = torch.arange(self.capacity, device=column_1.device)
-        visible_BS = (key_S <= column_1)[None]
-        if self._first_B is not None:
-            visible_BS = visible_BS & (key_S >= self._first_B[:, None])
+        visible_BS = (key_S <= column_1) & (key_S >= self._first_B[:, None])
         step.full_mask = visible_BS[:, None]
         step.sliding_mask = self._ring_mask(column_1)
         return step
@@ -174,8 +173,9 @@ class KVCache:
         """Keep these rows in this order; a row that is named more than once is copied."""
         for layer in self.layers:
             layer.select(rows)
+        self._first_B = None
         if self.padding is not None:
-            self.padding, self._first_B = tuple(self.padding[row] for row in rows), None
+            self.padding = tuple(self.padding[row] for row in rows)
 
 
 @dataclass
@@ -358,4 +358,5 @@ class SlidingCache(_Buffers):
         until_end = min(n, self.window - slot)
         for ring, new in zip(self.buffers, (k_BKTC, v_BKTC)):
             ring[:, :, slot : slot + until_end] = new[:, :, T - n : T - n + until_end]
-            ring[:, :, : n - until_end] = new[:, :, T - n + until_end :]
+            if until_end < n:
+                ring[:, :, : n - until_end] = new[:, :, T - n + until_end :]

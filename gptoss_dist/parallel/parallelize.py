@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from typing import Any, cast
 
 import torch
@@ -17,6 +15,7 @@ from gptoss_dist.config import ParallelConfig, TrainConfig
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.ops.backends import AUTO, BF16_ONLY
+from gptoss_dist.ops.compiler import missing_compiler
 from gptoss_dist.ops.experts.grouped_experts import BACKENDS
 from gptoss_dist.ops.precision import DTYPES
 from gptoss_dist.parallel.context import split_sequences
@@ -85,13 +84,8 @@ def check_compiler(on_cuda: bool) -> None:
     Raises:
         ValueError: There is none.
     """
-    variable, usual = ("CC", ("gcc", "clang")) if on_cuda else ("CXX", ("g++", "clang++"))
-    wanted = (os.environ[variable],) if os.environ.get(variable) else usual
-    if not any(shutil.which(name.split()[0]) for name in wanted if name.strip()):
-        raise ValueError(
-            f"train.compile=True needs a compiler, and there is no {' or '.join(wanted)}; install one, name it in "
-            f"{variable}, or set --train.compile false"
-        )
+    if problem := missing_compiler(on_cuda):
+        raise ValueError(f"train.compile=True {problem} or set --train.compile false")
 
 
 def place_experts(model: GptOss, precision: str, parallel: ParallelConfig, meshes: Meshes) -> Exchange | None:

@@ -113,6 +113,7 @@ def _continue(run: Run, prompts: list[list[int]]) -> list[list[int]]:
             max_new_tokens=settings.max_new_tokens,
             vocab_size=run.data.training.mixture.tokenizer.n_vocab,
             seeds=[run.config.run.seed + number for number in range(len(prompts))],
+            compile=False,
         )
     return [ids + one.ids for ids, (one,) in zip(prompts, found)]
 

@@ -8,7 +8,8 @@ transformers attends by `eager` where a model has sinks and runs on a CPU. Its e
 (`eager`), by torch's grouped products (`grouped_mm`), or in one batched product on copies of the chosen weights
 (`batched_mm`), to which transformers itself changes for decoding where it is not on a CPU; here it does so on the CPU
 too. `static` has a cache of fixed size and a decoding step under torch.compile. Compilation falls into the first round,
-which no figure contains; `--compile` measures our compiled step too.
+which no figure contains. Ours is what `generate.py` calls, which compiles nothing for so few tokens; `--compile`
+measures the compiled step too.
 
 The text of all must be the same in float32. In bf16 each rounds where it likes, and how many tokens agree is printed.
 """
@@ -235,18 +236,34 @@ def dtype_of(arguments: argparse.Namespace):
 
 def ours(arguments: argparse.Namespace) -> Callable:
     """Return our greedy generation: (prompts, new tokens, what to call after each token) -> prompts and new tokens."""
+    import torch
+
     from gptoss_dist.checkpoint import open_pretrained
     from gptoss_dist.distributed.processes import init_distributed
-    from gptoss_dist.inference.compiled import CompiledDecoding
-    from gptoss_dist.model.generate import generate
+    from gptoss_dist.inference import GREEDY, complete
 
-    init_distributed()  # memory is kept, as in training and in generate.py
+    class Letters:
+        """Stands in for a tokenizer, without which there is no text to show: every token is a letter."""
+
+        n_vocab = None
+
+        def decode_bytes(self, ids):
+            return b"x" * len(ids)
+
+    init_distributed()  # memory is kept, as in training
     model = open_pretrained(arguments.export).build(dtype_of(arguments), "cpu").eval()
 
-    stand_in = CompiledDecoding(model) if arguments.worker == COMPILED else model
-
     def run(prompts, new, on_token):
-        return generate(stand_in, prompts, max_new_tokens=new, temperature=0.0, on_token=lambda _: on_token())
+        found = complete(
+            model,
+            prompts.tolist(),
+            GREEDY,
+            max_new_tokens=new,
+            tokenizer=Letters(),
+            on_text=lambda number, _: None if number else on_token(),
+            compile=True if arguments.worker == COMPILED else "auto",
+        )
+        return torch.cat([prompts, torch.tensor([one.ids for (one,) in found])], dim=1)
 
     return run
 

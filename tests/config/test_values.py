@@ -178,6 +178,7 @@ def test_what_was_meant(argv, meant):
         (["--train.steps", "x"], "train.steps=x must be a whole number"),
         (["--optim.lr", "abc"], "optim.lr=abc must be a number"),
         (["--train.compile", "5"], "train.compile=5 must be true or false"),
+        (["--parallel.expert_parallel", "most"], "parallel.expert_parallel=most must be auto or a whole number"),
         (["--optim.betas", "x"], "optim.betas=x must be a list, as [1, 2]"),
         (["--train.precision", "fp8"], "train.precision=fp8 must be one of fp32, bf16"),
     ],

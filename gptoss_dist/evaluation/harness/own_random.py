@@ -38,8 +38,8 @@ def own_random_numbers(seed: int) -> Iterator[None]:
     """
     own, of_numpy, of_torch = random.Random(seed), np.random.RandomState(seed), torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
-        stack.enter_context(_diverted(random, _bound_to(random, random._inst), own))  # type: ignore[attr-defined]
-        shared = np.random.mtrand._rand  # type: ignore[attr-defined]
+        stack.enter_context(_diverted(random, _bound_to(random, random._inst), own))
+        shared = np.random.mtrand._rand
         stack.enter_context(_diverted(np.random, {"seed", *_bound_to(np.random, shared)}, of_numpy))
         stack.enter_context(_diverted(torch, {"manual_seed", "seed", "initial_seed"}, of_torch))
         stack.enter_context(_Drawing(of_torch))

@@ -125,6 +125,7 @@ def answers(model: GptOss, tokenizer: Tokenizer, trials: Sequence[Trial]) -> lis
         max_new_tokens=max(trial.max_new_tokens for trial in trials),
         stop_ids=[tokenizer.eot_id],
         tokenizer=tokenizer,
+        compile=False,  # an answer is a few tokens
     )
     return [completion.text or "" for (completion,) in found]
 
