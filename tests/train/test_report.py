@@ -46,8 +46,9 @@ def test_samples_of_any_text_are_kept_under_an_ascii_locale(tmp_path, monkeypatc
 def test_a_run_ends_with_its_report(tmp_path, status, words, capsys):
     report = open_report(tmp_path)
     report.tracker.log(3, {"loss/train": 1.25})
-    report.goes_on = status == "rewind"
-    report.close("KILLED" if report.goes_on else status)
+    if status == "rewind":
+        report.rewound(dict(first=8, end=16, order="a", step=3, rewound_to=2, reason="a spike"))
+    report.close("KILLED" if status == "rewind" else status)
     page, said = tmp_path / "report.html", capsys.readouterr().err
     assert page.exists() == (words is not None) == ("the run's report is" in said)
     if words:
