@@ -240,7 +240,7 @@ class Report:
     def _skipped(self, step: int, position: int, metrics: dict[str, float]) -> None:
         loss, norm = metrics["loss/train"], metrics["optim/grad_norm"]
         samples = "" if self._position is None else f"; samples {self._position:,} to {position - 1:,} taught nothing"
-        self.event(step, "skipped", f"step {step} was skipped: loss {loss:.4g}, gradient norm {norm:.4g}{samples}")
+        self.event(step, "skipped", f"no update: loss {loss:.4g}, gradient norm {norm:.4g}{samples}")
 
     def validation(self, step: int, loss: float, by_source: dict[str, float]) -> None:
         """Record a validation loss, and that of each source if there are several, and redraw the plots."""

@@ -13,7 +13,7 @@ from gptoss_dist.tracking.records import Event
 MOST_EVENTS = 20
 MOST_CHARACTERS = 4000
 """MLflow takes tags of 5,000; the rest is for what people add."""
-_MOST_SETTINGS, _MOST_VALUE, _MOST_TEXT = 15, 60, 240
+_MOST_SETTINGS, _MOST_VALUE, _MOST_TEXT, _MOST_STEPS = 15, 60, 240, 5
 _EVENTS_SHOWN_APART = ("checkpoint",)
 """Kinds of which only the last is told: they come often."""
 
@@ -54,7 +54,7 @@ def render(facts: RunFacts, standing: Standing, events: Sequence[Event]) -> str:
     while True:
         text = "\n".join(
             [
-                _headline(facts),
+                *_headline(facts, standing, kept),
                 "",
                 *_table(facts, standing, checkpoints),
                 "",
@@ -68,50 +68,71 @@ def render(facts: RunFacts, standing: Standing, events: Sequence[Event]) -> str:
         shown, settings = (shown - 1, settings) if shown > 3 or not settings else (shown, settings - 1)
 
 
-def _headline(facts: RunFacts) -> str:
+def _headline(facts: RunFacts, now: Standing, events: Sequence[Event]) -> list[str]:
+    """Return what MLflow shows of a note before one asks for more: five lines."""
     count = facts.parameters
-    sizes = f"{in_millions(count.total)} parameters, {in_millions(count.active)} active per token"
-    return f"**{facts.name}**: {facts.model}; {sizes}; trained on {data_text(facts.data)}."
+    sizes = f"{in_millions(count.total)} parameters, {in_millions(count.active)} active"
+    share = f" ({100 * now.step / facts.steps:.0f} %)" if facts.steps else ""
+    return [
+        f"**{facts.name}**: {facts.model}; {sizes}; {data_text(facts.data)}",
+        "",
+        f"- **{now.state}**, step {now.step:,} of {facts.steps:,}{share}, as of {_clock(now.time)}",
+        f"- {_losses(now)}",
+        f"- {now.tokens:,} tokens, {now.exaflops:.4g} exaFLOPs, {_hours(now.gpu_hours)} device-hours{_speed(now)}",
+        *_happened(events, now.skipped_steps),
+    ]
+
+
+def _losses(now: Standing) -> str:
+    training = "" if now.train_loss is None else f"; training {now.train_loss:.4f} (mean of {now.averaged_steps} steps)"
+    if now.best is None or now.last is None:
+        return f"validation loss: none yet{training}"
+    best = f"best **{now.best[0]:.4f}** at step {now.best[1]:,}"
+    last = "" if now.last == now.best else f", last {now.last[0]:.4f} at step {now.last[1]:,}"
+    return f"validation loss {best}{last}{training}"
+
+
+def _speed(now: Standing) -> str:
+    if now.tokens_per_s is None:
+        return ""
+    mfu = "" if now.mfu is None else f", MFU {100 * now.mfu:.1f} %"
+    return f"; {now.tokens_per_s:,.0f} tokens/s{mfu}"
+
+
+def _happened(events: Sequence[Event], skipped_steps: int) -> list[str]:
+    """Return a line about what a person looks for in a curve that bends; none if nothing happened."""
+    named = {"resume": "resumed after step", "rewind": "went back at step", "data": "data changed at step"}
+    told = []
+    for kind, words in named.items():
+        if steps := [f"{event.step:,}" for event in events if event.kind == kind]:
+            told.append(f"{words} {_some(steps)}")
+    steps = [f"{event.step:,}" for event in events if event.kind == "skipped"]
+    if steps or skipped_steps:
+        told.append(f"{skipped_steps} skipped" + (f": step {_some(steps)}" if steps else ""))
+    return [f"- {'; '.join(told)}"] if told else []
+
+
+def _some(steps: list[str]) -> str:
+    return ", ".join(steps[-_MOST_STEPS:]) + (
+        f" and {len(steps) - _MOST_STEPS} more" if len(steps) > _MOST_STEPS else ""
+    )
 
 
 def _table(facts: RunFacts, now: Standing, checkpoints: list[Event]) -> list[str]:
-    share = f" ({100 * now.step / facts.steps:.0f} %)" if facts.steps else ""
     rows = [
-        ("state", f"**{now.state}**, as of {_clock(now.time)}"),
-        ("step", f"{now.step:,} of {facts.steps:,}{share}"),
-        ("validation loss", _validation(now)),
-        ("training loss", _training(now)),
-        ("tokens", f"{now.tokens:,}; {facts.tokens_per_step:,} a step"),
-        ("compute", f"{now.exaflops:.4g} exaFLOPs; {_hours(now.gpu_hours)} device-hours in {_hours(now.hours)} h"),
-        ("speed", _speed(now)),
-        ("skipped steps", str(now.skipped_steps)),
         ("layout", f"{facts.layout}, {facts.precision}"),
         ("devices", facts.devices),
         ("data", data_text(facts.data)),
+        ("tokens a step", f"{facts.tokens_per_step:,}"),
+        ("hours", f"{_hours(now.hours)}, of {_hours(now.gpu_hours)} device-hours"),
+        ("MFU counts", MFU_CONVENTION),
         ("checkpoint", _cell(checkpoints[-1].text) if checkpoints else "none yet"),
         ("folder", f"`{facts.folder}`"),
         ("code", f"`{facts.revision}`"),
     ]
     if facts.sweep:
-        rows.insert(1, ("sweep", facts.sweep))
+        rows.insert(0, ("sweep", facts.sweep))
     return ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows)]
-
-
-def _validation(now: Standing) -> str:
-    if now.best is None or now.last is None:
-        return "none yet"
-    return f"best **{now.best[0]:.4f}** at step {now.best[1]:,}; last {now.last[0]:.4f} at step {now.last[1]:,}"
-
-
-def _training(now: Standing) -> str:
-    return "none yet" if now.train_loss is None else f"{now.train_loss:.4f}, mean of {now.averaged_steps} steps"
-
-
-def _speed(now: Standing) -> str:
-    if now.tokens_per_s is None:
-        return "none yet"
-    mfu = "" if now.mfu is None else f"; MFU {100 * now.mfu:.1f} % ({MFU_CONVENTION})"
-    return f"{now.tokens_per_s:,.0f} tokens/s{mfu}"
 
 
 def _events(events: list[Event], shown: int) -> list[str]:

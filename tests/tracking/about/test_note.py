@@ -1,6 +1,7 @@
 """The note of a run: what it says, and that it stays short."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
@@ -59,16 +60,18 @@ def test_it_says_what_the_run_is_and_how_it_stands():
         Event(1.7e9, 137, "skipped", "loss nan |\n gradient norm inf"),
     ]
     note = render(FACTS, NOW, events)
-    first = note.splitlines()[0]
+    first, _, state, losses, costs, happened = note.splitlines()[:6]
     assert "9.7M parameters, 3.1M active" in first and "web 70 %, code 30 %" in first
+    assert state.startswith("- **running**, step 150 of 200 (75 %), as of ")
+    best = "validation loss best **4.1250** at step 100, last 4.5000 at step 150"
+    assert losses == f"- {best}; training 4.2500 (mean of 20 steps)"
+    costs_before, speed = costs.split("; ")
+    assert costs_before == "- 307,200 tokens, 6.144e-06 exaFLOPs, 1.00 device-hours"
+    assert speed == "1,234 tokens/s, MFU 12.5 %"
+    assert happened == "- 1 skipped: step 137"
     table = rows(note)
-    assert table["state"].startswith("**running**, as of ")
-    assert table["step"] == "150 of 200 (75 %)"
-    assert table["validation loss"] == "best **4.1250** at step 100; last 4.5000 at step 150"
-    assert table["training loss"] == "4.2500, mean of 20 steps"
-    assert table["tokens"] == "307,200; 2,048 a step"
-    assert table["compute"] == "6.144e-06 exaFLOPs; 1.00 device-hours in 0.50 h"
-    assert table["speed"].startswith("1,234 tokens/s; MFU 12.5 % (model FLOPs: ")
+    assert table["tokens a step"] == "2,048" and table["hours"] == "0.50, of 1.00 device-hours"
+    assert table["MFU counts"].startswith("model FLOPs: ")
     assert table["checkpoint"] == "step_00000100"
     assert table["devices"] == "2 processes on 1 machine, CPU x 2 cores"
     told = [line for line in note.splitlines() if line.startswith("- step")]
@@ -82,8 +85,25 @@ def test_it_says_what_the_run_is_and_how_it_stands():
 
 def test_it_says_what_is_not_known_yet():
     now = Standing(state="running", time=0.0, step=0, tokens=0, exaflops=0.0, hours=0.0, gpu_hours=0.0)
-    table = rows(render(dataclasses.replace(FACTS, processes=1, changed={}), now, []))
-    assert [table[name] for name in ("validation loss", "training loss", "speed", "checkpoint")] == ["none yet"] * 4
+    note = render(dataclasses.replace(FACTS, processes=1, changed={}), now, [])
+    assert note.splitlines()[2:5] == [
+        f"- **running**, step 0 of 200 (0 %), as of {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(0))}",
+        "- validation loss: none yet",
+        "- 0 tokens, 0 exaFLOPs, 0.00 device-hours",
+    ]
+    assert rows(note)["checkpoint"] == "none yet"
+
+
+def test_what_bends_a_curve_is_told_first():
+    events = [Event(1.7e9, step, "skipped", "") for step in range(1, 9)]
+    events += [Event(1.7e9, 1_100, "resume", ""), Event(1.7e9, 40, "rewind", ""), Event(1.7e9, 50, "data", "")]
+    now = dataclasses.replace(NOW, last=(4.125, 100), skipped_steps=8)
+    lines = render(FACTS, now, events).splitlines()
+    assert lines[3].startswith("- validation loss best **4.1250** at step 100; training")
+    assert lines[5] == (
+        "- resumed after step 1,100; went back at step 40; data changed at step 50; "
+        "8 skipped: step 4, 5, 6, 7, 8 and 3 more"
+    )
 
 
 @pytest.mark.parametrize("length", [5, 230, 5000])

@@ -116,7 +116,7 @@ def test_files_of_all_nodes_arrive_once_and_torn_lines_later(tmp_path, client, s
     for _ in range(2):
         sync(run_dir)
     with (folder / "n1.jsonl").open("a") as file:
-        file.write('ics": {"%s": 51.0}}\n' % KEY)
+        file.write(f'ics": {{"{KEY}": 51.0}}}}\n')
     run_id = sync(run_dir)
     assert history(client, run_id, KEY) == [*((step, 50.0) for step in range(40)), (40, 51.0)]
     assert len(history(client, run_id, KEY.replace("n1", "n2"))) == 40
