@@ -204,7 +204,7 @@ def _name(options: CompareOptions, runs: list[ComparedRun]) -> str:
     if options.experiment:
         return f"{options.experiment}: {len(runs)} runs"
     names = [run.name for run in runs]
-    return " and ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more"
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) < 5 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _output_folder(options: CompareOptions) -> Path:
