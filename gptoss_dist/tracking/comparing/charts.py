@@ -17,8 +17,8 @@ from gptoss_dist.tracking.pages.thinning import MOST_POINTS, rounded, thin
 _ALL_POINTS = 40_000
 """Of all runs together: beyond that a page gets slow."""
 _FEWEST_POINTS = 120
-_WITH_RAW = 12
-"""Runs, at most, whose raw losses are drawn; more would hide each other."""
+MOST_WITH_DETAILS = 12
+"""Runs, at most, whose raw losses and validations are drawn; more would hide each other."""
 _MOST_WORDS = 6
 """Events of a run that are named where they are."""
 _DASHES = ("solid", "dash", "dot", "dashdot")
@@ -44,7 +44,7 @@ def loss_figure(runs: list[ComparedRun]) -> dict[str, Any]:
         rows = np.searchsorted(run.steps, x.astype(np.int64))
         line = _line(number)
         most = _points(len(runs))
-        if len(runs) <= _WITH_RAW:
+        if len(runs) <= MOST_WITH_DETAILS:
             thinned = thin(y, most // 2)
             if thinned.is_whole:
                 at, raw = thinned.last, thinned.mean
@@ -55,7 +55,7 @@ def loss_figure(runs: list[ComparedRun]) -> dict[str, Any]:
         smooth = smooth_curve(x, y, x[at], _half_widths(x[at], len(x)))
         visible.append(smooth[len(smooth) // 20 :])
         traces.add(run, rows[at], smooth, mode="lines", line={**line, "width": 2}, legend=True)
-        if len(validated := _add_validations(traces, run, line)):
+        if len(runs) <= MOST_WITH_DETAILS and len(validated := _add_validations(traces, run, line)):
             visible.append(validated)
         _add_events(traces, run, rows[at], smooth, line)
     layout = traces.layout("loss (nats)")
@@ -67,7 +67,7 @@ def loss_figure(runs: list[ComparedRun]) -> dict[str, Any]:
 
 
 def metric_figure(runs: list[ComparedRun], metric: str, words: str) -> dict[str, Any] | None:
-    """Return the smoothed curves of another metric; None if no run logged it."""
+    """Return the smoothed curves of another metric, in the colours of `loss_figure`; None if no run logged it."""
     traces = _Traces(runs)
     for number, run in enumerate(runs):
         x, y = run.curve(metric, "steps")
@@ -75,7 +75,7 @@ def metric_figure(runs: list[ComparedRun], metric: str, words: str) -> dict[str,
             at = thin(y, min(400, _points(len(runs)))).last
             smooth = smooth_curve(x, y, x[at], _half_widths(x[at], len(x)))
             rows = np.searchsorted(run.steps, x[at].astype(np.int64))
-            traces.add(run, rows, smooth, mode="lines", line={**_line(number), "width": 2}, legend=True)
+            traces.add(run, rows, smooth, mode="lines", line={**_line(number), "width": 2})
     return {"data": traces.data, "layout": traces.layout(words)} if traces.data else None
 
 
@@ -132,7 +132,8 @@ class _Traces:
         """Add a trace of a run, at rows of it."""
         for axis in self._axes:
             self._places[axis].append(rounded(run.axis(axis)[rows]))
-        trace = {"y": rounded(y), "name": run.name, "legendgroup": run.name, "showlegend": legend, **style}
+        name = run.name.replace("<", "&lt;")  # plotly.js takes some tags for its own
+        trace = {"y": rounded(y), "name": name, "legendgroup": name, "showlegend": legend, **style}
         self.data.append({"x": self._places[self._axes[0]][-1], **trace})
 
     def layout(self, words: str) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def analyse(runs: list[ComparedRun], summaries: list[RunSummary], options: Compa
             notes.append(f"Losses at equal {words} are not known: fewer than two runs recorded them.")
         else:
             tables.append(table)
-    spoiled = any(reason.spoils_training for reason in reasons)
+    spoiled = any(reason.spoils_losses for reason in reasons)
     judgements = [] if spoiled else _judge(runs, summaries, groups, names, tables, notes)
     fit, note = (None, "") if spoiled and options.fit == "auto" else _fit(runs, options)
     return Comparison(

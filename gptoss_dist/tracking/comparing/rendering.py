@@ -318,12 +318,10 @@ def _method() -> Part:
 
 
 def _curves(runs: list[ComparedRun]) -> str:
-    body = paragraphs_html(
-        [
-            "Faint: each step. Lines: smoothed. Points on dotted lines: validations. Crosses: events. A click on a "
-            "name hides it."
-        ]
-    )
+    legend = "Lines: smoothed. Crosses: events. A click on a name hides it; the curves below have the same colours."
+    if len(runs) <= charts.MOST_WITH_DETAILS:
+        legend = f"Faint: each step. Points on dotted lines: validations. {legend}"
+    body = paragraphs_html([legend])
     body += figure_html(charts.loss_figure(runs), height=560)
     for metric, words in (
         ("optim/grad_norm", "gradient norm"),

@@ -143,10 +143,10 @@ def test_losses_that_cannot_be_compared_are_not():
         if other.config["model.vocab_size"] == "512":
             other.dataset["digest"] = "e"
         (doubt,) = doubts([made_up("a"), other])
-        assert doubt.spoils_training and "bits per byte" in doubt.text and "not comparable" in doubt.text
+        assert doubt.spoils_losses and "bits per byte" in doubt.text and "not comparable" in doubt.text
     assert not doubts([made_up("a"), made_up("b")])
     (doubt,) = doubts([made_up("a", **{"train.steps": "10"}), made_up("b", **{"train.steps": "20"})])
-    assert not doubt.spoils_training and "schedules" in doubt.text
+    assert not doubt.spoils_losses and "schedules" in doubt.text
 
 
 def test_runs_of_one_name_get_names_of_their_own():
