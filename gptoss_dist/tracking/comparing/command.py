@@ -147,7 +147,7 @@ def _judge(
             found.append((table.axis, judgement))
         else:
             notes.append(f"No two configurations got to the last place in {table.words}.")
-        if table.axis == "tokens" and (validated := judge_validation(groups, names, table, "loss/val")):
+        if table.axis == "tokens" and (validated := judge_validation(runs, groups, names, table, "loss/val")):
             found.append((table.axis, validated))
     return found
 
