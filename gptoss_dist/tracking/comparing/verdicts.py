@@ -140,8 +140,8 @@ def _judge(
         if index == best:
             continue
         if noise is not None:
-            std, freedom = noise.used
-            gap, error = means[index] - means[best], std * math.sqrt(1 / len(group) + 1 / len(kept[best][0]))
+            gap, freedom = means[index] - means[best], float(noise.used[1])
+            error = noise.used[0] * math.sqrt(1 / len(group) + 1 / len(kept[best][0]))
         elif difference is not None:
             found = difference(kept[best][0][0], group[0])
             gap, error, freedom = found.value, found.error, found.freedom
