@@ -8,7 +8,7 @@ import pytest
 from gptoss_dist.tracking.comparing.differences import differences, doubts, labels, replicas
 from gptoss_dist.tracking.comparing.equal import equal_table
 from gptoss_dist.tracking.comparing.runs import ComparedRun, Series, with_own_names
-from gptoss_dist.tracking.comparing.verdicts import judge_training, judge_validation, sentences
+from gptoss_dist.tracking.comparing.verdicts import judge_training, judge_validation, sentences, t_quantile
 from tests.support.recorded_runs import law, noise
 
 
@@ -170,3 +170,16 @@ def test_losses_that_cannot_be_compared_are_not():
 def test_runs_of_one_name_get_names_of_their_own():
     runs = [made_up("x"), made_up("x"), made_up("y")]
     assert [run.name for run in with_own_names(runs)] == ["runs/x", "runs/x (2)", "y"]
+
+
+def test_quantiles_are_those_of_tables():
+    """Of Student's t: M. Abramowitz and I. Stegun, Handbook of Mathematical Functions, table 26.10, and scipy's."""
+    from scipy.special import stdtrit
+
+    assert t_quantile(0.975, 3) == pytest.approx(3.182, abs=5e-4) and t_quantile(0.995, 10) == pytest.approx(
+        3.169, abs=5e-4
+    )
+    for freedom in (1, 1.5, 2, 3.7, 14.2, 300, 5e4, 1e9):
+        for probability in (0.6, 0.9, 0.975, 0.9999, 1 - 1e-7):
+            expected = float(stdtrit(min(freedom, 1e7), probability))
+            assert t_quantile(probability, freedom) == pytest.approx(expected, rel=1e-5)
