@@ -107,7 +107,7 @@ def analyse(runs: list[ComparedRun], summaries: list[RunSummary], options: Compa
             notes.append(f"Losses at equal {words} are not known: fewer than two runs recorded them.")
         else:
             tables.append(table)
-    spoiled = any(reason.spoils_training for reason in reasons)
+    spoiled = any(reason.spoils_losses for reason in reasons)
     judgements = [] if spoiled else _judge(runs, summaries, groups, names, tables, notes)
     fit, note = (None, "") if spoiled and options.fit == "auto" else _fit(runs, options)
     return Comparison(
@@ -147,7 +147,7 @@ def _judge(
             found.append((table.axis, judgement))
         else:
             notes.append(f"No two configurations got to the last place in {table.words}.")
-        if table.axis == "tokens" and (validated := judge_validation(groups, names, table, "loss/val")):
+        if table.axis == "tokens" and (validated := judge_validation(runs, groups, names, table, "loss/val")):
             found.append((table.axis, validated))
     return found
 
@@ -204,7 +204,7 @@ def _name(options: CompareOptions, runs: list[ComparedRun]) -> str:
     if options.experiment:
         return f"{options.experiment}: {len(runs)} runs"
     names = [run.name for run in runs]
-    return " and ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more"
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) < 5 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _output_folder(options: CompareOptions) -> Path:

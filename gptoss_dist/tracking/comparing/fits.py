@@ -105,17 +105,7 @@ def fit_law(names: list[str], compute: np.ndarray, loss: np.ndarray) -> Fit:
         ValueError: There are too few points, or too narrow ones, or losses do not fall with compute.
     """
     compute, loss = np.asarray(compute, float), np.asarray(loss, float)
-    levels = len(np.unique(np.round(np.log(compute), 3))) if len(compute) else 0
-    if len(compute) < FEWEST_POINTS or levels < 4:
-        raise ValueError(
-            f"no power law is fitted: it takes {FEWEST_POINTS} runs or more that took 4 different amounts of compute, "
-            f"and there are {len(compute)} that took {levels}"
-        )
-    if compute.max() < NARROWEST * compute.min():
-        raise ValueError(
-            f"no power law is fitted: the largest compute is {compute.max() / compute.min():.3g} times the smallest, "
-            f"and below {NARROWEST:g} times a law cannot be told from a line"
-        )
+    check_compute(compute)
     unit = math.exp(float(np.log(compute).mean()))
     alpha = np.geomspace(*_EXPONENTS, _COARSE)
     squares = _lines(alpha, compute / unit, loss).squares
@@ -141,6 +131,28 @@ def fit_law(names: list[str], compute: np.ndarray, loss: np.ndarray) -> Fit:
         math.sqrt(least / freedom),
         grid,
     )
+
+
+def check_compute(compute: np.ndarray) -> None:
+    """Check that there are enough points for a law, and that they are wide enough.
+
+    Args:
+        compute: float64 [n], exaFLOPs.
+
+    Raises:
+        ValueError: There are not, or they are not.
+    """
+    levels = len(np.unique(np.round(np.log(compute), 3))) if len(compute) else 0
+    if len(compute) < FEWEST_POINTS or levels < 4:
+        raise ValueError(
+            f"no power law is fitted: it takes {FEWEST_POINTS} runs or more that took 4 different amounts of compute, "
+            f"and there are {len(compute)} that took {levels}"
+        )
+    if compute.max() < NARROWEST * compute.min():
+        raise ValueError(
+            f"no power law is fitted: the largest compute is {compute.max() / compute.min():.3g} times the smallest, "
+            f"and below {NARROWEST:g} times a law cannot be told from a line"
+        )
 
 
 @dataclass(frozen=True)
@@ -207,9 +219,13 @@ def final_points(runs: list[ComparedRun], only_best: bool) -> tuple[list[str], n
 
     Returns:
         Names, exaFLOPs [n] and losses [n], in order of compute.
+
+    Raises:
+        ValueError: Even all runs would be too few or too narrow.
     """
     curves = [(run, *run.curve(TRAIN, "exaflops")) for run in runs]
     curves = sorted(((run, x, y) for run, x, y in curves if len(x) and x[-1] > 0), key=lambda item: float(item[1][-1]))
+    check_compute(np.array([x[-1] for _, x, _ in curves]))  # before many runs are compared with each other
     points = []
     for run, x, y in curves:
         end = float(x[-1])

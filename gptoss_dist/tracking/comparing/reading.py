@@ -34,7 +34,7 @@ from gptoss_dist.tracking.records import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
-_AXIS_METRICS = ("progress/tokens", "progress/exaflops", "progress/gpu_hours")
+_AXIS_METRICS = ("progress/tokens", "progress/exaflops", "progress/hours", "progress/gpu_hours")
 _LONGEST_PAUSE_S = 600.0
 """Between two points of a run in MLflow: what is longer is taken for a pause between two processes."""
 _PAGE = 1000
@@ -221,7 +221,7 @@ def _axes(
     if np.isnan(exaflops).all():
         typed = {key: _typed(value) for key, value in config.items()}
         exaflops = tokens * _number(tags.get("flops_per_token"), training_flops(typed) or math.nan) / 1e18
-    hours = _filled(columns.get("progress/gpu_hours"), len(times)) / _number(tags.get("world_size"), math.nan)
+    hours = _filled(columns.get("progress/hours"), len(times))
     if np.isnan(hours).all() and len(times):
         gaps = np.maximum(np.diff(times, prepend=times[0]), 0)
         hours = np.cumsum(np.where(gaps < _LONGEST_PAUSE_S, gaps, 0)) / 3600

@@ -66,10 +66,11 @@ class Columns(Mapping[str, np.ndarray]):
         ]
         alive, self.resumes = _final_branch(step, resumes)
         steps = step[alive].astype(np.int64)
-        # Several lines of one step are one row; `at` says which row each line belongs to.
         self.steps, at = np.unique(steps, return_inverse=True)
         """Steps in order, int64 [N]."""
-        self._alive, self._at = alive, at
+        # Several lines of one step are one row; this says which row each line belongs to, if it belongs to any.
+        self._row_of = np.full(len(step), -1)
+        self._row_of[alive] = at
         self.line_times = self._lines(_TIME)
         """Seconds since 1970 of all lines in the order of the file, those of abandoned branches too; NaN where a line
         has none."""
@@ -121,9 +122,8 @@ class Columns(Mapping[str, np.ndarray]):
     def _rows(self, lines: np.ndarray) -> np.ndarray:
         """Return one value per step: the last number among those of its lines."""
         result = np.full(len(self.steps), np.nan)
-        values = lines[self._alive]
-        known = ~np.isnan(values)
-        result[self._at[known]] = values[known]  # of equal indices numpy takes the last
+        known = np.flatnonzero((self._row_of >= 0) & ~np.isnan(lines))
+        result[self._row_of[known]] = lines[known]  # of equal indices numpy takes the last
         return result
 
 

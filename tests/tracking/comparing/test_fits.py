@@ -69,9 +69,15 @@ def test_what_tells_no_law_is_refused(compute, losses, words):
 
 
 def test_the_envelope_leaves_out_runs_that_a_cheaper_one_beats(tmp_path):
-    for name, steps, shift in (("short", 100, 0.0), ("long", 400, 0.0), ("bad", 200, 0.5), ("worse", 350, 0.6)):
+    for name, steps, shift in (
+        ("short", 100, 0.0),
+        ("long", 400, 0.0),
+        ("bad", 200, 0.5),
+        ("worse", 350, 0.6),
+        ("first", 80, 0.0),
+    ):
         write_run(tmp_path / name, steps=steps, shift=shift, std=0.005, seed=steps)
-    runs = [read_folder(tmp_path / name) for name in ("long", "bad", "short", "worse")]
+    runs = [read_folder(tmp_path / name) for name in ("long", "bad", "short", "worse", "first")]
     names, compute, losses = final_points(runs, only_best=True)
-    assert names == ["short", "long"] and list(compute) == sorted(compute) and losses[1] < losses[0]
-    assert final_points(runs, only_best=False)[0] == ["short", "bad", "worse", "long"]
+    assert names == ["first", "short", "long"] and list(compute) == sorted(compute) and losses[2] < losses[1]
+    assert final_points(runs, only_best=False)[0] == ["first", "short", "bad", "worse", "long"]
