@@ -5,6 +5,7 @@ What is in it:     python launch/convert.py inspect runs/quickstart
 Is it whole:       python launch/convert.py verify runs/quickstart
 For transformers:  python launch/convert.py export runs/quickstart --output my-model
 As published:      python launch/convert.py export runs/quickstart --output my-model --mxfp4
+And in MLflow:     python launch/convert.py export runs/quickstart --output my-model --register my-model
 From one layout to the other:
                    python launch/convert.py export hf:FOLDER --output NEW --format openai
 """
@@ -69,12 +70,23 @@ class ExportOptions(SourceOptions):
     """Hash the files of SOURCE first, if it carries checksums."""
     max_file_gb: float = ranged(5.0, at_least=1e-6, at_most=1e6)
     """Largest file, in 10^9 bytes."""
+    register: str | None = None
+    """Register the export in MLflow as a version of the model of this name. Its files stay where they are, and the
+    version's tag `path` says where."""
+    upload: bool = False
+    """With --register: send the files to MLflow's artifacts too."""
+    uri: str | None = None
+    """With --register: where MLflow is; null is $MLFLOW_TRACKING_URI, then where SOURCE's run was tracked."""
 
     def __post_init__(self) -> None:
         if self.search and not self.mxfp4:
             raise ValueError("--search chooses the scales of --mxfp4, which is not given")
         if self.mxfp4 and self.format == "safetensors":
             raise ValueError("--mxfp4 needs --format hf or openai; plain safetensors hold plain numbers")
+        if (self.upload or self.uri) and not self.register:
+            raise ValueError("--upload and --uri are about --register NAME, which is not given")
+        if self.register is not None and (not self.register.strip() or set("/:.%\"'") & set(self.register)):
+            raise ValueError(f"register={self.register!r} is no name that MLflow takes; use letters, digits, - and _")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,6 +153,11 @@ def _export(options: ExportOptions) -> None:
     for name, loss in losses.items():
         print_line(f"{name}: relative error {loss:.4f}")
     print(f"done: {options.output}")
+    if options.register:
+        from gptoss_dist.tracking.delivery.registry import register_export
+
+        folder = options.source.rpartition(":")[2]
+        print(register_export(options.register, options.output, folder, uri=options.uri, upload=options.upload))
 
 
 if __name__ == "__main__":

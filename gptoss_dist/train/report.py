@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+import psutil
 import torch
 
 from data_pipeline.batches.skipping import SkippedPositions
@@ -75,7 +76,7 @@ class Report:
         self.data, self.start_step = data, start.step
         self._position: int | None = None
         self._said: set[str] = set()
-        self._rewound = False
+        self._rewound, self._process = False, psutil.Process()
         self._validated: tuple[int, float, dict[str, float]] = (-1, 0.0, {})
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak = peak_flops(ranks.device, dtype)
@@ -224,7 +225,7 @@ class Report:
             if self._position is not None and self._position <= change < position:
                 self.message(f"step {step}: {what}")
                 self.event(step, "data", what)
-        metrics |= memory_metrics(self.ranks.device)
+        metrics |= memory_metrics(self.ranks.device, self._process)
         metrics |= self.summary.step(step, metrics)
         self.tracker.log(step, metrics)
         if result.skipped:

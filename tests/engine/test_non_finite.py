@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gptoss_dist.engine.non_finite import NonFiniteFinder
+from gptoss_dist.tracking.recorded.run import read_run
 from tests.support.ranks import run
 
 
@@ -108,3 +109,5 @@ def test_two_ranks_name_what_was_not_finite_first(settings, tmp_path, engine, wh
     assert where == "output" or "(all outputs were finite)" in said[0]
     assert "on rank 1" in said[0] or (where == "gradient" and not engine)  # FSDP sums gradients before they can be seen
     assert f"step 3 was skipped; the first value that is not finite is {place}" in done.stderr
+    events = [(event.step, event.kind) for event in read_run(folder).events if event.kind != "checkpoint"]
+    assert events == [(0, "start"), (3, "skipped"), (4, "skipped"), (4, "error")]

@@ -10,8 +10,10 @@ from gptoss_dist.config import Config, ModelConfig, RunConfig, SamplingConfig, T
 from gptoss_dist.parallel.mesh import DeviceLayout
 from gptoss_dist.tracking.about.revision import git_revision
 from gptoss_dist.tracking.profiling import profiled
+from gptoss_dist.tracking.recorded.run import read_run
 from gptoss_dist.train.periodic import periodic_tasks, write_samples
-from gptoss_dist.train.report import Report
+from gptoss_dist.train.report import NOTE, LaunchedStep, Report
+from gptoss_dist.train.run import Run
 from gptoss_dist.train.start import Start
 
 
@@ -23,7 +25,7 @@ def open_report(folder, plots=False):
     )
     settings.save(folder / "config.yaml")
     ranks = SimpleNamespace(world_size=1, device=torch.device("cpu"))
-    mixture = SimpleNamespace(manifest_sha256="0", changes=[], usage=lambda position: [])
+    mixture = SimpleNamespace(manifest_sha256="0", changes=[], sources=[None], usage=lambda position: [])
     engine = SimpleNamespace(name="fsdp", layout=DeviceLayout(1, 1, 1))
     return Report(settings, ranks, engine, SimpleNamespace(mixture=mixture, history=[]), Start())
 
@@ -110,6 +112,83 @@ def test_code_in_an_image_knows_what_it_was_built_from(tmp_path, monkeypatch):
     assert git_revision.__wrapped__() == "unknown"
     (tmp_path / "revision.txt").write_text("0123456789ab-dirty\n")
     assert git_revision.__wrapped__() == "0123456789ab-dirty"
+
+
+def test_one_process_of_each_further_machine_measures_it(tmp_path):
+    """Rank 0's machine is measured by its tracker."""
+    measured = []
+    for rank in range(6):
+        ranks = SimpleNamespace(rank=rank, hosts=("a", "a", "b", "b", "c", "c"))
+        config = SimpleNamespace(folder=tmp_path, tracking=TrackingConfig(system_metrics_every_s=60))
+        run = SimpleNamespace(ranks=ranks, config=config, _node=None)
+        Run.monitor_node(run)
+        if run._node is not None:
+            measured.append(rank)
+            run._node.close()
+    assert measured == [2, 4]
+
+
+def result_of(loss, skipped=False):
+    zero = torch.zeros(())
+    return SimpleNamespace(
+        loss=torch.tensor(loss),
+        aux=zero,
+        z=zero,
+        grad_norm=torch.ones(()),
+        skipped=torch.tensor(float(skipped)),
+        entropy_L=torch.zeros(1),
+        counts_LE=torch.ones(1, 32),
+        traffic_R3=None,
+    )
+
+
+def test_what_happens_to_a_run_is_in_its_journal_and_its_note(tmp_path):
+    report = open_report(tmp_path)
+    report.plan(0, 8)
+    for step in range(1, 5):
+        result = result_of(float("nan") if step == 3 else 4.0, skipped=step == 3)
+        report.step(LaunchedStep(step, result, 1e-3, {"perf/step_ms": 10.0}, 8 * step), skipped=int(step >= 3))
+    report.validation(4, 3.5, {})
+    report.saved(4, 0.1)
+    report.close("FAILED", "https://me:secret@host said\nno")
+    recorded = read_run(tmp_path)
+    told = [(event.step, event.kind, event.text) for event in recorded.events]
+    assert [(step, kind) for step, kind, _ in told] == [(0, "start"), (3, "skipped"), (4, "checkpoint"), (4, "error")]
+    assert "loss nan" in told[1][2] and "samples 16 to 23" in told[1][2]
+    assert told[3][2].startswith("failed at step 4: https://") and "secret" not in told[3][2]
+    assert recorded.tags["state"] == "failed" and recorded.tags["best_val_loss"] == "3.5000"
+    note = recorded.tags["mlflow.note.content"]
+    assert "**failed**, step 4" in note and "best **3.5000** at step 4" in note and "- 1 skipped: step 3" in note
+    columns = recorded.columns
+    assert [columns["events/skipped"][row] for row in (1, 2, 3)] == [0, 1, 1], "before it, at it, at the end"
+    tokens, exaflops = columns["progress/tokens"], columns["progress/exaflops"]
+    assert exaflops[-1] == pytest.approx(tokens[-1] * float(recorded.tags["flops_per_token"]) / 1e18)
+    assert columns["progress/val_tokens"][-1] == tokens[-1] and columns["loss/val_best"][-1] == 3.5
+
+
+def test_the_note_is_written_now_and_then_and_after_events_soon(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("gptoss_dist.train.report.time.monotonic", lambda: clock[0])
+    report = open_report(tmp_path)
+
+    def notes_after(seconds, events=0):
+        clock[0] += seconds
+        before = len(notes)
+        for _ in range(events):
+            report.event(5, "data", "new")
+        report.step(LaunchedStep(5, result_of(4.0), 1e-3, {}, 8), skipped=0)
+        return len(notes) - before
+
+    notes = []
+    monkeypatch.setattr(report.tracker, "tag", lambda key, value: notes.append(value) if key == NOTE else None)
+    assert notes_after(200) == 1, "that of the start event was put off"
+    assert notes_after(1, events=9) == 0
+    assert notes_after(28) == 0
+    assert notes_after(1) == 1
+    assert notes_after(299) == 0
+    assert notes_after(1) == 1
+    report.close("FINISHED")
+    assert "**finished**" in notes[-1]
 
 
 @pytest.mark.parametrize("every, prompts, written", [(0, ["a"], False), (5, ["a"], True), (5, [], False)])

@@ -14,6 +14,7 @@ from data_pipeline import open_dataset
 from gptoss_dist import load_pretrained
 from gptoss_dist.checkpoint import CheckpointInfo, checkpoints, read_skipped
 from gptoss_dist.config import SpikesConfig
+from gptoss_dist.tracking.recorded.run import read_run
 from gptoss_dist.tracking.tracker import read_resume_steps
 from gptoss_dist.train.faults import SpikeGuard
 from tests.support.ranks import losses, run
@@ -180,6 +181,12 @@ def test_it_goes_back_skips_and_ends_as_if_nothing_had_been(settings, corpus, po
     (shown,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert told in shown.data.tags["spike.1"] and shown.data.metrics["faults/rewinds"] == 1
     assert shown.data.metrics["faults/skipped_samples"] == end - first and shown.info.status == "FINISHED"
+    note = shown.data.tags["mlflow.note.content"]
+    assert "- went back at step 22" in note and told in note and shown.data.tags["state"] == "finished"
+    points = [(point.step, point.value) for point in client.get_metric_history(shown.info.run_id, "events/rewind")]
+    assert points[:2] == [(21, 0.0), (22, 1.0)] and points[-1] == (45, 1.0)
+    events = [event.kind for event in read_run(spiked).events if event.kind != "checkpoint"]
+    assert events == ["start", "rewind", "end"]
 
     # What was read after going back is the order without the range; whoever goes on from there reads it too.
     dataset = open_dataset(data, seq_len=T, seed=0)
