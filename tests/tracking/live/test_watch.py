@@ -179,7 +179,7 @@ def test_a_living_run_that_gets_nowhere_is_called_stalled(tmp_path, monkeypatch)
 def test_ranks_that_are_silent_behind_or_slow_come_first(tmp_path):
     ranks = [RankState(rank, f"n{rank}", 9, "compute", measured_step=5, own_ms=100.0) for rank in range(20)]
     ranks[17] = dataclasses.replace(ranks[17], is_silent=True)
-    ranks[11] = dataclasses.replace(ranks[11], step=8)
+    ranks[11] = dataclasses.replace(ranks[11], step=8, is_behind=True)
     ranks[5] = dataclasses.replace(ranks[5], own_ms=250.0)
     report = RanksReport(time.time(), ranks)
     assert [state.rank for state in report.notable(4)] == [17, 11, 5, 0]
@@ -190,7 +190,7 @@ def test_ranks_that_are_silent_behind_or_slow_come_first(tmp_path):
     write_ranks(folder, ranks)
     with owned(folder):
         text = plain(RunWatch(folder).look())
-    assert re.search(r"17 +n17 +9 +compute +100.0 +1.00 +silent", text) and "1 behind" in text and "slow" in text
+    assert re.search(r"17 +n17 +9 +compute +100.0 +1.00 +silent", text) and "behind" in text and "slow" in text
     assert "and 12 more" in text
 
 
@@ -203,7 +203,10 @@ def test_rank_0_writes_down_what_all_ranks_do(tmp_path, monkeypatch):
     now[0] += 2 * LOOK_S + SILENT_S + 1
     beats[1] = dataclasses.replace(beats[1], count=9, step=4)
     assert [state.is_silent for state in states()] == [False, False, True], "rank 0 is the one who looks"
-    assert [state.step for state in states()] == [3, 4, 3]
+    assert [state.step for state in states()] == [3, 4, 3] and not any(state.is_behind for state in states())
+    now[0] += 16  # rank 2 is not where rank 1 was then; where rank 0 is, is 5 s old
+    beats[0], beats[1] = dataclasses.replace(beats[0], step=4), dataclasses.replace(beats[1], step=9)
+    assert [state.is_behind for state in states()] == [False, False, True]
 
     (tmp_path / "tracking").mkdir()
     recorder = RanksRecorder(tmp_path, states)
