@@ -246,7 +246,9 @@ class Report:
         if not self.config.tracking.report or self.goes_on:
             return
         words = {"FINISHED": "finished", "KILLED": "stopped as asked", "FAILED": "failed; the reason is in log.txt"}
-        written = write_in_time(self.folder, words[status], self._message_once)
+        # Who is asked to stop may have half a minute, of which saving has had its part.
+        timeout_s = 10.0 if status == "KILLED" else 60.0
+        written = write_in_time(self.folder, words[status], self._message_once, timeout_s)
         if written is not None:
             self.tracker.artifact(written)
             self.message(f"the run's report is {written}")

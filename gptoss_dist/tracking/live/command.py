@@ -42,7 +42,8 @@ def watch(options: WatchOptions) -> None:
     if options.once or not console.is_terminal or os.environ.get("TERM", "dumb") == "dumb":
         print_line(plain(looks.look()))
         return
-    last = looks.look()
+    with console.status(printable(f"reading {options.run}")):
+        last = looks.look()
     with Live(screen(last, console), console=console, screen=True, auto_refresh=False) as live:
         while not last.state.is_over:
             time.sleep(options.interval)
