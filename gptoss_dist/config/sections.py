@@ -213,10 +213,10 @@ class TrackingConfig:
     uri: str | None = None
     """Tracking server; null means $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db. Passwords and tokens in it are hidden
     in all that the run writes."""
-    report: bool = True
-    """Write the run's report, report.html, at the end: one page to read and to forward. launch/report.py writes it at
-    any time."""
     plots: bool = True
     """Draw the run's plots at each validation and at the end."""
     expert_tokens_every: int = ranged(100, at_least=0)
     """Steps between rows of expert_tokens.jsonl (tokens of each expert, summed over those steps); 0 writes none."""
+    report: bool = True
+    """Write the run's report, report.html, at the end: one page to read and to forward. launch/report.py writes it at
+    any time."""

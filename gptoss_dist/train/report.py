@@ -66,8 +66,6 @@ class Report:
         self.data, self.start_step = data, start.step
         self._position: int | None = None
         self._said: set[str] = set()
-        self.goes_on = False
-        """Whether the run goes on from an earlier checkpoint when this is closed."""
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak = peak_flops(ranks.device, dtype)
         self.flops = flops_per_token(config.model, config.data.seq_len)
@@ -80,6 +78,8 @@ class Report:
         )
         self.progress = Progress(config.train.steps, start=start.step, interval_s=config.train.log_every_s)
         self.progress.__enter__()
+        self.goes_on = False
+        """Whether the run goes on from an earlier checkpoint when this is closed."""
         self.expert_tokens = ExpertTokens(
             self.folder, config.tracking.expert_tokens_every, start.step or None, self.message
         )
@@ -225,18 +225,6 @@ class Report:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:6])
         self.message(f"step {step}: {shown}{', ...' * (len(metrics) > 6)} ({seconds:.1f} s)")
 
-    def plots(self) -> None:
-        """Draw what metrics.jsonl and expert_tokens.jsonl hold."""
-        if not self.config.tracking.plots:
-            return
-        try:
-            for path in plot_run(self.folder, self._message_once):
-                self.tracker.artifact(path, "plots")
-        except ValueError as error:  # nothing is recorded yet
-            log.warning("plots not drawn: %s", error)
-        except Exception as error:  # a plot must never end a run
-            self._message_once(f"plots not drawn: {error}")
-
     def page(self, status: str) -> None:
         """Write report.html, beside the run's end: one that takes too long is not waited for.
 
@@ -252,6 +240,18 @@ class Report:
         if written is not None:
             self.tracker.artifact(written)
             self.message(f"the run's report is {written}")
+
+    def plots(self) -> None:
+        """Draw what metrics.jsonl and expert_tokens.jsonl hold."""
+        if not self.config.tracking.plots:
+            return
+        try:
+            for path in plot_run(self.folder, self._message_once):
+                self.tracker.artifact(path, "plots")
+        except ValueError as error:  # nothing is recorded yet
+            log.warning("plots not drawn: %s", error)
+        except Exception as error:  # a plot must never end a run
+            self._message_once(f"plots not drawn: {error}")
 
     def close(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
         """Finish the tracked run: FINISHED, KILLED or FAILED."""
