@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -44,7 +45,8 @@ def watch(options: WatchOptions) -> None:
         return
     with console.status(printable(f"reading {options.run}")):
         last = looks.look()
-    with Live(screen(last, console), console=console, screen=True, auto_refresh=False) as live:
+    full = Live(screen(last, console), console=console, screen=True, auto_refresh=False)
+    with contextlib.suppress(KeyboardInterrupt), full as live:
         while not last.state.is_over:
             time.sleep(options.interval)
             last = _next(looks, last)

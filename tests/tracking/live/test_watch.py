@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -257,7 +258,8 @@ def test_the_command_in_a_pipe_prints_once(tmp_path, capsys):
 
 
 @pytest.mark.distributed
-def test_the_command_on_a_terminal_follows_to_the_end(tmp_path):
+@pytest.mark.parametrize("end", ["of the run", "by Ctrl-C"])
+def test_the_command_on_a_terminal_follows_to_the_end(tmp_path, end):
     folder = tmp_path / "run"
     tracker = begin(folder, last_step=30)
     leader, follower = pty.openpty()
@@ -271,6 +273,11 @@ def test_the_command_on_a_terminal_follows_to_the_end(tmp_path):
         )
         os.close(follower)
         output = [os.read(leader, 2**16)]  # it shows something
+        if end == "by Ctrl-C":
+            while b"step 10/30" not in b"".join(output):
+                output.append(os.read(leader, 2**16))
+            process.send_signal(signal.SIGINT)
+            process.wait(20)
         log(tracker, range(11, 31))
         (folder / "DONE").write_text('{"step": 30}')
     while True:
@@ -281,8 +288,9 @@ def test_the_command_on_a_terminal_follows_to_the_end(tmp_path):
     os.close(leader)
     assert process.wait(20) == 0
     text = b"".join(output).decode()
-    assert "finished at step 30" in text.rpartition("\x1b[?1049l")[2], "the last screen stays"
-    assert "step 30/30" in text
+    expected = "step 10/30" if end == "by Ctrl-C" else "step 30/30"
+    assert expected in text.rpartition("\x1b[?1049l")[2], "the last screen stays"
+    assert ("finished at step 30" in text) == (end == "of the run")
 
 
 def test_reading_runs_imports_no_torch():
