@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,20 @@ from gptoss_dist.tracking.pages.thinning import MOST_POINTS, rounded, thin
 _ALL_POINTS = 40_000
 """Of all runs together: beyond that a page gets slow."""
 _FEWEST_POINTS = 120
-_WITH_RAW = 12
-"""Runs, at most, whose raw losses are drawn; more would hide each other."""
+MOST_WITH_DETAILS = 12
+"""Runs, at most, whose raw losses and validations are drawn; more would hide each other."""
+_MOST_WORDS = 6
+"""Events of a run that are named where they are."""
 _DASHES = ("solid", "dash", "dot", "dashdot")
-_SHOWN_EVENTS = ("resume", "rewind", "skipped", "data", "error")
+SHOWN_EVENTS = {
+    "resume": "resumed",
+    "rewind": "went back",
+    "skipped": "skipped step",
+    "data": "data changed",
+    "stop": "stopped",
+    "error": "error",
+}
+"""Kinds of events that are shown, and their words."""
 
 
 def loss_figure(runs: list[ComparedRun]) -> dict[str, Any]:
@@ -33,7 +44,7 @@ def loss_figure(runs: list[ComparedRun]) -> dict[str, Any]:
         rows = np.searchsorted(run.steps, x.astype(np.int64))
         line = _line(number)
         most = _points(len(runs))
-        if len(runs) <= _WITH_RAW:
+        if len(runs) <= MOST_WITH_DETAILS:
             thinned = thin(y, most // 2)
             if thinned.is_whole:
                 at, raw = thinned.last, thinned.mean
@@ -44,7 +55,8 @@ def loss_figure(runs: list[ComparedRun]) -> dict[str, Any]:
         smooth = smooth_curve(x, y, x[at], _half_widths(x[at], len(x)))
         visible.append(smooth[len(smooth) // 20 :])
         traces.add(run, rows[at], smooth, mode="lines", line={**line, "width": 2}, legend=True)
-        _add_validations(traces, run, line)
+        if len(runs) <= MOST_WITH_DETAILS and len(validated := _add_validations(traces, run, line)):
+            visible.append(validated)
         _add_events(traces, run, rows[at], smooth, line)
     layout = traces.layout("loss (nats)")
     if visible:
@@ -55,7 +67,7 @@ def loss_figure(runs: list[ComparedRun]) -> dict[str, Any]:
 
 
 def metric_figure(runs: list[ComparedRun], metric: str, words: str) -> dict[str, Any] | None:
-    """Return the smoothed curves of another metric; None if no run logged it."""
+    """Return the smoothed curves of another metric, in the colours of `loss_figure`; None if no run logged it."""
     traces = _Traces(runs)
     for number, run in enumerate(runs):
         x, y = run.curve(metric, "steps")
@@ -63,7 +75,7 @@ def metric_figure(runs: list[ComparedRun], metric: str, words: str) -> dict[str,
             at = thin(y, min(400, _points(len(runs)))).last
             smooth = smooth_curve(x, y, x[at], _half_widths(x[at], len(x)))
             rows = np.searchsorted(run.steps, x[at].astype(np.int64))
-            traces.add(run, rows, smooth, mode="lines", line={**_line(number), "width": 2}, legend=True)
+            traces.add(run, rows, smooth, mode="lines", line={**_line(number), "width": 2})
     return {"data": traces.data, "layout": traces.layout(words)} if traces.data else None
 
 
@@ -72,66 +84,34 @@ def fit_figure(fit: Fit, predictions: list[float]) -> dict[str, Any]:
     largest = max([float(fit.compute.max()), *predictions])
     compute = np.geomspace(float(fit.compute.min()) / 1.5, largest * 1.5, 120)
     laws = [fit.predict(float(place)) for place in compute]
-    x = rounded(compute)
-    colour, other = COLOURS[0], COLOURS[1]
-    asked = [fit.predict(place) for place in predictions]
-    data: list[dict[str, Any]] = [
-        {"x": x, "y": rounded(np.array([law.low for law in laws])), "mode": "lines", "line": {"width": 0}},
-        {
-            "x": x,
-            "y": rounded(np.array([law.high for law in laws])),
-            "mode": "lines",
-            "line": {"width": 0},
-            "fill": "tonexty",
-            "fillcolor": "rgba(59,130,196,.18)",
-            "name": f"{100 * CONFIDENCE:.0f} % interval",
-            "showlegend": True,
-        },
-        {
-            "x": x,
-            "y": rounded(np.array([law.value for law in laws])),
-            "mode": "lines",
-            "line": {"color": colour, "width": 2},
-            "name": "E + A C^-alpha",
-            "showlegend": True,
-        },
-        {
-            "x": rounded(fit.compute),
-            "y": rounded(fit.loss),
-            "text": fit.names,
-            "mode": "markers",
-            "marker": {"color": colour, "size": 9},
-            "name": "runs",
-            "showlegend": True,
-        },
+    colour = COLOURS[0]
+
+    def line(values: list[float], **style: Any) -> dict[str, Any]:
+        return {"x": rounded(compute), "y": rounded(np.array(values)), "mode": "lines", **style}
+
+    def points(x: Sequence[float], y: Sequence[float], name: str, **style: Any) -> dict[str, Any]:
+        return {"x": rounded(np.array(x)), "y": rounded(np.array(y)), "mode": "markers", "name": name, **style}
+
+    band = {"line": {"width": 0}, "hoverinfo": "skip"}
+    filled = {"fill": "tonexty", "fillcolor": "rgba(59,130,196,.18)", "name": f"{100 * CONFIDENCE:.0f} % interval"}
+    data = [
+        line([law.low for law in laws], showlegend=False, **band),
+        line([law.high for law in laws], **band, **filled),
+        line([law.value for law in laws], line={"color": colour, "width": 2}, name="E + A C^-alpha"),
+        points(fit.compute.tolist(), fit.loss.tolist(), "runs", text=fit.names, marker={"color": colour, "size": 9}),
     ]
-    if asked:
+    if asked := [fit.predict(place) for place in predictions]:
+        marker = {"color": COLOURS[1], "size": 9, "symbol": "diamond"}
         error = {
             "array": [one.high - one.value for one in asked],
             "arrayminus": [one.value - one.low for one in asked],
         }
-        data.append(
-            {
-                "x": predictions,
-                "y": [one.value for one in asked],
-                "error_y": error,
-                "mode": "markers",
-                "marker": {"color": other, "size": 9, "symbol": "diamond"},
-                "name": "predicted",
-                "showlegend": True,
-            }
-        )
-    data[0]["hoverinfo"] = data[1]["hoverinfo"] = "skip"
-    data[0]["showlegend"] = False
-    return {
-        "data": data,
-        "layout": {
-            "xaxis": {"title": {"text": "exaFLOPs"}, "type": "log", "exponentformat": "power"},
-            "yaxis": {"title": {"text": "loss (nats)"}},
-            "margin": _MARGIN,
-            "legend": _LEGEND,
-        },
+        data.append(points(predictions, [one.value for one in asked], "predicted", marker=marker, error_y=error))
+    axes = {
+        "xaxis": {"title": {"text": "exaFLOPs"}, "type": "log", "exponentformat": "power"},
+        "yaxis": {"title": {"text": "loss (nats)"}},
     }
+    return {"data": data, "layout": {**axes, "margin": _MARGIN, "legend": _LEGEND}}
 
 
 _MARGIN = {"l": 70, "r": 20, "t": 60, "b": 60}
@@ -152,7 +132,8 @@ class _Traces:
         """Add a trace of a run, at rows of it."""
         for axis in self._axes:
             self._places[axis].append(rounded(run.axis(axis)[rows]))
-        trace = {"y": rounded(y), "name": run.name, "legendgroup": run.name, "showlegend": legend, **style}
+        name = run.name.replace("<", "&lt;")  # plotly.js takes some tags for its own
+        trace = {"y": rounded(y), "name": name, "legendgroup": name, "showlegend": legend, **style}
         self.data.append({"x": self._places[self._axes[0]][-1], **trace})
 
     def layout(self, words: str) -> dict[str, Any]:
@@ -183,26 +164,31 @@ class _Traces:
         }
 
 
-def _add_validations(traces: _Traces, run: ComparedRun, line: dict[str, Any]) -> None:
+def _add_validations(traces: _Traces, run: ComparedRun, line: dict[str, Any]) -> np.ndarray:
+    """Draw the validation losses, and return those after training began."""
+    drawn = np.empty(0)
     for name in sorted(filter(is_validation, run.series)):
         if name != "loss/val" and "loss/val" in run.series:
             continue
         series = run.series[name]
         finite = np.isfinite(series.values)
+        rows, values = series.rows[finite], series.values[finite]
+        drawn = np.append(drawn, values[run.steps[rows] > 0])
         traces.add(
             run,
-            series.rows[finite],
-            series.values[finite],
+            rows,
+            values,
             mode="lines+markers",
             line={"color": line["color"], "width": 1, "dash": "dot"},
             marker={"color": line["color"], "size": 7},
             hovertemplate=f"%{{y:.4f}} {name}",
         )
+    return drawn
 
 
 def _add_events(traces: _Traces, run: ComparedRun, rows: np.ndarray, smooth: np.ndarray, line: dict[str, Any]) -> None:
     """Mark what happened to the run, on its smoothed curve."""
-    events = [event for event in run.events if event.kind in _SHOWN_EVENTS][:100]
+    events = [event for event in run.events if event.kind in SHOWN_EVENTS][:100]
     if not events:
         return
     steps = np.array([event.step for event in events])
@@ -211,10 +197,12 @@ def _add_events(traces: _Traces, run: ComparedRun, rows: np.ndarray, smooth: np.
         run,
         at,
         np.interp(at, rows, smooth),
-        mode="markers",
-        marker={"color": line["color"], "size": 11, "symbol": "x-open"},
-        text=[f"step {event.step}: {event.text}"[:200].replace("<", "&lt;") for event in events],
-        hovertemplate="%{text}",
+        mode="markers+text" if len(events) <= _MOST_WORDS else "markers",
+        marker={"color": line["color"], "size": 11, "symbol": "x", "line": {"width": 1, "color": "#808080"}},
+        text=[SHOWN_EVENTS[event.kind] for event in events],
+        textposition="top center",
+        hovertext=[f"step {event.step}: {event.text}"[:200].replace("<", "&lt;") for event in events],
+        hoverinfo="text+name",
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +20,14 @@ from gptoss_dist.tracking.comparing.equal import EqualTable, equal_table, place_
 from gptoss_dist.tracking.comparing.fits import Fit, final_points, fit_law
 from gptoss_dist.tracking.comparing.reading import Server, is_folder, read_folder
 from gptoss_dist.tracking.comparing.rendering import Comparison
-from gptoss_dist.tracking.comparing.runs import ComparedRun, with_own_names
-from gptoss_dist.tracking.comparing.summary import summarize
+from gptoss_dist.tracking.comparing.runs import ComparedRun, condensed, with_own_names
+from gptoss_dist.tracking.comparing.summary import RunSummary, summarize
 from gptoss_dist.tracking.comparing.verdicts import Judgement, judge_training, judge_validation
 
 Message = Callable[[str], None]
+
+_MOST_VALUES = 2000
+"""Of a metric that is only drawn."""
 
 
 @dataclass
@@ -75,8 +79,7 @@ def compare(options: CompareOptions) -> None:
         ValueError: There are no two runs to compare, or they cannot be read.
     """
     folder = _output_folder(options)
-    runs = _read(options, _warn)
-    found = analyse(runs, options)
+    found = analyse(*_read(options, _warn), options)
     text = rendering.markdown(found)
     files = {
         "comparison.md": text,
@@ -91,8 +94,8 @@ def compare(options: CompareOptions) -> None:
         _log(folder, found, options, list(files), _warn)
 
 
-def analyse(runs: list[ComparedRun], options: CompareOptions) -> Comparison:
-    """Return what can be said about some runs."""
+def analyse(runs: list[ComparedRun], summaries: list[RunSummary], options: CompareOptions) -> Comparison:
+    """Return what can be said about some runs, whose summaries are given."""
     groups = replicas(runs)
     names = labels(runs, groups)
     reasons = doubts(runs)
@@ -104,8 +107,8 @@ def analyse(runs: list[ComparedRun], options: CompareOptions) -> Comparison:
             notes.append(f"Losses at equal {words} are not known: fewer than two runs recorded them.")
         else:
             tables.append(table)
-    spoiled = any(reason.spoils_training for reason in reasons)
-    judgements = [] if spoiled else _judge(runs, groups, names, tables, notes)
+    spoiled = any(reason.spoils_losses for reason in reasons)
+    judgements = [] if spoiled else _judge(runs, summaries, groups, names, tables, notes)
     fit, note = (None, "") if spoiled and options.fit == "auto" else _fit(runs, options)
     return Comparison(
         name=_name(options, runs),
@@ -116,7 +119,7 @@ def analyse(runs: list[ComparedRun], options: CompareOptions) -> Comparison:
         doubts=reasons,
         tables=tables,
         judgements=judgements,
-        summaries=[summarize(run) for run in runs],
+        summaries=summaries,
         fit=fit,
         fit_note=note,
         predictions=sorted(options.predict),
@@ -125,13 +128,18 @@ def analyse(runs: list[ComparedRun], options: CompareOptions) -> Comparison:
 
 
 def _judge(
-    runs: list[ComparedRun], groups: list[list[int]], names: list[str], tables: list[EqualTable], notes: list[str]
+    runs: list[ComparedRun],
+    summaries: list[RunSummary],
+    groups: list[list[int]],
+    names: list[str],
+    tables: list[EqualTable],
+    notes: list[str],
 ) -> list[tuple[str, Judgement]]:
     found: list[tuple[str, Judgement]] = []
     if len(groups) < 2:
         notes.append("All runs have the same settings but for the seed: their differences are the noise.")
         return []
-    per_token = {run.tags.get("flops_per_token") for run in runs}
+    per_token = {round(math.log(one.exaflops / one.tokens), 6) if one.exaflops > 0 else None for one in summaries}
     for table in tables:
         if table.axis == "exaflops" and len(per_token) == 1 and None not in per_token:
             continue  # the same places as those of tokens
@@ -139,7 +147,7 @@ def _judge(
             found.append((table.axis, judgement))
         else:
             notes.append(f"No two configurations got to the last place in {table.words}.")
-        if table.axis == "tokens" and (validated := judge_validation(groups, names, table, "loss/val")):
+        if table.axis == "tokens" and (validated := judge_validation(runs, groups, names, table, "loss/val")):
             found.append((table.axis, validated))
     return found
 
@@ -162,36 +170,41 @@ def _fit(runs: list[ComparedRun], options: CompareOptions) -> tuple[Fit | None, 
     )
 
 
-def _read(options: CompareOptions, message: Message) -> list[ComparedRun]:
+def _read(options: CompareOptions, message: Message) -> tuple[list[ComparedRun], list[RunSummary]]:
     runs: list[ComparedRun] = []
+    summaries: list[RunSummary] = []
+    known: set[str] = set()
+    for run in _sources(options, message):
+        if (identity := run.run_id or run.source) not in known:
+            # At once: of fifty long runs, all that was recorded would take a gigabyte.
+            summaries.append(summarize(run))
+            runs.append(condensed(run, "loss/", _MOST_VALUES))
+        known.add(identity)
+    if len(runs) < 2:
+        asked = f"--experiment {options.experiment}" if options.experiment else "runs"
+        raise ValueError(f"{asked}: {len(runs)} training run is no comparison; give two or more")
+    runs = with_own_names(runs)
+    return runs, [replace(one, name=run.name) for one, run in zip(summaries, runs)]
+
+
+def _sources(options: CompareOptions, message: Message) -> Iterator[ComparedRun]:
     server: Server | None = None
     for source in dict.fromkeys(options.runs):
         if is_folder(source):
-            runs.append(read_folder(source, message))
+            yield read_folder(source, message)
         else:
             server = server or Server(options.uri, message)
-            runs.append(server.run(source))
+            yield server.run(source)
     if options.experiment:
         server = server or Server(options.uri, message)
-        runs += server.experiment(options.experiment, options.filter)
-    known: set[str] = set()
-    kept = []
-    for run in runs:
-        identity = run.run_id or run.source
-        if identity not in known:
-            kept.append(run)
-        known.add(identity)
-    if len(kept) < 2:
-        asked = f"--experiment {options.experiment}" if options.experiment else "runs"
-        raise ValueError(f"{asked}: {len(kept)} training run is no comparison; give two or more")
-    return with_own_names(kept)
+        yield from server.experiment(options.experiment, options.filter)
 
 
 def _name(options: CompareOptions, runs: list[ComparedRun]) -> str:
     if options.experiment:
         return f"{options.experiment}: {len(runs)} runs"
     names = [run.name for run in runs]
-    return " and ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more"
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) < 5 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _output_folder(options: CompareOptions) -> Path:

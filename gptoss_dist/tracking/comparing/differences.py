@@ -30,10 +30,8 @@ class Doubt:
     """A reason why losses of these runs are not comparable, or only with care."""
 
     text: str
-    spoils_training: bool = False
-    """Training losses cannot be compared."""
-    spoils_validation: bool = False
-    """Validation losses cannot be compared either."""
+    spoils_losses: bool = False
+    """Nothing is judged."""
 
 
 def differences(runs: list[ComparedRun]) -> list[Difference]:
@@ -82,8 +80,7 @@ def doubts(runs: list[ComparedRun]) -> list[Doubt]:
                 "Losses are not comparable: the runs have different vocabularies (model.vocab_size "
                 f"{', '.join(sorted(values('model.vocab_size')))}), and a nat per token of one is not a nat per token "
                 "of another. Compare bits per byte: launch/evaluate.py perplexity.",
-                spoils_training=True,
-                spoils_validation=True,
+                spoils_losses=True,
             )
         )
     digests = {run.dataset["digest"] for run in runs if run.dataset.get("digest")}
@@ -93,8 +90,7 @@ def doubts(runs: list[ComparedRun]) -> list[Doubt]:
                 f"Losses are not comparable as they stand: the runs read {len(digests)} different data sets (data "
                 "digest), so each loss is of other text, and the tokens may be another tokenizer's. Compare bits per "
                 "byte on one text: launch/evaluate.py perplexity --data.",
-                spoils_training=True,
-                spoils_validation=True,
+                spoils_losses=True,
             )
         )
     if len(values("data.seq_len")) > 1:

@@ -18,7 +18,7 @@ import numpy as np
 
 from gptoss_dist.tracking.comparing.equal import TRAIN
 from gptoss_dist.tracking.comparing.runs import ComparedRun
-from gptoss_dist.tracking.comparing.smoothing import smooth, smooth_curve, window
+from gptoss_dist.tracking.comparing.smoothing import smooth, value_at, window
 from gptoss_dist.tracking.comparing.verdicts import t_quantile
 
 FEWEST_POINTS = 5
@@ -217,11 +217,12 @@ def final_points(runs: list[ComparedRun], only_best: bool) -> tuple[list[str], n
         if not loss.is_known:
             continue
         rivals = [other for other in curves if other[0] is not run and other[1][0] < end] if only_best else []
-        if all(_loss_at(other[1], other[2], min(end, float(other[1][-1]))) >= loss.value for other in rivals):
+        ends = [float(other[1][-1]) for other in rivals]
+        losses_there = [
+            value_at(other[1], other[2], place, window([other[1]], place))
+            for other, place in zip(rivals, (min(end, own) for own in ends))
+        ]
+        if not any(other < loss.value for other in losses_there):
             points.append((run.name, end, loss.value))
     names, compute, losses = zip(*points) if points else ((), (), ())
     return list(names), np.array(compute, float), np.array(losses, float)
-
-
-def _loss_at(x: np.ndarray, y: np.ndarray, place: float) -> float:
-    return float(smooth_curve(x, y, np.array([place]), np.array([window([x], place)]))[0])

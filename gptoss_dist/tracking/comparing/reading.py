@@ -13,7 +13,7 @@ import ast
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from gptoss_dist.tracking.records import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
-_AXIS_METRICS = ("progress/tokens", "progress/exaflops", "progress/gpu_hours")
+_AXIS_METRICS = ("progress/tokens", "progress/exaflops", "progress/hours", "progress/gpu_hours")
 _LONGEST_PAUSE_S = 600.0
 """Between two points of a run in MLflow: what is longer is taken for a pause between two processes."""
 _PAGE = 1000
@@ -50,8 +50,7 @@ def read_folder(folder: str | Path, message: Callable[[str], None] = logger.warn
     columns = run.columns
     if TRAIN not in columns:
         raise ValueError(f"{folder}: {METRICS_FILE} has no {TRAIN}; give the folder of a training run")
-    names = [name for name in columns if name in METRICS or is_validation(name)]
-    series = {name: Series(*columns.points(name)) for name in names}
+    series = {name: Series(*columns.points(name)) for name in columns if _is_read(name)}
     return ComparedRun(
         name=run.name,
         source=str(folder),
@@ -95,8 +94,8 @@ class Server:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._client = MlflowClient(tracking_uri=address)
 
-    def experiment(self, name: str, filter_string: str = "") -> list[ComparedRun]:
-        """Read the training runs of an experiment, those that failed or go on included.
+    def experiment(self, name: str, filter_string: str = "") -> Iterator[ComparedRun]:
+        """Yield the training runs of an experiment, those that failed or go on included.
 
         Args:
             name: Of the experiment.
@@ -115,7 +114,8 @@ class Server:
             entities += page
             token = page.token or ""
         trained = [one for one in entities if TRAIN in one.data.metrics and "kind" not in one.data.tags]
-        return [self._read(one, name) for one in reversed(trained)]  # the oldest first
+        for one in sorted(trained, key=lambda run: (run.info.start_time or 0, run.info.run_name or "")):
+            yield self._read(one, name)
 
     def run(self, run_id: str) -> ComparedRun:
         """Read one run.
@@ -148,7 +148,7 @@ class Server:
         is_here = folder is not None and (folder / METRICS_FILE).is_file()
         if folder is not None and is_here and Cursor.load(folder, logger.debug).run_id == run_id:
             return read_folder(folder, self._message)
-        names = [n for n in entity.data.metrics if n in METRICS or n in _AXIS_METRICS or is_validation(n)]
+        names = [name for name in entity.data.metrics if name in _AXIS_METRICS or _is_read(name)]
         histories = {name: self._history(run_id, name) for name in names}
         steps, columns, times = final_branch(histories)
         config = {key: str(value) for key, value in entity.data.params.items()}
@@ -163,7 +163,7 @@ class Server:
             status=entity.info.status,
             steps=steps,
             axes=_axes(columns, times, config, tags),
-            series={name: series_of(column) for name, column in columns.items() if np.isfinite(column).any()},
+            series={name: series_of(column) for name, column in columns.items() if _is_read(name)},
             run_id=run_id,
             experiment=experiment,
         )
@@ -221,7 +221,7 @@ def _axes(
     if np.isnan(exaflops).all():
         typed = {key: _typed(value) for key, value in config.items()}
         exaflops = tokens * _number(tags.get("flops_per_token"), training_flops(typed) or math.nan) / 1e18
-    hours = _filled(columns.get("progress/gpu_hours"), len(times)) / _number(tags.get("world_size"), math.nan)
+    hours = _filled(columns.get("progress/hours"), len(times))
     if np.isnan(hours).all() and len(times):
         gaps = np.maximum(np.diff(times, prepend=times[0]), 0)
         hours = np.cumsum(np.where(gaps < _LONGEST_PAUSE_S, gaps, 0)) / 3600
@@ -250,6 +250,10 @@ def _typed(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+def _is_read(metric: str) -> bool:
+    return metric in METRICS or is_validation(metric)
 
 
 def is_folder(source: str) -> bool:

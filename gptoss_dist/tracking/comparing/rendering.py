@@ -24,6 +24,7 @@ from gptoss_dist.tracking.pages.skeleton import Section, figure_html, html_page,
 _KEYS_AS_ROWS = 8
 """Runs, at most, that are columns of the table of differences; more are its rows."""
 _LONGEST_CELL = 60
+_MOST_EVENTS = 60
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def parts(found: Comparison) -> list[Part]:
         *(_equal(found, table) for table in found.tables),
         *_validations(found),
         _figures(found),
+        *_events(found.runs),
         *([_fit(found)] if found.fit or found.fit_note else []),
         _method(),
     ]
@@ -78,7 +80,7 @@ def parts(found: Comparison) -> list[Part]:
 
 def markdown(found: Comparison) -> str:
     """Return a comparison as Markdown."""
-    lines = [f"# {_text(found.name)}", ""]
+    lines = [f"# Comparison of {_text(found.name)}", "", _text(_data(found.runs)), ""]
     for part in parts(found):
         lines += [f"## {_text(part.title)}", ""]
         if part.bullets:
@@ -100,7 +102,7 @@ def page(found: Comparison) -> str:
         sections.append(Section(part.title, body))
         if number == 0:
             sections.append(Section("Curves", _curves(found.runs)))
-    return html_page(found.name, sections, subtitle=f"{len(found.runs)} runs compared")
+    return html_page(f"Comparison of {found.name}", sections, subtitle=_data(found.runs))
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
@@ -155,10 +157,29 @@ def _conclusions(found: Comparison) -> Part:
         said = sentences(judgement)
         bullets += said if judgement.metric == "loss/train" else [f"{judgement.metric}: {text}" for text in said]
         noise = noise or judgement.noise
-    bullets += found.notes
+    bullets += _lowest_validation(found) + found.notes
     if noise:
         texts.append(noise)
     return Part("What to conclude", texts, bullets)
+
+
+def _lowest_validation(found: Comparison) -> list[str]:
+    """Return which run has the lowest validation loss at the last place in tokens, where no verdict says that."""
+    tokens = [table for table in found.tables if table.axis == "tokens"]
+    if not found.judgements or any(judgement.metric != "loss/train" for _, judgement in found.judgements):
+        return []
+    said = []
+    for table in tokens:
+        values = [row[-1] for row in table.validation.get("loss/val", [])]
+        known = sorted((value, run.name) for run, value in zip(found.runs, values) if math.isfinite(value))
+        if len(known) > 1:
+            (first, best), (second, other) = known[:2]
+            place = place_in_words(table.axis, table.places[-1])
+            said.append(
+                f"The lowest loss/val at {place} is that of {best}, {first:.4f}; next is {other}, {second:.4f} "
+                "(between two validations; its noise is not known)."
+            )
+    return said
 
 
 def _settings(found: Comparison) -> Part:
@@ -207,7 +228,7 @@ def _figures(found: Comparison) -> Part:
     cost = [
         [
             one.name,
-            one.status.lower() + (f", {one.resumes} resumes" if one.resumes else ""),
+            one.status.lower() + (f", resumed {one.resumes} x" if one.resumes else ""),
             f"{one.steps:,}",
             _amount(one.tokens),
             _amount(one.exaflops),
@@ -234,6 +255,28 @@ def _figures(found: Comparison) -> Part:
         for one in found.summaries
     ]
     return Part("Speed, cost, stability", tables=[(headers, cost), (stable, stability)])
+
+
+def _events(runs: list[ComparedRun]) -> list[Part]:
+    rows = [
+        [run.name, f"{event.step}", charts.SHOWN_EVENTS[event.kind], shortened(event.text, 120)]
+        for run in runs
+        for event in run.events
+        if event.kind in charts.SHOWN_EVENTS
+    ]
+    if not rows:
+        return []
+    more = [f"{len(rows) - _MOST_EVENTS} more are not listed."] if len(rows) > _MOST_EVENTS else []
+    return [Part("Events", more, tables=[(["", "step", "event", ""], rows[:_MOST_EVENTS])])]
+
+
+def _data(runs: list[ComparedRun]) -> str:
+    """Return what the runs read, if it is the same."""
+    datasets = {(run.dataset.get("name", ""), run.dataset.get("digest", "")[:12]) for run in runs}
+    if len(datasets) > 1:
+        return f"{len(runs)} runs, which read different data"
+    name, digest = next(iter(datasets))
+    return f"{len(runs)} runs" + (f" on the same data: {name}, digest {digest}" if digest else "")
 
 
 _FIT = "Loss against compute"
@@ -265,8 +308,9 @@ def _method() -> Part:
             "A training loss at a place is the value there of a straight line, fitted by least squares to the losses "
             f"within {100 * HALF_WIDTH:.0f} % of the place on either side (more where a run has fewer than {FEWEST} "
             "losses there), the same window for all runs. Behind ± in the tables is its standard error, from the "
-            "scatter of these losses, widened for the correlation of neighbours. Validation losses are interpolated "
-            "between two validations. Nothing is extrapolated: a dash stands where a run did not get.",
+            "scatter of these losses, widened for the correlation of neighbours. Two runs that read the same batches "
+            "are compared batch by batch, so their difference is known better than either loss. Validation losses are "
+            "interpolated between two validations. Nothing is extrapolated: a dash stands where a run did not get.",
             "Hours are those of the run's processes, without pauses between them. FLOPs are model FLOPs, as for MFU. "
             "Spikes are counted by the rule of train.spikes; expert load is the mean over the last tenth of a run.",
         ],
@@ -274,7 +318,11 @@ def _method() -> Part:
 
 
 def _curves(runs: list[ComparedRun]) -> str:
-    body = figure_html(charts.loss_figure(runs), height=560)
+    legend = "Lines: smoothed. Crosses: events. A click on a name hides it; the curves below have the same colours."
+    if len(runs) <= charts.MOST_WITH_DETAILS:
+        legend = f"Faint: each step. Points on dotted lines: validations. {legend}"
+    body = paragraphs_html([legend])
+    body += figure_html(charts.loss_figure(runs), height=560)
     for metric, words in (
         ("optim/grad_norm", "gradient norm"),
         ("perf/tokens_per_s", "tokens per second"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.printable import shown
+from gptoss_dist.tracking.pages.thinning import thin
 
 AXES = {"tokens": "tokens", "exaflops": "exaFLOPs", "hours": "hours of training", "steps": "steps"}
 """What losses are put over, and its words."""
@@ -86,6 +87,24 @@ class ComparedRun:
         """Return the largest value of an axis at which a metric is known; NaN if there is none."""
         x = self.curve(metric, axis)[0]
         return float(x[-1]) if len(x) else np.nan
+
+
+def condensed(run: ComparedRun, whole: str, most: int) -> ComparedRun:
+    """Return a run with fewer values, which is all that a picture needs.
+
+    Args:
+        run: The run.
+        whole: Metrics whose names begin so keep every value.
+        most: Values that others have at most; each is the mean of some.
+    """
+    series = {}
+    for name, one in run.series.items():
+        if name.startswith(whole):
+            series[name] = Series(one.rows.astype(np.int32), one.values)
+        else:
+            thinned = thin(one.values[np.isfinite(one.values)], most)
+            series[name] = Series(one.rows[np.isfinite(one.values)][thinned.last].astype(np.int32), thinned.mean)
+    return replace(run, series=series)
 
 
 def with_own_names(runs: list[ComparedRun]) -> list[ComparedRun]:

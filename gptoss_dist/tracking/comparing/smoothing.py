@@ -25,8 +25,8 @@ FEWEST = 16
 _FEWEST_AT_ALL = 4
 _BLOCKS = 12
 _FOR_BLOCKS = 100
-_FOR_CORRELATION = 64
-"""Losses, at least, that tell how neighbours are correlated."""
+_FOR_CORRELATION, _MOST_FOR_CORRELATION = 64, 2048
+"""Losses, at least and at most, that tell how neighbours are correlated."""
 _LARGEST_CORRELATION = 0.95
 
 
@@ -105,6 +105,16 @@ def smooth(x: np.ndarray, y: np.ndarray, place: float, half: float) -> Smoothed:
     return Smoothed(value, error, max(2.0, count / inflation - 2), count)
 
 
+def value_at(x: np.ndarray, y: np.ndarray, place: float, half: float) -> float:
+    """Return the value of `smooth` alone, NaN where there is none."""
+    if not len(x) or not _covers(x, place):
+        return math.nan
+    low, high = _indices(x, place, half)
+    x, y = x[low:high] - place, y[low:high]
+    spread = float(((x - x.mean()) ** 2).sum()) if len(x) >= _FEWEST_AT_ALL else 0.0
+    return float(y.mean() - x.mean() * ((x - x.mean()) * y).sum() / spread) if spread else math.nan
+
+
 def paired_difference(
     first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], place: float, half: float
 ) -> Smoothed | None:
@@ -137,6 +147,9 @@ def _covers(x: np.ndarray, place: float) -> bool:
 
 def _correlation(y: np.ndarray, low: int, high: int) -> float:
     """Return how losses next to each other are correlated, in a window that is widened to what that takes."""
+    if high - low > _MOST_FOR_CORRELATION:
+        low = (low + high - _MOST_FOR_CORRELATION) // 2
+        high = low + _MOST_FOR_CORRELATION
     missing = max(0, _FOR_CORRELATION - (high - low))
     low = max(0, low - missing // 2 - max(0, high + missing - missing // 2 - len(y)))
     high = min(len(y), low + max(high - low, _FOR_CORRELATION))

@@ -2,7 +2,9 @@
 
 Runs that differ in their seed alone are replicas. Where there are some, the noise is the standard deviation between
 replicas of the same settings, pooled over all settings: it holds what the seed, the order of the data and the batches
-of the moment do. Where there are none it is the standard error of the smoothed losses, which knows the batches only.
+of the moment do. Where all settings were run with the same seeds, runs of one seed are compared with each other, and
+the noise is what is left once each seed's own level is taken out. Where there are no replicas it is the standard error
+of the smoothed losses, which knows the batches only.
 
 The best one is chosen after its loss was seen, and then compared with all others. So that chance alone shows a
 difference in at most 5 % of comparisons, each of the K (K - 1) / 2 pairs is judged at 5 % over that number
@@ -12,7 +14,9 @@ difference in at most 5 % of comparisons, each of the K (K - 1) / 2 pairs is jud
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -21,6 +25,8 @@ from gptoss_dist.tracking.comparing.runs import ComparedRun
 from gptoss_dist.tracking.comparing.smoothing import Smoothed, paired_difference
 
 LEVEL = 0.05
+_LEAST_LEFT = 3
+"""Degrees of freedom from which on seeds' own levels are taken out: with fewer that costs more than it brings."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +67,33 @@ class Judgement:
     """Standard deviation between replicas in nats; None without replicas."""
 
 
+@dataclass(frozen=True)
+class Noise:
+    """How much runs of the same settings differ."""
+
+    std: float
+    """Standard deviation between replicas, pooled over all settings."""
+    freedom: int
+    runs: int
+    """How many have replicas."""
+    settings: int
+    """How many of these there are."""
+    left: tuple[float, int] | None = None
+    """Where all settings were run with the same seeds: what is left once each seed's own level is taken out, and its
+    degrees of freedom."""
+
+    @property
+    def used(self) -> tuple[float, int]:
+        """The standard deviation that differences are judged by, and its degrees of freedom."""
+        return self.left or (self.std, self.freedom)
+
+
 def judge_training(
     runs: list[ComparedRun], groups: list[list[int]], names: list[str], table: EqualTable
 ) -> Judgement | None:
     """Compare the smoothed training losses at the last place of a table; None if fewer than two groups got there."""
     losses = [row[-1] for row in table.train]
     place, half = table.places[-1], table.half_widths[-1]
-    known = [[i for i in group if losses[i].is_known] for group in groups]
-    pairs_noise = _replica_noise([[losses[i].value for i in group] for group in known])
 
     def difference(first: int, second: int) -> Smoothed:
         """Return second less first of two single runs, and its error."""
@@ -80,54 +105,52 @@ def judge_training(
         parts = a.error**4 / a.freedom + b.error**4 / b.freedom
         return Smoothed(b.value - a.value, math.sqrt(variance), variance**2 / parts if parts else math.inf, 0)
 
+    return _judge(TRAIN, runs, groups, names, [loss.value for loss in losses], table, difference)
+
+
+def judge_validation(
+    runs: list[ComparedRun], groups: list[list[int]], names: list[str], table: EqualTable, metric: str
+) -> Judgement | None:
+    """Compare validation losses at the last place of a table; None without replicas, which alone show their noise."""
+    values = [row[-1] for row in table.validation.get(metric, [])]
+    return _judge(metric, runs, groups, names, values, table, None) if values else None
+
+
+def _judge(
+    metric: str,
+    runs: list[ComparedRun],
+    groups: list[list[int]],
+    names: list[str],
+    values: list[float],
+    table: EqualTable,
+    difference: Callable[[int, int], Smoothed] | None,
+) -> Judgement | None:
+    """Compare the best group with all others, by the noise between replicas, or else by the differences of runs."""
+    known = [[i for i in group if math.isfinite(values[i])] for group in groups]
     kept = [(group, name) for group, name in zip(known, names) if group]
-    if len(kept) < 2:
+    noise = replica_noise([{runs[i].config.get("run.seed", str(i)): values[i] for i in group} for group, _ in kept])
+    if len(kept) < 2 or (noise is None and difference is None):
         return None
-    means = [float(np.mean([losses[i].value for i in group])) for group, _ in kept]
+    means = [float(np.mean([values[i] for i in group])) for group, _ in kept]
     best = int(np.argmin(means))
-    level = LEVEL / (len(kept) * (len(kept) - 1) / 2)
+    pairs = len(kept) * (len(kept) - 1) // 2
+    place = place_in_words(table.axis, table.places[-1])
     verdicts = []
     for index, (group, name) in enumerate(kept):
         if index == best:
             continue
-        if pairs_noise is None:
+        if noise is not None:
+            gap, freedom = means[index] - means[best], float(noise.used[1])
+            error = noise.used[0] * math.sqrt(1 / len(group) + 1 / len(kept[best][0]))
+        elif difference is not None:
             found = difference(kept[best][0][0], group[0])
             gap, error, freedom = found.value, found.error, found.freedom
-        else:
-            gap, freedom = means[index] - means[best], pairs_noise[1]
-            error = pairs_noise[0] * math.sqrt(1 / len(group) + 1 / len(kept[best][0]))
-        width = t_quantile(1 - level / 2, freedom) * error
-        verdicts.append(Verdict(kept[best][1], name, gap, width, place_in_words(table.axis, place)))
+        width = t_quantile(1 - LEVEL / pairs / 2, freedom) * error
+        verdicts.append(Verdict(kept[best][1], name, gap, width, place))
     verdicts.sort(key=lambda verdict: verdict.difference)
-    std = pairs_noise[0] if pairs_noise else None
-    return Judgement(TRAIN, verdicts, _noise_in_words(known, pairs_noise, len(kept)), std)
-
-
-def judge_validation(groups: list[list[int]], names: list[str], table: EqualTable, metric: str) -> Judgement | None:
-    """Compare validation losses at the last place of a table; None without replicas, which alone show their noise."""
-    values = [row[-1] for row in table.validation.get(metric, [])]
-    known = [[i for i in group if values and math.isfinite(values[i])] for group in groups]
-    noise = _replica_noise([[values[i] for i in group] for group in known])
-    kept = [(group, name) for group, name in zip(known, names) if group]
-    if noise is None or len(kept) < 2:
-        return None
-    means = [float(np.mean([values[i] for i in group])) for group, _ in kept]
-    best = int(np.argmin(means))
-    quantile = t_quantile(1 - LEVEL / (len(kept) * (len(kept) - 1)), noise[1])
-    place = place_in_words(table.axis, table.places[-1])
-    verdicts = [
-        Verdict(
-            kept[best][1],
-            name,
-            means[index] - means[best],
-            quantile * noise[0] * math.sqrt(1 / len(group) + 1 / len(kept[best][0])),
-            place,
-        )
-        for index, (group, name) in enumerate(kept)
-        if index != best
-    ]
-    verdicts.sort(key=lambda verdict: verdict.difference)
-    return Judgement(metric, verdicts, _noise_in_words(known, noise, len(kept)), noise[0])
+    return Judgement(
+        metric, verdicts, _noise_in_words(noise, len(kept), f"{metric} at {place}"), noise.std if noise else None
+    )
 
 
 def sentences(judgement: Judgement, most: int = 8) -> list[str]:
@@ -149,22 +172,77 @@ def sentences(judgement: Judgement, most: int = 8) -> list[str]:
 
 
 def t_quantile(probability: float, freedom: float) -> float:
-    """Return a quantile of Student's t distribution."""
-    from scipy.special import stdtrit
+    """Return a quantile of Student's t distribution, for a probability above one half.
 
-    return float(stdtrit(min(freedom, 1e6), probability))
+    Found by bisection of the distribution function. scipy has it too, but its import takes longer than all the rest.
+    """
+    if freedom > 1e6:
+        return NormalDist().inv_cdf(probability)
+    low, high = 0.0, 2.0
+    while _t_probability(high, freedom) < probability:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_probability(middle, freedom) < probability else (low, middle)
+    return (low + high) / 2
 
 
-def _replica_noise(groups: list[list[float]]) -> tuple[float, int] | None:
-    """Return the pooled standard deviation within the groups, and its degrees of freedom; None without replicas."""
-    freedom = sum(len(group) - 1 for group in groups if len(group) > 1)
-    if not freedom:
+def _t_probability(value: float, freedom: float) -> float:
+    """Return the probability that t is at most `value`, which is not negative."""
+    if value == 0:
+        return 0.5
+    x, a, b = freedom / (freedom + value**2), freedom / 2, 0.5
+    logarithm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    if x < (a + 1) / (a + b + 2):
+        tail = math.exp(logarithm) * _beta_fraction(x, a, b) / a
+    else:
+        tail = 1 - math.exp(logarithm) * _beta_fraction(1 - x, b, a) / b
+    return 1 - tail / 2
+
+
+def _beta_fraction(x: float, a: float, b: float) -> float:
+    """Return the continued fraction of the incomplete beta function, by Lentz's method."""
+    c, d = 1.0, 1 / _not_zero(1 - (a + b) * x / (a + 1))
+    found = d
+    for m in range(1, 500):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            d = 1 / _not_zero(1 + term * d)
+            c = _not_zero(1 + term / c)
+            found *= c * d
+        if abs(c * d - 1) < 1e-14:
+            break
+    return found
+
+
+def _not_zero(value: float) -> float:
+    return value if abs(value) > 1e-300 else 1e-300
+
+
+def replica_noise(groups: list[dict[str, float]]) -> Noise | None:
+    """Return how much replicas differ; None if there are none.
+
+    Args:
+        groups: For each configuration the losses of its runs, by their seeds.
+    """
+    several = [np.array(list(group.values())) for group in groups if len(group) > 1]
+    if not several:
         return None
-    squares = sum(float(((np.array(group) - np.mean(group)) ** 2).sum()) for group in groups if len(group) > 1)
-    return math.sqrt(squares / freedom), freedom
+    freedom = sum(len(group) - 1 for group in several)
+    squares = sum(float(((group - group.mean()) ** 2).sum()) for group in several)
+    seeds = sorted(groups[0])
+    left = None
+    rest = (len(groups) - 1) * (len(seeds) - 1)
+    # Decided by which runs there are, and not by their losses: else the smaller of two estimates would be chosen.
+    if rest >= _LEAST_LEFT and all(sorted(group) == seeds for group in groups):
+        table = np.array([[group[seed] for seed in seeds] for group in groups])
+        residuals = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0, keepdims=True) + table.mean()
+        left = math.sqrt(float((residuals**2).sum()) / rest), rest
+    return Noise(math.sqrt(squares / freedom), freedom, sum(map(len, several)), len(several), left)
 
 
-def _noise_in_words(groups: list[list[int]], noise: tuple[float, int] | None, kept: int) -> str:
+def _noise_in_words(noise: Noise | None, kept: int, what: str) -> str:
     pairs = kept * (kept - 1) // 2
     interval = f"± is a 95 % interval{f' for all {pairs} pairs together (Bonferroni)' if pairs > 1 else ''}."
     if noise is None:
@@ -173,13 +251,17 @@ def _noise_in_words(groups: list[list[int]], noise: tuple[float, int] | None, ke
             "scatter around the smoothed curves. It does not contain what another seed would change, which can be "
             "more; runs that differ in run.seed alone would show it."
         )
-    several = [group for group in groups if len(group) > 1]
-    return (
-        f"{interval} The noise is the standard deviation between runs that differ in run.seed alone, {noise[0]:.4f} "
-        f"nats: n = {sum(map(len, several))} runs of {len(several)} "
-        f"{'configuration' if len(several) == 1 else 'configurations'}, {noise[1]} degrees of freedom"
-        + ("; settings with one run are taken to be as noisy." if len(several) < kept else ".")
+    found = (
+        f"{interval} The noise is the standard deviation between runs that differ in run.seed alone, for {what} "
+        f"{noise.std:.4f} nats: n = {noise.runs} runs of {noise.settings} "
+        f"{'configuration' if noise.settings == 1 else 'configurations'}, {noise.freedom} degrees of freedom"
     )
+    if noise.left is not None:
+        return (
+            f"{found}. All were run with the same seeds, so runs of one seed are compared with each other: once each "
+            f"seed's own level is taken out, {noise.left[0]:.4f} nats are left, {noise.left[1]} degrees of freedom."
+        )
+    return found + ("; settings with one run are taken to be as noisy." if noise.settings < kept else ".")
 
 
 def _some(names: list[str], most: int) -> str:

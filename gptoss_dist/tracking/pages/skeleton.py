@@ -155,7 +155,8 @@ _DRAW = """
       }
     });
     (layout.updatemenus || []).forEach(function (menu) {
-      menu.bgcolor = colour('--row'); menu.bordercolor = line; menu.font = {color: ink};
+      menu.bgcolor = colour('--row'); menu.bordercolor = line;
+      menu.font = {color: '#3b82c4'};  // plotly.js paints the chosen button white, whatever the page is
     });
     return layout;
   }

@@ -1,12 +1,13 @@
 """The metrics of a run as arrays, read from `metrics.jsonl` once.
 
     metrics.jsonl    line 1 ... 4096 | 4097 ... 8192 | 8193 ... 9000
-    columns/         0.columns       | 1.columns     | (the rest is parsed anew)
+    columns/         0.columns       | 1.columns     | rest.columns, until there is more
 
 A run of 100,000 steps is 100 MB of JSON, which takes seconds to parse; whoever plots or compares runs needs a few
 columns of it. So every 4,096 lines, once they are complete, are kept as a *segment*: a file of binary columns below
 `tracking/columns/`. Segments are never changed; one that does not fit its lines is ignored and written anew, and all of
-them may be deleted at any time. A folder that cannot be written, of another user's run, is read all the same.
+them may be deleted at any time. The rest is kept too, in a file that counts as long as no line was added. A folder that
+cannot be written, of another user's run, is read all the same.
 
 Layout of a segment: a line of JSON (`_Header`), then for each of its names one little-endian float64 per line.
 
@@ -37,6 +38,8 @@ COLUMNS_FOLDER = "tracking/columns"
 LINES = 4096
 """Of a segment."""
 
+_REST_FILE, _LEAST_REST = "rest.columns", 512
+"""What is behind the last whole segment, and how many lines are worth keeping."""
 _FORMAT = 1
 _STEP, _TIME = "step", "time"
 _LONGEST_HEADER = 2**20
@@ -144,12 +147,20 @@ def read_columns(run_dir: str | Path, message: Callable[[str], None] = logger.wa
     while (segment := _kept_segment(folder / f"{len(segments)}.columns", path, end)) is not None:
         segments.append(segment)
         end = segment.header.end
+    rest = _kept_segment(folder / _REST_FILE, path, end)
+    if rest is not None and rest.header.end == path.stat().st_size:
+        segments.append(rest)
+        return _told(Columns(segments), path, message)
     for segment in _parse(path, end):
-        if keep and segment.header.lines == LINES:
+        is_whole = segment.header.lines == LINES
+        if keep and (is_whole or segment.header.lines >= _LEAST_REST):
             with contextlib.suppress(OSError):  # it is parsed again next time
-                segment.write(folder / f"{len(segments)}.columns")
+                segment.write(folder / (f"{len(segments)}.columns" if is_whole else _REST_FILE))
         segments.append(segment)
-    columns = Columns(segments)
+    return _told(Columns(segments), path, message)
+
+
+def _told(columns: Columns, path: Path, message: Callable[[str], None]) -> Columns:
     Damage(path, columns.damaged).report(message)
     return columns
 

@@ -183,7 +183,6 @@ def _events(operations: list[Operation], starts: list[RunStart], columns: Column
         rows, counts = columns.points("optim/skipped_steps")
         events += [
             Event(float(columns.times[row]), int(columns.steps[row]), "skipped", f"step {columns.steps[row]} skipped")
-            for row, grown in zip(rows, np.diff(counts, prepend=0.0))
-            if grown > 0
+            for row in rows[np.diff(counts, prepend=0.0) > 0]
         ]
     return sorted(events, key=lambda event: (event.time, event.step))

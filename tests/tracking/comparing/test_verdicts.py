@@ -98,9 +98,27 @@ def test_replicas_give_the_noise():
     assert judgement.noise_std == pytest.approx(0.06 / np.sqrt(2), abs=0.001)
     assert "n = 4 runs of 2 configurations, 2 degrees of freedom" in judgement.noise
     assert verdict.half_width == pytest.approx(4.303 * judgement.noise_std, rel=0.01)  # t of 2 degrees, sqrt(1/2 + 1/2)
-    validated = judge_validation(replicas(runs), ["lr 0.001", "lr 0.002"], equal_table(runs, "tokens", []), "loss/val")
+    validated = judge_validation(
+        runs, replicas(runs), ["lr 0.001", "lr 0.002"], equal_table(runs, "tokens", []), "loss/val"
+    )
     assert validated.verdicts[0].difference == pytest.approx(0.47, abs=0.001)
-    assert judge_validation([[0], [2]], ["a", "b"], equal_table(runs, "tokens", []), "loss/val") is None
+    assert judge_validation(runs, [[0], [2]], ["a", "b"], equal_table(runs, "tokens", []), "loss/val") is None
+
+
+def test_runs_of_one_seed_are_compared_with_each_other():
+    """Each seed has a level of its own, far more than what the settings differ by."""
+    shifts = {"1": [0.0, 0.3, -0.2], "2": [0.05, 0.35, -0.15], "3": [0.101, 0.399, -0.1]}
+    runs = [
+        made_up(f"{lr}-{seed}", lr=f"0.00{lr}", seed=seed, shift=shift, std=1e-5)
+        for lr, row in shifts.items()
+        for seed, shift in enumerate(row)
+    ]
+    judgement = judged(runs)
+    assert [verdict.worse for verdict in judgement.verdicts] == ["lr 0.002", "lr 0.003"]
+    assert all(verdict.is_shown for verdict in judgement.verdicts)
+    assert judgement.noise_std == pytest.approx(0.25, abs=0.01) and "once each seed's own level" in judgement.noise
+    one_less = judged(runs[:-1])  # not the same seeds any more
+    assert not any(verdict.is_shown for verdict in one_less.verdicts) and "own level" not in one_less.noise
 
 
 def test_the_same_batches_make_small_differences_visible():
@@ -143,10 +161,10 @@ def test_losses_that_cannot_be_compared_are_not():
         if other.config["model.vocab_size"] == "512":
             other.dataset["digest"] = "e"
         (doubt,) = doubts([made_up("a"), other])
-        assert doubt.spoils_training and "bits per byte" in doubt.text and "not comparable" in doubt.text
+        assert doubt.spoils_losses and "bits per byte" in doubt.text and "not comparable" in doubt.text
     assert not doubts([made_up("a"), made_up("b")])
     (doubt,) = doubts([made_up("a", **{"train.steps": "10"}), made_up("b", **{"train.steps": "20"})])
-    assert not doubt.spoils_training and "schedules" in doubt.text
+    assert not doubt.spoils_losses and "schedules" in doubt.text
 
 
 def test_runs_of_one_name_get_names_of_their_own():

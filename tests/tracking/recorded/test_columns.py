@@ -80,6 +80,25 @@ def test_what_was_kept_is_not_parsed_again(tmp_path, monkeypatch):
     np.testing.assert_array_equal(again["loss/train"], before["loss/train"])
 
 
+def test_the_rest_is_kept_until_a_line_is_added(tmp_path, monkeypatch):
+    monkeypatch.setattr(columns_module, "_LEAST_REST", 2)
+    lines = lines_of_a_run(3)
+    count = len(lines) // LINES * LINES - 2
+    write(tmp_path, lines[:count])
+    read_columns(tmp_path, lambda text: None)
+    read = []
+    real = columns_module.metrics_record
+    monkeypatch.setattr(columns_module, "metrics_record", lambda line: read.append(line) or real(line))
+    assert_same(read_columns(tmp_path, lambda text: None), tmp_path)
+    assert not read
+    for end in range(count + 1, len(lines) + 1):  # over the end of a segment
+        write(tmp_path, lines[end - 1 : end], mode="a")
+        assert_same(read_columns(tmp_path, lambda text: None), tmp_path)
+    with open(tmp_path / METRICS_FILE, "a") as file:
+        file.write('{"step": 1')  # a line that is being written
+    assert_same(read_columns(tmp_path, lambda text: None), tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["cut", "other_lines", "garbage", "other_format"])
 def test_what_was_kept_of_other_lines_is_not_believed(tmp_path, damage):
     write(tmp_path, lines_of_a_run(1))

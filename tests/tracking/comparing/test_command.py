@@ -1,0 +1,239 @@
+"""The command as a person uses it: files, page, MLflow, and mistakes in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.recorded_runs import write_run
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch):
+    """A function that runs the command in this process; returns its exit code."""
+    import runpy
+
+    monkeypatch.chdir(tmp_path)
+    main = runpy.run_path(str(ROOT / "launch/compare.py"))["main"]
+    return lambda *words: main([str(word) for word in words])
+
+
+@pytest.fixture
+def runs(tmp_path):
+    write_run(tmp_path / "runs/a", seed=1, config={"optim.lr": 0.001, "run.seed": 0})
+    write_run(tmp_path / "runs/b", seed=2, shift=-0.1, config={"optim.lr": 0.002, "run.seed": 0})
+    write_run(tmp_path / "runs/c", seed=3, shift=-0.1, steps=390, config={"optim.lr": 0.004, "run.seed": 0})
+    return [tmp_path / "runs" / name for name in "abc"]
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_three_runs(compare, runs, capsys):
+    before = files_of(runs[0].parent)
+    assert compare(*runs, "--at-tokens", "300k", "1.5M", "--output", "out") == 0
+    told, complained = capsys.readouterr()
+    assert "is better than lr 0.001 by 0.1" in told and "No difference shown between lr 0.00" in told
+    assert "| optim.lr | 0.001 | 0.002 | 0.004 |" in told and "run.name" not in told
+    assert "not logged there; --uri names a server" in complained and not Path("mlflow.db").exists()
+    assert files_of(runs[0].parent) == before
+    assert Path("out/comparison.md").read_text() in told
+    found = json.loads(Path("out/comparison.json").read_text())
+    assert found["equal"]["tokens"]["places"] == [3e5, 1.5e6]
+    assert {one["shown"] for one in found["verdicts"][0]["pairs"]} == {True, False}
+    assert {judged["axis"] for judged in found["verdicts"]} == {"tokens", "hours"}, "FLOPs per token are the same"
+    page = Path("out/comparison.html").read_text()
+    for sentence in (pair["sentence"] for pair in found["verdicts"][0]["pairs"]):
+        assert sentence in unescape(page)
+    assert page.count('<div class="figure"') == 4
+
+
+def test_a_sweep_is_fitted_and_predicts(compare, tmp_path, capsys):
+    for number, steps in enumerate((50, 80, 130, 220, 400, 700)):
+        write_run(tmp_path / f"s{number}", steps=steps, std=0.002, seed=number, config={"train.steps": steps})
+    assert compare(*(f"s{n}" for n in range(6)), "--predict", "0.01", "0.1", "--output", "out") == 0
+    fit = json.loads(Path("out/comparison.json").read_text())["fit"]
+    assert [one["exaflops"] for one in fit["predictions"]] == [0.01, 0.1] and len(fit["runs"]) == 6
+    for one in fit["predictions"]:  # the law of the tokens that the runs follow
+        truth = 1.5 + 40.0 * (one["exaflops"] * 1e18 / 1.5e9) ** -0.3
+        assert one["low"] < truth < one["high"] < truth + 0.3
+    told = capsys.readouterr().out
+    assert "## Loss against compute" in told and "train.steps differs" in told and "0.1 exaFLOPs" in told
+    assert compare("s0", "s1", "--predict", "1", "--output", "other") == 2
+    assert "no power law is fitted: it takes 5 runs or more" in capsys.readouterr().err
+    assert not Path("other").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "no runs; give two folders of runs or more, or --experiment NAME"),
+        (["runs/a"], "runs: 1 training run is no comparison; give two or more"),
+        (["runs/a", "runs/a"], "1 training run is no comparison"),
+        (["runs/a", "runs/missing"], "runs/missing/metrics.jsonl does not exist; give the folder of a run"),
+        (["runs/a", "runs/b", "--at-tokens", "many"], "'many' is no amount; give a number above 0, such as 300k"),
+        (["runs/a", "runs/b", "--filter", "x"], "--filter is for the runs of --experiment NAME; give one"),
+        (["runs/a", "runs/b", "--predict", "-1"], "must be more than 0"),
+        (["runs/a", "runs/b", "--output", "runs"], "--output runs exists already; name a new folder"),
+        (["runs/a", "--experiment", "x"], "there is no such database of MLflow; name the server with --uri"),
+        (["runs/a", "runs/empty"], "runs/empty: metrics.jsonl has no loss/train; give the folder of a training run"),
+    ],
+)
+def test_mistakes_are_one_line(compare, runs, capsys, words, complaint):
+    (runs[0].parent / "empty").mkdir()
+    (runs[0].parent / "empty/metrics.jsonl").write_text('{"step": 1, "time": 5.0, "metrics": {"eval/x": 1.0}}\n')
+    assert compare(*words) == 2
+    told, complained = capsys.readouterr()
+    assert complaint in complained and complained.count("\n") == 1 and complained.startswith("compare.py: ")
+    assert not told and not Path("comparisons").exists()
+
+
+def test_damage_and_hostile_names_do_no_harm(compare, runs, tmp_path, capsys):
+    lines = (runs[0] / "metrics.jsonl").read_text().splitlines()
+    lines[200], lines[201] = "{", lines[201].replace('"loss/train": ', '"loss/train": null, "x": ')
+    (runs[0] / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    evil = runs[1].rename(runs[1].with_name("<script>alert(1)</script>|`\x1b[31m".replace("/", "_")))
+    (runs[2] / "config.yaml").write_text("{")
+    (runs[2] / "tracking/journal.jsonl").write_text("garbage\n")
+    assert compare(runs[0], evil, runs[2], "--output", "out") == 0
+    told, complained = capsys.readouterr()
+    assert "1 damaged line was passed over" in complained and "config.yaml" in complained
+    assert (
+        "\x1b" not in told
+        and "<script>" not in Path("out/comparison.html").read_text().replace("<script>!", "!")[:4000]
+    )
+
+
+def test_other_vocabularies_are_not_judged(compare, tmp_path, capsys):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", seed=1, shift=-1, config={"model.vocab_size": 1024}, digest="e" * 64)
+    assert compare("a", "b", "--output", "out") == 0
+    told = capsys.readouterr().out
+    assert "not comparable" in told and "bits per byte" in told and "is better than" not in told
+    assert json.loads(Path("out/comparison.json").read_text())["verdicts"] == []
+
+
+def test_the_page_is_logged_to_mlflow(compare, store, tmp_path, capsys):
+    from gptoss_dist.tracking.tracker import sync
+
+    for number in range(2):
+        write_run(tmp_path / f"r{number}", steps=60, seed=number, config={"optim.lr": 0.1 * number})
+        journal = tmp_path / f"r{number}/tracking/journal.jsonl"
+        journal.write_text(journal.read_text().replace("0a" * 16, f"{number}b" * 16))
+        sync(tmp_path / f"r{number}", store, pytest.fail)
+    assert compare("--experiment", "made-up", "--uri", store) == 0
+    (output,) = Path("comparisons").iterdir()
+    assert output.name.startswith("made-up-") and "r0" in capsys.readouterr().out
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("made-up")
+    (logged,) = client.search_runs([experiment.experiment_id], "tags.kind = 'comparison'")
+    assert logged.info.status == "FINISHED" and "mlflow.parentRunId" not in logged.data.tags
+    names = {file.path for file in client.list_artifacts(logged.info.run_id)}
+    assert names == {"comparison.html", "comparison.json", "comparison.md"}
+    assert compare("--experiment", "made-up", "--no-mlflow", "--output", "again") == 0  # not a run to be compared
+    assert len(json.loads(Path("again/comparison.json").read_text())["runs"]) == 2
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_the_page_opens_offline_without_a_request(compare, runs, tmp_path, capsys):
+    """Chromium writes down every request; the only one is for the page itself, and its figures are drawn."""
+    assert compare(*runs, "--output", "out") == 0
+    log = tmp_path / "net.json"
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--no-first-run",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--proxy-server=127.0.0.1:9",  # whatever is asked for is refused
+            f"--log-net-log={log}",
+            "--virtual-time-budget=10000",
+            "--dump-dom",
+            (tmp_path / "out/comparison.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    dom = done.stdout
+    assert dom.count('class="main-svg"') >= 8 and dom.count("scatterlayer") >= 4
+    assert "hours of training" in dom and "is better than lr 0.001" in dom
+    events = json.loads(log.read_text())
+    kinds = {number: name for name, number in events["constants"]["logEventTypes"].items()}
+    asked = [
+        event["params"]["url"]
+        for event in events["events"]
+        if kinds[event["type"]] == "URL_REQUEST_START_JOB" and "url" in event.get("params", {})
+    ]
+    assert not [url for url in asked if url.startswith(("http", "ws")) and not _of_the_browser(url)], asked
+
+
+def _of_the_browser(url):
+    """What Chromium asks for by itself, whatever it shows."""
+    return any(host in url for host in ("google", "gvt1", "gstatic"))
+
+
+@pytest.mark.slow
+def test_fifty_long_runs_in_five_seconds_and_500_mb(tmp_path):
+    """50 runs of 100,000 steps: five are written, the others are links to them with settings of their own."""
+    steps = 100_000
+    for number in range(5):
+        rng = np.random.default_rng(number)
+        more = {f"moe/load_cv/layer_{layer}": rng.random(steps) for layer in range(12)}
+        more |= {"optim/grad_norm": rng.lognormal(size=steps), "moe/load_cv": rng.random(steps)}
+        write_run(
+            tmp_path / f"r{number}",
+            steps=steps,
+            seed=number,
+            std=0.05,
+            shift=-0.01 * number,
+            more=more,
+            validate_every=1000,
+        )
+    command = [sys.executable, ROOT / "launch/compare.py", "--no-mlflow"]
+    first = [tmp_path / f"r{number}" for number in range(5)]
+    subprocess.run([*command, *first, "--output", tmp_path / "cold"], check=True, capture_output=True)
+    folders = []
+    for number in range(50):
+        source, folder = first[number % 5], tmp_path / f"s{number:02}"
+        shutil.copytree(source, folder, copy_function=lambda a, b: Path(b).hardlink_to(a))
+        text = (source / "config.yaml").read_text()
+        (folder / "config.yaml").unlink()
+        (folder / "config.yaml").write_text(text.replace("lr: 0.001", f"lr: 0.{number + 10}"))
+        folders.append(folder)
+    limited = (
+        "import resource, runpy, sys, time\n"
+        "began = time.process_time()\n"
+        "try: runpy.run_path(sys.argv[1], run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print(time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, command[1], *folders, "--no-mlflow", "--output", tmp_path / "warm"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+    )
+    seconds, megabytes = map(float, done.stderr.splitlines()[-1].split())
+    assert seconds < 5 and megabytes < 500, (seconds, megabytes)
+    assert len(json.loads((tmp_path / "warm/comparison.json").read_text())["runs"]) == 50
