@@ -221,8 +221,8 @@ class TrackingConfig:
     """Draw the run's plots at each validation and at the end."""
     system_metrics_every_s: float = ranged(30.0, at_least=0)
     """Seconds between samples of each machine's processor, memory, disk, network and GPUs; 0 takes none."""
+    expert_tokens_every: int = ranged(100, at_least=0)
+    """Steps between rows of expert_tokens.jsonl (tokens of each expert, summed over those steps); 0 writes none."""
     report: bool = True
     """Write the run's report, report.html, at the end: one page to read and to forward. launch/report.py writes it at
     any time."""
-    expert_tokens_every: int = ranged(100, at_least=0)
-    """Steps between rows of expert_tokens.jsonl (tokens of each expert, summed over those steps); 0 writes none."""

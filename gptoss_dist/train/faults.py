@@ -325,6 +325,10 @@ class StepWatch:
         self._watchdog.clock.compiles()
 
 
+_BEHIND_S = LOOK_S + 5.0
+"""A rank that is not where another was so long ago is behind: beats are up to `LOOK_S` and 2 s old."""
+
+
 class RankStates:
     """What all ranks do, for those who watch the run from outside.
 
@@ -335,11 +339,17 @@ class RankStates:
     def __init__(self, view: Callable[[], View]) -> None:
         self._view = view
         self._counts: dict[int, tuple[int, float]] = {}
+        self._first: deque[tuple[float, int]] = deque()
+        """When it was seen, and the step of the rank that was furthest then."""
 
     def __call__(self) -> list[RankState]:
         """Return a state for each rank that was heard of; one whose beats no longer come is silent."""
-        now, states = time.monotonic(), []
-        for rank, beat in sorted(self._view().beats.items()):
+        now, states, beats = time.monotonic(), [], self._view().beats
+        self._first.append((now, max((beat.step for beat in beats.values()), default=0)))
+        while len(self._first) > 1 and self._first[1][0] <= now - _BEHIND_S:
+            self._first.popleft()
+        long_ago, reached = self._first[0]
+        for rank, beat in sorted(beats.items()):
             count, since = self._counts.get(rank, (-1, now))
             if beat.count != count:
                 since = now
@@ -353,6 +363,7 @@ class RankStates:
                     step=beat.step,
                     phase=beat.phase,
                     place=beat.place,
+                    is_behind=long_ago <= now - _BEHIND_S and beat.step < reached,
                     is_silent=is_silent,
                     measured_step=beat.measured_step,
                     own_ms=beat.own_ms,

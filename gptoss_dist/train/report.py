@@ -312,6 +312,22 @@ class Report:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:6])
         self.message(f"step {step}: {shown}{', ...' * (len(metrics) > 6)} ({seconds:.1f} s)")
 
+    def page(self, status: str) -> None:
+        """Write report.html, beside the run's end: one that takes too long is not waited for.
+
+        Args:
+            status: How the run ends: FINISHED, KILLED or FAILED.
+        """
+        if not self.config.tracking.report or self._rewound:
+            return
+        words = {"FINISHED": "finished", "KILLED": "stopped as asked", "FAILED": "failed; the reason is in log.txt"}
+        # Who is asked to stop may have half a minute, of which saving has had its part.
+        timeout_s = 10.0 if status == "KILLED" else 60.0
+        written = write_in_time(self.folder, words[status], self._message_once, timeout_s)
+        if written is not None:
+            self.tracker.artifact(written)
+            self.message(f"the run's report is {written}")
+
     def plots(self) -> None:
         """Draw what metrics.jsonl and expert_tokens.jsonl hold."""
         if not self.config.tracking.plots:
@@ -323,20 +339,6 @@ class Report:
             log.warning("plots not drawn: %s", error)
         except Exception as error:  # a plot must never end a run
             self._message_once(f"plots not drawn: {error}")
-
-    def page(self, status: str) -> None:
-        """Write report.html, beside the run's end: one that takes too long is not waited for.
-
-        Args:
-            status: How the run ends: FINISHED, KILLED or FAILED.
-        """
-        if not self.config.tracking.report or self._rewound:
-            return
-        words = {"FINISHED": "finished", "KILLED": "stopped as asked", "FAILED": "failed; the reason is in log.txt"}
-        written = write_in_time(self.folder, words[status], self._message_once)
-        if written is not None:
-            self.tracker.artifact(written)
-            self.message(f"the run's report is {written}")
 
     def close(self, status: Literal["FINISHED", "KILLED", "FAILED"], why: str | None = None) -> None:
         """Finish the tracked run: FINISHED, KILLED or FAILED.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -42,8 +43,10 @@ def watch(options: WatchOptions) -> None:
     if options.once or not console.is_terminal or os.environ.get("TERM", "dumb") == "dumb":
         print_line(plain(looks.look()))
         return
-    last = looks.look()
-    with Live(screen(last, console), console=console, screen=True, auto_refresh=False) as live:
+    with console.status(printable(f"reading {options.run}")):
+        last = looks.look()
+    full = Live(screen(last, console), console=console, screen=True, auto_refresh=False)
+    with contextlib.suppress(KeyboardInterrupt), full as live:
         while not last.state.is_over:
             time.sleep(options.interval)
             last = _next(looks, last)

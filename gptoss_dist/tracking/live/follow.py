@@ -7,6 +7,7 @@ and begins another one: that is seen by its number on the disk, and everything i
 from __future__ import annotations
 
 import bisect
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ from gptoss_dist.tracking.records import (
     metrics_record,
     operation,
 )
+
+_TRIED = 3
+"""Newest files of samples that are tried: one may be no file, or be deleted in this moment."""
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +239,7 @@ def sample_files(run_dir: Path) -> dict[int, Path]:
     if not folder.is_dir():
         return {}
     found = [path for path in folder.iterdir() if path.name.startswith("step_") and path.suffix == ".txt"]
-    names = {path.stem.removeprefix("step_"): path for path in found if path.is_file()}
+    names = {path.stem.removeprefix("step_"): path for path in found}
     return {int(number): path for number, path in names.items() if number.isdecimal()}
 
 
@@ -250,8 +254,8 @@ def last_sample(run_dir: Path, most_bytes: int = 2**14) -> tuple[int, str] | Non
     Raises:
         OSError: The folder cannot be read.
     """
-    if not (files := sample_files(run_dir)):
-        return None
-    step = max(files)
-    with open(files[step], "rb") as file:
-        return step, texts_of(file.read(most_bytes).decode("utf-8", "replace"))[0]
+    files = sample_files(run_dir)
+    for step in sorted(files, reverse=True)[:_TRIED]:
+        with contextlib.suppress(OSError), open(files[step], "rb") as file:
+            return step, texts_of(file.read(most_bytes).decode("utf-8", "replace"))[0]
+    return None

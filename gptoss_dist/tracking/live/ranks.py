@@ -41,6 +41,8 @@ class RankState:
     """What it does in it, such as `compute`."""
     place: str = ""
     """The line of code that its main thread is in."""
+    is_behind: bool = False
+    """Whether it is not yet where others were a while ago; a beat that is some seconds old is not enough for that."""
     is_silent: bool = False
     """Whether it has given no sign of life between two looks at it."""
     measured_step: int = 0
@@ -67,7 +69,7 @@ class RanksReport(msgspec.Struct, frozen=True):
         """Return at most `most` ranks: those that are silent, behind or slow first, then the others by number."""
         if len(self.ranks) <= most:
             return self.ranks
-        order = sorted(self.ranks, key=lambda s: (not s.is_silent, s.step, -(self.lag(s) or 0.0), s.rank))
+        order = sorted(self.ranks, key=lambda s: (not s.is_silent, not s.is_behind, -(self.lag(s) or 0.0), s.rank))
         return order[:most]
 
 

@@ -218,15 +218,14 @@ def _rank_rows(snapshot: Snapshot, most: int) -> list[list[str]]:
     report = snapshot.ranks
     if report is None or not report.ranks:
         return []
-    last = max(state.step for state in report.ranks)
     rows = [["rank", "host", "step", "does", "own ms", "x median", ""]]
     for state in report.notable(most):
         lag = report.lag(state)
         remarks = []
         if state.is_silent:
             remarks.append("silent")
-        if state.step < last:
-            remarks.append(f"{last - state.step} behind")
+        if state.is_behind:
+            remarks.append("behind")
         if lag is not None and lag > 1.5:
             remarks.append("slow")
         rows.append(

@@ -103,10 +103,10 @@ def _of_a_process(metrics: MetricsFollower, journal: JournalFollower, ranks: Ran
 
 
 def _phase(ranks: RanksReport | None, now: float) -> str:
-    """Return what the rank that is furthest behind does now, if that is known."""
+    """Return what rank 0 does now, or a rank that is behind, for which it waits; empty if that is not known."""
     if ranks is None or not ranks.ranks or now - ranks.time > STALE_S:
         return ""
-    return min(ranks.ranks, key=lambda state: state.step).phase
+    return next((state for state in ranks.ranks if state.is_behind), ranks.ranks[0]).phase
 
 
 def _ended(run_dir: Path, metrics: MetricsFollower, journal: JournalFollower, owner: str | None, now: float) -> State:

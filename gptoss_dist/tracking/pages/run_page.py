@@ -156,6 +156,7 @@ def page_of(run: RecordedRun, state: str, message: Callable[[str], None]) -> str
     return html_page(f"Run {printable(run.name)}", sections, subtitle=f"{state}; {read}")
 
 
+# A sheet of paper is as wide as the screen for which the figures were drawn; whoever prints it scales it down.
 _STYLE = """
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem; margin: .6rem 0; }
 .card { padding: .6rem .8rem; border: 1px solid var(--line); border-radius: 6px; }
@@ -172,6 +173,7 @@ select { font: inherit; color: inherit; background: var(--row); border: 1px soli
 .samples td.number { min-width: 4rem; }
 .samples pre { margin: 0; padding: .3rem .5rem; font-size: .8rem; border: 0; background: none; }
 summary { cursor: pointer; color: var(--soft); }
+@page { size: 1280px 1810px; margin: 36px; }
 @media print {
   nav, .switch, .modebar { display: none; }
   body { max-width: none; padding: 0; font-size: 12px; }

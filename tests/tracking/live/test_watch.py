@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -167,7 +168,7 @@ def test_a_living_run_that_gets_nowhere_is_called_stalled(tmp_path, monkeypatch)
         watch = RunWatch(folder)
         state = watch.look().state
         assert state.kind == "stalled" and "6 min" in state.text and "a step takes 2 s" in state.text
-        write_ranks(folder, [RankState(0, "a", 11, "compute"), RankState(1, "b", 10, "data")])
+        write_ranks(folder, [RankState(0, "a", 11, "compute"), RankState(1, "b", 10, "data", is_behind=True)])
         assert "in data" in watch.look().state.text
         write_ranks(folder, [RankState(0, "a", 11, "validation")])
         assert watch.look().state.text == "running: validation"
@@ -179,7 +180,7 @@ def test_a_living_run_that_gets_nowhere_is_called_stalled(tmp_path, monkeypatch)
 def test_ranks_that_are_silent_behind_or_slow_come_first(tmp_path):
     ranks = [RankState(rank, f"n{rank}", 9, "compute", measured_step=5, own_ms=100.0) for rank in range(20)]
     ranks[17] = dataclasses.replace(ranks[17], is_silent=True)
-    ranks[11] = dataclasses.replace(ranks[11], step=8)
+    ranks[11] = dataclasses.replace(ranks[11], step=8, is_behind=True)
     ranks[5] = dataclasses.replace(ranks[5], own_ms=250.0)
     report = RanksReport(time.time(), ranks)
     assert [state.rank for state in report.notable(4)] == [17, 11, 5, 0]
@@ -190,7 +191,7 @@ def test_ranks_that_are_silent_behind_or_slow_come_first(tmp_path):
     write_ranks(folder, ranks)
     with owned(folder):
         text = plain(RunWatch(folder).look())
-    assert re.search(r"17 +n17 +9 +compute +100.0 +1.00 +silent", text) and "1 behind" in text and "slow" in text
+    assert re.search(r"17 +n17 +9 +compute +100.0 +1.00 +silent", text) and "behind" in text and "slow" in text
     assert "and 12 more" in text
 
 
@@ -203,7 +204,10 @@ def test_rank_0_writes_down_what_all_ranks_do(tmp_path, monkeypatch):
     now[0] += 2 * LOOK_S + SILENT_S + 1
     beats[1] = dataclasses.replace(beats[1], count=9, step=4)
     assert [state.is_silent for state in states()] == [False, False, True], "rank 0 is the one who looks"
-    assert [state.step for state in states()] == [3, 4, 3]
+    assert [state.step for state in states()] == [3, 4, 3] and not any(state.is_behind for state in states())
+    now[0] += 16  # rank 2 is not where rank 1 was then; where rank 0 is, is 5 s old
+    beats[0], beats[1] = dataclasses.replace(beats[0], step=4), dataclasses.replace(beats[1], step=9)
+    assert [state.is_behind for state in states()] == [False, False, True]
 
     (tmp_path / "tracking").mkdir()
     recorder = RanksRecorder(tmp_path, states)
@@ -254,7 +258,8 @@ def test_the_command_in_a_pipe_prints_once(tmp_path, capsys):
 
 
 @pytest.mark.distributed
-def test_the_command_on_a_terminal_follows_to_the_end(tmp_path):
+@pytest.mark.parametrize("end", ["of the run", "by Ctrl-C"])
+def test_the_command_on_a_terminal_follows_to_the_end(tmp_path, end):
     folder = tmp_path / "run"
     tracker = begin(folder, last_step=30)
     leader, follower = pty.openpty()
@@ -268,6 +273,11 @@ def test_the_command_on_a_terminal_follows_to_the_end(tmp_path):
         )
         os.close(follower)
         output = [os.read(leader, 2**16)]  # it shows something
+        if end == "by Ctrl-C":
+            while b"step 10/30" not in b"".join(output):
+                output.append(os.read(leader, 2**16))
+            process.send_signal(signal.SIGINT)
+            process.wait(20)
         log(tracker, range(11, 31))
         (folder / "DONE").write_text('{"step": 30}')
     while True:
@@ -278,8 +288,9 @@ def test_the_command_on_a_terminal_follows_to_the_end(tmp_path):
     os.close(leader)
     assert process.wait(20) == 0
     text = b"".join(output).decode()
-    assert "finished at step 30" in text.rpartition("\x1b[?1049l")[2], "the last screen stays"
-    assert "step 30/30" in text
+    expected = "step 10/30" if end == "by Ctrl-C" else "step 30/30"
+    assert expected in text.rpartition("\x1b[?1049l")[2], "the last screen stays"
+    assert ("finished at step 30" in text) == (end == "of the run")
 
 
 def test_reading_runs_imports_no_torch():

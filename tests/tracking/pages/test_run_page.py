@@ -1,6 +1,7 @@
 """The report of a run says what its records say, opens without a network, and runs nothing that the run has written."""
 
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import yaml
 
 from data_pipeline.ownership import owned
 from gptoss_dist.tracking.expert_tokens import ExpertTokens
+from gptoss_dist.tracking.live.snapshot import RunWatch
 from gptoss_dist.tracking.pages import run_page
 from gptoss_dist.tracking.pages.overview import MOST_EVENTS, duration, events_of, si
 from gptoss_dist.tracking.pages.run_page import write_in_time, write_report
@@ -234,7 +236,7 @@ def test_a_run_that_is_under_way_damaged_or_of_an_earlier_version(tmp_path, fold
     (torn / "samples/step_00000060.txt").symlink_to("nothing")
     said = []
     text = " ".join(words(write_report(torn, message=said.append).read_text()).split())
-    assert "metrics up to step 40" in text and len(said) == 4, said
+    assert "metrics up to step 40" in text and len(said) == 6, said
     assert "config.yaml" in "".join(said) and "result.json" in "".join(said)
 
     old = tmp_path / "old"
@@ -314,3 +316,37 @@ def test_numbers_with_a_prefix(value, expected):
 )
 def test_lengths_of_time(seconds, expected):
     assert duration(seconds) == expected
+
+
+NUMBERS = [0.0, -1.0, 1e-300, 1e300, float("nan"), float("inf"), float("-inf"), 3.0]
+SETTINGS = ["x", None, 7, [], [1], {}, [{"path": 3, "weight": "much"}], True, -1, 1e400, HOSTILE]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_was_recorded_there_is_a_page(tmp_path, seed):
+    draw = random.Random(seed)
+    known = [*metrics(1), "loss/val", "loss/val_<b>", "eval/a/b", "faults/rewinds"]
+    names = [name for name in known if draw.random() < 0.6]
+    tracker = Tracker(tmp_path, run_name=HOSTILE, enabled=False, tags={"world_size": draw.choice(["2", "many"])})
+    for _ in range(draw.choice([1, 2, 30])):
+        tracker.log(draw.randrange(40), {name: draw.choice(NUMBERS) for name in names if draw.random() < 0.9})
+        if draw.random() < 0.1:
+            tracker.event(draw.randrange(60), "rewind", HOSTILE)
+            with open(tmp_path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"event": "resume", "step": draw.randrange(60), "time": 1.0}) + "\n")
+    tracker.tag("spike.1", HOSTILE)
+    tracker.log(draw.randrange(40), {"optim/lr": 1.0})
+    sections = {part: {key: draw.choice(SETTINGS) for key in values} for part, values in CONFIG.items()}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(sections if draw.random() < 0.8 else draw.choice(SETTINGS)))
+    rows = [[[draw.randrange(2**40) for _ in range(draw.choice([2, 3]))]] for _ in range(5)]
+    lines = [{"first_step": draw.randrange(9), "step": draw.randrange(9), "tokens": tokens} for tokens in rows]
+    (tmp_path / "expert_tokens.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(tmp_path, message=lambda text: None).read_text()
+    assert HOSTILE not in page and len(figures(page)) > 0
+    RunWatch(tmp_path).look()
+
+
+def test_a_run_that_has_validated_only(tmp_path):
+    tracker = Tracker(tmp_path, run_name="x", enabled=False)
+    tracker.log(0, {"loss/val": 9.0})
+    assert "9.0000 best validation loss, step 0" in " ".join(words(write_report(tmp_path).read_text()).split())
