@@ -142,7 +142,10 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     assert record(folder, range(3, 6), 10.0, names=["wandb"], resumed_step=2) == []
     second = next(path for path in folder.glob("wandb/offline-run-*") if path != first)
     assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2]  # one run, by its id
-    found = [(row["step"], row["loss/train"]) for row in history_of_wandb(folder)]
+    until, found = time.monotonic() + 30, []
+    while len(found) < 6 and time.monotonic() < until:  # W&B's own process closes the file when it comes to it
+        found = [(row["step"], row["loss/train"]) for row in history_of_wandb(folder)]
+        time.sleep(0.05)
     assert sorted(found) == [(1, 1.0), (2, 2.0), (3, 3.0), (3, 13.0), (4, 14.0), (5, 15.0)]
 
 
