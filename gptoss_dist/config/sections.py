@@ -214,9 +214,9 @@ class TrackingConfig:
     uri: str | None = None
     """Tracking server; null means $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db. Passwords and tokens in it are hidden
     in all that the run writes."""
-    also: list[Literal["tensorboard"]] = field(default_factory=list)
-    """Further programs that get the metrics, and only these: `tensorboard` (the extra of that name) has event files in
-    the run's folder `tensorboard/`."""
+    also: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    """Further programs that get the metrics, and only these, each with the extra of its name: `tensorboard` has event
+    files in the run's folder `tensorboard/`, `wandb` (Weights & Biases) a run of its own."""
     plots: bool = True
     """Draw the run's plots at each validation and at the end."""
     system_metrics_every_s: float = ranged(30.0, at_least=0)

@@ -23,7 +23,6 @@ Nothing here ends a run: a file that is damaged or cannot be written costs lines
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import shlex
@@ -127,10 +126,7 @@ class Tracker:
         resumed = resume_run_id is not None or resumed_step is not None
         self._make_room(resumed)
         about_mlflow = message if enabled else logger.debug
-        wishes = Wishes.read(about_mlflow)
-        if is_child:
-            wishes = dataclasses.replace(wishes, run_id=None, run_name=None, parent_run_id=None)
-        parent = {} if wishes.parent_run_id is None else {"mlflow.parentRunId": wishes.parent_run_id}
+        wishes = Wishes.read(about_mlflow, is_child=is_child)
 
         cursor = Cursor.load(self._run_dir, about_mlflow)
         run_id = wishes.run_id or resume_run_id
@@ -154,7 +150,7 @@ class Tracker:
             experiment=experiment or wishes.experiment or DEFAULT_EXPERIMENT,
             experiment_id=experiment_id or (wishes.experiment_id if experiment is None else None),
             params=_texts(params),
-            tags=user_tags() | parent | _texts(tags) | wishes.tags,
+            tags=user_tags() | _texts(tags) | wishes.tags,
             dataset=None if dataset is None else _texts(dataset),
             resume=1 + sum(start.resume > 0 for start in starts) if resumed else 0,
             resumed_step=resumed_step,

@@ -7,6 +7,7 @@ it small. A command that no rule fits fails the test, and so does a rule that no
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ import pytest
 
 from data_pipeline import Manifest
 from gptoss_dist.tracking.tracker import read_metrics
-from tests.support import stand_ins
-from tests.support.ranks import ROOT, losses, run
+from tests.support import hub, stand_ins
+from tests.support.ranks import ROOT, environment, losses, run
 
 pytestmark = pytest.mark.distributed
 
@@ -71,6 +72,16 @@ def module(folder: Folder, words: list[str]) -> str:
     return output.out
 
 
+def from_hub(folder: Folder, words: list[str]) -> str:
+    """Run `python -m MODULE` in a process whose Hugging Face hub is a stub that serves `hub/`."""
+    with hub.running(folder.path / "hub") as server:
+        variables = environment(HF_ENDPOINT=server.url, HF_HUB_OFFLINE="0", HF_HOME=str(folder.path / "home"))
+        line = [sys.executable, *words[1:]]
+        done = subprocess.run(line, cwd=folder.path, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def script(folder: Folder, words: list[str]) -> str:
     """Run `python FILE`, or the same under torchrun in two processes."""
     at = next(index for index, word in enumerate(words) if word.endswith(".py"))
@@ -109,8 +120,8 @@ RULES = [
     Rule("hf auth login", nothing),
     Rule("hf download meta-llama/Llama-3.2-1B", nothing),  # the stand-in is there
     Rule("hf download openai/gpt-oss-20b", nothing),
-    Rule("pretrain_502m/stack_python.yaml", module, f"hub/the-stack-dedup/data/python/*.parquet {LLAMA3}"),
-    Rule("pretrain_502m/arxiv.yaml", module, f"hub/proof-pile-2/arxiv/train/*.jsonl.zst {LLAMA3}"),
+    Rule("pretrain_502m/stack_python.yaml", from_hub, LLAMA3),
+    Rule("pretrain_502m/arxiv.yaml", from_hub, LLAMA3),
     Rule("codeparrot-clean-train", module, f"{LLAMA3} --overwrite", (TOKENIZER,)),
     Rule("prepare --config configs/data/pretrain_502m/", module, LLAMA3),
     Rule("configs/data/tinystories.yaml", module, f"--tokenizer builtin {SMALL_DATA}"),
@@ -185,10 +196,10 @@ def test_502m(folder):
     stand_ins.rank_file(folder.path / "data/llama3/original/tokenizer.model")
     stand_ins.fineweb(folder.path / "HuggingFaceFW/fineweb-edu", 1, scored=True)
     stand_ins.fineweb(folder.path / "HuggingFaceFW/fineweb", 2, scored=False)
-    stand_ins.stack(folder.path / "hub/the-stack-dedup", 3)
+    stand_ins.stack(folder.path / "hub/bigcode/the-stack-dedup", 3)
     stand_ins.codeparrot(folder.path / "codeparrot/codeparrot-clean-train", 4)
     stand_ins.open_web_math(folder.path / "open-web-math/open-web-math", 5)
-    stand_ins.proof_pile(folder.path / "hub/proof-pile-2", 6)
+    stand_ins.proof_pile(folder.path / "hub/EleutherAI/proof-pile-2", 6)
     run_page("502m.md", folder)
 
     names = ("fineweb_edu", "fineweb", "stack_python", "open_web_math", "arxiv")

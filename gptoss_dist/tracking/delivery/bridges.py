@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +23,15 @@ from data_pipeline.disk import move, replacing
 from data_pipeline.foreign import Count, read_json
 from gptoss_dist.tracking.delivery.requests import one_line
 from gptoss_dist.tracking.jsonl import is_line_start, read_lines
-from gptoss_dist.tracking.records import METRICS_FILE, MetricsRow, Resumed, metrics_record
+from gptoss_dist.tracking.records import (
+    JOURNAL_FILE,
+    METRICS_FILE,
+    MetricsRow,
+    Resumed,
+    RunStart,
+    metrics_record,
+    operation,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +78,61 @@ class TensorBoard:
         self._file.close()
 
 
-BRIDGES: dict[str, type[TensorBoard]] = {"tensorboard": TensorBoard}
+class WeightsAndBiases:
+    """A run of W&B, whose history has the step as a column of its own: W&B's own step never goes back."""
+
+    PACKAGE = "wandb"
+
+    def __init__(self, run_dir: Path, *, is_new: bool) -> None:
+        import wandb
+
+        start = _first_start(run_dir)
+        variables = os.environ
+        is_online = variables.get("WANDB_MODE", "online") not in ("offline", "dryrun", "disabled")
+        if is_online and not wandb.login(prompt=False, verify=False):
+            raise ValueError("nobody is logged in; `wandb login` first, set WANDB_API_KEY, or WANDB_MODE=offline")
+        self._run = wandb.init(
+            project=variables.get("WANDB_PROJECT") or start.experiment,
+            name=variables.get("WANDB_NAME") or start.run_name,
+            id=variables.get("WANDB_RUN_ID") or start.uid,
+            resume="allow",
+            dir=str(run_dir),
+            # Only metrics: neither what the terminal shows, nor the code, nor the machine.
+            settings=wandb.Settings(
+                console="off", silent=True, disable_git=True, disable_code=True, x_disable_stats=True
+            ),
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def row(self, row: MetricsRow) -> None:
+        """Take the values of a step."""
+        self._run.log({"step": row.step} | row.metrics)
+
+    def resume(self, step: int) -> None:
+        """Do nothing: W&B cannot take back what came before for later steps."""
+
+    def flush(self) -> None:
+        """Do nothing: what was taken is in the hands of W&B's own process."""
+
+    def close(self) -> None:
+        """Flush and end."""
+        self._run.finish()
+
+
+def _first_start(run_dir: Path) -> RunStart:
+    """Return how the run began, as its record says."""
+    records = (operation(line) for line, _ in read_lines(run_dir / JOURNAL_FILE))
+    start = next((record for record in records if isinstance(record, RunStart)), None)
+    if start is None:
+        raise ValueError(f"{run_dir / JOURNAL_FILE} does not say how the run began")
+    return start
+
+
+Writer = TensorBoard | WeightsAndBiases
+BRIDGES: dict[str, type[TensorBoard] | type[WeightsAndBiases]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+}
 """Writers by the names that `tracking.also` has."""
 
 
@@ -106,18 +170,21 @@ class Bridges:
         self._run_dir, self._message, self._interval_s = run_dir, message, interval_s
         self._closing = threading.Event()
         self._threads = [
-            threading.Thread(target=self._follow, args=(name,), name=f"bridge-{name}", daemon=True)
+            threading.Thread(target=self._follow, args=(name,), name=f"tracking.also={name}", daemon=True)
             for name in dict.fromkeys(names)
         ]
         self._places = _read_places(run_dir) if self._threads else {}
         for thread in self._threads:
             thread.start()
 
-    def close(self, timeout: float = 10.0) -> None:
+    def close(self, timeout: float = 30.0) -> None:
         """Hand over what is left, for at most `timeout` seconds; call it when no more rows come."""
         self._closing.set()
+        end = time.monotonic() + timeout
         for thread in self._threads:
-            thread.join(timeout)
+            thread.join(max(0.0, end - time.monotonic()))
+            if thread.is_alive():
+                self._message(f"{thread.name}: not everything was taken in {timeout:g} s; metrics.jsonl has all")
 
     def _follow(self, name: str) -> None:
         """Work as the thread of one bridge."""
@@ -132,7 +199,7 @@ class Bridges:
             ends = "training goes on, and the curves there end until the next start"
             self._message(f"tracking.also={name}: {one_line(error)}; {ends}")
 
-    def _hand_over(self, name: str, writer: TensorBoard) -> None:
+    def _hand_over(self, name: str, writer: Writer) -> None:
         """Hand over the rows that have come, and note how far."""
         place = before = self._places.get(name, 0)
         for line, end in read_lines(self._run_dir / METRICS_FILE, before):

@@ -118,12 +118,10 @@ class Wishes:
     """MLFLOW_EXPERIMENT_NAME."""
     experiment_id: str | None = None
     """MLFLOW_EXPERIMENT_ID, where no name is given."""
-    parent_run_id: str | None = None
-    """MLFLOW_PARENT_RUN_ID: the run that MLflow shows this one below."""
     run_name: str | None = None
     """MLFLOW_RUN_NAME: the run's name in MLflow; its folder is named by `run.name`."""
     tags: dict[str, str] = field(default_factory=dict)
-    """MLFLOW_TAGS: a JSON object."""
+    """MLFLOW_TAGS: a JSON object; and the run that MLflow shows this one below, if MLFLOW_PARENT_RUN_ID names one."""
     system_metrics_every_s: float | None = None
     """MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING and MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL: seconds between samples, 0 for
     none; None if neither is set."""
@@ -131,15 +129,20 @@ class Wishes:
     """MLFLOW_SYSTEM_METRICS_NODE_ID: this node's name in the system metrics."""
 
     @classmethod
-    def read(cls, message: Callable[[str], None]) -> Self:
-        """Read the environment; what makes no sense is left out, and the user is told."""
+    def read(cls, message: Callable[[str], None], *, is_child: bool = False) -> Self:
+        """Read the environment; what makes no sense is left out, and the user is told.
+
+        Args:
+            message: What tells the user.
+            is_child: Whether the run is below another one of ours, which is the one that ids and names mean.
+        """
+        parent = None if is_child else _variable("MLFLOW_PARENT_RUN_ID")
         return cls(
-            run_id=_variable("MLFLOW_RUN_ID"),
+            run_id=None if is_child else _variable("MLFLOW_RUN_ID"),
             experiment=(experiment := _variable("MLFLOW_EXPERIMENT_NAME")),
             experiment_id=_variable("MLFLOW_EXPERIMENT_ID") if experiment is None else None,
-            parent_run_id=_variable("MLFLOW_PARENT_RUN_ID"),
-            run_name=_variable("MLFLOW_RUN_NAME"),
-            tags=_tags(message),
+            run_name=None if is_child else _variable("MLFLOW_RUN_NAME"),
+            tags=({} if parent is None else {"mlflow.parentRunId": parent}) | _tags(message),
             system_metrics_every_s=_system_metrics_every_s(message),
             node=_variable("MLFLOW_SYSTEM_METRICS_NODE_ID"),
         )

@@ -2,6 +2,8 @@
 
 import json
 import math
+import struct
+import time
 
 import pytest
 
@@ -21,15 +23,15 @@ def scalars(run_dir, folder="tensorboard") -> dict[str, list[tuple[int, float]]]
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def record(run_dir, steps, value, **options):
+def record(run_dir, steps, value, names=("tensorboard",), **options):
     """Log a value for each step, with a bridge beside; return what was said."""
     said = []
     tracker = start(run_dir, enabled=False, message=said.append, **options)
-    follower = Bridges(run_dir, ["tensorboard"], said.append, interval_s=0.02)
+    follower = Bridges(run_dir, names, said.append, interval_s=0.02)
     for step in steps:
         tracker.log(step, {"loss/train": value + step, "optim/lr": 0.5})
     tracker.close()
-    follower.close()
+    follower.close(timeout=120)
     return said
 
 
@@ -85,6 +87,21 @@ def test_a_failure_costs_one_message(tmp_path, monkeypatch):
     assert len(read_metrics(tmp_path / "run")) == 49
 
 
+def test_one_that_takes_too_long_is_not_waited_for(tmp_path, monkeypatch):
+    class Slow(bridges.TensorBoard):
+        def row(self, row):
+            time.sleep(0.5)
+
+    monkeypatch.setitem(bridges.BRIDGES, "tensorboard", Slow)
+    said, tracker = [], start(tmp_path / "run", enabled=False)
+    tracker.log(1, {"a": 1.0})
+    tracker.close()
+    follower = Bridges(tmp_path / "run", ["tensorboard"], said.append, interval_s=0.01)
+    follower.close(timeout=0.1)
+    assert said == ["tracking.also=tensorboard: not everything was taken in 0.1 s; metrics.jsonl has all"]
+    follower.close()
+
+
 def test_a_missing_package_is_refused_with_the_remedy(monkeypatch):
     check_bridges(["tensorboard"])
     monkeypatch.setattr(bridges, "find_spec", lambda name: None)
@@ -92,6 +109,54 @@ def test_a_missing_package_is_refused_with_the_remedy(monkeypatch):
     with pytest.raises(ValueError, match=r"tracking\.also=tensorboard needs .* --extras tensorboard`") as error:
         check_bridges(["tensorboard"])
     assert "\n" not in str(error.value)
+
+
+def history_of_wandb(run_dir) -> list[dict[str, float]]:
+    """Rows that W&B keeps of a run offline: LevelDB's log format behind a header of 7 bytes, each record a protobuf."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    rows = []
+    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        data, at, record = path.read_bytes(), 7, b""
+        while at + 7 <= len(data):
+            if 32768 - at % 32768 < 7:  # the rest of a block
+                at += 32768 - at % 32768
+                continue
+            _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+            record += data[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):  # whole, or the last part
+                items = Record.FromString(record).history.item
+                rows += [{(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items}] if items else []
+                record = b""
+    return rows
+
+
+@pytest.mark.heavy
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = tmp_path / "run"
+    assert record(folder, range(1, 4), 0.0, names=["wandb"]) == []
+    (first,) = folder.glob("wandb/offline-run-*")
+    assert record(folder, range(3, 6), 10.0, names=["wandb"], resumed_step=2) == []
+    second = next(path for path in folder.glob("wandb/offline-run-*") if path != first)
+    assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2]  # one run, by its id
+    until, found = time.monotonic() + 30, []
+    while len(found) < 6 and time.monotonic() < until:  # W&B's own process closes the file when it comes to it
+        found = [(row["step"], row["loss/train"]) for row in history_of_wandb(folder)]
+        time.sleep(0.05)
+    assert sorted(found) == [(1, 1.0), (2, 2.0), (3, 3.0), (3, 13.0), (4, 14.0), (5, 15.0)]
+
+
+def test_weights_and_biases_without_a_login_asks_nobody(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    (said,) = record(tmp_path / "run", [1], 0.0, names=["wandb"])
+    assert "`wandb login` first, set WANDB_API_KEY, or WANDB_MODE=offline" in said and "\n" not in said
 
 
 @pytest.mark.distributed

@@ -96,7 +96,7 @@ def ask(server, tmp_path, scheme="http") -> list[str]:
     until = time.monotonic() + 30
     while not server.asked and not said and time.monotonic() < until:
         time.sleep(0.02)
-    tracker.close(timeout=0)
+    tracker.close()
     return said
 
 
