@@ -9,7 +9,8 @@ Shapes: B samples in a batch, T tokens, V vocab_size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,24 +99,29 @@ def complete(
     _check(model, prompts, n, seeds, max_new_tokens, prefill_chunk)
     stops = _encoded(stop_texts, tokenizer, on_text)
     seeds = torch.randint(2**62, (len(prompts) * n,)).tolist() if seeds is None else seeds
-    samples = [
-        _Sample(number, frozenset(stop_ids), GrowingText(tokenizer, stops) if tokenizer else None, seed, on_text)
-        for number, seed in enumerate(seeds)
-    ]
+    texts = [GrowingText(tokenizer, stops) if tokenizer else None for _ in seeds]
+    samples = [_Sample(i, frozenset(stop_ids), texts[i], seed, on_text) for i, seed in enumerate(seeds)]
     vocab_size = tokenizer.n_vocab if vocab_size is None and tokenizer is not None else vocab_size
     used = (prompts, n) if samples else ([[0]], 1)
     columns, steps = max(map(len, used[0])) + max_new_tokens, earlier_steps + max_new_tokens
     decoder = decoder_for(model, compile, steps=steps, columns=columns, is_shared=largest is not None)
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        if samples or largest is not None:
+    if samples or largest is not None:
+        with _in_evaluation_mode(model):
+            device = next(model.parameters()).device
             batch = _Batch(decoder, *used, samples, columns, prefill_chunk, largest, device)
             batch.complete(sampling, vocab_size, max_new_tokens, logprobs)
-    finally:
-        model.train(was_training)
     done = [one.completion(logprobs) for one in samples]
     return [done[start : start + n] for start in range(0, len(done), n)]
+
+
+@contextmanager
+def _in_evaluation_mode(model: GptOss) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _check(

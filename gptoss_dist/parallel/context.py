@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from gptoss_dist.model.moe import RouterStats
 from gptoss_dist.model.transformer import GptOss, LossSums
 from gptoss_dist.ops.attention.blocks import block_kernel
-from gptoss_dist.ops.attention.documents import locate_documents
+from gptoss_dist.ops.attention.documents import Documents, locate_documents_of_runs
 from gptoss_dist.ops.attention.sink_attention import sink_attention
 from gptoss_dist.parallel.exchange import Exchange
 from gptoss_dist.parallel.ring import Chunk, Ring, Split, ring_attention
@@ -150,12 +150,11 @@ class Part:
         self.split = Split(tokens, exchange.size)
         self.chunks = self.split.chunks(self.rank)
         self.position_T = torch.cat([torch.arange(*chunk, device=input_ids_BT.device) for chunk in self.chunks])
-        first_BT = None if document_ids_BT is None else locate_documents(document_ids_BT).first_BT
-        self._documents = {
-            run: None if first_BT is None else locate_documents(first_BT[:, run.start : run.stop])
-            for window in windows
-            for run in map(functools.partial(self._run, window), self.chunks)
-        }
+        runs = list(dict.fromkeys(self._run(window, chunk) for window in windows for chunk in self.chunks))
+        first_BT, self._documents = None, dict[Chunk, Documents | None].fromkeys(runs)
+        if document_ids_BT is not None:
+            first_BT, located = locate_documents_of_runs(document_ids_BT, runs)
+            self._documents.update(zip(runs, located))
         early, late = self.chunks
         self.ring = Ring(
             self.split,

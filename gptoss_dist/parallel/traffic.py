@@ -59,8 +59,8 @@ def sent_bytes(name: str, args: tuple) -> float:
         name: Of the operator in the namespace c10d.
         args: Of the call.
     """
-    group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))
-    n, rank = group.size(), group.rank()
+    group = _group(args)
+    n = group.size()
     share = (n - 1) / n
     if name.startswith("allreduce"):
         return 2 * share * _bytes(args[0])
@@ -69,9 +69,29 @@ def sent_bytes(name: str, args: tuple) -> float:
     if name.startswith(("_reduce_scatter_base", "reduce_scatter")):
         return share * _bytes(args[1])
     if name.startswith("alltoall_base"):
-        rows = args[4] or [args[1].shape[0] // n] * n  # how many go to each process
-        row = args[1][:1].numel() * args[1].element_size() if sum(rows) else 0
-        return (sum(rows) - rows[rank]) * row
+        return sum(sent_by_distance(name, args)[1:])
     if name.startswith("broadcast"):
         return _bytes(args[0]) if n > 1 else 0
     return 0.0  # barriers, and objects that are a few bytes
+
+
+def sent_by_distance(name: str, args: tuple) -> tuple[float, ...]:
+    """Return what this process sends in an all-to-all to the process so many places further in the group, in bytes.
+
+    The first is what stays here. Nothing is returned for other collectives.
+
+    Args:
+        name: Of the operator in the namespace c10d.
+        args: Of the call.
+    """
+    if not name.startswith("alltoall_base"):
+        return ()
+    group = _group(args)
+    n, rank = group.size(), group.rank()
+    rows = args[4] or [args[1].shape[0] // n] * n  # how many go to each process
+    row = args[1][:1].numel() * args[1].element_size() if sum(rows) else 0
+    return tuple(float(rows[(rank + distance) % n] * row) for distance in range(n))
+
+
+def _group(args: tuple) -> dist.ProcessGroup:
+    return dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))

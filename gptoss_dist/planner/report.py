@@ -144,7 +144,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "limit": plan.machines.limit,
             "fits": plan.fits,
         },
-        "traffic": [vars(traffic) | {"between": traffic.between} for traffic in plan.traffic],
+        "traffic": [vars(traffic) for traffic in plan.traffic],
         "time": None
         if time is None
         else {

@@ -4,14 +4,17 @@ import dataclasses
 import functools
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gptoss_dist.ops.attention import cuda
 from gptoss_dist.ops.attention.blocks import block_attention, block_attention_backward
-from gptoss_dist.parallel.context import halo_before, plan_halo
+from gptoss_dist.parallel.context import Part, halo_before, plan_halo
 from gptoss_dist.parallel.ring import Split
+from gptoss_dist.planner.tracing.host_reads import HostReadWatch
 from gptoss_dist.planner.tracing.memory import memory_timeline
 from gptoss_dist.planner.tracing.trace import Workload, trace_step
 from gptoss_dist.train.objectives import next_token_prediction
@@ -55,6 +58,16 @@ def test_halos_are_the_tokens_before_each_chunk(size, tokens, window):
         for other, count in enumerate(halo.sent):
             if other != rank and min(split.chunk(i).size for i in range(2 * size)) >= window - 1:
                 assert count <= (window - 1 if abs(other - rank) == 1 else 0)
+
+
+def test_the_host_waits_once_for_where_documents_lie(monkeypatch):
+    """Whatever the layers: for both chunks of a process, and for those behind their halos."""
+    monkeypatch.setattr(dist, "get_rank", lambda group: 1)
+    ids = torch.tensor([[0] * 7 + [4] * 20 + [5] * 34])
+    with HostReadWatch("cpu") as watch:
+        part = Part(ids, ids, SimpleNamespace(group=None, size=3), {None, 5, 200})
+    assert watch.calls == ["tolist"]
+    assert None not in part.ring.documents
 
 
 def block(documents: bool) -> tuple[list[torch.Tensor], torch.Tensor | None]:

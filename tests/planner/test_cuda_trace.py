@@ -181,7 +181,7 @@ def test_too_many_rows_for_the_kernels_are_refused():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"precision": "fp16"}, "precision='fp16' is unknown; choose one of bf16, fp32"),
+        ({"precision": "fp16"}, "precision='fp16' is unknown; choose one of fp32, bf16"),
         ({"batch": 0}, "micro_batch_size=0 must be at least 1"),
         ({"checkpointing": -1}, "checkpointing=-1 must be at least 0"),
         ({"device": "cpu"}, "device='cpu' cannot be traced; choose meta or cuda"),

@@ -38,21 +38,48 @@ def locate_documents(document_ids_BT: Tensor) -> Documents:
     Raises:
         ValueError: There is another number of dimensions, or ids decrease.
     """
+    return locate_documents_of_runs(document_ids_BT, [(0, document_ids_BT.shape[-1])])[1][0]
+
+
+@torch.compiler.disable
+def locate_documents_of_runs(
+    document_ids_BT: Tensor, runs: Sequence[tuple[int, int]]
+) -> tuple[Tensor, list[Documents]]:
+    """Find the documents of runs of tokens, as if each run were the batch. The host waits for the device once for all.
+
+    Args:
+        document_ids_BT: Those of the whole sequences, as for `locate_documents`.
+        runs: First token of each run, and the one behind its last.
+
+    Returns:
+        `first_BT` of the whole sequences, and the documents of each run.
+
+    Raises:
+        ValueError: As `locate_documents`.
+    """
     if document_ids_BT.dim() != 2:
         raise ValueError(f"document_ids_BT has shape {tuple(document_ids_BT.shape)}; need [B, T]")
-    B, T = document_ids_BT.shape
+    T = document_ids_BT.shape[1]
     step_BT = document_ids_BT.diff(dim=1)
     position_T = torch.arange(T, device=document_ids_BT.device)
     first_BT = torch.zeros_like(document_ids_BT, dtype=torch.int64)
     first_BT[:, 1:] = torch.where(step_BT > 0, position_T[1:], 0).cummax(dim=1).values
-    starts_N = (first_BT == position_T).flatten()
-    longest = (position_T - first_BT).max() + 1
-    decreases, count, longest = torch.stack([(step_BT < 0).any().long(), starts_N.sum(), longest]).tolist()
+    firsts = [
+        first_BT if (start, stop) == (0, T) else (first_BT[:, start:stop] - start).clamp(min=0) for start, stop in runs
+    ]
+    starts = [(first == position_T[: first.shape[1]]).flatten() for first in firsts]
+    sizes = [(step_BT < 0).any().long()]
+    for first, starts_N in zip(firsts, starts):
+        sizes += [starts_N.sum(), (position_T[: first.shape[1]] - first).max() + 1]
+    decreases, *counts = torch.stack(sizes).tolist()
     if decreases:
         raise ValueError("document_ids_BT decreases along T; number the documents of a sequence in order")
-    starts = torch.nonzero_static(starts_N, size=count).flatten()  # nonzero would ask the device for the size again
-    cu_seqlens = torch.nn.functional.pad(starts, (0, 1), value=B * T)
-    return Documents(first_BT, cu_seqlens.int(), longest)
+    found = []
+    for first, starts_N, count, longest in zip(firsts, starts, counts[::2], counts[1::2]):
+        places = torch.nonzero_static(starts_N, size=count).flatten()  # nonzero would ask the device for the size again
+        cu_seqlens = torch.nn.functional.pad(places, (0, 1), value=first.numel())
+        found.append(Documents(first, cu_seqlens.int(), longest))
+    return first_BT, found
 
 
 def padded_documents(firsts: Sequence[int], T: int, device: torch.device) -> Documents | None:

@@ -15,6 +15,8 @@ from gptoss_dist.planner.hardware import Gpu, Network
 from gptoss_dist.planner.timing.kinds import Kind, kind_of, label_of, moved_bytes
 from gptoss_dist.planner.tracing.recorder import Operator
 
+NEIGHBOURS = "neighbours"
+"""The kind of an all-to-all in which some processes send nothing to each other, such as a step of a ring."""
 SORT_PASSES = 8
 """How often a sort moves its bytes: a radix sort reads and writes keys and positions for every 8 bits of 32."""
 
@@ -49,7 +51,7 @@ class Hardware(Protocol):
         """Return the seconds of a collective within a node.
 
         Args:
-            kind: Such as `all-gather`.
+            kind: Such as `all-gather`, or NEIGHBOURS.
             sent: Bytes that each process sends.
             processes: How many take part.
         """
@@ -132,7 +134,9 @@ def collective_s(operator: Operator, hardware: Hardware, network: Network | None
 
     Ranks are numbered node by node. A group within one node has the fast link alone. Of a ring through several nodes
     every process sends the same bytes, and as many rings as a node has members pass the network side by side: g ports
-    share what goes out of the node. An all-to-all has its own port for what leaves the node, and the link for the rest.
+    share what goes out of the node. In an all-to-all every process has its own port for what leaves the node, and the
+    link for the rest, and the slowest one counts: of a ring, as in context parallelism, the one at a node's border.
+    Where not everybody sends to everybody, the link is as fast as in a ring.
 
     Args:
         operator: A collective.
@@ -145,13 +149,14 @@ def collective_s(operator: Operator, hardware: Hardware, network: Network | None
     """
     nodes = {rank // node_size for rank in operator.group}
     kind, sent, size = label_of(operator), operator.sent, len(operator.group)
+    over_link = NEIGHBOURS if 0 in operator.by_distance[1:] and any(operator.by_distance[1:]) else kind
     if len(nodes) == 1:
-        return hardware.link_s(kind, sent, size)
+        return hardware.link_s(over_link, sent, size)
     if network is None:
         raise ValueError(f"network=None, but a collective joins {len(nodes)} nodes of {node_size}; name the network")
     local = max(1, size // len(nodes))
     port = network.bytes_per_s * hardware.network_share
     if kind == "all-to-all":
-        outside = sent * (size - local) / (size - 1)
-        return max(outside / port, hardware.link_s(kind, sent - outside, local)) + network.latency_s
+        both = ((outside / port, sent - outside) for outside in set(operator.leaving(node_size)))
+        return max(max(out_s, hardware.link_s(over_link, rest, local)) for out_s, rest in both) + network.latency_s
     return max(sent / (local * port), hardware.link_s(kind, sent, local)) + (len(nodes) - 1) * network.latency_s

@@ -106,7 +106,7 @@ DOCUMENTED = (
     DocumentedRead(
         TOLIST,
         "gptoss_dist/ops/attention/documents.py",
-        "locate_documents",
+        "locate_documents_of_runs",
         "once per micro-batch with documents",
         "sizes, and the grid of the flash kernels, depend on where they lie",
         _documents,

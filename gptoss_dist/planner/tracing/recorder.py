@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gptoss_dist.parallel.traffic import sent_bytes
+from gptoss_dist.parallel.traffic import sent_by_distance, sent_bytes
 from gptoss_dist.planner.tracing.work import matrix_flops
 
 aten = torch.ops.aten
@@ -59,6 +59,23 @@ class Operator(NamedTuple):
     """Of a collective: the ranks that take part."""
     sent: float = 0.0
     """Of a collective: bytes that this process sends, by the ring model of `parallel/traffic.py`."""
+    by_distance: tuple[float, ...] = ()
+    """Of an all-to-all: bytes that it sends to the process so many places further in the group, 0 being itself."""
+
+    def leaving(self, node_size: int) -> list[float]:
+        """Return the bytes that each member of the group sends to other machines in an all-to-all.
+
+        The others are taken to send as far as this process does: in a ring each to the next one.
+
+        Args:
+            node_size: Consecutive ranks that share a machine.
+        """
+        nodes = [rank // node_size for rank in self.group]
+        n, by_distance = len(nodes), self.by_distance or (0.0, *[self.sent / (len(nodes) - 1)] * (len(nodes) - 1))
+        return [
+            sum(bytes for distance, bytes in enumerate(by_distance) if nodes[(place + distance) % n] != node)
+            for place, node in enumerate(nodes)
+        ]
 
 
 @dataclass
@@ -218,9 +235,10 @@ class Recorder(TorchDispatchMode):
 
     def _operator(self, function, args, kwargs, inputs, outputs, read, written) -> Operator:
         group: tuple[int, ...] = ()
-        sent = 0.0
+        sent, by_distance = 0.0, tuple[float, ...]()
         if function.namespace == "c10d":
-            group, sent = _group(args), sent_bytes(function._schema.name.split("::")[1], args)
+            name = function._schema.name.split("::")[1]
+            group, sent, by_distance = _group(args), sent_bytes(name, args), sent_by_distance(name, args)
         dtype = next((t.dtype for t in inputs + outputs if t.dtype.is_floating_point), None)
         # In place or into `out`: what is written is among the arguments, and comes back as a result or not at all.
         changed = _changed(function, args, kwargs)
@@ -237,6 +255,7 @@ class Recorder(TorchDispatchMode):
             tuple({s.number for s in written} | {self._storage(t).number for t in changed}),
             group,
             sent,
+            by_distance,
         )
 
 

@@ -49,23 +49,17 @@ class Traffic:
     calls: float
     sent: float
     """Bytes that this process sends, by the ring model."""
+    between: float
+    """Those of the bytes that leave the machine, on average over its processes.
+
+    A ring crosses each machine's border once, whatever the number of its processes there; an all-to-all sends to
+    everybody alike, or to whom its sizes say: those of context parallelism go to neighbours.
+    """
 
     @property
     def spans_nodes(self) -> bool:
         """Whether they sit on more than one machine."""
         return self.nodes > 1
-
-    @property
-    def between(self) -> float:
-        """Those of the bytes that leave the machine, on average over its processes.
-
-        A ring crosses each machine's border once, whatever the number of its processes there; an all-to-all sends to
-        everybody alike.
-        """
-        if not self.spans_nodes:
-            return 0.0
-        local = max(1, self.ranks // self.nodes)
-        return self.sent * (self.ranks - local) / (self.ranks - 1) if self.kind == "all-to-all" else self.sent / local
 
 
 Size = tuple[int, int]
@@ -152,15 +146,19 @@ class TracedStep:
         def calls(trace: Trace) -> Mapping[_Group, float]:
             return Counter(_group(operator, node_size) for operator in trace.collectives)
 
-        def sent(trace: Trace) -> Mapping[_Group, float]:
-            total: dict[_Group, float] = {}
-            for operator in trace.collectives:
-                group = _group(operator, node_size)
-                total[group] = total.get(group, 0) + operator.sent
-            return total
+        def total(of: Callable[[Operator], float]) -> dict[_Group, float]:
+            def by_group(trace: Trace) -> Mapping[_Group, float]:
+                found: dict[_Group, float] = {}
+                for operator in trace.collectives:
+                    group = _group(operator, node_size)
+                    found[group] = found.get(group, 0) + of(operator)
+                return found
 
-        all_calls, all_sent = self.quantities(calls), self.quantities(sent)
-        found = [Traffic(*group, all_calls[group], all_sent[group]) for group in all_calls]
+            return self.quantities(by_group)
+
+        all_calls, all_sent = self.quantities(calls), total(lambda operator: operator.sent)
+        all_between = total(lambda operator: _leaving(operator, node_size))
+        found = [Traffic(*group, all_calls[group], all_sent[group], all_between[group]) for group in all_calls]
         return sorted(found, key=lambda traffic: -traffic.sent)
 
 
@@ -184,6 +182,16 @@ def middle_of_layers(few: list[str], many: list[str]) -> int:
 def _group(operator: Operator, node_size: int) -> _Group:
     nodes = {rank // node_size for rank in operator.group}
     return collective_kind(operator.name.split(".")[1]), len(operator.group), len(nodes)
+
+
+def _leaving(operator: Operator, node_size: int) -> float:
+    """Return the bytes of a collective that leave a machine, on average over the processes; see `Traffic.between`."""
+    kind, ranks, nodes = _group(operator, node_size)
+    if nodes == 1:
+        return 0.0
+    if kind == "all-to-all":
+        return sum(operator.leaving(node_size)) / ranks
+    return operator.sent / max(1, ranks // nodes)
 
 
 def _line(values: Mapping[int, Mapping[K, float]], at: int) -> dict[K, float]:

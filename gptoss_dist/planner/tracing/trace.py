@@ -38,7 +38,7 @@ from gptoss_dist.engine import Engine, EngineSettings, Objective, engine_kind, l
 from gptoss_dist.engine.zero_settings import zero_stage
 from gptoss_dist.model.transformer import LossSums
 from gptoss_dist.ops import cross_entropy
-from gptoss_dist.ops.attention.documents import locate_documents
+from gptoss_dist.ops.attention.documents import locate_documents_of_runs
 from gptoss_dist.ops.experts import activation
 from gptoss_dist.parallel.mesh import DeviceLayout
 from gptoss_dist.parallel.ring import Split
@@ -181,8 +181,9 @@ def _answers(settings: EngineSettings, workload: Workload) -> Iterator[None]:
 
         Where documents are located, every sample is one: none decreases, one in each, as long as it.
         """
-        if sys._getframe(1).f_code.co_name == locate_documents.__name__:
-            return [0, settings.train.micro_batch_size, workload.seq_len]
+        if sys._getframe(1).f_code.co_name == locate_documents_of_runs.__name__:
+            runs = (counts.shape[0] - 1) // 2
+            return [0, *[settings.train.micro_batch_size, workload.seq_len] * runs]
         if counts.is_floating_point():
             return torch.full(counts.shape, 0.5).tolist()
         parts = counts.shape[-1]

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from gptoss_dist.ops.attention import cuda, tiled
-from gptoss_dist.ops.attention.documents import locate_documents
+from gptoss_dist.ops.attention.documents import locate_documents, locate_documents_of_runs
 from gptoss_dist.ops.attention.sink_attention import (
     AUTO_ORDER,
     BACKENDS,
@@ -429,6 +429,22 @@ def test_where_documents_lie():
         locate_documents(torch.zeros(8))
     with pytest.raises(ValueError, match="decreases"):
         locate_documents(torch.tensor([[1, 1, 0, 0]]))
+
+
+def test_documents_of_many_runs_are_located_at_once():
+    """Runs that begin and end within documents, between them, and overlap: as if each were a batch of its own."""
+    ids = torch.tensor([[-3, -3, -3, 5, 5, 9, 9, 11], [9, 9, 9, 9, 9, 9, 10, 10]])
+    runs = [(0, 8), (0, 5), (3, 8), (2, 4), (7, 8), (1, 7)]
+    with HostReadWatch("cpu") as watch:
+        first, found = locate_documents_of_runs(ids, runs)
+    assert watch.calls == ["tolist"]  # the host waits once
+    assert torch.equal(first, locate_documents(ids).first_BT)
+    for (start, stop), documents in zip(runs, found, strict=True):
+        alone = locate_documents(ids[:, start:stop])
+        assert torch.equal(documents.first_BT, alone.first_BT) and documents.longest == alone.longest
+        assert torch.equal(documents.cu_seqlens, alone.cu_seqlens) and documents.first_BT.is_contiguous()
+    with pytest.raises(ValueError, match="decreases"):  # between two runs
+        locate_documents_of_runs(torch.tensor([[1, 1, 0, 0]]), [(0, 2), (2, 4)])
 
 
 @pytest.mark.gpu

@@ -125,6 +125,14 @@ def test_collectives_use_the_ports_of_a_node_and_an_exchange_its_own():
     assert seconds("_allgather_base_", range(64)) == pytest.approx(1e9 / (8 * port))
     assert seconds("alltoall_base_", range(64)) == pytest.approx(1e9 * 56 / 63 / port)
     assert seconds("allreduce_", range(0, 64, 8)) == pytest.approx(1e9 / port)
+    # A step of a ring: whoever is at a border sends all of it out. A halo goes half to each neighbour.
+    to_next, to_both = (0.0, 1e9, *[0.0] * 14), (0.0, 5e8, *[0.0] * 13, 5e8)
+    for by_distance, out in ((to_next, 1e9), (to_both, 5e8)):
+        operator = collective("alltoall_base_", 1e9, [0, 1])._replace(group=tuple(range(16)), by_distance=by_distance)
+        assert collective_s(operator, gpu, network, node_size=8) == pytest.approx(out / port)
+        operator_within = operator._replace(group=tuple(range(8)), by_distance=(*by_distance[:7], by_distance[-1]))
+        assert collective_s(operator_within, gpu, None, node_size=8) == pytest.approx(1e9 / (link * 0.80))
+        assert sum(operator.leaving(8)) == pytest.approx(2e9)  # two borders, or a half at four
     with pytest.raises(ValueError, match="network=None, but a collective joins 2 nodes of 4; name the network"):
         collective_s(collective("allreduce_", 1.0, [0])._replace(group=tuple(range(8))), gpu, None, node_size=4)
 

@@ -8,7 +8,8 @@ from gptoss_dist.engine import EngineSettings
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.planner.hardware import find_gpu, find_network
 from gptoss_dist.planner.plan import Machines, Plan, make_plan
-from gptoss_dist.planner.tracing.reduced import middle_of_layers
+from gptoss_dist.planner.tracing.reduced import middle_of_layers, trace_model
+from gptoss_dist.planner.tracing.trace import Workload
 from gptoss_dist.train.objectives import next_token_prediction
 
 pytestmark = pytest.mark.heavy
@@ -59,6 +60,17 @@ def planned(case: tuple, in_full: bool) -> Plan:
         settings.engine = EngineConfig(kind="deepspeed", zero_stage=int(engine[-1]))
     machines = Machines(4, 2, find_gpu("h100-80gb") if on_gpu else None, find_network("ib-400"), memory_bytes=2**40)
     return make_plan(settings, 128, 1, machines, next_token_prediction, in_full=in_full)
+
+
+def test_context_parallelism_sends_to_neighbours():
+    """Of four processes on two machines two are at a border: half of what they send, and not two thirds, leaves."""
+    settings = EngineSettings(ModelConfig(**SMALL, num_hidden_layers=2))
+    settings.train.micro_batch_size, settings.parallel.context_parallel = 1, 4
+    step = trace_model(settings, Workload(256, 4, next_token_prediction))  # no chunk is shorter than the window
+    (exchanged,) = (traffic for traffic in step.traffic(2) if traffic.kind == "all-to-all")
+    assert exchanged.sent > 0 and exchanged.between == pytest.approx(exchanged.sent / 2)
+    (within,) = (traffic for traffic in step.traffic(4) if traffic.kind == "all-to-all")
+    assert within.sent == exchanged.sent and within.between == 0
 
 
 @pytest.mark.parametrize("head", [1, 1000])
