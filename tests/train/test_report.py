@@ -49,7 +49,7 @@ def test_a_run_ends_with_its_report(tmp_path, status, words, capsys):
     report = open_report(tmp_path)
     report.tracker.log(3, {"loss/train": 1.25})
     if status == "rewind":
-        report.rewound(dict(first=8, end=16, order="a", step=3, rewound_to=2, reason="a spike"))
+        report.rewound({"first": 8, "end": 16, "order": "a", "step": 3, "rewound_to": 2, "reason": "a spike"})
     report.close("KILLED" if status == "rewind" else status)
     page, said = tmp_path / "report.html", capsys.readouterr().err
     assert page.exists() == (words is not None) == ("the run's report is" in said)
