@@ -128,11 +128,7 @@ class Tracker:
         about_mlflow = message if enabled else logger.debug
         wishes = Wishes.read(about_mlflow, is_child=is_child)
 
-        cursor = Cursor.load(self._run_dir, about_mlflow)
-        run_id = wishes.run_id or resume_run_id
-        if run_id is not None and run_id != cursor.run_id:
-            cursor.restart()
-            cursor.run_id = run_id
+        cursor = _cursor_of(self._run_dir, wishes.run_id or resume_run_id, about_mlflow)
         store = find_store(uri, cursor, self._run_dir)
         store.remember(cursor, self._run_dir)
         with contextlib.suppress(OSError):  # told when there is something to keep
@@ -366,12 +362,9 @@ def sync(run_dir: str | Path, uri: str | None = None, message: Callable[[str], N
     if not (run_dir / JOURNAL_FILE).is_file():
         raise ValueError(f"{run_dir} holds no {JOURNAL_FILE}; give the folder of a run")
     prepare_environment()
-    cursor = Cursor.load(run_dir, message)
     wishes = Wishes.read(message)
     wishes = Wishes(run_id=wishes.run_id, experiment_id=wishes.experiment_id)
-    if wishes.run_id is not None and wishes.run_id != cursor.run_id:
-        cursor.restart()
-        cursor.run_id = wishes.run_id
+    cursor = _cursor_of(run_dir, wishes.run_id, message)
     shipper = Shipper(
         run_dir,
         find_store(uri, cursor, run_dir),
@@ -386,6 +379,15 @@ def sync(run_dir: str | Path, uri: str | None = None, message: Callable[[str], N
     if cursor.run_id is None:
         raise ValueError(f"{run_dir / JOURNAL_FILE} does not say how the run began; nothing can be sent")
     return cursor.run_id
+
+
+def _cursor_of(run_dir: Path, run_id: str | None, message: Callable[[str], None]) -> Cursor:
+    """Return what a run of MLflow has acknowledged: nothing, if it is another one than before."""
+    cursor = Cursor.load(run_dir, message)
+    if run_id is not None and run_id != cursor.run_id:
+        cursor.restart()
+        cursor.run_id = run_id
+    return cursor
 
 
 def _read_records(run_dir: str | Path, message: Callable[[str], None]) -> Iterator[MetricsRow | Resumed]:

@@ -30,9 +30,14 @@ def measure(folder: Path) -> float:
     from gptoss_dist.train.start import Start
 
     model = ModelConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=24, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
     tracking = TrackingConfig(mlflow=False, plots=False, expert_tokens_every=0)
     config = Config(model=model, run=RunConfig(dir=str(folder)), tracking=tracking)
     config.train.steps = 10**6

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.foreign import read_json
 from data_pipeline.secrets import without_secrets
 from gptoss_dist.tracking.delivery.cursor import Cursor
 from gptoss_dist.tracking.delivery.database import Database
@@ -119,7 +119,7 @@ def _experiment(client: Any) -> str:
 def _sizes(folder: Path) -> dict[str, str]:
     """Return what an export's config.json says of its architecture, if it has one."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        return {key: str(value) for key, value in config.items() if isinstance(value, (int, str, float))}
-    except (OSError, ValueError, AttributeError):
+        config = read_json(folder / "config.json", dict[str, Any])
+    except (OSError, ValueError):
         return {}
+    return {key: str(value) for key, value in config.items() if isinstance(value, (int, str, float))}

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -50,6 +51,18 @@ def test_a_run_of_the_tracker_is_read_back(tmp_path):
     assert (run.name, run.status, run.tags["host"]) == ("night", "FAILED", "there")
     assert [(event.kind, event.step) for event in run.events] == [("skipped", 2), ("data", 3)]
     assert run.config["optim.lr"] == "0.001"
+
+
+def test_a_return_to_a_checkpoint_is_no_resume(tmp_path):
+    """Nor does a process of this version add what an earlier one recorded in other ways."""
+    for step, kind in ((None, None), (2, None), (3, "resume"), (4, None)):
+        tracker = Tracker(tmp_path, run_name="x", enabled=False, resumed_step=step)
+        if kind:
+            tracker.event(step, kind, "told")
+        tracker.log(5, {"x": 1.0})
+        tracker.close("KILLED")
+        time.sleep(0.002)  # times are milliseconds
+    assert [(event.kind, event.step) for event in read_run(tmp_path).events] == [("resume", 2), ("resume", 3)]
 
 
 def test_flops_come_from_the_settings(tmp_path):
