@@ -312,7 +312,7 @@ def _method() -> Part:
             "are compared batch by batch, so their difference is known better than either loss. Validation losses are "
             "interpolated between two validations. Nothing is extrapolated: a dash stands where a run did not get.",
             "Hours are those of the run's processes, without pauses between them. FLOPs are model FLOPs, as for MFU. "
-            "Spikes are counted by the rule of train.spikes; expert load is the mean over the last tenth of a run.",
+            "Spikes are counted by the defaults of the settings spikes; expert load is the mean over the last tenth.",
         ],
     )
 
