@@ -176,7 +176,7 @@ def _lowest_validation(found: Comparison) -> list[str]:
     (first, best), (second, other) = known[:2]
     text = (
         f"The lowest loss/val at {place_in_words(table.axis, table.places[-1])} is that of {found.runs[best].name}, "
-        f"{first:.4f}; next is {found.runs[other].name}, {second:.4f} (between two validations; its noise is not known)."
+        f"{first:.4f}; next is {found.runs[other].name}, {second:.4f} (between two validations, of unknown noise)."
     )
     if _group(found, best) != judged["loss/train"].verdicts[0].better:
         text += " By its training loss another one is the best: take neither for certain."
