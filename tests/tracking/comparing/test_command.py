@@ -134,6 +134,7 @@ def test_other_vocabularies_are_not_judged(compare, tmp_path, capsys):
     assert json.loads(Path("out/comparison.json").read_text())["verdicts"] == []
 
 
+@pytest.mark.heavy
 def test_the_page_is_logged_to_mlflow(compare, store, tmp_path, capsys):
     from gptoss_dist.tracking.tracker import sync
 
