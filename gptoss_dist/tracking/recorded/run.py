@@ -170,19 +170,18 @@ def _exaflops(columns: Columns, tokens: np.ndarray, config: dict[str, Any], tags
 
 
 def _events(operations: list[Operation], starts: list[RunStart], columns: Columns) -> list[Event]:
-    """Return the events of the journal, and those of an earlier version's run that its other records tell."""
+    """Return the events of the journal, and before the first what the other records of an earlier version tell."""
     events = [one for one in operations if isinstance(one, Event)]
-    kinds = {one.kind for one in events}
-    if "resume" not in kinds:
-        events += [
-            Event(start.time, start.resumed_step or 0, "resume", f"resumed at step {start.resumed_step}")
-            for start in starts
-            if start.resumed_step is not None
-        ]
-    if "skipped" not in kinds:
-        rows, counts = columns.points("optim/skipped_steps")
-        events += [
-            Event(float(columns.times[row]), int(columns.steps[row]), "skipped", f"step {columns.steps[row]} skipped")
-            for row in rows[np.diff(counts, prepend=0.0) > 0]
-        ]
+    first = min((event.time for event in events), default=np.inf)
+    before = [start for start in starts if start.time <= first]
+    events += [
+        Event(start.time, start.resumed_step, "resume", f"resumed at step {start.resumed_step}")
+        for start in (before[:-1] if events else before)  # the last one's process has recorded the first event
+        if start.resumed_step is not None
+    ]
+    rows, counts = columns.points("optim/skipped_steps")
+    events += [
+        Event(float(columns.times[row]), int(columns.steps[row]), "skipped", f"step {columns.steps[row]} skipped")
+        for row in rows[(np.diff(counts, prepend=0.0) > 0) & (columns.times[rows] <= first)]
+    ]
     return sorted(events, key=lambda event: (event.time, event.step))
