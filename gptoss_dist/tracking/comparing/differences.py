@@ -7,9 +7,23 @@ from dataclasses import dataclass
 from gptoss_dist.tracking.comparing.runs import ComparedRun
 
 ABSENT = "–"
-_UNSEEN = ("run.name", "run.dir", "tracking.")
+_UNSEEN = ("run.name", "run.dir", "tracking.", "resume")
 """Settings, or sections, that say nothing about the model."""
-_WITHOUT_EFFECT = (*_UNSEEN, "run.seed", "checkpoint.", "sampling.", "validation.", "distributed.", "evaluation.")
+_WITHOUT_EFFECT = (
+    *_UNSEEN,
+    "run.seed",
+    "checkpoint.",
+    "sampling.",
+    "validation.",
+    "distributed.",
+    "evaluation.",
+    "data.workers",
+    "data.prefetch",
+    "data.verify",
+    "train.log_every_s",
+    "train.profile_step",
+    "train.find_non_finite",
+)
 """Settings in which replicas may differ: the seed, and what does not change what is learnt."""
 _TAGS = ("git.sha", "hardware", "torch", "world_size", "layout", "routing", "flops_per_token")
 
@@ -102,6 +116,8 @@ def doubts(runs: list[ComparedRun]) -> list[Doubt]:
                 "schedules, and a run whose rate has already fallen has the lower loss."
             )
         )
+    if len(values("validation.samples")) > 1:
+        found.append(Doubt("validation.samples differs: loss/val is of other samples, and differs for that alone."))
     forced = sorted({run.tags["routing"] for run in runs if "forced" in run.tags.get("routing", "")})
     if forced:
         found.append(Doubt(f"Some runs have forced routing ({', '.join(forced)}): a benchmark, which learns little."))

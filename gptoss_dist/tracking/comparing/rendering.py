@@ -165,21 +165,22 @@ def _conclusions(found: Comparison) -> Part:
 
 def _lowest_validation(found: Comparison) -> list[str]:
     """Return which run has the lowest validation loss at the last place in tokens, where no verdict says that."""
-    tokens = [table for table in found.tables if table.axis == "tokens"]
-    if not found.judgements or any(judgement.metric != "loss/train" for _, judgement in found.judgements):
+    table = next((table for table in found.tables if table.axis == "tokens"), None)
+    judged = {judgement.metric: judgement for axis, judgement in found.judgements if axis == "tokens"}
+    if table is None or set(judged) != {"loss/train"}:
         return []
-    said = []
-    for table in tokens:
-        values = [row[-1] for row in table.validation.get("loss/val", [])]
-        known = sorted((value, run.name) for run, value in zip(found.runs, values) if math.isfinite(value))
-        if len(known) > 1:
-            (first, best), (second, other) = known[:2]
-            place = place_in_words(table.axis, table.places[-1])
-            said.append(
-                f"The lowest loss/val at {place} is that of {best}, {first:.4f}; next is {other}, {second:.4f} "
-                "(between two validations; its noise is not known)."
-            )
-    return said
+    values = [row[-1] for row in table.validation.get("loss/val", [])]
+    known = sorted((value, index) for index, value in enumerate(values) if math.isfinite(value))
+    if len(known) < 2:
+        return []
+    (first, best), (second, other) = known[:2]
+    text = (
+        f"The lowest loss/val at {place_in_words(table.axis, table.places[-1])} is that of {found.runs[best].name}, "
+        f"{first:.4f}; next is {found.runs[other].name}, {second:.4f} (between two validations, of unknown noise)."
+    )
+    if _group(found, best) != judged["loss/train"].verdicts[0].better:
+        text += " By its training loss another one is the best: take neither for certain."
+    return [text]
 
 
 def _settings(found: Comparison) -> Part:
@@ -312,7 +313,7 @@ def _method() -> Part:
             "are compared batch by batch, so their difference is known better than either loss. Validation losses are "
             "interpolated between two validations. Nothing is extrapolated: a dash stands where a run did not get.",
             "Hours are those of the run's processes, without pauses between them. FLOPs are model FLOPs, as for MFU. "
-            "Spikes are counted by the rule of train.spikes; expert load is the mean over the last tenth of a run.",
+            "Spikes are counted by the defaults of the settings spikes; expert load is the mean over the last tenth.",
         ],
     )
 

@@ -25,7 +25,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class SpikeRule:
-    """What a spike is: the settings of `train.spikes`, whose defaults these are."""
+    """What a spike is: the settings `spikes`, whose defaults these are."""
 
     window: int = 64
     deviations: float = 8.0

@@ -88,6 +88,7 @@ def test_an_experiment_is_read_by_its_name_and_a_filter(runs, store, tmp_path):
     server = Server(store)
     assert [run.name for run in server.experiment("made-up")] == ["run0", "run1", "run2"]
     assert [run.name for run in server.experiment("made-up", "params.`optim.lr` = '0.002'")] == ["run1"]
+    assert [run.name for run in server.experiment("made-up", "params.optim.lr = '0.003'")] == ["run2"]
     assert all(run.folder is None for run in server.experiment("made-up"))
     run_id = Cursor.load(runs[1], pytest.fail).run_id
     server._client.set_tag(run_id, "run.folder", str(runs[1]))

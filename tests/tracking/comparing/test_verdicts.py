@@ -163,6 +163,8 @@ def test_losses_that_cannot_be_compared_are_not():
         (doubt,) = doubts([made_up("a"), other])
         assert doubt.spoils_losses and "bits per byte" in doubt.text and "not comparable" in doubt.text
     assert not doubts([made_up("a"), made_up("b")])
+    (doubt,) = doubts([made_up("a", **{"validation.samples": "8"}), made_up("b", **{"validation.samples": "9"})])
+    assert "other samples" in doubt.text
     (doubt,) = doubts([made_up("a", **{"train.steps": "10"}), made_up("b", **{"train.steps": "20"})])
     assert not doubt.spoils_losses and "schedules" in doubt.text
 
