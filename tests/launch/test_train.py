@@ -463,7 +463,14 @@ def test_a_mixture_trains_and_its_change_is_recorded(settings, tmp_path, corpus)
     assert change["step"] == 12 and "more is new" in change["changed"]
     starts = [json.loads(line) for line in (whole / "tracking" / "journal.jsonl").read_text().splitlines()]
     assert "more is new" in [s for s in starts if s["op"] == "run"][-1]["tags"]["data.change.1"]
-    run("launch/train.py", *more[:-4], *more[-2:], "--train.steps", "17")  # the change needs no second permission
+    again = [*more[:-4], *more[-2:], "--train.steps", "17"]  # the change needs no second permission
+    done = run("launch/train.py", *again, "--tracking.report", "true")
+    page = (whole / "report.html").read_text()
+    assert f"the run's report is {whole / 'report.html'}" in done.stderr and '<p class="subtitle">finished' in page
+    assert page.count("more is new") >= 2, "in the data's changes, and in the events"
+    for name in ("words", "letters"):
+        share = read_metrics(whole)[-1]["metrics"][f"data/{name}_share"]
+        assert f'<td class="number">{100 * share:.2f} %</td>' in page, name
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "varlen"])

@@ -45,7 +45,7 @@ class Snapshot:
     @property
     def remaining_s(self) -> float | None:
         """Seconds to the last step at the pace of the last steps; None if the run does not train or cannot tell."""
-        if self.last_step is None or self.seconds_per_step is None or self.state.kind not in ("running", "stalled"):
+        if self.last_step is None or self.seconds_per_step is None or self.state.kind != "running":
             return None
         return max(0, self.last_step - self.step) * self.seconds_per_step
 

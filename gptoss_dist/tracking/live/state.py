@@ -95,7 +95,10 @@ def _of_a_process(metrics: MetricsFollower, journal: JournalFollower, ranks: Ran
         return State("running", f"running: {doing}")
     usual = metrics.seconds_per_step() or 0.0
     if now - last > max(QUIET_S, QUIET_FACTOR * usual):
+        silent = [str(state.rank) for state in ranks.ranks if state.is_silent] if ranks and doing else []
         where = f", in {doing}" if doing else ""
+        if silent:
+            where += f"; rank {', '.join(silent[:8])}{', ...' * (len(silent) > 8)} does not answer"
         return State(
             "stalled", f"no step since {clock(last)} ({duration(now - last)}{where}); a step takes {usual:.3g} s"
         )

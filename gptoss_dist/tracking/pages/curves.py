@@ -137,7 +137,7 @@ def chart(run: RecordedRun, axes: Sequence[Axis], chart: Chart) -> dict[str, Any
         return None
     shown = np.concatenate(heights)
     low, high = float(shown.min()), float(shown.max())
-    traces += _marks(axes, run, low, high)
+    traces += _marks(axes, run, 0.0 if chart.from_zero else low, high)
     layout = layout_of(chart.title, axes[0].title)
     layout["showlegend"] = len(names) + len(chart.points) > 1
     if chart.is_log and low > 0:

@@ -169,7 +169,9 @@ def test_a_living_run_that_gets_nowhere_is_called_stalled(tmp_path, monkeypatch)
         state = watch.look().state
         assert state.kind == "stalled" and "6 min" in state.text and "a step takes 2 s" in state.text
         write_ranks(folder, [RankState(0, "a", 11, "compute"), RankState(1, "b", 10, "data", is_behind=True)])
-        assert "in data" in watch.look().state.text
+        assert "in data" in watch.look().state.text and watch.look().remaining_s is None
+        write_ranks(folder, [RankState(0, "a", 11, "compute"), RankState(1, "b", 11, "data", is_silent=True)])
+        assert "rank 1 does not answer" in watch.look().state.text
         write_ranks(folder, [RankState(0, "a", 11, "validation")])
         assert watch.look().state.text == "running: validation"
         write_ranks(folder, [RankState(0, "a", 11, "validation")], age_s=60)
