@@ -88,13 +88,11 @@ def complete(
         prefill_chunk: How many tokens, of all prompts together, pass the model at once.
         on_text: Called with the number of a sample and the next piece of its text, as it is written.
         largest: Returns the largest of the ranks' numbers, at every rank.
-        compile: Whether to compile the decoding step; `auto` does where it pays (`compiled.py`), and false is for
-            models that train.
+        compile: Whether to compile the decoding step; `auto` does where it pays (`compiled.py`).
         earlier_steps: Tokens that earlier texts of as many samples and about the same length took, for `auto`.
 
     Raises:
-        ValueError: A prompt is empty or has ids unknown to the model, a setting is out of range, logits are nan, or
-            the step cannot be compiled and `compile` is true.
+        ValueError: A prompt is empty or has unknown ids, a setting is out of range or impossible, or logits are nan.
     """
     _check(model, prompts, n, seeds, max_new_tokens, prefill_chunk)
     stops = _encoded(stop_texts, tokenizer, on_text)
@@ -107,8 +105,7 @@ def complete(
     decoder = decoder_for(model, compile, steps=steps, columns=columns, is_shared=largest is not None)
     if samples or largest is not None:
         with _in_evaluation_mode(model):
-            device = next(model.parameters()).device
-            batch = _Batch(decoder, *used, samples, columns, prefill_chunk, largest, device)
+            batch = _Batch(decoder, *used, samples, columns, prefill_chunk, largest, model.lm_head.weight.device)
             batch.complete(sampling, vocab_size, max_new_tokens, logprobs)
     done = [one.completion(logprobs) for one in samples]
     return [done[start : start + n] for start in range(0, len(done), n)]
