@@ -105,11 +105,7 @@ class Report:
             enabled=config.tracking.mlflow,
             params=_params(config, self.facts),
             tags=self.facts.tags() | _routing_tag(config) | _change_tags(data) | self._standing_tags("running"),
-            dataset={
-                "name": " + ".join(source.label for source in sources(config.data)),
-                "digest": data.mixture.manifest_sha256,
-                "source": ", ".join(source.path for source in sources(config.data)),
-            },
+            dataset=_dataset(config, data),
             resume_run_id=start.mlflow_run_id,
             resumed_step=start.step or None,
             system_metrics_every_s=config.tracking.system_metrics_every_s,
@@ -375,6 +371,14 @@ def in_words(entry: SkippedSamples) -> str:
         f"{entry['reason']}: back to the checkpoint of step {entry['rewound_to']}; samples {entry['first']:,} to "
         f"{entry['end'] - 1:,} of the data are skipped from now on"
     )
+
+
+def _dataset(config: Config, data: TrainingData) -> dict[str, str]:
+    return {
+        "name": " + ".join(source.label for source in sources(config.data)),
+        "digest": data.mixture.manifest_sha256,
+        "source": ", ".join(source.path for source in sources(config.data)),
+    }
 
 
 def _change_tags(data: TrainingData) -> dict[str, str]:
