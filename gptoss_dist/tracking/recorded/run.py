@@ -180,9 +180,9 @@ def _events(operations: list[Operation], starts: list[RunStart], columns: Column
         if start.resumed_step is not None
     ]
     rows, counts = columns.points("optim/skipped_steps")
+    grown = (np.diff(counts, prepend=0.0) > 0) & (columns.times[rows] <= first)
     events += [
         Event(float(columns.times[row]), int(columns.steps[row]), "skipped", f"step {columns.steps[row]} skipped")
-        for row, grown in zip(rows, np.diff(counts, prepend=0.0))
-        if grown > 0 and columns.times[row] <= first
+        for row in rows[grown]
     ]
     return sorted(events, key=lambda event: (event.time, event.step))
