@@ -87,7 +87,11 @@ def _write(session, prompt: str, options: GenerateOptions, settings: dict) -> No
     if streams:
         print(prompt, end="", flush=True)
     on_text = show if streams else None
-    (found,) = session.samples([prompt], n=options.samples, logprobs=options.logprobs, on_text=on_text, **settings)
+    try:
+        (found,) = session.samples([prompt], n=options.samples, logprobs=options.logprobs, on_text=on_text, **settings)
+    except ValueError:
+        print(end="\n" if streams else "", flush=True)  # what is wrong then stands on a line of its own
+        raise
     for number, one in enumerate(found, 1):
         if not streams:
             print(f"--- {number} of {options.samples}")
