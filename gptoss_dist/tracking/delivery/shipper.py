@@ -110,6 +110,7 @@ class Shipper:
         self._uri = store.uri
         self._client: Any = None  # an MlflowClient while there is a connection
         self._logs_models = True
+        self._has_models = False
         self._damage = {name: Damage(run_dir / name) for name in (METRICS_FILE, JOURNAL_FILE)}
         self._failures = 0
         """Of the operation that is next."""
@@ -269,8 +270,7 @@ class Shipper:
                         value = with_own_text(value, requests.run().data.tags.get(NOTE_TAG))
                     requests.set_tags({record.key: value})
                 case Checkpoint() if self._logs_models:
-                    models = LoggedModels(self._client, str(self.cursor.run_id), self._run_dir, self._message)
-                    self._logs_models = models.log(record)
+                    self._logs_models = self._has_models = self._models().log(record)
                 case Artifact():
                     self._upload(record)
                 case End():
@@ -285,10 +285,15 @@ class Shipper:
             # Repeating would not help, and would hold up what comes after.
             self._message(f"MLflow refuses {record}: {one_line(error)}")
 
+    def _models(self) -> LoggedModels:
+        return LoggedModels(self._client, str(self.cursor.run_id), self._run_dir, self._message)
+
     def _end(self, record: End, requests: Requests) -> None:
         # A clock that jumped back would have the run end before it began.
         end = max(_milliseconds(record.time), requests.run().info.start_time or 0)
         self._client.set_terminated(self.cursor.run_id, record.status, end_time=end)
+        if self._has_models:  # the last ones were still being written when they were shown
+            self._models().look()
 
     def _apply_run(self, record: RunStart) -> None:
         """Create the run, or continue it; parameters that it has are never changed."""
