@@ -37,11 +37,6 @@ class LoggedModels:
         Returns:
             Whether the server has logged models; one that has none is told once.
         """
-
-    def look(self) -> None:
-        """Tag which checkpoints are on the disk, now that none is being written."""
-        self._tag(self._known(self._experiment()))
-
         if not hasattr(self._client, "create_logged_model"):
             self._message("this version of MLflow has no logged models: checkpoints are in the run's folder only")
             return False
@@ -54,6 +49,10 @@ class LoggedModels:
             return False
         return True
 
+    def look(self) -> None:
+        """Tag which checkpoints are on the disk, now that none is being written."""
+        self._tag(self._known(self._experiment()))
+
     def _experiment(self) -> str:
         return self._client.get_run(self._run_id).info.experiment_id
 
@@ -63,7 +62,7 @@ class LoggedModels:
         )
 
     def _log(self, record: Checkpoint) -> None:
-        """Show a checkpoint; every part of this may have been done before, and the checkpoint have other weights now."""
+        """Show a checkpoint; all of this may have been done before, for other weights of this step."""
         from mlflow.entities import LoggedModelOutput, Metric
 
         client, name, experiment = self._client, f"step_{record.step:08d}", self._experiment()

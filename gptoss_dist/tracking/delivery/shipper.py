@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.disk import locked
-from data_pipeline.secrets import has_hidden, without_secrets
+from data_pipeline.secrets import without_secrets
 from gptoss_dist.tracking.delivery.cursor import Cursor
 from gptoss_dist.tracking.delivery.database import Database
-from gptoss_dist.tracking.delivery.environment import Store, Wishes
+from gptoss_dist.tracking.delivery.environment import DeliveryRefused, Store, Wishes
 from gptoss_dist.tracking.delivery.models import LoggedModels
 from gptoss_dist.tracking.delivery.requests import (
     NOTE_TAG,
@@ -30,6 +30,7 @@ from gptoss_dist.tracking.delivery.requests import (
     clean_text,
     is_refusal,
     is_same,
+    is_unknown,
     one_line,
     with_own_text,
 )
@@ -69,10 +70,6 @@ logger = logging.getLogger(__name__)
 
 class MlflowMissing(Exception):
     """The package mlflow is not installed, or it is broken."""
-
-
-class DeliveryRefused(Exception):
-    """MLflow is well, but not as the run needs it; the message says what to do."""
 
 
 class Shipper:
@@ -139,11 +136,7 @@ class Shipper:
             DeliveryRefused: Only the user can help; the message says how.
             Exception: Whatever MLflow raises; try again later.
         """
-        if has_hidden(self._store.uri):
-            raise DeliveryRefused(
-                f"the address of the MLflow server was recorded without its secrets, {self._store.uri}: give it anew "
-                "with --tracking.uri (or --uri of sync), or set MLFLOW_TRACKING_URI"
-            )
+        self._store.require_address()
         if self._client is not None and not self.pending() and not self._system_files():
             return  # but look at the server once: it may not be the one that the cursor speaks of
         try:
@@ -191,7 +184,7 @@ class Shipper:
         try:
             run = client.get_run(run_id)
         except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if not is_unknown(error):
                 raise
             run = None
         if run is not None and run.info.lifecycle_stage == "active":
@@ -366,7 +359,7 @@ class Shipper:
         try:
             return self._client.get_experiment(experiment_id)
         except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if not is_unknown(error):
                 raise
             at = without_secrets(self._store.uri)
             raise DeliveryRefused(

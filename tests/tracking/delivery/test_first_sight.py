@@ -1,5 +1,6 @@
 """What MLflow's pages show of a run at first sight: its note, the kind of its experiment, checkpoints as models."""
 
+import json
 import shutil
 import time
 
@@ -31,17 +32,23 @@ def test_parameters_keep_their_order(tmp_path, client, store):
     assert list(runs_of(client)[0].data.params) == list(params), "MLflow's pages show them as they come"
 
 
-def test_what_people_write_into_a_note_stays(tmp_path, client, store):
-    run_dir = tmp_path / "run"
-    tracker = start(run_dir, tags={NOTE_TAG: "one"})
+def test_what_people_write_into_a_note_stays(tmp_path, client, store, monkeypatch):
+    run_dir, said = tmp_path / "run", []
+    given = {NOTE_TAG: "Given.", "state": "mine", "team": "nlp"}
+    monkeypatch.setenv("MLFLOW_TAGS", json.dumps(given))
+    tracker = start(run_dir, tags={NOTE_TAG: "one", "state": "running"}, message=said.append)
+    tracker.tag(NOTE_TAG, "one and a half")
     tracker.close()
-    note = runs_of(client)[0].data.tags[NOTE_TAG]
-    assert note == f"one\n\n{OWN_TEXT}\n"
+    tags = runs_of(client)[0].data.tags
+    note = tags[NOTE_TAG]
+    assert note == f"one and a half\n\n{OWN_TEXT}\n\nGiven.\n"
+    assert (tags["state"], tags["team"]) == ("running", "nlp")
+    assert said == ["MLFLOW_TAGS: state is kept current by the run and not taken; choose another name"]
     client.set_tag(tracker.run_id, NOTE_TAG, note + "\nThis is **ours**.\n")
     resumed = start(run_dir, tags={NOTE_TAG: "two"}, resumed_step=1)
     resumed.tag(NOTE_TAG, "three")
     resumed.close()
-    assert runs_of(client)[0].data.tags[NOTE_TAG] == f"three\n\n{OWN_TEXT}\n\nThis is **ours**.\n"
+    assert runs_of(client)[0].data.tags[NOTE_TAG] == f"three\n\n{OWN_TEXT}\n\nGiven.\n\nThis is **ours**.\n"
 
 
 @pytest.mark.parametrize(
@@ -49,11 +56,14 @@ def test_what_people_write_into_a_note_stays(tmp_path, client, store):
     [
         (None, f"note\n\n{OWN_TEXT}\n"),
         ("all theirs", f"note\n\n{OWN_TEXT}\n\nall theirs\n"),
-        ("x" * 500, f"note\n\n{OWN_TEXT}\n"),  # of ours, cut by an earlier version of MLflow
+        ("note" + "x" * 496, f"note\n\n{OWN_TEXT}\n"),  # of ours, cut by an earlier version of MLflow
+        ("x" * 500, f"note\n\n{OWN_TEXT}\n\n{'x' * 500}\n"),  # theirs, by chance as long
+        (f"note\n{OWN_TEXT}\n{'x' * 205}", f"note\n\n{OWN_TEXT}\n\n{'x' * 205}\n"),  # 250 characters
         ("x" * 4999, "x" * 4999),  # no room for ours
     ],
 )
 def test_a_note_and_what_is_below_it(kept, written):
+    assert kept is None or len(kept) in (10, 250, 500, 4999)
     assert with_own_text("note", kept) == written
     assert len(with_own_text("n" * 4000, "y" * 3000)) <= 5000
 
