@@ -174,7 +174,7 @@ def with_own_text(note: str, kept: str | None) -> str:
     own = kept.rpartition(OWN_TEXT)[2].strip() or given.strip()
     room = _MAX_VALUE - len(own) - len(OWN_TEXT) - 5
     if room < 0:
-        return kept
+        return kept or own
     return f"{note[:room]}\n\n{OWN_TEXT}\n" + (f"\n{own}\n" if own else "")
 
 
