@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from gptoss_dist.tracking.delivery.cursor import Cursor
 from gptoss_dist.tracking.delivery.environment import find_store
-from gptoss_dist.tracking.jsonl import read_lines
-from gptoss_dist.tracking.records import JOURNAL_FILE, RunStart, operation
+from gptoss_dist.tracking.records import RunStart, run_starts
 from gptoss_dist.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
@@ -58,8 +58,6 @@ def open_child(
 
 def _start(run_dir: Path) -> RunStart | None:
     """Return how a run began last, if it was recorded."""
-    try:
-        records = [operation(line) for line, _ in read_lines(run_dir / JOURNAL_FILE)]
-    except OSError:
-        return None
-    return next((record for record in reversed(records) if isinstance(record, RunStart)), None)
+    with contextlib.suppress(OSError, IndexError):
+        return run_starts(run_dir)[-1]
+    return None

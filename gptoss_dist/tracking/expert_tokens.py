@@ -19,6 +19,7 @@ from torch import Tensor
 from data_pipeline.disk import move
 from gptoss_dist.tracking.jsonl import JsonLinesWriter
 from gptoss_dist.tracking.recorded.experts import EXPERT_TOKENS_FILE, read_expert_tokens
+from gptoss_dist.tracking.records import free_number
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +125,6 @@ class ExpertTokens:
 def _set_aside(path: Path) -> None:
     if not path.exists():
         return
-    n = 1
     # metrics.N.jsonl and expert_tokens.N.jsonl are to be of one run, also where an older one left only the former.
-    while (old := path.with_name(f"expert_tokens.{n}.jsonl")).exists() or path.with_name(f"metrics.{n}.jsonl").exists():
-        n += 1
-    move(path, old)
+    n = free_number(path.parent, "expert_tokens.{}.jsonl", "metrics.{}.jsonl")
+    move(path, path.with_name(f"expert_tokens.{n}.jsonl"))

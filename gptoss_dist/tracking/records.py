@@ -6,7 +6,9 @@ digits. Whoever reads a file gets a typed record or None for such a line, passes
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -196,6 +198,27 @@ def operation(line: dict) -> Operation | None:
     except _Damaged:
         pass
     return None
+
+
+def run_starts(run_dir: Path) -> list[RunStart]:
+    """Return how each process began, as a run's journal says, in order.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    records = (operation(line) for line, _ in read_lines(run_dir / JOURNAL_FILE))
+    return [record for record in records if isinstance(record, RunStart)]
+
+
+def free_number(folder: Path, *names: str) -> int:
+    """Return the lowest number from 1 on under which nothing is kept of an earlier run in the same folder.
+
+    Args:
+        folder: Folder of the run.
+        names: Such as `metrics.{}.jsonl`; none of them may be there.
+    """
+    numbers = itertools.count(1)
+    return next(n for n in numbers if not any(os.path.lexists(folder / name.format(n)) for name in names))
 
 
 def metrics_line(step: int, time: float, metrics: dict[str, float]) -> dict:

@@ -41,15 +41,16 @@ from data_pipeline.secrets import has_hidden, without_secrets
 from gptoss_dist.tracking.delivery.cursor import Cursor
 from gptoss_dist.tracking.delivery.database import DatabaseUnusable
 from gptoss_dist.tracking.delivery.environment import (
+    DeliveryRefused,
     Wishes,
     find_store,
     prepare_environment,
     user_tags,
 )
-from gptoss_dist.tracking.delivery.requests import one_line
-from gptoss_dist.tracking.delivery.shipper import DeliveryRefused, MlflowMissing, Shipper
+from gptoss_dist.tracking.delivery.requests import NOTE_TAG, OWN_TEXT, one_line
+from gptoss_dist.tracking.delivery.shipper import MlflowMissing, Shipper
 from gptoss_dist.tracking.delivery.system_metrics import monitor_this_node
-from gptoss_dist.tracking.jsonl import JsonLinesWriter, read_lines
+from gptoss_dist.tracking.jsonl import JsonLinesWriter
 from gptoss_dist.tracking.records import (
     EVENT_KINDS,
     JOURNAL_FILE,
@@ -59,14 +60,18 @@ from gptoss_dist.tracking.records import (
     MetricsRow,
     Resumed,
     RunStart,
+    free_number,
     metrics_line,
     metrics_records,
-    operation,
+    run_starts,
 )
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_EXPERIMENT = "gptoss_dist"
+
+STANDING_TAGS = ("state", "best_val_loss")
+"""Tags that a run with a note sets anew as it goes on."""
 
 _MAX_BACKOFF_S = 60.0
 _DRAIN_ATTEMPTS, _DRAIN_PAUSE_S = 3, 0.5
@@ -146,14 +151,14 @@ class Tracker:
             experiment=experiment or wishes.experiment or DEFAULT_EXPERIMENT,
             experiment_id=experiment_id or (wishes.experiment_id if experiment is None else None),
             params=_texts(params),
-            tags=user_tags() | _texts(tags) | wishes.tags,
+            tags=self._tags(_texts(tags), wishes.tags),
             dataset=None if dataset is None else _texts(dataset),
             resume=1 + sum(start.resume > 0 for start in starts) if resumed else 0,
             resumed_step=resumed_step,
         )
 
         self._closing, self._abandoned = threading.Event(), threading.Event()
-        self._problem = ""
+        self._problem, self._ended = "", False
         self._shipper = Shipper(self._run_dir, store, cursor, self._abandoned, message=message, wishes=wishes)
         self._monitor = monitor_this_node(self._run_dir, system_metrics_every_s, wishes, node, message)
         self._thread = None
@@ -216,20 +221,30 @@ class Tracker:
         record = {"op": "checkpoint", "time": _now() if time is None else time, "step": int(step)}
         self._journal.append(record | {"path": self._inside(path), "metrics": finite})
 
-    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED", timeout: float = 30.0) -> None:
-        """Record how the run ended and wait up to `timeout` seconds for the delivery of what is left.
-
-        What cannot be delivered stays in the run's folder, and the command that sends it is printed.
+    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """Record how the run ended, once; artifacts may follow.
 
         Raises:
             ValueError: `status` is not one of MLflow's.
         """
         if status not in STATUSES:
             raise ValueError(f"status={status!r} is not FINISHED, FAILED or KILLED")
+        if not self._ended:
+            self._ended = True
+            self._operation("end", status=status)
+
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED", timeout: float = 30.0) -> None:
+        """Record how the run ended, as `end`, and wait up to `timeout` seconds for the delivery of what is left.
+
+        What cannot be delivered stays in the run's folder, and the command that sends it is printed.
+
+        Raises:
+            ValueError: `status` is not one of MLflow's.
+        """
         if self._closing.is_set():
             return
+        self.end(status)
         self._monitor.close()
-        self._operation("end", status=status)
         self._closing.set()
         self._metrics.close()
         self._journal.close()
@@ -253,6 +268,17 @@ class Tracker:
             path = path.relative_to(self._run_dir.absolute())
         return str(path)
 
+    def _tags(self, tags: dict[str, str], wished: dict[str, str]) -> dict[str, str]:
+        """Return the properties that a run begins with: those of MLFLOW_TAGS first, but what the run keeps current."""
+        if reserved := [key for key in STANDING_TAGS if key in wished and NOTE_TAG in tags]:
+            self._message(
+                f"MLFLOW_TAGS: {', '.join(reserved)} is kept current by the run and not taken; choose another name"
+            )
+        wished = {key: value for key, value in wished.items() if key not in reserved}
+        if NOTE_TAG in wished and NOTE_TAG in tags:
+            wished[NOTE_TAG] = f"{tags[NOTE_TAG]}\n\n{OWN_TEXT}\n\n{wished[NOTE_TAG]}"
+        return user_tags() | tags | wished
+
     def _make_room(self, resumed: bool) -> None:
         try:
             if not resumed:
@@ -263,10 +289,9 @@ class Tracker:
 
     def _earlier_starts(self) -> list[RunStart]:
         try:
-            records = [operation(line) for line, _ in read_lines(self._run_dir / JOURNAL_FILE)]
+            return run_starts(self._run_dir)
         except OSError:
             return []
-        return [record for record in records if isinstance(record, RunStart)]
 
     def _operation(self, op: str, **fields) -> None:
         self._journal.append({"op": op, "time": _now(), **fields})
@@ -412,11 +437,9 @@ def _set_aside(run_dir: Path) -> None:
     metrics, tracking = run_dir / METRICS_FILE, (run_dir / JOURNAL_FILE).parent
     if not (metrics.exists() or tracking.exists()):
         return
-    n = 1
-    while (old_metrics := run_dir / f"metrics.{n}.jsonl").exists() or (run_dir / f"tracking.{n}").exists():
-        n += 1
+    n = free_number(run_dir, "metrics.{}.jsonl", "tracking.{}")
     if metrics.exists():
-        move(metrics, old_metrics)
+        move(metrics, run_dir / f"metrics.{n}.jsonl")
     if tracking.exists():
         move(tracking, run_dir / f"tracking.{n}")
 

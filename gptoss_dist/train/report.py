@@ -22,6 +22,7 @@ from gptoss_dist.planner.hardware import peak_flops
 from gptoss_dist.tracking.about.facts import RunFacts, facts_of
 from gptoss_dist.tracking.about.summary import Summary
 from gptoss_dist.tracking.delivery.bridges import Bridges
+from gptoss_dist.tracking.delivery.requests import NOTE_TAG
 from gptoss_dist.tracking.expert_tokens import ExpertTokens
 from gptoss_dist.tracking.metrics import (
     Throughput,
@@ -42,7 +43,6 @@ from gptoss_dist.train.start import Start
 
 log = logging.getLogger(__name__)
 
-NOTE = "mlflow.note.content"
 NOTE_S, QUIET_NOTE_S = 30.0, 300.0
 """Seconds between two writings of the run's note, at least, and where nothing happens but steps."""
 _CHARTED = ("resume", "rewind", "skipped", "data")
@@ -81,8 +81,8 @@ class Report:
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak = peak_flops(ranks.device, dtype)
         self.flops = flops_per_token(config.model, config.data.seq_len)
-        self.facts = facts_of(config, ranks, engine, self.peak, getattr(data.mixture, "weights", None))
-        self.summary = Summary(self.facts, start.step, start.tokens)
+        self.facts = facts_of(config, ranks, engine, self.peak, data.mixture.weights)
+        self.summary = Summary(self.facts, start.step, start.tokens, start.skipped_steps)
         if start.step:
             self.summary.read_back()
         self.throughput = Throughput(
@@ -128,6 +128,8 @@ class Report:
             self.event(start.step, "start", f"training begins, {self.facts.devices}")
         elif not start.rewound:
             self.event(start.step, "resume", f"resumed from {start.checkpoint.name}, {self.facts.devices}")
+        else:  # the event is recorded at the step that was given up, whose metrics count no more
+            self.tracker.log(start.step, {"events/rewind": self.summary.counts["rewind"]})
 
     def event(self, step: int, kind: str, text: str) -> None:
         """Record that something happened after a step, for the note and the charts of the run.
@@ -159,9 +161,11 @@ class Report:
 
     def _standing_tags(self, state: str) -> dict[str, str]:
         """Return what changes while the run trains."""
-        tags = {"state": state, NOTE: self.summary.note(state)}
+        tags = {"state": state, NOTE_TAG: self.summary.note(state)}
         if self.summary.best is not None:
             tags["best_val_loss"] = f"{self.summary.best[0]:.4f}"
+        elif self.start_step:  # that of an earlier process may be from a step that was given up
+            tags["best_val_loss"] = "none yet"
         return tags
 
     def message(self, text: str) -> None:
@@ -241,11 +245,10 @@ class Report:
 
     def validation(self, step: int, loss: float, by_source: dict[str, float]) -> None:
         """Record a validation loss, and that of each source if there are several, and redraw the plots."""
-        metrics = loss_metrics("val", loss)
-        if len(by_source) > 1:
-            metrics |= {f"loss/val_{name}": value for name, value in by_source.items()}
+        sources = {f"loss/val_{name}": value for name, value in by_source.items() if len(by_source) > 1}
+        metrics = loss_metrics("val", loss) | sources
         metrics |= self.summary.validation(step, loss)
-        self._validated = step, self.tracker.log(step, metrics), {k: v for k, v in metrics.items() if "loss/val" in k}
+        self._validated = step, self.tracker.log(step, metrics), loss_metrics("val", loss) | sources
         self.message(f"step {step}: validation loss {loss:.4f}, perplexity {metrics['loss/val_ppl']:.2f}")
         self._refresh()
         self.plots()
@@ -342,16 +345,21 @@ class Report:
         Args:
             why: What ended it early.
         """
+        # First of all: whoever stops the run may kill it while the pictures are drawn.
+        self._end(status, why)
+        self.tracker.end(status)
         try:
             self.expert_tokens.close()
         except Exception as error:  # reads the device, whose failure may be why the run ends
             log.warning("last row of expert tokens not written: %s", error)
         self.plots()
-        self._end(status, why)
         self.page(status)
         self.progress.__exit__(None, None, None)
         self.tracker.close(status)
-        self.bridges.close()
+        if self._rewound:  # the other ranks wait for this one
+            self.bridges.stop()
+        else:
+            self.bridges.close()
 
     def _end(self, status: Literal["FINISHED", "KILLED", "FAILED"], why: str | None) -> None:
         """Record the end of the run, or that it goes back."""

@@ -28,6 +28,7 @@ from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_ob
 from gptoss_dist.distributed.processes import seed_everything
 from gptoss_dist.engine import Engine, EngineSettings
 from gptoss_dist.model.config import SHAPING
+from gptoss_dist.tracking.about.facts import slurm_job
 from gptoss_dist.train import markers
 
 log = logging.getLogger(__name__)
@@ -125,10 +126,7 @@ def record_launch(config: Config) -> None:
         OSError: It cannot be written.
     """
     lines = sorted({launcher for launcher in all_gather_objects(launcher_watch.launcher()) if launcher})
-    env = os.environ
-    if job := env.get("SLURM_ARRAY_JOB_ID"):
-        lines.append(f"job {job}_{env.get('SLURM_ARRAY_TASK_ID')}")
-    elif job := env.get("SLURM_JOB_ID"):
+    if job := slurm_job():
         lines.append(f"job {job}")
     on_rank_zero(lambda: write_file_atomically(config.folder / LAUNCH, "".join(f"{x}\n" for x in lines).encode()))
 

@@ -158,8 +158,8 @@ def config(folder, every):
 def report_steps(folder, start, last):
     settings = config(folder, every=2)
     settings.save(folder / "config.yaml")
-    ranks = SimpleNamespace(world_size=1, device=torch.device("cpu"))
-    mixture = SimpleNamespace(manifest_sha256="0", changes=[], usage=lambda position: [])
+    ranks = SimpleNamespace(world_size=1, device=torch.device("cpu"), hosts=("a",))
+    mixture = SimpleNamespace(manifest_sha256="0", changes=[], usage=lambda position: [], weights={"all": 1.0})
     data = SimpleNamespace(mixture=mixture, history=[])
     engine = SimpleNamespace(name="fsdp", layout=DeviceLayout(1, 1, 1))
     report = Report(settings, ranks, engine, data, Start(step=start))

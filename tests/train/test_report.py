@@ -1,6 +1,7 @@
 """Nothing that a run records beside its metrics ends it."""
 
 import io
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,25 +10,30 @@ import torch
 from gptoss_dist.config import Config, ModelConfig, RunConfig, SamplingConfig, TrackingConfig
 from gptoss_dist.parallel.mesh import DeviceLayout
 from gptoss_dist.tracking.about.revision import git_revision
+from gptoss_dist.tracking.delivery.requests import NOTE_TAG
+from gptoss_dist.tracking.jsonl import read_lines
 from gptoss_dist.tracking.profiling import profiled
 from gptoss_dist.tracking.recorded.run import read_run
+from gptoss_dist.tracking.records import JOURNAL_FILE, Checkpoint, operation
 from gptoss_dist.train.periodic import periodic_tasks, write_samples
-from gptoss_dist.train.report import NOTE, LaunchedStep, Report
+from gptoss_dist.train.report import LaunchedStep, Report
 from gptoss_dist.train.run import Run
 from gptoss_dist.train.start import Start
 
 
-def open_report(folder, plots=False):
+def open_report(folder, plots=False, start=None):
     settings = Config(
         model=ModelConfig(num_hidden_layers=1),
         run=RunConfig(dir=str(folder)),
         tracking=TrackingConfig(mlflow=False, plots=plots),
     )
     settings.save(folder / "config.yaml")
-    ranks = SimpleNamespace(world_size=1, device=torch.device("cpu"))
-    mixture = SimpleNamespace(manifest_sha256="0", changes=[], sources=[None], usage=lambda position: [])
+    ranks = SimpleNamespace(world_size=1, device=torch.device("cpu"), hosts=("a",))
+    mixture = SimpleNamespace(
+        manifest_sha256="0", changes=[], sources=[None], weights={"all": 1.0}, usage=lambda position: []
+    )
     engine = SimpleNamespace(name="fsdp", layout=DeviceLayout(1, 1, 1))
-    return Report(settings, ranks, engine, SimpleNamespace(mixture=mixture, history=[]), Start())
+    return Report(settings, ranks, engine, SimpleNamespace(mixture=mixture, history=[]), start or Start())
 
 
 def test_samples_of_any_text_are_kept_under_an_ascii_locale(tmp_path, monkeypatch):
@@ -56,6 +62,34 @@ def test_a_run_ends_with_its_report(tmp_path, status, words, capsys):
     if words:
         assert f'<p class="subtitle">{words}' in (text := page.read_text()) and "1.2500" in text
         assert '"report.html"' in (tmp_path / "tracking/journal.jsonl").read_text(), "MLflow gets it"
+
+
+def test_the_end_is_recorded_before_pictures_are_drawn(tmp_path, monkeypatch):
+    """Who asks a run to stop may kill it then."""
+    report, seen = open_report(tmp_path, plots=True), []
+    report.tracker.log(3, {"loss/train": 1.25})
+
+    def draw(*arguments):
+        seen.append(read_run(tmp_path))
+
+    monkeypatch.setattr("gptoss_dist.train.report.plot_run", lambda *arguments: draw() or [])
+    monkeypatch.setattr("gptoss_dist.train.report.write_in_time", draw)
+    report.close("KILLED", "a signal")
+    assert [(run.status, run.tags["state"], run.events[-1].kind) for run in seen] == 2 * [("KILLED", "stopped", "stop")]
+
+
+def test_a_run_that_goes_back_shows_where_it_went(tmp_path):
+    report = open_report(tmp_path)
+    report.validation(5, 3.0, {})
+    report.rewound({"first": 8, "end": 16, "order": "a", "step": 9, "rewound_to": 4, "reason": "a spike"})
+    report.close("KILLED")
+    start = Start(checkpoint=tmp_path / "step_00000004", step=4, tokens=4, skipped_steps=2, rewound=True)
+    report = open_report(tmp_path, start=start)
+    report.tracker.log(5, {"loss/train": 4.0})
+    report.close("FINISHED")
+    recorded = read_run(tmp_path)
+    assert recorded.columns.steps.tolist() == [4, 5] and recorded.columns["events/rewind"][0] == 1
+    assert recorded.tags["best_val_loss"] == "none yet" and "2 skipped" in recorded.tags[NOTE_TAG]
 
 
 @pytest.mark.heavy
@@ -150,6 +184,9 @@ def test_what_happens_to_a_run_is_in_its_journal_and_its_note(tmp_path):
         report.step(LaunchedStep(step, result, 1e-3, {"perf/step_ms": 10.0}, 8 * step), skipped=int(step >= 3))
     report.validation(4, 3.5, {})
     report.saved(4, 0.1)
+    records = [operation(line) for line, _ in read_lines(tmp_path / JOURNAL_FILE)]
+    (saved,) = [record for record in records if isinstance(record, Checkpoint)]
+    assert saved.metrics == pytest.approx({"loss/val": 3.5, "loss/val_ppl": math.exp(3.5)})
     report.close("FAILED", "https://me:secret@host said\nno")
     recorded = read_run(tmp_path)
     told = [(event.step, event.kind, event.text) for event in recorded.events]
@@ -180,7 +217,7 @@ def test_the_note_is_written_now_and_then_and_after_events_soon(tmp_path, monkey
         return len(notes) - before
 
     notes = []
-    monkeypatch.setattr(report.tracker, "tag", lambda key, value: notes.append(value) if key == NOTE else None)
+    monkeypatch.setattr(report.tracker, "tag", lambda key, value: notes.append(value) if key == NOTE_TAG else None)
     assert notes_after(200) == 1, "that of the start event was put off"
     assert notes_after(1, events=9) == 0
     assert notes_after(28) == 0

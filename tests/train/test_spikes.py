@@ -184,7 +184,7 @@ def test_it_goes_back_skips_and_ends_as_if_nothing_had_been(settings, corpus, po
     note = shown.data.tags["mlflow.note.content"]
     assert "- went back at step 22" in note and told in note and shown.data.tags["state"] == "finished"
     points = [(point.step, point.value) for point in client.get_metric_history(shown.info.run_id, "events/rewind")]
-    assert points[:2] == [(21, 0.0), (22, 1.0)] and points[-1] == (45, 1.0)
+    assert {(22, 1.0), (15, 1.0)} <= set(points) and points[-1] == (45, 1.0)
     events = [event.kind for event in read_run(spiked).events if event.kind != "checkpoint"]
     assert events == ["start", "rewind", "end"]
 

@@ -75,7 +75,7 @@ class RunFacts:
     @property
     def repeat_command(self) -> str:
         """What trains the same run again, under another name."""
-        return f"{self._launch} --run.name {shlex.quote(self.name + '-again')} --run.dir null"
+        return f"{self._launch} --run.name {shlex.quote(self.name + '-again')} --run.dir null --checkpoint.dir null"
 
     @property
     def _launch(self) -> str:
@@ -139,14 +139,14 @@ def facts_of(
         precision=train.precision,
         hardware=kind,
         processes=ranks.world_size,
-        machines=max(1, len(set(getattr(ranks, "hosts", ())))),
+        machines=max(1, len(set(ranks.hosts))),
         steps=train.steps,
         tokens_per_step=samples * config.data.seq_len,
         flops_per_token=flops_per_token(config.model, config.data.seq_len).training,
         peak=str(peak) if peak else "unknown",
         revision=git_revision(),
         sweep=_sweep(config.run.name),
-        job=_job(),
+        job=slurm_job(),
         changed={key: str(value) for key, value in changed_settings(config).items()},
     )
 
@@ -177,12 +177,19 @@ def model_text(config: ModelConfig) -> str:
     return f"{config.num_hidden_layers} layers x {config.hidden_size}, {experts}"
 
 
-def data_text(data: tuple[tuple[str, float | None], ...]) -> str:
-    """Return sources and their shares, such as `web 70 %, code 30 %`."""
-    return ", ".join(name if share is None else f"{name} {100 * share:.3g} %" for name, share in data)
+def data_text(data: tuple[tuple[str, float | None], ...], most: int | None = None) -> str:
+    """Return sources and their shares, such as `web 70 %, code 30 %`; beyond the first `most`, how many more there are.
+
+    Args:
+        data: Their names and shares.
+        most: How many are named; None names all.
+    """
+    named = [name if share is None else f"{name} {100 * share:.3g} %" for name, share in data[:most]]
+    return ", ".join(named) + (f" and {len(data) - len(named)} more" if len(data) > len(named) else "")
 
 
-def _job() -> str | None:
+def slurm_job() -> str | None:
+    """Return the number of the SLURM job, `7` or in an array `7_2`, if this is one."""
     env = os.environ
     if array := env.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{env.get('SLURM_ARRAY_TASK_ID')}"

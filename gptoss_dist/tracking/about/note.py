@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gptoss_dist.planner.flops import MFU_CONVENTION
@@ -14,8 +15,9 @@ MOST_EVENTS = 20
 MOST_CHARACTERS = 4000
 """MLflow takes tags of 5,000; the rest is for what people add."""
 _MOST_SETTINGS, _MOST_VALUE, _MOST_TEXT, _MOST_STEPS = 15, 60, 240, 5
-_EVENTS_SHOWN_APART = ("checkpoint",)
-"""Kinds of which only the last is told: they come often."""
+_MOST_SOURCES, _MOST_DATA = 6, 400
+LAST_ONLY = "checkpoint"
+"""A kind of event of which only the last is told: they come often."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,31 @@ class Standing:
     skipped_steps: int = 0
 
 
-def render(facts: RunFacts, standing: Standing, events: Sequence[Event]) -> str:
-    """Return the note, of at most 4,000 characters: what is older of the events is left out first."""
-    events = list(events)
-    kept = [event for event in events if event.kind not in _EVENTS_SHOWN_APART]
-    checkpoints = [event for event in events if event.kind in _EVENTS_SHOWN_APART]
+def render(
+    facts: RunFacts, standing: Standing, events: Sequence[Event], counts: Mapping[str, int] | None = None
+) -> str:
+    """Return the note, of at most 4,000 characters: what is older of the events is left out first.
+
+    Args:
+        facts: What the run is.
+        standing: How far it is.
+        events: What happened, in order; old ones may be missing.
+        counts: How many events of each kind there were; by default those of `events`.
+    """
+    kept = [event for event in events if event.kind != LAST_ONLY]
+    checkpoints = [event for event in events if event.kind == LAST_ONLY]
+    counts = counts or Counter(event.kind for event in events)
+    total = sum(count for kind, count in counts.items() if kind != LAST_ONLY)
     shown = min(len(kept), MOST_EVENTS)
     settings = min(len(facts.changed), _MOST_SETTINGS)
     while True:
         text = "\n".join(
             [
-                *_headline(facts, standing, kept),
+                *_headline(facts, standing, kept, counts),
                 "",
                 *_table(facts, standing, checkpoints),
                 "",
-                *_events(kept, shown),
+                *_events(kept, shown, total),
                 *_settings(facts, settings),
                 *_commands(facts),
             ]
@@ -68,18 +80,18 @@ def render(facts: RunFacts, standing: Standing, events: Sequence[Event]) -> str:
         shown, settings = (shown - 1, settings) if shown > 3 or not settings else (shown, settings - 1)
 
 
-def _headline(facts: RunFacts, now: Standing, events: Sequence[Event]) -> list[str]:
+def _headline(facts: RunFacts, now: Standing, events: Sequence[Event], counts: Mapping[str, int]) -> list[str]:
     """Return what MLflow shows of a note before one asks for more: five lines."""
     count = facts.parameters
     sizes = f"{in_millions(count.total)} parameters, {in_millions(count.active)} active"
     share = f" ({100 * now.step / facts.steps:.0f} %)" if facts.steps else ""
     return [
-        f"**{facts.name}**: {facts.model}; {sizes}; {data_text(facts.data)}",
+        f"**{facts.name}**: {facts.model}; {sizes}; {data_text(facts.data, _MOST_SOURCES)[:_MOST_DATA]}",
         "",
         f"- **{now.state}**, step {now.step:,} of {facts.steps:,}{share}, as of {_clock(now.time)}",
         f"- {_losses(now)}",
         f"- {now.tokens:,} tokens, {now.exaflops:.4g} exaFLOPs, {_hours(now.gpu_hours)} device-hours{_speed(now)}",
-        *_happened(events, now.skipped_steps),
+        *_happened(events, counts, now.skipped_steps),
     ]
 
 
@@ -99,30 +111,29 @@ def _speed(now: Standing) -> str:
     return f"; {now.tokens_per_s:,.0f} tokens/s{mfu}"
 
 
-def _happened(events: Sequence[Event], skipped_steps: int) -> list[str]:
+def _happened(events: Sequence[Event], counts: Mapping[str, int], skipped_steps: int) -> list[str]:
     """Return a line about what a person looks for in a curve that bends; none if nothing happened."""
     named = {"resume": "resumed after step", "rewind": "went back at step", "data": "data changed at step"}
     told = []
     for kind, words in named.items():
         if steps := [f"{event.step:,}" for event in events if event.kind == kind]:
-            told.append(f"{words} {_some(steps)}")
+            told.append(f"{words} {_some(steps, counts[kind])}")
     steps = [f"{event.step:,}" for event in events if event.kind == "skipped"]
-    if steps or skipped_steps:
-        told.append(f"{skipped_steps} skipped" + (f": step {_some(steps)}" if steps else ""))
+    # Those of a branch that was given up happened too, and those of an earlier version are no events.
+    if skipped := max(skipped_steps, counts.get("skipped", 0)):
+        told.append(f"{skipped} skipped" + (f": step {_some(steps, skipped)}" if steps else ""))
     return [f"- {'; '.join(told)}"] if told else []
 
 
-def _some(steps: list[str]) -> str:
-    return ", ".join(steps[-_MOST_STEPS:]) + (
-        f" and {len(steps) - _MOST_STEPS} more" if len(steps) > _MOST_STEPS else ""
-    )
+def _some(steps: list[str], total: int) -> str:
+    named = steps[-_MOST_STEPS:]
+    return ", ".join(named) + (f" and {total - len(named)} more" if total > len(named) else "")
 
 
 def _table(facts: RunFacts, now: Standing, checkpoints: list[Event]) -> list[str]:
     rows = [
         ("layout", f"{facts.layout}, {facts.precision}"),
         ("devices", facts.devices),
-        ("data", data_text(facts.data)),
         ("tokens a step", f"{facts.tokens_per_step:,}"),
         ("hours", f"{_hours(now.hours)}, of {_hours(now.gpu_hours)} device-hours"),
         ("MFU counts", MFU_CONVENTION),
@@ -135,11 +146,11 @@ def _table(facts: RunFacts, now: Standing, checkpoints: list[Event]) -> list[str
     return ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows)]
 
 
-def _events(events: list[Event], shown: int) -> list[str]:
+def _events(events: list[Event], shown: int, total: int) -> list[str]:
     if not events:
         return []
     older = len(events) - shown
-    title = "**Events**" + (f" (the last {shown} of {len(events)})" if older else "")
+    title = "**Events**" + (f" (the last {shown} of {total})" if total > shown else "")
     lines = [f"- step {event.step:,}, {_clock(event.time)}: **{event.kind}** {_cell(event.text)}" for event in events]
     return [title, "", *lines[older:], ""]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -13,16 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from gptoss_dist.tracking.about.facts import RunFacts
-from gptoss_dist.tracking.about.note import Standing, render
+from gptoss_dist.tracking.about.note import LAST_ONLY, Standing, render
 from gptoss_dist.tracking.jsonl import read_lines
 from gptoss_dist.tracking.recorded.columns import read_columns
-from gptoss_dist.tracking.records import JOURNAL_FILE, METRICS_FILE, Event, operation
+from gptoss_dist.tracking.records import JOURNAL_FILE, METRICS_FILE, Event, MetricsRow, metrics_record, operation
 
 log = logging.getLogger(__name__)
 
 AVERAGED_STEPS = 20
 """Of the training loss in the note."""
-_MOST_EVENTS = 200
+_MOST_EVENTS = 50
+"""Of each kind but checkpoints, of which the last one is kept."""
 _TAIL = 2**18
 """Bytes at the end of `metrics.jsonl` in which the last counts of an earlier process are looked for."""
 
@@ -37,17 +37,18 @@ class Summary:
         facts: What the run is.
         step: Steps done when this process began.
         tokens: Tokens seen by then.
+        skipped_steps: Steps skipped by then.
     """
 
-    def __init__(self, facts: RunFacts, step: int, tokens: int) -> None:
+    def __init__(self, facts: RunFacts, step: int, tokens: int, skipped_steps: int = 0) -> None:
         self.facts = facts
-        self.events: deque[Event] = deque(maxlen=_MOST_EVENTS)
+        self._events: dict[str, deque[tuple[int, Event]]] = {}
         self.counts: Counter[str] = Counter()
         """How many events of each kind there were."""
         self.best: tuple[float, int] | None = None
         """The lowest validation loss and its step."""
         self._last: tuple[float, int] | None = None
-        self._step, self._tokens, self._skipped = step, tokens, 0
+        self._step, self._tokens, self._skipped_before = step, tokens, skipped_steps
         self._losses: deque[float] = deque(maxlen=AVERAGED_STEPS)
         self._newest: Mapping[str, float] = {}
         self._began = time.monotonic()
@@ -57,24 +58,41 @@ class Summary:
 
     def read_back(self) -> None:
         """Take over what earlier processes of the run recorded; what cannot be read counts nothing."""
-        folder = self.facts.folder
-        try:
-            costs = last_values(folder / METRICS_FILE, ("progress/hours", "progress/gpu_hours"))
-            self._hours_before = costs.get("progress/hours", 0.0)
-            self._gpu_hours_before = costs.get("progress/gpu_hours", 0.0)
-            columns = read_columns(folder, log.debug)
-            rows, losses = columns.points("loss/val")
-            kept = columns.steps[rows] <= self._step
-            rows, losses = rows[kept], losses[kept]
-            if len(rows):
-                best = int(np.argmin(losses))
-                self.best = float(losses[best]), int(columns.steps[rows[best]])
-                self._last = float(losses[-1]), int(columns.steps[rows[-1]])
-            for line, _ in read_lines(folder / JOURNAL_FILE):
-                if isinstance(record := operation(line), Event):
-                    self.event(record)
-        except Exception as error:  # the note must never end a run
-            log.warning("what was recorded before is not in the note: %s", error)
+        for what, read in (
+            ("costs", self._read_costs),
+            ("validation losses", self._read_losses),
+            ("events", self._read_events),
+        ):
+            try:
+                read()
+            except Exception as error:  # the note must never end a run
+                log.warning("the %s recorded before are not in the note: %s", what, error)
+
+    def _read_costs(self) -> None:
+        costs = last_values(self.facts.folder / METRICS_FILE, ("progress/hours", "progress/gpu_hours"))
+        self._hours_before = costs.get("progress/hours", 0.0)
+        self._gpu_hours_before = costs.get("progress/gpu_hours", 0.0)
+
+    def _read_losses(self) -> None:
+        columns = read_columns(self.facts.folder, log.debug)
+        rows, losses = columns.points("loss/val")
+        kept = (columns.steps[rows] <= self._step) & np.isfinite(losses)
+        rows, losses = rows[kept], losses[kept]
+        if len(rows):
+            best = int(np.argmin(losses))
+            self.best = float(losses[best]), int(columns.steps[rows[best]])
+            self._last = float(losses[-1]), int(columns.steps[rows[-1]])
+
+    def _read_events(self) -> None:
+        for line, _ in read_lines(self.facts.folder / JOURNAL_FILE):
+            if isinstance(record := operation(line), Event):
+                self.event(record)
+
+    @property
+    def events(self) -> list[Event]:
+        """The newest events of each kind, in order."""
+        numbered = [entry for entries in self._events.values() for entry in entries]
+        return [event for _, event in sorted(numbered, key=lambda entry: entry[0])]
 
     @property
     def last_step(self) -> int:
@@ -83,7 +101,8 @@ class Summary:
 
     def event(self, event: Event) -> int:
         """Note an event, and return how many of its kind there were."""
-        self.events.append(event)
+        kept = self._events.setdefault(event.kind, deque(maxlen=1 if event.kind == LAST_ONLY else _MOST_EVENTS))
+        kept.append((self.counts.total(), event))
         self.counts[event.kind] += 1
         return self.counts[event.kind]
 
@@ -108,17 +127,16 @@ class Summary:
         }
 
     def validation(self, step: int, loss: float) -> dict[str, float]:
-        """Note a validation loss.
+        """Note a validation loss; one that is not finite is never the best.
 
         Returns:
-            `loss/val_best`, and `progress/val_tokens` and `progress/val_exaflops`: an axis for validation losses, which
-            charts can only draw over what was logged at the same steps.
+            `loss/val_best`, if there is one; and `progress/val_tokens` and `progress/val_exaflops`, an axis for
+            validation losses, which charts can only draw over what was logged at the same steps.
         """
         self._step, self._last = step, (loss, step)
-        if self.best is None or loss < self.best[0]:
+        if np.isfinite(loss) and (self.best is None or loss < self.best[0]):
             self.best = loss, step
-        return {
-            "loss/val_best": self.best[0],
+        return ({} if self.best is None else {"loss/val_best": self.best[0]}) | {
             "progress/val_tokens": self._tokens,
             "progress/val_exaflops": self._tokens * self._exaflops_per_token,
         }
@@ -141,23 +159,28 @@ class Summary:
             last=self._last,
             tokens_per_s=self._newest.get("perf/tokens_per_s"),
             mfu=self._newest.get("perf/mfu"),
-            skipped_steps=int(self._newest.get("optim/skipped_steps", 0)),
+            skipped_steps=int(self._newest.get("optim/skipped_steps", self._skipped_before)),
         )
 
     def note(self, state: str) -> str:
         """Return the run's note as Markdown."""
-        return render(self.facts, self.standing(state), self.events)
+        return render(self.facts, self.standing(state), self.events, self.counts)
 
 
 def last_values(path: Path, names: tuple[str, ...]) -> dict[str, float]:
-    """Return the last number of some metrics near the end of a file of metrics, on whatever branch.
+    """Return the last finite number of some metrics near the end of a file of metrics, on whatever branch.
+
+    Lines that are torn or damaged are passed over.
 
     Raises:
         OSError: The file cannot be read.
     """
     with open(path, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-        tail = file.read().decode(errors="replace")
-    found = {name: re.findall(rf'"{re.escape(name)}": ?([-+.\deE]+)', tail) for name in names}
-    last = {name: float(values[-1]) for name, values in found.items() if values}
-    return {name: value for name, value in last.items() if np.isfinite(value)}
+        if file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL)):
+            file.readline()  # to the start of a line
+        offset = file.tell()
+    last: dict[str, float] = {}
+    for line, _ in read_lines(path, offset):
+        if isinstance(row := metrics_record(line), MetricsRow):
+            last |= {name: row.metrics[name] for name in names if np.isfinite(row.metrics.get(name, np.nan))}
+    return last

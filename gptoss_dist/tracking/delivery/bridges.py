@@ -2,8 +2,9 @@
 
 A thread follows `metrics.jsonl`, as the delivery to MLflow does, and hands its rows over; training never waits for it.
 Where it stands is in `tracking/also.json`: rows behind that are handed over again by the next process. A row may so
-arrive twice, with the same values at the same step, and none is lost. After a resume at step k, rows of later steps
-that came before count no more.
+arrive twice, with the same values at the same step. Of TensorBoard none is lost; W&B's own process takes rows without
+saying when the disk has them, and what it holds is lost where it is killed too. After a resume at step k, rows of later
+steps that came before count no more.
 
 Only metrics cross the bridge. Whatever fails here costs one message, and the curves from there on until the next start.
 """
@@ -18,9 +19,11 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.disk import move, replacing
 from data_pipeline.foreign import Count, read_json
+from gptoss_dist.distributed.hosts import this_host
 from gptoss_dist.tracking.delivery.requests import one_line
 from gptoss_dist.tracking.jsonl import is_line_start, read_lines
 from gptoss_dist.tracking.records import (
@@ -29,13 +32,16 @@ from gptoss_dist.tracking.records import (
     MetricsRow,
     Resumed,
     RunStart,
+    free_number,
     metrics_record,
-    operation,
+    run_starts,
 )
 
 logger = logging.getLogger(__name__)
 
 PLACES_FILE = "tracking/also.json"
+_WRITING = threading.Lock()
+"""Held while that file is written: each bridge has its thread, and changes its own place."""
 
 
 class TensorBoard:
@@ -44,15 +50,21 @@ class TensorBoard:
     PACKAGE = "tensorboard"
 
     def __init__(self, run_dir: Path, *, is_new: bool) -> None:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder = run_dir / "tensorboard"
         if is_new and folder.exists():  # of an earlier run in this folder, as `Tracker` moves its files
-            n = 1
-            while (old := run_dir / f"tensorboard.{n}").exists():
-                n += 1
-            move(folder, old)
-        self._file = EventFileWriter(str(folder))
+            move(folder, run_dir / f"tensorboard.{free_number(run_dir, 'tensorboard.{}')}")
+        folder.mkdir(exist_ok=True)
+        # Readers take the files in the order of their names. The package's own writer has a thread, which prints a
+        # traceback where the disk is full.
+        name = f"events.out.tfevents.{time.time():017.6f}.{this_host()}.{os.getpid()}"
+        self._file = RecordWriter(open(folder / name, "xb"))  # noqa: SIM115 -- lives as long as this
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def _write(self, event: Any) -> None:
+        self._file.write(event.SerializeToString())
 
     def row(self, row: MetricsRow) -> None:
         """Take the values of a step."""
@@ -60,14 +72,14 @@ class TensorBoard:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=key, simple_value=value) for key, value in row.metrics.items()]
-        self._file.add_event(Event(wall_time=row.time, step=row.step, summary=Summary(value=values)))
+        self._write(Event(wall_time=row.time, step=row.step, summary=Summary(value=values)))
 
     def resume(self, step: int) -> None:
         """Take note that what came before for steps beyond `step` counts no more."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         # From this step on, TensorBoard drops what it has read before.
-        self._file.add_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def flush(self) -> None:
         """Bring to disk what was taken."""
@@ -121,11 +133,9 @@ class WeightsAndBiases:
 
 def _first_start(run_dir: Path) -> RunStart:
     """Return how the run began, as its record says."""
-    records = (operation(line) for line, _ in read_lines(run_dir / JOURNAL_FILE))
-    start = next((record for record in records if isinstance(record, RunStart)), None)
-    if start is None:
+    if not (starts := run_starts(run_dir)):
         raise ValueError(f"{run_dir / JOURNAL_FILE} does not say how the run began")
-    return start
+    return starts[0]
 
 
 Writer = TensorBoard | WeightsAndBiases
@@ -170,38 +180,48 @@ class Bridges:
         self._run_dir, self._message, self._interval_s = run_dir, message, interval_s
         self._closing = threading.Event()
         self._threads = [
-            threading.Thread(target=self._follow, args=(name,), name=f"tracking.also={name}", daemon=True)
+            threading.Thread(
+                target=self._follow, args=(name, _threads_of(run_dir, name)), name=_title(run_dir, name), daemon=True
+            )
             for name in dict.fromkeys(names)
         ]
-        self._places = _read_places(run_dir) if self._threads else {}
         for thread in self._threads:
             thread.start()
 
+    def stop(self) -> None:
+        """Hand over what is left without waiting for it; the next bridges of the same run go on after that."""
+        self._closing.set()
+
     def close(self, timeout: float = 30.0) -> None:
         """Hand over what is left, for at most `timeout` seconds; call it when no more rows come."""
-        self._closing.set()
+        self.stop()
         end = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
             if thread.is_alive():
-                self._message(f"{thread.name}: not everything was taken in {timeout:g} s; metrics.jsonl has all")
+                name = thread.name.partition(" ")[0]
+                self._message(f"tracking.also={name}: not everything was taken in {timeout:g} s; metrics.jsonl has all")
 
-    def _follow(self, name: str) -> None:
-        """Work as the thread of one bridge."""
+    def _follow(self, name: str, earlier: list[threading.Thread]) -> None:
+        """Work as the thread of one bridge, after those of the same run before it went back to a checkpoint."""
         try:
-            writer = BRIDGES[name](self._run_dir, is_new=not self._places.get(name))
+            for thread in earlier:
+                thread.join()
+            known = _read_places(self._run_dir).get(name)
+            writer = BRIDGES[name](self._run_dir, is_new=known is None)
+            _write_place(self._run_dir, name, place := known or 0)  # from here on, what is in its folder is this run's
             is_last = False
             while not is_last:
                 is_last = self._closing.wait(self._interval_s)
-                self._hand_over(name, writer)
+                place = self._hand_over(name, writer, place)
             writer.close()
         except Exception as error:
             ends = "training goes on, and the curves there end until the next start"
             self._message(f"tracking.also={name}: {one_line(error)}; {ends}")
 
-    def _hand_over(self, name: str, writer: Writer) -> None:
-        """Hand over the rows that have come, and note how far."""
-        place = before = self._places.get(name, 0)
+    def _hand_over(self, name: str, writer: Writer, before: int) -> int:
+        """Hand over the rows that have come, note how far, and return it."""
+        place = before
         for line, end in read_lines(self._run_dir / METRICS_FILE, before):
             place = end
             match metrics_record(line):
@@ -209,12 +229,23 @@ class Bridges:
                     writer.row(row)
                 case Resumed(step=step):
                     writer.resume(step)
-        if place == before:
-            return
-        writer.flush()
-        self._places[name] = place
-        with replacing(self._run_dir / PLACES_FILE) as temporary:
-            temporary.write_text(json.dumps(self._places))
+        if place != before:
+            writer.flush()
+            _write_place(self._run_dir, name, place)
+        return place
+
+
+def _title(run_dir: Path, name: str) -> str:
+    return f"{name} {run_dir.absolute()}"
+
+
+def _threads_of(run_dir: Path, name: str) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == _title(run_dir, name)]
+
+
+def _write_place(run_dir: Path, name: str, place: int) -> None:
+    with _WRITING, replacing(run_dir / PLACES_FILE) as temporary:
+        temporary.write_text(json.dumps(_read_places(run_dir) | {name: place}))
 
 
 def _read_places(run_dir: Path) -> dict[str, int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from data_pipeline.secrets import without_secrets
+from data_pipeline.secrets import has_hidden, without_secrets
 from gptoss_dist.tracking.delivery.cursor import Cursor
 
 # Read by mlflow at import or per request. Its own defaults block for minutes on a dead server (7 retries, 120 s).
@@ -43,6 +43,10 @@ def prepare_environment() -> None:
         os.environ["HOME"] = tempfile.gettempdir()
 
 
+class DeliveryRefused(Exception):
+    """MLflow is not as the run needs it; the message says what to do."""
+
+
 @dataclass(frozen=True)
 class Store:
     """Where MLflow keeps runs."""
@@ -58,6 +62,18 @@ class Store:
     def in_file(cls, database: Path, options: str = "") -> Self:
         """Return the store in a database file."""
         return cls(f"{_SQLITE}{database}", database, options)
+
+    def require_address(self) -> None:
+        """Refuse an address that leads nowhere.
+
+        Raises:
+            DeliveryRefused: It was recorded without its secrets.
+        """
+        if has_hidden(self.uri):
+            raise DeliveryRefused(
+                f"the address of the MLflow server was recorded without its secrets, {self.uri}: give it anew with "
+                "--tracking.uri (--uri of other commands), or set MLFLOW_TRACKING_URI"
+            )
 
     def remember(self, cursor: Cursor, run_dir: Path) -> None:
         """Note in the cursor where the run is sent."""

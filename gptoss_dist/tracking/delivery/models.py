@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MODEL_TYPE = "checkpoint"
 _ON_DISK = "on_disk"
+"""A tag: `yes`, `no` (not yet, or it could not be written), `removed`; absent where nobody has seen."""
 _MOST_LOOKED_AT = 100
 
 
@@ -31,7 +32,7 @@ class LoggedModels:
         self._client, self._run_id, self._run_dir, self._message = client, run_id, run_dir, message
 
     def log(self, record: Checkpoint) -> bool:
-        """Make the model of a checkpoint, unless it is there, and tag those whose checkpoint has been removed since.
+        """Make the model of a checkpoint, or bring it up to date, and tag which of the others are still on the disk.
 
         Returns:
             Whether the server has logged models; one that has none is told once.
@@ -48,38 +49,61 @@ class LoggedModels:
             return False
         return True
 
-    def _log(self, record: Checkpoint) -> None:
-        from mlflow.entities import LoggedModelOutput, Metric
+    def look(self) -> None:
+        """Tag which checkpoints are on the disk, now that none is being written."""
+        self._tag(self._known(self._experiment()))
 
-        client, name = self._client, f"step_{record.step:08d}"
-        experiment = client.get_run(self._run_id).info.experiment_id
-        known = client.search_logged_models(
+    def _experiment(self) -> str:
+        return self._client.get_run(self._run_id).info.experiment_id
+
+    def _known(self, experiment: str) -> list[LoggedModel]:
+        return self._client.search_logged_models(
             [experiment], filter_string=f"source_run_id = '{self._run_id}'", max_results=_MOST_LOOKED_AT
         )
-        self._tag_removed([model for model in known if model.name != name])
+
+    def _log(self, record: Checkpoint) -> None:
+        """Show a checkpoint; all of this may have been done before, for other weights of this step."""
+        from mlflow.entities import LoggedModelOutput, Metric
+
+        client, name, experiment = self._client, f"step_{record.step:08d}", self._experiment()
+        known = self._known(experiment)
+        self._tag([model for model in known if model.name != name])
         model = next((model for model in known if model.name == name), None)
+        tags = {"path": clean_text(record.path)}
+        if (place := self._place_of(record.path)) is not None:
+            tags[_ON_DISK] = "yes" if place.exists() else "no"  # it may still be written
         if model is None:
             model = client.create_logged_model(
                 experiment,
                 name=name,
                 source_run_id=self._run_id,
-                tags={"path": clean_text(record.path), _ON_DISK: "yes"},
+                tags=tags,
                 params={"step": str(record.step)},
                 model_type=MODEL_TYPE,
             )
-        client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, record.step)])
+        else:
+            client.set_logged_model_tags(model.model_id, tags)
         at = round(1000 * record.time)
         metrics = [
             Metric(clean_key(key), value, at, record.step, model_id=model.model_id)
             for key, value in record.metrics.items()
         ]
         client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+        outputs = client.get_run(self._run_id).outputs
+        if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else ())]:
+            client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, record.step)])  # MLflow takes it once
         client.finalize_logged_model(model.model_id, "READY")
 
-    def _tag_removed(self, models: list[LoggedModel]) -> None:
-        if not self._run_dir.is_dir():
-            return
+    def _tag(self, models: list[LoggedModel]) -> None:
         for model in models:
-            path = model.tags.get("path")
-            if path and model.tags.get(_ON_DISK) == "yes" and not (self._run_dir / path).exists():
-                self._client.set_logged_model_tags(model.model_id, {_ON_DISK: "removed"})
+            before, place = model.tags.get(_ON_DISK), self._place_of(model.tags.get("path", ""))
+            if place is None:
+                continue
+            now = "yes" if place.exists() else "removed" if before in ("yes", "removed") else "no"
+            if now != before:
+                self._client.set_logged_model_tags(model.model_id, {_ON_DISK: now})
+
+    def _place_of(self, path: str) -> Path | None:
+        """Return where a checkpoint is or was; None where nothing can be said, as in a copy of the run without any."""
+        place = self._run_dir / path
+        return place if path and place.parent.is_dir() else None

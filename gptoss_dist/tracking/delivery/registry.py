@@ -10,8 +10,9 @@ from data_pipeline.foreign import read_json
 from data_pipeline.secrets import without_secrets
 from gptoss_dist.tracking.delivery.cursor import Cursor
 from gptoss_dist.tracking.delivery.database import Database
-from gptoss_dist.tracking.delivery.environment import find_store, prepare_environment
-from gptoss_dist.tracking.delivery.requests import one_line
+from gptoss_dist.tracking.delivery.environment import DeliveryRefused, find_store, prepare_environment
+from gptoss_dist.tracking.delivery.requests import is_unknown, one_line
+from gptoss_dist.tracking.records import JOURNAL_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +47,15 @@ def register_export(
     cursor = Cursor.load(run_dir, logger.debug) if run_dir is not None else Cursor()
     store = find_store(uri, cursor, run_dir or Path.cwd())
     try:
+        store.require_address()
         address = store.uri
         if store.database is not None:
             database = Database(store.database, store.options)
             database.prepare(logger.warning)
             address = database.uri
         version = _register(name, folder, cursor.run_id, address, upload)
+    except DeliveryRefused as error:
+        raise ValueError(f"{folder} is exported, but not registered: {error}") from error
     except Exception as error:
         raise ValueError(
             f"{folder} is exported, but not registered in MLflow at {without_secrets(store.uri)}: {one_line(error)}"
@@ -63,7 +67,7 @@ def register_export(
 def _run_dir(source: Path) -> Path | None:
     """Return the folder of the run that a run's folder or a checkpoint belongs to."""
     for folder in (source, *source.absolute().parents[:2]):
-        if (folder / "tracking" / "journal.jsonl").is_file():
+        if (folder / JOURNAL_FILE).is_file():
             return folder
     return None
 
@@ -106,7 +110,7 @@ def _run(client: Any, run_id: str | None) -> Any:
     try:
         return client.get_run(run_id) if run_id else None
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if not is_unknown(error):
             raise
         return None
 

@@ -138,6 +138,11 @@ def is_refusal(error: Exception) -> bool:
     return _code(error) in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST") or "failed with error code 413" in str(error)
 
 
+def is_unknown(error: Exception) -> bool:
+    """Return whether the server does not have what was asked for by an id; some take no id of another form."""
+    return _code(error) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
 def clean_key(key: str) -> str:
     """Return a name that MLflow takes for a metric, parameter or tag.
 
@@ -159,14 +164,17 @@ def is_same(value: str, kept: str) -> bool:
 def with_own_text(note: str, kept: str | None) -> str:
     """Return a run's new note with what people wrote into the one that MLflow has: below its last line, or all of it.
 
-    Where both are too long, the new note is cut, and not written at all rather than a word of theirs.
+    Where both are too long, the new note is cut, and not written at all rather than a word of theirs. A new note may
+    bring such words of its own, below the same line: they count until people have written there.
     """
-    if kept is None or len(kept) in _SHORTER:  # the latter was cut by an earlier version of MLflow
-        kept = ""
-    own = kept.rpartition(OWN_TEXT)[2].strip()
+    note, _, given = note.partition(OWN_TEXT)
+    note, kept = note.rstrip(), kept or ""
+    if len(kept) in _SHORTER and OWN_TEXT not in kept and kept.startswith(note.split("\n", 1)[0][: len(kept)]):
+        kept = ""  # one of ours, which an earlier version of MLflow has cut
+    own = kept.rpartition(OWN_TEXT)[2].strip() or given.strip()
     room = _MAX_VALUE - len(own) - len(OWN_TEXT) - 5
     if room < 0:
-        return kept
+        return kept or own
     return f"{note[:room]}\n\n{OWN_TEXT}\n" + (f"\n{own}\n" if own else "")
 
 

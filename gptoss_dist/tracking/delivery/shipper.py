@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.disk import locked
-from data_pipeline.secrets import has_hidden, without_secrets
+from data_pipeline.secrets import without_secrets
 from gptoss_dist.tracking.delivery.cursor import Cursor
 from gptoss_dist.tracking.delivery.database import Database
-from gptoss_dist.tracking.delivery.environment import Store, Wishes
+from gptoss_dist.tracking.delivery.environment import DeliveryRefused, Store, Wishes
 from gptoss_dist.tracking.delivery.models import LoggedModels
 from gptoss_dist.tracking.delivery.requests import (
     NOTE_TAG,
@@ -30,6 +30,7 @@ from gptoss_dist.tracking.delivery.requests import (
     clean_text,
     is_refusal,
     is_same,
+    is_unknown,
     one_line,
     with_own_text,
 )
@@ -71,10 +72,6 @@ class MlflowMissing(Exception):
     """The package mlflow is not installed, or it is broken."""
 
 
-class DeliveryRefused(Exception):
-    """MLflow is well, but not as the run needs it; the message says what to do."""
-
-
 class Shipper:
     """A sender of the two files of a run to MLflow, from where the cursor stands.
 
@@ -110,6 +107,7 @@ class Shipper:
         self._uri = store.uri
         self._client: Any = None  # an MlflowClient while there is a connection
         self._logs_models = True
+        self._has_models = False
         self._damage = {name: Damage(run_dir / name) for name in (METRICS_FILE, JOURNAL_FILE)}
         self._failures = 0
         """Of the operation that is next."""
@@ -138,11 +136,7 @@ class Shipper:
             DeliveryRefused: Only the user can help; the message says how.
             Exception: Whatever MLflow raises; try again later.
         """
-        if has_hidden(self._store.uri):
-            raise DeliveryRefused(
-                f"the address of the MLflow server was recorded without its secrets, {self._store.uri}: give it anew "
-                "with --tracking.uri (or --uri of sync), or set MLFLOW_TRACKING_URI"
-            )
+        self._store.require_address()
         if self._client is not None and not self.pending() and not self._system_files():
             return  # but look at the server once: it may not be the one that the cursor speaks of
         try:
@@ -190,7 +184,7 @@ class Shipper:
         try:
             run = client.get_run(run_id)
         except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if not is_unknown(error):
                 raise
             run = None
         if run is not None and run.info.lifecycle_stage == "active":
@@ -269,8 +263,7 @@ class Shipper:
                         value = with_own_text(value, requests.run().data.tags.get(NOTE_TAG))
                     requests.set_tags({record.key: value})
                 case Checkpoint() if self._logs_models:
-                    models = LoggedModels(self._client, str(self.cursor.run_id), self._run_dir, self._message)
-                    self._logs_models = models.log(record)
+                    self._logs_models = self._has_models = self._models().log(record)
                 case Artifact():
                     self._upload(record)
                 case End():
@@ -285,10 +278,15 @@ class Shipper:
             # Repeating would not help, and would hold up what comes after.
             self._message(f"MLflow refuses {record}: {one_line(error)}")
 
+    def _models(self) -> LoggedModels:
+        return LoggedModels(self._client, str(self.cursor.run_id), self._run_dir, self._message)
+
     def _end(self, record: End, requests: Requests) -> None:
         # A clock that jumped back would have the run end before it began.
         end = max(_milliseconds(record.time), requests.run().info.start_time or 0)
         self._client.set_terminated(self.cursor.run_id, record.status, end_time=end)
+        if self._has_models:  # the last ones were still being written when they were shown
+            self._models().look()
 
     def _apply_run(self, record: RunStart) -> None:
         """Create the run, or continue it; parameters that it has are never changed."""
@@ -361,7 +359,7 @@ class Shipper:
         try:
             return self._client.get_experiment(experiment_id)
         except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if not is_unknown(error):
                 raise
             at = without_secrets(self._store.uri)
             raise DeliveryRefused(

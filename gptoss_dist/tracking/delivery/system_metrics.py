@@ -51,6 +51,11 @@ class NodeMonitor:
             self._thread = threading.Thread(target=self._work, name="system-metrics", daemon=True)
             self._thread.start()
 
+    @property
+    def is_measuring(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
     def close(self) -> None:
         """Stop to measure."""
         self._closing.set()
@@ -64,7 +69,7 @@ class NodeMonitor:
             self._message(f"system metrics of {this_host()} are not recorded any more: {type(error).__name__}: {error}")
 
     def _measure(self) -> None:
-        meters, writer, step = _Meters(self._run_dir), None, 0
+        meters, writer, step = Meters(self._run_dir), None, 0
         pause = min(_FIRST_S, self._every_s)
         while not self._closing.wait(pause):
             pause = self._every_s
@@ -74,7 +79,7 @@ class NodeMonitor:
             if writer is None:
                 path = self._run_dir / SYSTEM_FOLDER / f"{_file_name(this_host())}.jsonl"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                step = _next_sample(path)
+                step = _next_sample(path.parent)
                 writer = JsonLinesWriter(path, self._message)
             writer.append(metrics_line(step, round(time.time(), 3), values))
             step += 1
@@ -90,8 +95,11 @@ def monitor_this_node(
     return NodeMonitor(run_dir, every_s if wished is None else wished, wishes.node or node, message)
 
 
-class _Meters:
-    """What is read in each sample. Utilisation of processors and traffic count from the sample before."""
+class Meters:
+    """What is read in each sample.
+
+    The utilisation of processors is that since the sample before; traffic is counted from when this was made.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -100,6 +108,7 @@ class _Meters:
         psutil.cpu_percent()
 
     def read(self) -> dict[str, float]:
+        """Return a sample under MLflow's names."""
         memory, disk, network = psutil.virtual_memory(), psutil.disk_usage(str(self._folder)), psutil.net_io_counters()
         values = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -141,12 +150,13 @@ def _gpus() -> tuple[list[Any], Any]:
         return [], None
 
 
-def _next_sample(path: Path) -> int:
-    """Return the number of the next sample in a file that an earlier process may have begun."""
+def _next_sample(folder: Path) -> int:
+    """Return the number of the next sample, above those of earlier processes, which other machines may have had."""
     last = -1
-    for line, _ in read_lines(path):
-        step = line.get("step")
-        last = step if isinstance(step, int) and step > last else last
+    for path in folder.glob("*.jsonl"):
+        for line, _ in read_lines(path):
+            step = line.get("step")
+            last = step if isinstance(step, int) and step > last else last
     return last + 1
 
 

@@ -1,11 +1,22 @@
 """What is known of a run before its first step, as tags."""
 
 import platform
+import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from gptoss_dist.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from gptoss_dist.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    parse_arguments,
+)
 from gptoss_dist.parallel.mesh import DeviceLayout
 from gptoss_dist.planner.flops import flops_per_token
 from gptoss_dist.planner.parameters import count_parameters
@@ -59,3 +70,14 @@ def test_nodes_are_named_only_where_there_are_several(tmp_path, monkeypatch):
 def test_only_what_differs_from_the_defaults_is_listed(tmp_path):
     config = config_of(tmp_path, data=DataConfig(path="data/x"), optim=OptimConfig(lr=1e-3, betas=[0.9, 0.95]))
     assert changed_settings(config) == {"data.path": "data/x", "optim.lr": 1e-3}
+
+
+def test_a_run_is_repeated_in_folders_of_its_own(tmp_path):
+    config = config_of(tmp_path / "run", checkpoint=CheckpointConfig(dir=str(tmp_path / "elsewhere")))
+    config.save(tmp_path / "run" / "config.yaml")
+    facts = facts_on(config, hosts=("a",))
+    again, _ = parse_arguments(shlex.split(facts.repeat_command)[2:])
+    assert (again.run.name, again.folder) == ("run-3-again", Path("runs/run-3-again"))
+    assert again.checkpoint_folder == again.folder / "checkpoints"
+    resumed, _ = parse_arguments(shlex.split(facts.resume_command)[2:])
+    assert resumed.checkpoint_folder == tmp_path / "elsewhere"

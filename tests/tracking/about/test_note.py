@@ -80,7 +80,7 @@ def test_it_says_what_the_run_is_and_how_it_stands():
     assert "`optim.lr=0.002`, `train.steps=200`" in note
     launch = "torchrun --standalone --nproc_per_node 2 launch/train.py --config 'runs/quick run/config.yaml'"
     assert f"\n{launch} --resume auto\n" in note
-    assert f"\n{launch} --run.name quick-again --run.dir null\n" in note
+    assert f"\n{launch} --run.name quick-again --run.dir null --checkpoint.dir null\n" in note
 
 
 def test_it_says_what_is_not_known_yet():
@@ -118,6 +118,14 @@ def test_old_events_are_left_out_before_it_grows_too_long(length):
     assert note.count("```") == 2, "the commands are whole"
 
 
+def test_a_mixture_of_many_sources_leaves_room_for_the_rest():
+    data = tuple((f"https-example-org-corpus-number-{i}", 1 / 300) for i in range(300))
+    note = render(dataclasses.replace(FACTS, data=data), NOW, [Event(1.7e9, 3, "data", "changed")])
+    assert note.count("corpus-number-0 0.333 %") == 1 and " and 294 more\n" in note
+    assert "**data** changed" in note and note.count("```") == 2 and len(note) < 2000
+
+
 def test_numbers_and_sources_in_words():
     assert [in_millions(n) for n in (950, 4_200, 9_712_345, 20_914_757_184)] == ["950", "4.2k", "9.71M", "20.9B"]
     assert data_text((("pystdlib", None),)) == "pystdlib"
+    assert data_text((("a", 0.5), ("b", 0.5)), most=1) == "a 50 % and 1 more"

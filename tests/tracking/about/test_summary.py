@@ -69,6 +69,55 @@ def test_losses_that_are_no_numbers_do_not_spoil_the_mean(tmp_path):
 
 def test_the_last_values_are_those_of_the_file_not_of_the_branch(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [{"step": step, "metrics": {"progress/hours": step / 7, "x": "y" * 500}} for step in range(2000)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"event": "resume", "step": 3}]))
+    lines = [{"step": n, "time": 1.0, "metrics": {"progress/hours": n / 7, "y" * 500: 1.0}} for n in range(2000)]
+    torn = '{"step": 2000, "time": 1.0, "metrics": {"progress/hours": 6'  # of 62.5
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"event": "resume", "step": 3}]) + torn)
     assert last_values(path, ("progress/hours", "progress/gpu_hours")) == {"progress/hours": 1999 / 7}
+    path.write_text(json.dumps(lines[14]) + "\n")
+    assert last_values(path, ("progress/hours",)) == {"progress/hours": 2.0}, "a file that is shorter than the tail"
+
+
+@pytest.mark.parametrize("damaged", ["last_values", "read_columns", "operation"])
+def test_one_damaged_source_costs_nothing_of_the_others(tmp_path, monkeypatch, damaged):
+    tracker = Tracker(tmp_path, run_name="x", enabled=False)
+    tracker.log(1, {"progress/hours": 1.5, "progress/gpu_hours": 3.0, "loss/val": 2.0})
+    tracker.event(1, "data", "changed")
+    tracker.close()
+
+    def fail(*arguments):
+        raise OSError("damaged")
+
+    monkeypatch.setattr(f"gptoss_dist.tracking.about.summary.{damaged}", fail)
+    summary = Summary(dataclasses.replace(FACTS, folder=tmp_path), 5, 100)
+    summary.read_back()
+    note = summary.note("running")
+    found = ["3.00 device-hours" in note, "best **2.0000**" in note, "data changed at step 1" in note]
+    assert found == [name != damaged for name in ("last_values", "read_columns", "operation")]
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
+    facts = dataclasses.replace(FACTS, folder=tmp_path)
+    summary = Summary(facts, 0, 0)
+    assert "loss/val_best" not in summary.validation(1, float("nan")) and summary.best is None
+    assert summary.validation(2, 4.0)["loss/val_best"] == 4.0
+    assert summary.validation(3, float("nan"))["loss/val_best"] == 4.0 and summary.best == (4.0, 2)
+    tracker = Tracker(tmp_path, run_name="x", enabled=False)
+    for step, loss in enumerate((float("nan"), 4.0, float("-inf")), 1):
+        tracker.log(step, {"loss/val": loss})
+    tracker.close()
+    resumed = Summary(facts, 3, 0)
+    resumed.read_back()
+    assert resumed.best == (4.0, 2)
+
+
+def test_many_checkpoints_push_nothing_out_of_the_note(tmp_path):
+    summary = Summary(dataclasses.replace(FACTS, folder=tmp_path), 900, 1, skipped_steps=60)
+    assert "60 skipped\n" in summary.note("running"), "known before the first step"
+    summary.event(Event(1.7e9, 2, "resume", "again"))
+    for step in range(1, 901):
+        summary.event(Event(1.7e9, step, "checkpoint", f"`step {step}`"))
+        if step % 15 == 0:
+            summary.event(Event(1.7e9, step, "skipped", "loss nan"))
+    note = summary.note("running")
+    assert "resumed after step 2; 60 skipped: step 840, 855, 870, 885, 900 and 55 more" in note
+    assert rows(note)["checkpoint"] == "`step 900`" and "(the last 20 of 61)" in note

@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import threading
 import time
 
 import pytest
@@ -64,6 +65,35 @@ def test_none_is_lost_by_a_kill_and_another_run_in_the_folder_begins_anew(tmp_pa
     assert scalars(folder)["loss/train"] == [(1, 51.0), (2, 52.0)]
 
 
+def test_files_of_a_run_that_was_killed_before_its_first_rows_stay_its_own(tmp_path):
+    folder = tmp_path / "run"
+    assert record(folder, [], 0.0) == [] and record(folder, [1], 0.0, resumed_step=0) == []
+    assert not (folder / "tensorboard.1").exists() and scalars(folder)["loss/train"] == [(1, 1.0)]
+
+
+def test_a_run_that_goes_back_does_not_wait_and_its_rows_keep_their_order(tmp_path, monkeypatch):
+    entered, going_on, order = threading.Event(), threading.Event(), []
+
+    class Slow(bridges.TensorBoard):
+        def row(self, row):
+            entered.set()
+            assert going_on.wait(60)
+            order.append(row.step)
+
+    monkeypatch.setitem(bridges.BRIDGES, "tensorboard", Slow)
+    folder, followers = tmp_path / "run", []
+    for step in (3, 2, 1):
+        tracker = start(folder, enabled=False, resumed_step=step - 1)
+        tracker.log(step, {"a": 1.0})
+        followers.append(Bridges(folder, ["tensorboard"], pytest.fail, interval_s=0.01))
+        assert entered.wait(60)
+        followers[-1].stop()
+        tracker.close()
+    going_on.set()
+    followers[-1].close(timeout=60)
+    assert order == [3, 2, 1] and not (folder / "tensorboard.1").exists()
+
+
 def test_values_that_are_not_finite_and_damaged_lines(tmp_path):
     folder = tmp_path / "run"
     tracker = start(folder, enabled=False)
@@ -77,12 +107,16 @@ def test_values_that_are_not_finite_and_damaged_lines(tmp_path):
 
 
 def test_a_failure_costs_one_message(tmp_path, monkeypatch):
-    class Failing(bridges.TensorBoard):
-        def row(self, row):
-            raise OSError(28, "No space left on device")
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
-    monkeypatch.setitem(bridges.BRIDGES, "tensorboard", Failing)
+    def fail(self, data):
+        raise OSError(28, "No space left on device")
+
+    tracebacks = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+    monkeypatch.setattr(RecordWriter, "write", fail)
     said = record(tmp_path / "run", range(1, 50), 0.0)
+    assert not tracebacks
     assert len(said) == 1 and said[0].startswith("tracking.also=tensorboard: OSError: [Errno 28]")
     assert len(read_metrics(tmp_path / "run")) == 49
 

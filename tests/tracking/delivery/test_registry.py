@@ -42,6 +42,17 @@ def test_weights_of_no_run_are_registered_too_and_a_server_that_is_not_there_is_
     tmp_path, client, store, export, monkeypatch
 ):
     assert "theirs, version 1" in register_export("theirs", export, "some/hf-folder")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # which mlflow has set for this process
+    # Of a run whose server is known without its password nothing is sent anywhere.
+    start(tmp_path / "run", uri="http://me:secret@127.0.0.1:9", enabled=False).close()
+    with pytest.raises(
+        ValueError, match=r"not registered: .* without its secrets, http://\*\*\*@127\.0\.0\.1:9: give it"
+    ):
+        register_export("theirs", export, tmp_path / "run")
+    # A server that takes no id of this form does not have the run.
+    cursor = json.loads((tmp_path / "run/tracking/cursor.json").read_text()) | {"run_id": "x" * 40}
+    (tmp_path / "run/tracking/cursor.json").write_text(json.dumps(cursor))
+    assert "theirs, version 2" in register_export("theirs", export, tmp_path / "run", uri=store)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ValueError, match=r"is exported, but not registered in MLflow at http://127\.0\.0\.1:9"):
         register_export("theirs", export, "some/hf-folder", uri="http://127.0.0.1:9")
