@@ -26,6 +26,7 @@ from gptoss_dist.config import Config, OptimConfig, ParallelConfig, TrainConfig
 from gptoss_dist.distributed.agreement import Fact, source_digest
 from gptoss_dist.engine.schedule import learning_rate
 from gptoss_dist.tracking.about.revision import git_revision
+from gptoss_dist.tracking.recorded.run import flat
 from gptoss_dist.train.data import sources
 from gptoss_dist.train.start import Start
 
@@ -156,16 +157,10 @@ def _section(before: Mapping[str, Any], name: str, kind: type[T]) -> T:
     return section
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values of sections by key, such as `train.steps`; tuples as the lists that JSON makes of them."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and (not prefix or key == "model.rope_scaling"):
-            flat |= _flat(value, f"{key}.")
-        else:
-            flat[key] = list(value) if isinstance(value, tuple) else value
-    return flat
+    settings = flat(values, is_section=lambda key: "." not in key or key == "model.rope_scaling")
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
 def _shown(value: object) -> str:

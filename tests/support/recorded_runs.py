@@ -95,5 +95,6 @@ def write_run(
             file.write(json.dumps({"step": step, "time": at, "metrics": metrics}) + "\n")
             if validate_every and step % validate_every == 0:
                 value = float(law(tokens[step - 1]) + shift + 0.05)
-                file.write(json.dumps({"step": step, "time": at + 1, "metrics": {"loss/val": value}}) + "\n")
+                validated = {"loss/val": value, "loss/val_ppl": float(np.exp(value)), "loss/val_best": value}
+                file.write(json.dumps({"step": step, "time": at + 1, "metrics": validated}) + "\n")
     return np.asarray(losses)

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from gptoss_dist.tracking.comparing.equal import TRAIN, is_validation
+from gptoss_dist.tracking.comparing.equal import TRAIN
 from gptoss_dist.tracking.comparing.fits import CONFIDENCE, Fit
 from gptoss_dist.tracking.comparing.runs import AXES, ComparedRun
 from gptoss_dist.tracking.comparing.smoothing import FEWEST, HALF_WIDTH, smooth_curve
 from gptoss_dist.tracking.pages.skeleton import COLOURS
 from gptoss_dist.tracking.pages.thinning import MOST_POINTS, rounded, thin
+from gptoss_dist.tracking.recorded.columns import is_validation
 
 _ALL_POINTS = 40_000
 """Of all runs together: beyond that a page gets slow."""
@@ -93,20 +94,26 @@ def fit_figure(fit: Fit, predictions: list[float]) -> dict[str, Any]:
         return {"x": rounded(np.array(x)), "y": rounded(np.array(y)), "mode": "markers", "name": name, **style}
 
     band = {"line": {"width": 0}, "hoverinfo": "skip"}
-    filled = {"fill": "tonexty", "fillcolor": "rgba(59,130,196,.18)", "name": f"{100 * CONFIDENCE:.0f} % interval"}
+    filled = {
+        "fill": "tonexty",
+        "fillcolor": "rgba(59,130,196,.18)",
+        "name": f"{100 * CONFIDENCE:.0f} % interval of the law",
+    }
     data = [
         line([law.low for law in laws], showlegend=False, **band),
         line([law.high for law in laws], **band, **filled),
         line([law.value for law in laws], line={"color": colour, "width": 2}, name="E + A C^-alpha"),
         points(fit.compute.tolist(), fit.loss.tolist(), "runs", text=fit.names, marker={"color": colour, "size": 9}),
     ]
-    if asked := [fit.predict(place) for place in predictions]:
+    if asked := [fit.predict_run(place) for place in predictions]:
         marker = {"color": COLOURS[1], "size": 9, "symbol": "diamond"}
         error = {
             "array": [one.high - one.value for one in asked],
             "arrayminus": [one.value - one.low for one in asked],
         }
-        data.append(points(predictions, [one.value for one in asked], "predicted", marker=marker, error_y=error))
+        data.append(
+            points(predictions, [one.value for one in asked], "predicted, one run", marker=marker, error_y=error)
+        )
     axes = {
         "xaxis": {"title": {"text": "exaFLOPs"}, "type": "log", "exponentformat": "power"},
         "yaxis": {"title": {"text": "loss (nats)"}},

@@ -6,28 +6,39 @@ import json
 import math
 import re
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from data_pipeline.command_line import check_ranges, option, positional, print_line
 from data_pipeline.disk import write_file_atomically
+from data_pipeline.printable import shortened
+from data_pipeline.secrets import without_secrets
 from gptoss_dist.tracking.comparing import rendering
 from gptoss_dist.tracking.comparing.differences import differences, doubts, labels, replicas
 from gptoss_dist.tracking.comparing.equal import EqualTable, equal_table, place_of
 from gptoss_dist.tracking.comparing.fits import Fit, final_points, fit_law
-from gptoss_dist.tracking.comparing.reading import Server, is_folder, read_folder
+from gptoss_dist.tracking.comparing.reading import COMPARISON, KIND_TAG, Server, is_folder, read_folder
 from gptoss_dist.tracking.comparing.rendering import Comparison
 from gptoss_dist.tracking.comparing.runs import ComparedRun, condensed, with_own_names
 from gptoss_dist.tracking.comparing.summary import RunSummary, summarize
 from gptoss_dist.tracking.comparing.verdicts import Judgement, judge_training, judge_validation
 
+if TYPE_CHECKING:
+    from gptoss_dist.tracking.delivery.environment import Store
+
 Message = Callable[[str], None]
 
 _MOST_VALUES = 2000
 """Of a metric that is only drawn."""
+_FEW = 4
+"""Below so many runs nobody expects a power law."""
+_MOST_COMPARED, _LONGEST_PARAMETER = 50, 500
+"""Runs that the tag `compared` of the page's run names, and characters of its parameter `runs`."""
 
 
 @dataclass
@@ -62,6 +73,8 @@ class CompareOptions:
         check_ranges(self)
         for text in (*self.at_tokens, *self.at_exaflops, *self.at_hours):
             place_of(text)
+        if self.fit == "none" and self.predict:
+            raise ValueError("--predict takes its losses from a fit; leave out --fit none")
         if self.filter and not self.experiment:
             raise ValueError("--filter is for the runs of --experiment NAME; give one")
         if not self.runs and not self.experiment:
@@ -107,9 +120,10 @@ def analyse(runs: list[ComparedRun], summaries: list[RunSummary], options: Compa
             notes.append(f"Losses at equal {words} are not known: fewer than two runs recorded them.")
         else:
             tables.append(table)
+            notes += table.notes([run.name for run in runs], [run.status for run in runs])
     spoiled = any(reason.spoils_losses for reason in reasons)
     judgements = [] if spoiled else _judge(runs, summaries, groups, names, tables, notes)
-    fit, note = (None, "") if spoiled and options.fit == "auto" else _fit(runs, options)
+    fit, note = _fit(runs, options, spoiled)
     return Comparison(
         name=_name(options, runs),
         runs=runs,
@@ -152,34 +166,49 @@ def _judge(
     return found
 
 
-def _fit(runs: list[ComparedRun], options: CompareOptions) -> tuple[Fit | None, str]:
+def _fit(runs: list[ComparedRun], options: CompareOptions, spoiled: bool) -> tuple[Fit | None, str]:
+    """Return a fit, and what it is, or why there is none; of so few runs that nobody expects one, nothing."""
     if options.fit == "none":
         return None, ""
+    is_expected = bool(options.predict) or len(runs) >= _FEW
+    if spoiled and options.fit == "auto":
+        reason = "no power law is fitted: the losses of the runs are not comparable; --fit final fits one all the same"
+        return None, f"{reason}." if is_expected else ""
     only_best = options.fit != "final"
     try:
         fit = fit_law(*final_points(runs, only_best))
     except ValueError as error:
         if options.fit == "auto" and not options.predict:
-            return None, "" if len(runs) < 4 else f"{error}."
+            return None, f"{error}." if is_expected else ""
         raise
     chosen = "that no run with less compute beats" if only_best else "of the comparison"
     return fit, (
         f"One point is one run {chosen}: its smoothed loss at its end. It is assumed that each run's learning rate had "
         "fallen by its end, that all would be tuned alike, that the deviations are independent and normal, and that "
         "the law holds beyond the runs; of the last nothing here tells."
+        + (" Which runs these are was chosen by losses that have noise, so the law is a little low." * only_best)
     )
 
 
 def _read(options: CompareOptions, message: Message) -> tuple[list[ComparedRun], list[RunSummary]]:
     runs: list[ComparedRun] = []
     summaries: list[RunSummary] = []
-    known: set[str] = set()
+    folders: dict[Path, str] = {}
+    ids: dict[tuple[str | None, bool], str] = {}
     for run in _sources(options, message):
-        if (identity := run.run_id or run.source) not in known:
-            # At once: of fifty long runs, all that was recorded would take a gigabyte.
-            summaries.append(summarize(run))
-            runs.append(condensed(run, "loss/", _MOST_VALUES))
-        known.add(identity)
+        # A copied folder has the id of its original: two folders are two runs.
+        folder = run.folder.resolve() if run.folder else None
+        known = folders.get(folder) if folder else ids.get((run.run_id, True))
+        if earlier := known or ids.get((run.run_id, False)):
+            message(f"{run.source} is the same run as {earlier}, and is compared once")
+            continue
+        if folder:
+            folders[folder] = run.source
+        if run.run_id:
+            ids[run.run_id, folder is not None] = run.source
+        # At once: of fifty long runs, all that was recorded would take a gigabyte.
+        summaries.append(summarize(run))
+        runs.append(condensed(run, "loss/", _MOST_VALUES))
     if len(runs) < 2:
         asked = f"--experiment {options.experiment}" if options.experiment else "runs"
         raise ValueError(f"{asked}: {len(runs)} training run is no comparison; give two or more")
@@ -221,31 +250,55 @@ def _output_folder(options: CompareOptions) -> Path:
 
 
 def _log(folder: Path, found: Comparison, options: CompareOptions, files: list[str], message: Message) -> None:
-    """Log the files as a run of MLflow, where the runs are."""
+    """Log the files as a run of MLflow, where the runs are; if that fails, say so and go on."""
     from gptoss_dist.tracking.delivery.cursor import Cursor
-    from gptoss_dist.tracking.delivery.environment import find_store
-    from gptoss_dist.tracking.tracker import Tracker
+    from gptoss_dist.tracking.delivery.environment import find_store, prepare_environment
+    from gptoss_dist.tracking.delivery.requests import one_line
 
     tracked = next((run for run in found.runs if run.run_id is not None), None)
     if tracked is None and options.uri is None:
         message("the runs are not in MLflow, and so the page is not logged there; --uri names a server")
         return
-    uri = options.uri
-    if uri is None and tracked is not None and tracked.folder is not None and not options.experiment:
-        uri = find_store(None, Cursor.load(tracked.folder, message), tracked.folder).uri
-    tracker = Tracker(
-        folder,
-        run_name=f"comparison of {found.name}"[:250],
-        experiment=options.experiment or (tracked.experiment if tracked else None),
-        uri=uri,
-        params={"runs": ", ".join(run.name for run in found.runs)},
-        tags={"kind": "comparison", "compared": ", ".join(filter(None, (run.run_id for run in found.runs)))},
-        is_child=True,
-        message=message,
-    )
-    for name in files:
-        tracker.artifact(folder / name)
-    tracker.close(timeout=120)
+    store = find_store(options.uri, Cursor(), folder)
+    if options.uri is None and tracked is not None and tracked.folder is not None and not options.experiment:
+        store = find_store(None, Cursor.load(tracked.folder, message), tracked.folder)
+    prepare_environment()
+    try:
+        _ship(store, [folder / name for name in files], found, options, message)
+    except Exception as error:  # MLflow raises its own, and those of its libraries
+        message(f"the page is not logged to MLflow at {without_secrets(store.uri)}: {one_line(error)}")
+
+
+def _ship(store: Store, files: list[Path], found: Comparison, options: CompareOptions, message: Message) -> None:
+    """Send the files as a run of MLflow, which is recorded in a temporary folder.
+
+    Raises:
+        Exception: Whatever MLflow raises.
+    """
+    from gptoss_dist.tracking.delivery.cursor import Cursor
+    from gptoss_dist.tracking.delivery.shipper import Shipper
+    from gptoss_dist.tracking.tracker import Tracker
+
+    tracked = next((run for run in found.runs if run.run_id is not None), None)
+    ids = [run.run_id for run in found.runs if run.run_id is not None]
+    more = f" and {len(ids) - _MOST_COMPARED} more" if len(ids) > _MOST_COMPARED else ""
+    with tempfile.TemporaryDirectory(prefix="gptoss_dist-compare-") as temporary:
+        tracker = Tracker(
+            temporary,
+            run_name=f"comparison of {found.name}"[:250],
+            experiment=options.experiment or (tracked.experiment if tracked else None),
+            experiment_id=tracked.experiment_id if tracked and not options.experiment else None,
+            enabled=False,
+            params={"runs": shortened(", ".join(run.name for run in found.runs), _LONGEST_PARAMETER)},
+            tags={"compared": ", ".join(ids[:_MOST_COMPARED]) + more},
+            is_child=True,
+            message=message,
+        )
+        tracker.tag(KIND_TAG, COMPARISON)  # after what MLFLOW_TAGS asks for
+        for path in files:
+            tracker.artifact(path)
+        tracker.close()
+        Shipper(Path(temporary), store, Cursor(), threading.Event(), message=message).ship()
 
 
 def _warn(text: str) -> None:

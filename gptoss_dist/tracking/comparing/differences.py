@@ -118,6 +118,15 @@ def doubts(runs: list[ComparedRun]) -> list[Doubt]:
         )
     if len(values("validation.samples")) > 1:
         found.append(Doubt("validation.samples differs: loss/val is of other samples, and differs for that alone."))
+    for run in runs:
+        if keys := [key for key in run.changed if not key.startswith(_WITHOUT_EFFECT)]:
+            named = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            found.append(
+                Doubt(
+                    f"{run.name} went on with other settings after a resume ({named}): the table of what differs shows "
+                    "the last ones, and its losses come of both."
+                )
+            )
     forced = sorted({run.tags["routing"] for run in runs if "forced" in run.tags.get("routing", "")})
     if forced:
         found.append(Doubt(f"Some runs have forced routing ({', '.join(forced)}): a benchmark, which learns little."))

@@ -10,9 +10,13 @@ import numpy as np
 
 from gptoss_dist.tracking.comparing.runs import AXES, ComparedRun
 from gptoss_dist.tracking.comparing.smoothing import UNKNOWN, Smoothed, smooth, window
+from gptoss_dist.tracking.recorded.columns import is_validation
 
 TRAIN = "loss/train"
 _SHARES = (0.25, 0.5, 1.0)
+_FAR_SHORTER = 0.5
+"""A run that got less far than this share of the median run does not say where the others are compared."""
+_MOST_NAMED = 5
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 _UNIT_OF = {"tokens": "tokens", "exaflops": "exaFLOPs", "hours": "h", "steps": "steps"}
 
@@ -31,11 +35,53 @@ class EqualTable:
     """[R][P]."""
     validation: dict[str, list[list[float]]]
     """[R][P] by metric, between two validations; NaN where that would be beyond the first or the last one."""
+    ends: list[float]
+    """[R], where each run's finite training losses end; NaN without any."""
+    is_asked: bool
+    """Whether a person named the places."""
 
     @property
     def words(self) -> str:
         """The axis in words."""
         return AXES[self.axis]
+
+    @property
+    def left_out(self) -> list[int]:
+        """The runs that ended before the last of places that nobody asked for, or have no loss on this axis."""
+        reach = math.nan if self.is_asked else self.places[-1] * (1 - 1e-9)
+        return [run for run, end in enumerate(self.ends) if math.isnan(end) or end < reach]
+
+    @property
+    def limiting(self) -> int | None:
+        """The run that says where the last place is, if others went on for at least a tenth more."""
+        kept = [run for run in range(len(self.ends)) if run not in self.left_out]
+        if self.is_asked or max(self.ends[run] for run in kept) < 1.1 * self.places[-1]:
+            return None
+        return min(kept, key=lambda run: self.ends[run])
+
+    def notes(self, names: list[str], statuses: list[str]) -> list[str]:
+        """Return sentences about the runs that say how far losses are compared, and about those that do not.
+
+        Args:
+            names: Of the runs.
+            statuses: Of the runs.
+        """
+
+        def ended(run: int) -> str:
+            if math.isnan(self.ends[run]):
+                return f"{names[run]} (no loss on this axis)"
+            return (
+                f"{names[run]} ({statuses[run].lower()}, its losses end at {place_in_words(self.axis, self.ends[run])})"
+            )
+
+        found = []
+        if left_out := self.left_out:
+            named = ", ".join(map(ended, left_out[:_MOST_NAMED]))
+            more = f" and {len(left_out) - _MOST_NAMED} more" if len(left_out) > _MOST_NAMED else ""
+            found.append(f"Not at all the places in {self.words}: {named}{more}. Others got much further.")
+        if (limiting := self.limiting) is not None:
+            found.append(f"Losses are compared up to where {ended(limiting)} got in {self.words}; others went on.")
+        return found
 
 
 def equal_table(runs: list[ComparedRun], axis: str, asked: list[float]) -> EqualTable | None:
@@ -44,16 +90,19 @@ def equal_table(runs: list[ComparedRun], axis: str, asked: list[float]) -> Equal
     Args:
         runs: The R runs. Those for which the axis is not known have no loss anywhere.
         axis: A name of `AXES`.
-        asked: Places that a person wants; without one 1/4, 1/2 and all of the least that a run reached.
+        asked: Places that a person wants; without one 1/4, 1/2 and all of the least that a run reached. A run that got
+            less than half as far as the median run has no say in that: it crashed, or diverged.
 
     Returns:
         The table; None if fewer than two runs know the axis.
     """
     curves = [run.curve(TRAIN, axis) for run in runs]
-    ends = [float(x[-1]) for x, _ in curves if len(x)]
+    ends = sorted(float(x[-1]) for x, _ in curves if len(x))
     if len(ends) < min(2, len(runs)):
         return None
-    places = sorted(set(asked)) or [share * min(ends) for share in _SHARES]
+    median = ends[(len(ends) - 1) // 2]
+    least = min(end for end in ends if end >= _FAR_SHORTER * median)
+    places = sorted(set(asked)) or [share * least for share in _SHARES]
     places = [place for place in places if place > 0]
     half_widths = [window([x for x, _ in curves], place) for place in places]
     train = [
@@ -64,12 +113,8 @@ def equal_table(runs: list[ComparedRun], axis: str, asked: list[float]) -> Equal
     validation = {
         name: [[between(*run.curve(name, axis), place) for place in places] for run in runs] for name in names
     }
-    return EqualTable(axis, places, half_widths, train, validation)
-
-
-def is_validation(metric: str) -> bool:
-    """Return whether a metric is a validation loss: `loss/val`, or `loss/val_NAME` of a source."""
-    return metric == "loss/val" or (metric.startswith("loss/val_") and metric != "loss/val_ppl")
+    all_ends = [float(x[-1]) if len(x) else math.nan for x, _ in curves]
+    return EqualTable(axis, places, half_widths, train, validation, all_ends, bool(asked))
 
 
 def between(x: np.ndarray, y: np.ndarray, place: float) -> float:

@@ -60,9 +60,19 @@ class Fit:
     _grid: _Grid
 
     def predict(self, compute: float) -> Interval:
-        """Return the loss of the law at a compute in exaFLOPs; a single run deviates from it by `residual_std` more."""
+        """Return the loss of the law at a compute in exaFLOPs; a run deviates from it, see `predict_run`."""
         value = self.floor.value + self.factor * compute**-self.exponent.value
         return self._grid.interval(compute, value)
+
+    def predict_run(self, compute: float) -> Interval:
+        """Return the loss of one more run at a compute in exaFLOPs: the law's, and around it what runs deviate by."""
+        law = self.predict(compute)
+        own = t_quantile((1 + CONFIDENCE) / 2, len(self.loss) - 3) * self.residual_std
+        return Interval(
+            law.value,
+            law.value - math.hypot(law.value - law.low, own),
+            law.value + math.hypot(law.high - law.value, own),
+        )
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ import ast
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +24,30 @@ import numpy as np
 
 from data_pipeline.printable import shown
 from data_pipeline.secrets import without_secrets
-from gptoss_dist.tracking.comparing.equal import TRAIN, is_validation
-from gptoss_dist.tracking.comparing.runs import ComparedRun, RunEvent, Series, series_of
+from gptoss_dist.tracking.comparing.equal import TRAIN
+from gptoss_dist.tracking.comparing.runs import ComparedRun, RunEvent, Series, number_of, series_of
 from gptoss_dist.tracking.comparing.summary import METRICS
 from gptoss_dist.tracking.delivery.cursor import Cursor
 from gptoss_dist.tracking.delivery.database import Database
 from gptoss_dist.tracking.delivery.environment import find_store, prepare_environment
 from gptoss_dist.tracking.delivery.requests import one_line
-from gptoss_dist.tracking.recorded.run import read_run, training_flops
+from gptoss_dist.tracking.recorded.columns import filled, is_validation
+from gptoss_dist.tracking.recorded.run import read_run, training_flops, with_gaps_filled
 from gptoss_dist.tracking.records import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
 _AXIS_METRICS = ("progress/tokens", "progress/exaflops", "progress/hours", "progress/gpu_hours")
+_OF_EACH_STEP = ("progress/tokens", "optim/lr", "optim/grad_norm")
+"""Metrics, any of which shows that a step was done."""
 _LONGEST_PAUSE_S = 600.0
 """Between two points of a run in MLflow: what is longer is taken for a pause between two processes."""
+_EVENTS = ("resume", "rewind", "skipped", "data")
+"""Kinds of events whose count is a metric, `events/KIND`."""
 _PAGE = 1000
+
+KIND_TAG, COMPARISON = "gptoss_dist.kind", "comparison"
+"""What marks the runs of MLflow that hold a comparison."""
 
 
 def read_folder(folder: str | Path, message: Callable[[str], None] = logger.warning) -> ComparedRun:
@@ -51,10 +61,13 @@ def read_folder(folder: str | Path, message: Callable[[str], None] = logger.warn
     if TRAIN not in columns:
         raise ValueError(f"{folder}: {METRICS_FILE} has no {TRAIN}; give the folder of a training run")
     series = {name: Series(*columns.points(name)) for name in columns if _is_read(name)}
+    series[TRAIN] = series_of(_with_bad_losses(columns))
+    settings = [start.params for start in run.starts]
+    changed = {key for old, new in pairwise(settings) for key in new if key in old and new[key] != old[key]}
     return ComparedRun(
         name=run.name,
         source=str(folder),
-        config={key: str(value) for key, value in run.config.items()},
+        config=_texts(run.config),
         tags=run.tags,
         dataset=run.dataset,
         status=run.status,
@@ -65,6 +78,8 @@ def read_folder(folder: str | Path, message: Callable[[str], None] = logger.warn
         events=[RunEvent(event.step, event.kind, event.text) for event in run.events],
         run_id=run.run_id,
         experiment=run.starts[-1].experiment if run.starts else None,
+        experiment_id=run.starts[-1].experiment_id if run.starts else None,
+        changed=sorted(changed),
     )
 
 
@@ -113,7 +128,7 @@ class Server:
             page = self._ask(partial(self._page, found.experiment_id, filter_string, token))
             entities += page
             token = page.token or ""
-        trained = [one for one in entities if TRAIN in one.data.metrics and "kind" not in one.data.tags]
+        trained = [one for one in entities if TRAIN in one.data.metrics and one.data.tags.get(KIND_TAG) != COMPARISON]
         for one in sorted(trained, key=lambda run: (run.info.start_time or 0, run.info.run_name or "")):
             yield self._read(one, name)
 
@@ -151,7 +166,11 @@ class Server:
         names = [name for name in entity.data.metrics if name in _AXIS_METRICS or _is_read(name)]
         histories = {name: self._history(run_id, name) for name in names}
         steps, columns, times = final_branch(histories)
-        config = {key: str(value) for key, value in entity.data.params.items()}
+        changes = settings_of_last_resume(tags)
+        config = _texts(entity.data.params | changes)
+        rises = {kind: f"events/{kind}" for kind in _EVENTS if f"events/{kind}" in entity.data.metrics}
+        series = {name: series_of(column) for name, column in columns.items() if _is_read(name)}
+        series[TRAIN] = series_of(_with_bad_losses(columns))
         datasets = [one.dataset for one in entity.inputs.dataset_inputs] if entity.inputs else []
         digest = tags.get("dataset.digest") or (datasets[-1].digest if datasets else "")
         return ComparedRun(
@@ -163,9 +182,12 @@ class Server:
             status=entity.info.status,
             steps=steps,
             axes=_axes(columns, times, config, tags),
-            series={name: series_of(column) for name, column in columns.items() if _is_read(name)},
+            series=series,
+            events=events_of_counts({kind: self._history(run_id, name) for kind, name in rises.items()}),
             run_id=run_id,
             experiment=experiment,
+            experiment_id=entity.info.experiment_id,
+            changed=sorted(changes),
         )
 
     def _history(self, run_id: str, name: str) -> np.ndarray:
@@ -204,6 +226,48 @@ def final_branch(histories: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str
     return steps, columns, times
 
 
+def events_of_counts(histories: dict[str, np.ndarray]) -> list[RunEvent]:
+    """Return the events that counts of them tell, in order of time.
+
+    Args:
+        histories: By the kind of event: step, time in seconds and count so far of all points, float64 [M, 3].
+    """
+    found: list[tuple[float, RunEvent]] = []
+    for kind, points in histories.items():
+        most = 0.0
+        for step, when, count in points[np.lexsort((points[:, 2], points[:, 1]))]:
+            if count > most:  # those of a branch that was abandoned have happened too
+                found.append((float(when), RunEvent(int(step), kind, "known from its count in MLflow")))
+                most = count
+    return [event for _, event in sorted(found, key=lambda item: item[0])]
+
+
+def settings_of_last_resume(tags: dict[str, str]) -> dict[str, str]:
+    """Return the settings in which a run went on otherwise than it began.
+
+    MLflow cannot change a parameter. So each resume tags what differs from the parameters of the beginning,
+    `resume.N.KEY`, and the last one that has tags says all of it.
+    """
+    found = [re.fullmatch(r"resume\.(\d+)\.(.+)", key) for key in tags]
+    numbers = [int(match[1]) for match in found if match]
+    return {match[2]: tags[match[0]] for match in found if match and int(match[1]) == max(numbers)}
+
+
+def _with_bad_losses(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the training losses, [N]; infinite where a step was done whose loss was no number."""
+    losses = columns[TRAIN]
+    done = np.zeros(len(losses), bool)
+    for name in _OF_EACH_STEP:
+        if name in columns:
+            done |= ~np.isnan(columns[name])
+    return np.where(np.isnan(losses) & done, np.inf, losses)
+
+
+def _texts(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings as people may see them."""
+    return {key: without_secrets(str(value)) for key, value in config.items()}
+
+
 def _rewinds(points: np.ndarray) -> list[tuple[float, float]]:
     """Return when a run went back, and the first step that it then did again."""
     if not len(points):
@@ -216,32 +280,18 @@ def _rewinds(points: np.ndarray) -> list[tuple[float, float]]:
 def _axes(
     columns: dict[str, np.ndarray], times: np.ndarray, config: dict[str, str], tags: dict[str, str]
 ) -> dict[str, np.ndarray]:
-    tokens = _filled(columns.get("progress/tokens"), len(times))
-    exaflops = _filled(columns.get("progress/exaflops"), len(times))
-    if np.isnan(exaflops).all():
+    unknown = np.full(len(times), np.nan)
+    tokens, exaflops, hours = (
+        filled(columns.get(f"progress/{name}", unknown)) for name in ("tokens", "exaflops", "hours")
+    )
+    if np.isnan(exaflops).any():
         typed = {key: _typed(value) for key, value in config.items()}
-        exaflops = tokens * _number(tags.get("flops_per_token"), training_flops(typed) or math.nan) / 1e18
-    hours = _filled(columns.get("progress/hours"), len(times))
+        per_token = number_of(tags.get("flops_per_token"), training_flops(typed) or math.nan)
+        exaflops = with_gaps_filled(exaflops, tokens * per_token / 1e18)
     if np.isnan(hours).all() and len(times):
         gaps = np.maximum(np.diff(times, prepend=times[0]), 0)
         hours = np.cumsum(np.where(gaps < _LONGEST_PAUSE_S, gaps, 0)) / 3600
     return {"tokens": tokens, "exaflops": exaflops, "hours": hours}
-
-
-def _filled(column: np.ndarray | None, count: int) -> np.ndarray:
-    """Return a column with its last number wherever it has none, [N]; NaN before the first."""
-    result = np.full(count, np.nan)
-    if column is not None and len(rows := np.flatnonzero(~np.isnan(column))):
-        last = np.searchsorted(rows, np.arange(count), side="right") - 1
-        result[last >= 0] = column[rows[last[last >= 0]]]
-    return result
-
-
-def _number(text: str | None, otherwise: float) -> float:
-    try:
-        return float(text) if text else otherwise
-    except ValueError:
-        return otherwise
 
 
 def _typed(text: str) -> Any:

@@ -152,14 +152,13 @@ def as_json(found: Comparison) -> dict[str, Any]:
 def _conclusions(found: Comparison) -> Part:
     bullets = [doubt.text for doubt in found.doubts]
     texts = []
-    noise = ""
-    for _, judgement in found.judgements:
+    for axis, judgement in found.judgements:
         said = sentences(judgement)
         bullets += said if judgement.metric == "loss/train" else [f"{judgement.metric}: {text}" for text in said]
-        noise = noise or judgement.noise
+        texts.append(f"{judgement.metric} over {charts.AXES[axis]}: {judgement.noise}")
     bullets += _lowest_validation(found) + found.notes
-    if noise:
-        texts.append(noise)
+    if len({judgement.noise for _, judgement in found.judgements}) == 1:
+        texts = [found.judgements[0][1].noise]
     return Part("What to conclude", texts, bullets)
 
 
@@ -240,10 +239,12 @@ def _figures(found: Comparison) -> Part:
         ]
         for one in found.summaries
     ]
-    stable = ["", "spikes", "skipped steps", "gradient norm, median", "largest", "expert load CV", "dead experts"]
+    stable = ["", "went back", "spikes", "skipped steps", "gradient norm, median", "largest", "expert load CV"]
+    stable.append("dead experts")
     stability = [
         [
             one.name,
+            f"{one.rewinds}",
             f"{len(one.spikes)} (step {', '.join(map(str, one.spikes[:3]))}{', ...' * (len(one.spikes) > 3)})"
             if one.spikes
             else "0",
@@ -297,9 +298,11 @@ def _fit(found: Comparison) -> Part:
     ]
     rows = []
     for place in found.predictions:
-        one = fit.predict(place)
-        rows.append([f"{amount(place)} exaFLOPs", f"{one.value:.4f}", f"{one.low:.4f} to {one.high:.4f}"])
-    return Part(_FIT, texts, tables=[(["predicted at", "loss", f"{percent} interval"], rows)] if rows else [])
+        law, run = fit.predict(place), fit.predict_run(place)
+        intervals = [f"{one.low:.4f} to {one.high:.4f}" for one in (law, run)]
+        rows.append([f"{amount(place)} exaFLOPs", f"{law.value:.4f}", *intervals])
+    headers = ["predicted at", "loss", f"{percent} interval of the law", f"{percent} interval of one run"]
+    return Part(_FIT, texts, tables=[(headers, rows)] if rows else [])
 
 
 def _method() -> Part:
@@ -313,13 +316,15 @@ def _method() -> Part:
             "are compared batch by batch, so their difference is known better than either loss. Validation losses are "
             "interpolated between two validations. Nothing is extrapolated: a dash stands where a run did not get.",
             "Hours are those of the run's processes, without pauses between them. FLOPs are model FLOPs, as for MFU. "
-            "Spikes are counted by the defaults of the settings spikes; expert load is the mean over the last tenth.",
+            "Spikes are those of the steps that were kept, by the defaults of the settings spikes; how often a run "
+            "went back from one is counted beside. Expert load is the mean over the last tenth.",
         ],
     )
 
 
 def _curves(runs: list[ComparedRun]) -> str:
-    legend = "Lines: smoothed. Crosses: events. A click on a name hides it; the curves below have the same colours."
+    legend = "Lines: values of straight lines, each fitted to the losses within 10 % of its place. "
+    legend += "Crosses: events. A click on a name hides it; the curves below have the same colours."
     if len(runs) <= charts.MOST_WITH_DETAILS:
         legend = f"Faint: each step. Points on dotted lines: validations. {legend}"
     body = paragraphs_html([legend])
@@ -348,7 +353,10 @@ def _fit_json(found: Comparison) -> dict[str, Any]:
         "alpha": dataclasses.asdict(fit.exponent),
         "residual_std": fit.residual_std,
         "confidence": CONFIDENCE,
-        "predictions": [{"exaflops": at, **dataclasses.asdict(fit.predict(at))} for at in found.predictions],
+        "predictions": [
+            {"exaflops": at, **dataclasses.asdict(fit.predict(at)), "one_run": dataclasses.asdict(fit.predict_run(at))}
+            for at in found.predictions
+        ],
     }
 
 

@@ -60,7 +60,11 @@ class ComparedRun:
     run_id: str | None = None
     """MLflow's."""
     experiment: str | None = None
-    """In MLflow."""
+    """In MLflow, by name."""
+    experiment_id: str | None = None
+    """In MLflow, if it is known by its id."""
+    changed: list[str] = field(default_factory=list)
+    """Settings that a resume changed midway; `config` has their last values."""
 
     def axis(self, name: str) -> np.ndarray:
         """Return float64 [N], what axis `name` of `AXES` is in each row."""
@@ -113,11 +117,14 @@ def with_own_names(runs: list[ComparedRun]) -> list[ComparedRun]:
     if len(set(names)) < len(names):
         parents = [Path(run.source).parent.name for run in runs]
         names = [f"{up}/{name}" if names.count(name) > 1 and up else name for name, up in zip(names, parents)]
-    taken: dict[str, int] = {}
+    names = [shown(name) for name in names]
+    taken: set[str] = set()
     own = []
     for run, name in zip(runs, names):
-        taken[name] = taken.get(name, 0) + 1
-        own.append(replace(run, name=shown(name if taken[name] == 1 else f"{name} ({taken[name]})")))
+        numbered = (f"{name} ({number})" for number in range(2, len(runs) + 2))
+        free = name if name not in taken else next(one for one in numbered if one not in taken and one not in names)
+        taken.add(free)
+        own.append(replace(run, name=free))
     return own
 
 
@@ -125,3 +132,11 @@ def series_of(column: np.ndarray) -> Series:
     """Return a column with a value for each row, NaN where there is none, as the values alone."""
     rows = np.flatnonzero(~np.isnan(column))
     return Series(rows, column[rows])
+
+
+def number_of(text: str | None, otherwise: float = np.nan) -> float:
+    """Return the number in a text; `otherwise` if there is none."""
+    try:
+        return float(text) if text else otherwise
+    except ValueError:
+        return otherwise

@@ -28,6 +28,8 @@ _FOR_BLOCKS = 100
 _FOR_CORRELATION, _MOST_FOR_CORRELATION = 64, 2048
 """Losses, at least and at most, that tell how neighbours are correlated."""
 _LARGEST_CORRELATION = 0.95
+_SHARED = 0.8
+"""Of the losses of two runs that are compared batch by batch, those that lie at the same places, at least."""
 
 
 @dataclass(frozen=True)
@@ -121,17 +123,20 @@ def paired_difference(
     """Return first minus second where both have losses at the same places in the window; None elsewhere.
 
     Runs that read the same batches are high and low together, and the noise of their difference is then less than that
-    of either.
+    of either. A place at which either has no finite loss is left out.
     """
     sides = [_indices(x, place, half) for x, _ in (first, second)]
-    if sides[0][1] - sides[0][0] != sides[1][1] - sides[1][0]:
-        return None
     before = min(_FOR_CORRELATION, *(low for low, _ in sides))
     (x, y), (other_x, other_y) = (
         (x[low - before : high], y[low - before : high]) for (low, high), (x, y) in zip(sides, (first, second))
     )
-    if not len(x) or not np.allclose(x, other_x, rtol=1e-9, atol=0):
+    if not len(x) or not len(other_x):
         return None
+    nearest = np.searchsorted(other_x, x * (1 - 1e-9)).clip(max=len(other_x) - 1)
+    both = np.isclose(x, other_x[nearest], rtol=1e-9, atol=0)
+    if np.count_nonzero(both) < _SHARED * max(len(x), len(other_x)):
+        return None
+    x, y, other_y = x[both], y[both], other_y[nearest[both]]
     difference = smooth(x, y - other_y, place, half)
     return difference if difference.is_known else None
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptoss_dist.tracking.comparing.equal import TRAIN, is_validation
-from gptoss_dist.tracking.comparing.runs import ComparedRun
+from gptoss_dist.config import SpikesConfig
+from gptoss_dist.tracking.comparing.equal import TRAIN
+from gptoss_dist.tracking.comparing.runs import ComparedRun, number_of
+from gptoss_dist.tracking.recorded.columns import is_validation
 
 METRICS = (
     TRAIN,
@@ -23,17 +25,8 @@ METRICS = (
 """What is read of a run, beside its validation losses."""
 
 
-@dataclass(frozen=True)
-class SpikeRule:
-    """What a spike is: the settings `spikes`, whose defaults these are."""
-
-    window: int = 64
-    deviations: float = 8.0
-    steps: int = 3
-    factor: float = 2.0
-
-    LEAST_SPREAD = 0.005
-    """Of the median, as in `train/faults.py`."""
+LEAST_SPREAD = 0.005
+"""Of the median, as in `train/faults.py`, which imports torch."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ class RunSummary:
     mfu: float
     """Median."""
     spikes: list[int]
-    """The first step of each."""
+    """The first step of each, among the steps that were kept: a run that went back has lost its spike."""
     skipped: float
     grad_norm_median: float
     grad_norm_largest: float
@@ -73,6 +66,8 @@ class RunSummary:
     dead_experts: float
     """Mean over the last tenth of the run, all layers together."""
     resumes: int
+    rewinds: int
+    """How often the run went back because of a spike."""
 
 
 def summarize(run: ComparedRun) -> RunSummary:
@@ -82,7 +77,7 @@ def summarize(run: ComparedRun) -> RunSummary:
     grad_norms = run.values("optim/grad_norm")
     hours, device_hours = _last(run.axes.get("hours")), _last(run.values("progress/gpu_hours"))
     if math.isnan(device_hours):
-        device_hours = hours * _number(run.tags.get("world_size"))
+        device_hours = hours * number_of(run.tags.get("world_size"))
     return RunSummary(
         name=run.name,
         status=run.status,
@@ -100,11 +95,12 @@ def summarize(run: ComparedRun) -> RunSummary:
         grad_norm_largest=_largest(grad_norms),
         load_cv=_end(run.values("moe/load_cv")),
         dead_experts=_end(run.values("moe/dead_experts")),
-        resumes=sum(event.kind in ("resume", "rewind") for event in run.events),
+        resumes=sum(event.kind == "resume" for event in run.events),
+        rewinds=sum(event.kind == "rewind" for event in run.events),
     )
 
 
-def spikes(losses: np.ndarray, rule: SpikeRule | None = None) -> list[int]:
+def spikes(losses: np.ndarray, rule: SpikesConfig | None = None) -> list[int]:
     """Return where spikes of a loss begin, by the rule that a run would go back by (`SpikeGuard`).
 
     A loss is high if it is above the median of the last 64 losses that were not high by 8 standard deviations, which
@@ -118,7 +114,7 @@ def spikes(losses: np.ndarray, rule: SpikeRule | None = None) -> list[int]:
     Returns:
         Indices of the first high loss of each.
     """
-    rule = rule or SpikeRule()
+    rule = rule or SpikesConfig()
     losses = np.where(np.isfinite(losses), losses, np.inf)
     if len(losses) <= rule.window:
         return []
@@ -131,7 +127,7 @@ def spikes(losses: np.ndarray, rule: SpikeRule | None = None) -> list[int]:
     return found
 
 
-def _candidates(losses: np.ndarray, rule: SpikeRule) -> np.ndarray:
+def _candidates(losses: np.ndarray, rule: SpikesConfig) -> np.ndarray:
     """Return indices of losses that are high beside the `window` losses before them; exact where none of these is.
 
     A median for each loss would take a minute for a long run. Most are sorted out by what cannot be less: the window of
@@ -145,7 +141,7 @@ def _candidates(losses: np.ndarray, rule: SpikeRule) -> np.ndarray:
     least = around[:, half - 1]
     with np.errstate(invalid="ignore"):
         shortest = np.nan_to_num(around[:, half - 1 :] - around[:, : 2 * half + 1], nan=np.inf).min(axis=1)
-    spread = np.maximum(rule.deviations * 1.4826 * shortest / 2, rule.deviations * rule.LEAST_SPREAD * least)
+    spread = np.maximum(rule.deviations * 1.4826 * shortest / 2, rule.deviations * LEAST_SPREAD * least)
     bound = np.repeat(least + np.where(np.isfinite(spread), spread, 0.0), half)[: len(losses)]
     suspects = np.flatnonzero(losses > bound * (1 - 1e-12))
     suspects = suspects[suspects >= rule.window]
@@ -157,16 +153,16 @@ def _candidates(losses: np.ndarray, rule: SpikeRule) -> np.ndarray:
     return np.concatenate(high) if high else np.empty(0, np.int64)
 
 
-def _limits(before: np.ndarray, rule: SpikeRule) -> tuple[np.ndarray, np.ndarray]:
+def _limits(before: np.ndarray, rule: SpikesConfig) -> tuple[np.ndarray, np.ndarray]:
     """Return above what a loss is high, and above what it is a spike by itself, after windows [..., window]."""
     median = np.median(before, axis=-1)
     with np.errstate(invalid="ignore"):  # an infinite one, in a window that is not exact anyway
         spread = 1.4826 * np.median(np.abs(before - median[..., None]), axis=-1)
-    high = median + rule.deviations * np.maximum(np.nan_to_num(spread, nan=np.inf), rule.LEAST_SPREAD * median)
+    high = median + rule.deviations * np.maximum(np.nan_to_num(spread, nan=np.inf), LEAST_SPREAD * median)
     return high, np.maximum(high, rule.factor * median)
 
 
-def _follow(losses: np.ndarray, index: int, rule: SpikeRule) -> tuple[list[int], int]:
+def _follow(losses: np.ndarray, index: int, rule: SpikesConfig) -> tuple[list[int], int]:
     """Go on from a high loss as the guard does, until `window` losses in a row were not high.
 
     Returns:
@@ -216,10 +212,3 @@ def _largest(values: np.ndarray) -> float:
 
 def _end(values: np.ndarray) -> float:
     return float(values[-max(1, len(values) // 10) :].mean()) if len(values) else math.nan
-
-
-def _number(text: str | None) -> float:
-    try:
-        return float(text or "nan")
-    except ValueError:
-        return math.nan

@@ -7,15 +7,19 @@ the noise is what is left once each seed's own level is taken out. Where there a
 of the smoothed losses, which knows the batches only.
 
 The best one is chosen after its loss was seen, and then compared with all others. So that chance alone shows a
-difference in at most 5 % of comparisons, each of the K (K - 1) / 2 pairs is judged at 5 % over that number
-(Bonferroni).
+difference in at most 5 % of tables, each of the K (K - 1) / 2 pairs of a table is judged at 5 % over that number
+(Bonferroni). A page judges up to four tables of the same runs, each by itself.
+
+Runs of one seed and the same settings are one replica, whose loss is their mean: they share more than replicas do. A
+run that has no loss at the place is not in its group's mean, which is then said, as the one that diverged may be the
+very thing that its settings did.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
 import numpy as np
@@ -25,6 +29,7 @@ from gptoss_dist.tracking.comparing.runs import ComparedRun
 from gptoss_dist.tracking.comparing.smoothing import Smoothed, paired_difference
 
 LEVEL = 0.05
+_MOST_NAMED = 3
 _LEAST_LEFT = 3
 """Degrees of freedom from which on seeds' own levels are taken out: with fewer that costs more than it brings."""
 
@@ -41,6 +46,8 @@ class Verdict:
     """Of the interval around the difference, for all pairs together."""
     place: str
     """Such as `300k tokens`."""
+    without: list[str] = field(default_factory=list)
+    """Runs of the two groups that have no loss there, and are in no mean."""
 
     @property
     def is_shown(self) -> bool:
@@ -49,9 +56,12 @@ class Verdict:
 
     def __str__(self) -> str:
         figures = f"{self.difference:.4f} ± {self.half_width:.4f} nats"
+        without = ""
+        if self.without:
+            without = f" Not in the means: {_some(self.without, _MOST_NAMED)}, which ended before that or diverged."
         if self.is_shown:
-            return f"{self.better} is better than {self.worse} by {figures} at {self.place}."
-        return f"No difference shown between {self.better} and {self.worse} at {self.place}: {figures}."
+            return f"{self.better} is better than {self.worse} by {figures} at {self.place}.{without}"
+        return f"No difference shown between {self.better} and {self.worse} at {self.place}: {figures}.{without}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,8 @@ class Judgement:
     """What the noise is, in a sentence."""
     noise_std: float | None
     """Standard deviation between replicas in nats; None without replicas."""
+    missing: list[str] = field(default_factory=list)
+    """Groups of which no run has a loss there."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ class Noise:
     """Standard deviation between replicas, pooled over all settings."""
     freedom: int
     runs: int
-    """How many have replicas."""
+    """How many have replicas; those of one seed and the same settings are one."""
     settings: int
     """How many of these there are."""
     left: tuple[float, int] | None = None
@@ -126,49 +138,67 @@ def _judge(
     difference: Callable[[int, int], Smoothed] | None,
 ) -> Judgement | None:
     """Compare the best group with all others, by the noise between replicas, or else by the differences of runs."""
-    known = [[i for i in group if math.isfinite(values[i])] for group in groups]
-    kept = [(group, name) for group, name in zip(known, names) if group]
-    noise = replica_noise([{runs[i].config.get("run.seed", str(i)): values[i] for i in group} for group, _ in kept])
+    kept = [_Group(name, group, runs, values) for name, group in zip(names, groups)]
+    missing = [group.name for group in kept if not group.known]
+    kept = [group for group in kept if group.known]
+    noise = replica_noise([group.by_seed for group in kept])
     if len(kept) < 2 or (noise is None and difference is None):
         return None
-    means = [float(np.mean([values[i] for i in group])) for group, _ in kept]
-    best = int(np.argmin(means))
+    best = min(kept, key=lambda group: group.mean)
     pairs = len(kept) * (len(kept) - 1) // 2
     place = place_in_words(table.axis, table.places[-1])
     verdicts = []
-    for index, (group, name) in enumerate(kept):
-        if index == best:
+    for group in kept:
+        if group is best:
             continue
         if noise is not None:
-            gap, freedom = means[index] - means[best], float(noise.used[1])
-            error = noise.used[0] * math.sqrt(1 / len(group) + 1 / len(kept[best][0]))
+            gap, freedom = group.mean - best.mean, float(noise.used[1])
+            error = noise.used[0] * math.sqrt(1 / len(group.by_seed) + 1 / len(best.by_seed))
         elif difference is not None:
-            found = difference(kept[best][0][0], group[0])
+            found = difference(best.known[0], group.known[0])
             gap, error, freedom = found.value, found.error, found.freedom
         width = t_quantile(1 - LEVEL / pairs / 2, freedom) * error
-        verdicts.append(Verdict(kept[best][1], name, gap, width, place))
+        verdicts.append(Verdict(best.name, group.name, gap, width, place, best.without + group.without))
     verdicts.sort(key=lambda verdict: verdict.difference)
-    return Judgement(
-        metric, verdicts, _noise_in_words(noise, len(kept), f"{metric} at {place}"), noise.std if noise else None
-    )
+    noise_in_words = _noise_in_words(noise, len(kept), f"{metric} at {place}")
+    return Judgement(metric, verdicts, noise_in_words, noise.std if noise else None, missing)
+
+
+class _Group:
+    """Runs of the same settings, and their losses at a place."""
+
+    def __init__(self, name: str, group: list[int], runs: list[ComparedRun], values: list[float]) -> None:
+        self.name = name
+        self.known = [run for run in group if math.isfinite(values[run])]
+        self.without = [runs[run].name for run in group if run not in self.known]
+        seeds: dict[str, list[float]] = {}
+        for run in self.known:
+            seeds.setdefault(runs[run].config.get("run.seed", f"run {run}"), []).append(values[run])
+        self.by_seed = {seed: float(np.mean(losses)) for seed, losses in seeds.items()}
+        """The mean loss of each seed."""
+        self.mean = float(np.mean(list(self.by_seed.values()))) if seeds else math.nan
 
 
 def sentences(judgement: Judgement, most: int = 8) -> list[str]:
     """Return the verdicts in words; of many, those that are within the noise share a sentence."""
     verdicts = judgement.verdicts
+    place = verdicts[0].place
+    missing = [f"Not judged: {_some(judgement.missing, most)}, without a loss at {place}."] if judgement.missing else []
     if len(verdicts) <= most:
-        return [str(verdict) for verdict in verdicts]
+        return [*map(str, verdicts), *missing]
     within = [verdict for verdict in verdicts if not verdict.is_shown]
     beyond = [verdict for verdict in verdicts if verdict.is_shown]
     first = verdicts[0]
-    found = [f"{first.better} has the lowest loss at {first.place}."]
+    found = [f"{first.better} has the lowest loss at {place}."]
     if within:
         found.append(f"No difference shown between it and {_some([verdict.worse for verdict in within], most)}.")
     if beyond:
         nearest = beyond[0]
         found.append(f"It is better than {_some([verdict.worse for verdict in beyond], most)}; the nearest of these: ")
         found[-1] += f"{nearest.worse}, by {nearest.difference:.4f} ± {nearest.half_width:.4f} nats."
-    return found
+    if without := list(dict.fromkeys(name for verdict in verdicts for name in verdict.without)):
+        found.append(f"Not in the means: {_some(without, most)}, which ended before that or diverged.")
+    return found + missing
 
 
 def t_quantile(probability: float, freedom: float) -> float:

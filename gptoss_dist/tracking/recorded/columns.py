@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ _REST_FILE, _LEAST_REST = "rest.columns", 512
 _FORMAT = 1
 _STEP, _TIME = "step", "time"
 _LONGEST_HEADER = 2**20
+_NO_SOURCES = ("loss/val_ppl", "loss/val_best")
+"""Metrics that are named like the validation loss of a source, and tell of all of them."""
 _CHECKED = 1024
 """Bytes at the end of a segment's lines that must be as they were."""
 
@@ -74,8 +77,9 @@ class Columns(Mapping[str, np.ndarray]):
         self.line_times = self._lines(_TIME)
         """Seconds since 1970 of all lines in the order of the file, those of abandoned branches too; NaN where a line
         has none."""
-        self.times = self._rows(self.line_times)
-        """Seconds since 1970 at which each step was last written, float64 [N]."""
+        own = self._rows(np.where(_lines_of_doing(step, resumes), self.line_times, np.nan))
+        self.times = np.where(np.isnan(own), self._rows(self.line_times), own)
+        """Seconds since 1970 at which each step was last written by the process that did it, float64 [N]."""
         self.damaged = sum(segment.header.damaged for segment in segments)
         """Lines that could not be read."""
         self.end = segments[-1].header.end if segments else 0
@@ -107,12 +111,7 @@ class Columns(Mapping[str, np.ndarray]):
 
     def filled(self, name: str) -> np.ndarray:
         """Return a metric with its last number wherever a step has none, [N]; NaN before the first."""
-        rows, values = self.points(name)
-        result = np.full(len(self.steps), np.nan)
-        if len(rows):
-            last = np.searchsorted(rows, np.arange(len(result)), side="right") - 1
-            result[last >= 0] = values[last[last >= 0]]
-        return result
+        return filled(self.get(name, np.full(len(self.steps), np.nan)))
 
     def _lines(self, name: str) -> np.ndarray:
         """Return one value per line of the file."""
@@ -125,6 +124,17 @@ class Columns(Mapping[str, np.ndarray]):
         known = np.flatnonzero((self._row_of >= 0) & ~np.isnan(lines))
         result[self._row_of[known]] = lines[known]  # of equal indices numpy takes the last
         return result
+
+
+def filled(column: np.ndarray) -> np.ndarray:
+    """Return a column [N] with its last number wherever it has none; NaN before the first."""
+    last = np.maximum.accumulate(np.where(np.isnan(column), -1, np.arange(len(column))))
+    return np.where(last >= 0, column[last], np.nan)
+
+
+def is_validation(metric: str) -> bool:
+    """Return whether a metric is a validation loss: `loss/val`, or `loss/val_NAME` of a source."""
+    return metric == "loss/val" or (metric.startswith("loss/val_") and metric not in _NO_SOURCES)
 
 
 def read_columns(run_dir: str | Path, message: Callable[[str], None] = logger.warning, *, keep: bool = True) -> Columns:
@@ -147,7 +157,7 @@ def read_columns(run_dir: str | Path, message: Callable[[str], None] = logger.wa
     while (segment := _kept_segment(folder / f"{len(segments)}.columns", path, end)) is not None:
         segments.append(segment)
         end = segment.header.end
-    rest = _kept_segment(folder / _REST_FILE, path, end)
+    rest = _kept_segment(folder / _REST_FILE, path, end, in_memory=True)  # others replace this file
     if rest is not None and rest.header.end == path.stat().st_size:
         segments.append(rest)
         return _told(Columns(segments), path, message)
@@ -213,18 +223,23 @@ class _Segment:
             file.write(self.values.astype("<f8", copy=False).tobytes())
 
 
-def _kept_segment(path: Path, metrics: Path, begin: int) -> _Segment | None:
+def _kept_segment(path: Path, metrics: Path, begin: int, *, in_memory: bool = False) -> _Segment | None:
     """Return the segment in a file, None if there is none that fits the lines behind `begin`."""
     try:
         with open(path, "rb") as file:
             line = file.readline(_LONGEST_HEADER)
+            size = os.fstat(file.fileno()).st_size - len(line)
+            data = file.read() if in_memory else b""
         header = convert(parse_json(line.decode(), path), _Header, path)
-        size = len(line) + 8 * header.lines * len(header.names)
-        fits = header.format == _FORMAT and header.begin == begin and path.stat().st_size == size
+        fits = header.format == _FORMAT and header.begin == begin and size == 8 * header.lines * len(header.names)
         fits = fits and {_STEP, _TIME} <= set(header.names) and header.check == _check(metrics, header.end)
     except (OSError, ValueError):
         return None
-    return _Segment(header, path=path, offset=len(line)) if fits else None
+    if not fits:
+        return None
+    if in_memory:
+        return _Segment(header, np.frombuffer(data, "<f8").reshape(len(header.names), header.lines))
+    return _Segment(header, path=path, offset=len(line))
 
 
 def _check(metrics: Path, end: int) -> int:
@@ -278,3 +293,19 @@ def _final_branch(step: np.ndarray, resumes: Sequence[tuple[int, int]]) -> tuple
         alive[:line] &= step[:line] <= to
         steps = [one for one in steps if one < to] + [to]
     return alive, steps
+
+
+def _lines_of_doing(step: np.ndarray, resumes: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return which lines were written by the process that did their step, [lines].
+
+    A resumed process adds to the step that it begins at, and the one before: that it was resumed, say. Those steps were
+    done long before.
+
+    Args:
+        step: Of each line.
+        resumes: The line of each resume, and the step that training went back to.
+    """
+    done = np.ones(len(step), bool)
+    for (line, to), (following, _) in zip(resumes, [*resumes[1:], (len(step), 0)]):
+        done[line:following] = step[line:following] > to
+    return done

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,14 +122,23 @@ def training_flops(config: dict[str, Any]) -> float | None:
         return None
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a tree of settings as one dictionary: `{"optim": {"lr": 1}}` is `{"optim.lr": 1}`."""
+def flat(
+    tree: Mapping[str, Any], prefix: str = "", is_section: Callable[[str], bool] = lambda key: True
+) -> dict[str, Any]:
+    """Return a tree of settings as one dictionary: `{"optim": {"lr": 1}}` is `{"optim.lr": 1}`.
+
+    Args:
+        tree: The settings.
+        prefix: Of all keys.
+        is_section: Whether a mapping is taken apart, by its key; others stay values.
+    """
     result: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            result |= flat(value, f"{prefix}{key}.")
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and is_section(key):
+            result |= flat(value, f"{key}.", is_section)
         else:
-            result[f"{prefix}{key}"] = value
+            result[key] = value
     return result
 
 
@@ -160,13 +169,17 @@ def _status(operations: list[Operation]) -> str:
 
 
 def _exaflops(columns: Columns, tokens: np.ndarray, config: dict[str, Any], tags: dict[str, str]) -> np.ndarray:
-    if "progress/exaflops" in columns:
-        return columns.filled("progress/exaflops")
+    recorded = columns.filled("progress/exaflops")
     try:
         per_token = float(tags["flops_per_token"])
     except (KeyError, ValueError):
         per_token = training_flops(config) or np.nan
-    return tokens * per_token / 1e18
+    return with_gaps_filled(recorded, tokens * per_token / 1e18)
+
+
+def with_gaps_filled(recorded: np.ndarray, computed: np.ndarray) -> np.ndarray:
+    """Return what was recorded, [N], and where that is NaN, before a run recorded it, what was computed, [N]."""
+    return np.where(np.isnan(recorded), computed, recorded)
 
 
 def _events(operations: list[Operation], starts: list[RunStart], columns: Columns) -> list[Event]:

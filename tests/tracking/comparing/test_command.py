@@ -7,6 +7,7 @@ import subprocess
 import sys
 from html import unescape
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -80,6 +81,8 @@ def test_a_sweep_is_fitted_and_predicts(compare, tmp_path, capsys):
         truth = 1.5 + 40.0 * (one["exaflops"] * 1e18 / 1.5e9) ** -0.3
         assert one["low"] < truth < one["high"] < truth + 0.3
     told = capsys.readouterr().out
+    assert all(one["one_run"]["low"] < one["low"] for one in fit["predictions"])
+    assert "interval of one run" in told and "chosen by losses that have noise" in told
     assert "## Loss against compute" in told and "train.steps differs" in told and "0.1 exaFLOPs" in told
     assert compare("s0", "s1", "--predict", "1", "--output", "other") == 2
     assert "no power law is fitted: it takes 5 runs or more" in capsys.readouterr().err
@@ -96,6 +99,7 @@ def test_a_sweep_is_fitted_and_predicts(compare, tmp_path, capsys):
         (["runs/a", "runs/b", "--at-tokens", "many"], "'many' is no amount; give a number above 0, such as 300k"),
         (["runs/a", "runs/b", "--filter", "x"], "--filter is for the runs of --experiment NAME; give one"),
         (["runs/a", "runs/b", "--predict", "-1"], "must be more than 0"),
+        (["runs/a", "runs/b", "--fit", "none", "--predict", "1"], "takes its losses from a fit; leave out --fit none"),
         (["runs/a", "runs/b", "--output", "runs"], "--output runs exists already; name a new folder"),
         (["runs/a", "--experiment", "x"], "there is no such database of MLflow; name the server with --uri"),
         (["runs/a", "runs/empty"], "runs/empty: metrics.jsonl has no loss/train; give the folder of a training run"),
@@ -128,14 +132,35 @@ def test_damage_and_hostile_names_do_no_harm(compare, runs, tmp_path, capsys):
 def test_other_vocabularies_are_not_judged(compare, tmp_path, capsys):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", seed=1, shift=-1, config={"model.vocab_size": 1024}, digest="e" * 64)
-    assert compare("a", "b", "--output", "out") == 0
+    assert compare("a", "b", "--predict", "1", "--output", "out") == 0
     told = capsys.readouterr().out
+    assert "no power law is fitted: the losses of the runs are not comparable" in told
     assert "not comparable" in told and "bits per byte" in told and "is better than" not in told
     assert json.loads(Path("out/comparison.json").read_text())["verdicts"] == []
 
 
+def test_a_copy_is_a_run_of_its_own_and_another_name_of_a_folder_is_not(compare, runs, capsys, monkeypatch):
+    """Both have the id of the original in MLflow."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for folder in runs:
+        (folder / "tracking/cursor.json").write_text(json.dumps({"run_id": "0a" * 16, "uri": "http://127.0.0.1:9"}))
+    assert compare(*runs, "--no-mlflow", "--output", "out") == 0
+    assert len(json.loads(Path("out/comparison.json").read_text())["runs"]) == 3
+    capsys.readouterr()
+    assert compare("runs/b", "./runs/b") == 2
+    complained = capsys.readouterr().err
+    assert "./runs/b is the same run as runs/b, and is compared once" in complained and "no comparison" in complained
+    assert compare("runs/a", "runs/b", "--output", "again") == 0  # the server does not answer
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the page is not logged to MLflow at http://127.0.0.1:9: " in line
+    assert sorted(path.name for path in Path("again").iterdir()) == [
+        f"comparison.{kind}" for kind in ("html", "json", "md")
+    ]
+
+
 @pytest.mark.heavy
-def test_the_page_is_logged_to_mlflow(compare, store, tmp_path, capsys):
+def test_the_page_is_logged_to_mlflow(compare, store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TAGS", json.dumps({"gptoss_dist.kind": "mine", "kind": "baseline"}))
     from gptoss_dist.tracking.tracker import sync
 
     for number in range(2):
@@ -151,13 +176,29 @@ def test_the_page_is_logged_to_mlflow(compare, store, tmp_path, capsys):
 
     client = MlflowClient(store)
     experiment = client.get_experiment_by_name("made-up")
-    (logged,) = client.search_runs([experiment.experiment_id], "tags.kind = 'comparison'")
+    (logged,) = client.search_runs([experiment.experiment_id], "tags.`gptoss_dist.kind` = 'comparison'")
+    assert logged.data.tags["kind"] == "baseline" and len(logged.data.tags["compared"].split(", ")) == 2
+    assert not (output / "tracking").exists() and logged.data.params["runs"] == "r0, r1"
     assert logged.info.status == "FINISHED" and "mlflow.parentRunId" not in logged.data.tags
     names = {file.path for file in client.list_artifacts(logged.info.run_id)}
     assert names == {"comparison.html", "comparison.json", "comparison.md"}
     assert compare("--experiment", "made-up", "--no-mlflow", "--output", "again") == 0  # not a run to be compared
     assert len(json.loads(Path("again/comparison.json").read_text())["runs"]) == 2
 
+
+_HOSTS_OF_THE_BROWSER = (
+    "accounts.google.com",
+    "android.clients.google.com",
+    "clients2.google.com",
+    "clientservices.googleapis.com",
+    "content-autofill.googleapis.com",
+    "edgedl.me.gvt1.com",
+    "mtalk.google.com",
+    "optimizationguide-pa.googleapis.com",
+    "redirector.gvt1.com",
+    "update.googleapis.com",
+    "www.google.com",
+)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -202,8 +243,8 @@ def test_the_page_opens_offline_without_a_request(compare, runs, tmp_path, capsy
 
 
 def _of_the_browser(url):
-    """What Chromium asks for by itself, whatever it shows."""
-    return any(host in url for host in ("google", "gvt1", "gstatic"))
+    """What Chromium asks for by itself, whatever it shows; never a font or a script that a page might want."""
+    return urlsplit(url).hostname in _HOSTS_OF_THE_BROWSER
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 
 from gptoss_dist.tracking.comparing.equal import equal_table, place_of
 from gptoss_dist.tracking.comparing.reading import read_folder
-from tests.support.recorded_runs import write_run
+from tests.support.recorded_runs import TOKENS_PER_STEP, law, write_run
 
 
 def recomputed(folder, axis, place, half):
@@ -91,6 +91,29 @@ def test_tables_agree_with_a_recomputation(folders, axis, asked):
 def test_rows_that_a_resume_abandoned_do_not_count(folders):
     run = read_folder(folders[2])
     assert run.steps[-1] == 380 and len(run.steps) == 380
+
+
+def test_a_run_that_got_nowhere_does_not_drag_the_others_along(tmp_path):
+    """One crashed early, one has NaN from its 60th step on: the others are compared where they are."""
+    diverged = np.where(np.arange(400) < 60, law(TOKENS_PER_STEP * np.arange(1, 401)), np.nan)
+    write_run(tmp_path / "crashed", steps=40)
+    write_run(tmp_path / "diverged", losses=diverged)
+    for name, steps in (("a", 400), ("b", 300), ("c", 380)):
+        write_run(tmp_path / name, steps=steps)
+    names = ["a", "b", "c", "crashed", "diverged"]
+    runs = [read_folder(tmp_path / name) for name in names]
+    table = equal_table(runs, "tokens", [])
+    assert table.places[-1] == 300 * TOKENS_PER_STEP
+    assert [row[-1].is_known for row in table.train] == [True, True, True, False, False]
+    left_out, limited = table.notes(names, [run.status for run in runs])
+    assert "crashed (finished, its losses end at 163.8k tokens), diverged (finished, its losses" in left_out
+    assert "up to where b (finished, its losses end at 1.229M tokens) got" in limited
+    assert equal_table(runs[:1] + runs[3:4], "tokens", []).places[-1] == 40 * TOKENS_PER_STEP, "of two, neither is odd"
+    assert equal_table(runs, "tokens", [4e5]).notes(names, names) == [], "who asks for a place gets it"
+
+
+def test_the_best_validation_so_far_is_no_source(folders):
+    assert list(equal_table([read_folder(folder) for folder in folders], "tokens", []).validation) == ["loss/val"]
 
 
 def test_an_axis_that_is_not_known_gives_no_table(folders, tmp_path):

@@ -27,10 +27,12 @@ def test_intervals_cover_the_truth(points, std, span):
     random = np.random.default_rng(points)
     compute = np.geomspace(0.01, 0.01 * span, points)
     budget = 0.1 * span
-    inside = []
+    inside, another = [], []
     for _ in range(100):
         fit = fit_law([""] * points, compute, truth(compute) + random.normal(0, std, points))
-        predicted = fit.predict(budget)
+        predicted, of_a_run = fit.predict(budget), fit.predict_run(budget)
+        assert of_a_run.low < predicted.low < predicted.high < of_a_run.high
+        another.append(of_a_run.low <= truth(budget) + random.normal(0, std) <= of_a_run.high)
         assert predicted.low <= predicted.value <= predicted.high
         inside.append(
             (
@@ -41,6 +43,7 @@ def test_intervals_cover_the_truth(points, std, span):
         )
     shares = np.mean(inside, axis=0)
     assert (shares > 0.86).all(), shares
+    assert np.mean(another) > 0.86
     assert shares[0] < 1.0 or points == 6, "intervals that are never wrong say nothing"
 
 

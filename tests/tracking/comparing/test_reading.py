@@ -7,7 +7,14 @@ import shutil
 import numpy as np
 import pytest
 
-from gptoss_dist.tracking.comparing.reading import Server, final_branch, is_folder, read_folder
+from gptoss_dist.tracking.comparing.reading import (
+    COMPARISON,
+    KIND_TAG,
+    Server,
+    final_branch,
+    is_folder,
+    read_folder,
+)
 from gptoss_dist.tracking.delivery.cursor import Cursor
 from gptoss_dist.tracking.recorded.columns import read_columns
 from gptoss_dist.tracking.records import metrics_line
@@ -85,16 +92,51 @@ def test_a_run_of_a_server_is_that_of_its_folder(runs, store):
 
 
 def test_an_experiment_is_read_by_its_name_and_a_filter(runs, store, tmp_path):
+    from mlflow import MlflowClient
+
     server = Server(store)
     assert [run.name for run in server.experiment("made-up")] == ["run0", "run1", "run2"]
     assert [run.name for run in server.experiment("made-up", "params.`optim.lr` = '0.002'")] == ["run1"]
     assert [run.name for run in server.experiment("made-up", "params.optim.lr = '0.003'")] == ["run2"]
     assert all(run.folder is None for run in server.experiment("made-up"))
     run_id = Cursor.load(runs[1], pytest.fail).run_id
-    server._client.set_tag(run_id, "run.folder", str(runs[1]))
+    MlflowClient(store).set_tag(run_id, "run.folder", str(runs[1]))
     assert [run.folder for run in server.experiment("made-up")] == [None, runs[1], None]
     shutil.rmtree(runs[1])
     assert [run.folder for run in server.experiment("made-up")] == [None] * 3
+
+
+def test_what_happened_to_a_run_is_read_from_its_counts_and_tags(runs, store, client):
+    run_id, marked = (Cursor.load(folder, pytest.fail).run_id for folder in runs[1:])
+    for name, step, when, count in (
+        ("resume", 19, 5000, 0),
+        ("resume", 20, 5000, 1),
+        ("rewind", 52, 9000, 1),
+        ("rewind", 30, 9500, 2),  # twice, the second time on the branch that training then took
+        ("resume", 60, 9900, 1),
+    ):
+        client.log_metric(run_id, f"events/{name}", count, timestamp=1000 * when, step=step)
+    tags = {"resume.2.optim.lr": "0.2", "resume.2.optim.clip_norm": "3", "resume.10.optim.lr": "0.5"}
+    for key, value in (tags | {"kind": "baseline"}).items():
+        client.set_tag(run_id, key, value)
+    client.set_tag(marked, KIND_TAG, COMPARISON)
+    names = [run.name for run in Server(store).experiment("made-up")]
+    assert names == ["run0", "run1"], "a tag of the user's hides no run"
+    found = Server(store).run(run_id)
+    assert [(event.kind, event.step) for event in found.events] == [("resume", 20), ("rewind", 52), ("rewind", 30)]
+    assert (found.config["optim.lr"], found.changed) == ("0.5", ["optim.lr"]) and "optim.clip_norm" not in found.config
+    assert found.experiment_id == client.get_experiment_by_name("made-up").experiment_id
+
+
+def test_a_resume_with_other_settings_is_known_from_the_folder(tmp_path):
+    write_run(tmp_path / "a", steps=60, config={"data.path": "https://me:hunter2@host/x?key=hunter2"})
+    journal = tmp_path / "a/tracking/journal.jsonl"
+    start = json.loads(journal.read_text().splitlines()[0])
+    again = start | {"params": start["params"] | {"optim.lr": "0.5"}, "experiment_id": "7", "resume": 1}
+    journal.write_text(f"{json.dumps(start)}\n{json.dumps(again)}\n")
+    found = read_folder(tmp_path / "a")
+    assert (found.changed, found.experiment_id) == (["optim.lr"], "7")
+    assert "hunter2" not in str(found.config) and "host/x" in found.config["data.path"]
 
 
 def test_mistakes_are_one_line(runs, store, tmp_path):

@@ -69,4 +69,8 @@ def test_runs_that_read_the_same_batches_are_compared_batch_by_batch():
     difference = paired_difference(second, first, place, HALF_WIDTH * place)
     assert abs(difference.value - 0.01) < 4 * difference.error < 0.004
     assert smooth(*first, place, HALF_WIDTH * place).error > 0.02
+    gaps = np.delete(x, [100, 380]), np.delete(first[1], [100, 380])  # steps whose loss was NaN
+    without = paired_difference(second, gaps, place, HALF_WIDTH * place)
+    assert abs(without.value - 0.01) < 4 * without.error < 0.004
+    assert paired_difference((2 * x, second[1]), first, place, HALF_WIDTH * place) is None
     assert paired_difference((1.5 * x, second[1]), first, place, HALF_WIDTH * place) is None

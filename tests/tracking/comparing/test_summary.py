@@ -1,5 +1,6 @@
 """What each run came to: spikes by the rule of training, and the other figures."""
 
+import json
 import math
 
 import numpy as np
@@ -7,15 +8,15 @@ import pytest
 
 from gptoss_dist.config import SpikesConfig
 from gptoss_dist.tracking.comparing.reading import read_folder
-from gptoss_dist.tracking.comparing.summary import SpikeRule, spikes, summarize
+from gptoss_dist.tracking.comparing.summary import LEAST_SPREAD, spikes, summarize
 from gptoss_dist.train.faults import SpikeGuard
 from tests.support.recorded_runs import FLOPS_PER_TOKEN, TOKENS_PER_STEP, law, noise, write_run
 
 
-def spikes_of_the_guard(losses):
+def spikes_of_the_guard(losses, first=0):
     """What training itself would call spikes, step by step; a spike is counted once however long it lasts."""
     guard, found = SpikeGuard(SpikesConfig(max_rewinds=1)), []
-    for step, loss in enumerate(losses):
+    for step, loss in enumerate(losses, first):
         guard.observe(step, float(loss), 2 * step)
         if guard.found and guard.found.first_step not in found:
             found.append(guard.found.first_step)
@@ -47,14 +48,7 @@ def test_the_trials_have_spikes():
 
 
 def test_the_rule_is_that_of_the_settings():
-    config, rule = SpikesConfig(), SpikeRule()
-    assert (rule.window, rule.deviations, rule.steps, rule.factor) == (
-        config.window,
-        config.deviations,
-        config.steps,
-        config.factor,
-    )
-    assert rule.LEAST_SPREAD == SpikeGuard.LEAST_SPREAD
+    assert LEAST_SPREAD == SpikeGuard.LEAST_SPREAD
     assert spikes(np.empty(0)) == spikes(np.full(64, np.nan)) == []
 
 
@@ -67,9 +61,17 @@ def test_figures_of_a_run(tmp_path):
     }
     losses = law(4096.0 * np.arange(1, steps + 1)) + noise(steps, 0.01, 0)
     losses[150:154] += 5.0
+    losses[250] = np.nan
     write_run(tmp_path / "a", steps=steps, losses=losses, more=more)
+    metrics = tmp_path / "a/metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("NaN", "null"))  # as the tracker writes it
+    with open(tmp_path / "a/tracking/journal.jsonl", "a") as journal:
+        for kind in ("rewind", "resume", "rewind"):
+            event = {"op": "event", "time": 2000.0, "step": 80, "kind": kind, "text": "spike"}
+            journal.write(json.dumps(event) + "\n")
     found = summarize(read_folder(tmp_path / "a"))
-    assert found.spikes == [151] and found.skipped == 2 and found.resumes == 0
+    assert found.spikes == spikes_of_the_guard(losses, first=1) == [151, 251] and found.skipped == 2
+    assert (found.resumes, found.rewinds) == (1, 2)
     assert found.grad_norm_median == 1.5 and found.grad_norm_largest == 50
     assert found.dead_experts == 4 and found.load_cv == pytest.approx(0.3)
     assert found.tokens == steps * TOKENS_PER_STEP

@@ -1,6 +1,7 @@
 """Verdicts: chance alone seldom makes one, real differences are found, and the noise is named for what it is."""
 
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,6 +106,26 @@ def test_replicas_give_the_noise():
     assert judge_validation(runs, [[0], [2]], ["a", "b"], equal_table(runs, "tokens", []), "loss/val") is None
 
 
+def test_a_run_that_was_repeated_is_one_replica():
+    """Three runs of one seed, alike to the last digit, say nothing of what another seed would do."""
+    shifts = [("1", 0, 0.3), ("1", 0, 0.3), ("1", 0, 0.3), ("1", 1, 0.0), ("2", 0, -0.2), ("2", 1, 0.0)]
+    runs = [
+        made_up(f"{n}", lr=f"0.00{lr}", seed=seed, shift=shift, std=1e-5) for n, (lr, seed, shift) in enumerate(shifts)
+    ]
+    (verdict,), once = judged(runs).verdicts, judged(runs[2:]).verdicts[0]
+    assert verdict.difference == pytest.approx(0.25, abs=0.001)
+    assert verdict.half_width == pytest.approx(once.half_width, rel=0.01) and not verdict.is_shown
+
+
+def test_replicas_without_a_loss_there_are_named():
+    """Else the mean of a group would be that of the runs that did not diverge."""
+    runs = [made_up(f"{lr}-{seed}", lr=f"0.00{lr}", seed=seed) for lr in (1, 2) for seed in (0, 1)]
+    runs[3].series["loss/train"].values[60:] = np.nan
+    groups = replicas(runs)
+    judgement = judge_training(runs, groups, labels(runs, groups), equal_table(runs, "tokens", []))
+    assert judgement.verdicts[0].without == ["2-1"] and "Not in the means: 2-1, which" in str(judgement.verdicts[0])
+
+
 def test_runs_of_one_seed_are_compared_with_each_other():
     """Each seed has a level of its own, far more than what the settings differ by."""
     shifts = {"1": [0.0, 0.3, -0.2], "2": [0.05, 0.35, -0.15], "3": [0.101, 0.399, -0.1]}
@@ -135,6 +156,7 @@ def test_a_run_that_did_not_get_there_is_not_judged():
     table = equal_table(runs, "tokens", [4096.0 * 150])
     judgement = judge_training(runs, groups, labels(runs, groups), table)
     assert [sorted((v.better, v.worse)) for v in judgement.verdicts] == [["lr 0.001", "lr 0.003"]]
+    assert sentences(judgement)[-1] == "Not judged: lr 0.002, without a loss at 614.4k tokens."
     assert judge_training(runs[:2], groups[:2], ["a", "b"], equal_table(runs[:2], "tokens", [4096.0 * 150])) is None
 
 
@@ -165,6 +187,8 @@ def test_losses_that_cannot_be_compared_are_not():
     assert not doubts([made_up("a"), made_up("b")])
     (doubt,) = doubts([made_up("a", **{"validation.samples": "8"}), made_up("b", **{"validation.samples": "9"})])
     assert "other samples" in doubt.text
+    (doubt,) = doubts([made_up("a"), replace(made_up("b"), changed=["checkpoint.dir", "optim.lr"])])
+    assert not doubt.spoils_losses and doubt.text.startswith("b went on with other settings after a resume (optim.lr)")
     (doubt,) = doubts([made_up("a", **{"train.steps": "10"}), made_up("b", **{"train.steps": "20"})])
     assert not doubt.spoils_losses and "schedules" in doubt.text
 
@@ -172,6 +196,8 @@ def test_losses_that_cannot_be_compared_are_not():
 def test_runs_of_one_name_get_names_of_their_own():
     runs = [made_up("x"), made_up("x"), made_up("y")]
     assert [run.name for run in with_own_names(runs)] == ["runs/x", "runs/x (2)", "y"]
+    runs = [replace(made_up(name), source=name) for name in ("a", "a", "a (2)")]
+    assert [run.name for run in with_own_names(runs)] == ["a", "a (3)", "a (2)"]
 
 
 def test_quantiles_are_those_of_tables():

@@ -91,9 +91,12 @@ def test_the_rest_is_kept_until_a_line_is_added(tmp_path, monkeypatch):
     monkeypatch.setattr(columns_module, "metrics_record", lambda line: read.append(line) or real(line))
     assert_same(read_columns(tmp_path, lambda text: None), tmp_path)
     assert not read
+    earlier, expected = read_columns(tmp_path, lambda text: None), read_metrics(tmp_path, lambda text: None)
     for end in range(count + 1, len(lines) + 1):  # over the end of a segment
         write(tmp_path, lines[end - 1 : end], mode="a")
         assert_same(read_columns(tmp_path, lambda text: None), tmp_path)
+    # Who read the file before it was replaced asks for a column only now.
+    assert earlier["loss/train"].tolist() == [row["metrics"].get("loss/train", math.nan) for row in expected]
     with open(tmp_path / METRICS_FILE, "a") as file:
         file.write('{"step": 1')  # a line that is being written
     assert_same(read_columns(tmp_path, lambda text: None), tmp_path)

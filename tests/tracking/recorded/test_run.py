@@ -20,6 +20,8 @@ MODEL = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 512}
 def test_hours_count_lost_steps_and_no_pauses(tmp_path):
     lines = [metrics_line(step, 1000.0 + step, {"progress/tokens": 10.0 * step}) for step in range(1, 11)]
     lines.append({"event": "resume", "step": 6, "time": 5000.0})
+    # The first process was killed; the second one notes what it does at steps that it has not done.
+    lines += [metrics_line(step, 5001.0, {"events/resume": count}) for step, count in ((5, 0.0), (6, 1.0))]
     lines += [metrics_line(step, 5000.0 + step, {"progress/tokens": 10.0 * step}) for step in range(7, 13)]
     (tmp_path / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
     start = {"op": "run", "uid": "a", "run_name": "n", "experiment": "e", "params": {}, "tags": {}, "dataset": None}
@@ -73,6 +75,10 @@ def test_flops_come_from_the_settings(tmp_path):
     (tmp_path / "config.yaml").write_text(json.dumps({"model": MODEL, "data": {"seq_len": 128}}))
     per_token = flops_per_token(ModelConfig(**MODEL), 128).training
     np.testing.assert_allclose(read_run(tmp_path).exaflops, [per_token * 1e6 / 1e18])
+    later = Tracker(tmp_path, run_name="x", enabled=False, resumed_step=1)  # of a version that records them
+    later.log(2, {"progress/tokens": 2e6, "progress/exaflops": 7.0})
+    later.close()
+    np.testing.assert_allclose(read_run(tmp_path).exaflops, [per_token * 1e6 / 1e18, 7.0])
 
 
 def test_reading_runs_does_not_wait_for_torch():
