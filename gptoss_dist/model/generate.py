@@ -37,6 +37,10 @@ class LanguageModel(Protocol):
     def training(self) -> bool:
         """Whether the model is in training mode."""
 
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether its caches are to be made with `fixed_shapes`."""
+
     def __call__(self, input_ids_BT: Tensor, *, cache: KVCache, last_only: bool) -> Tensor:
         """Return logits [B, T or 1, V], and extend the cache in place."""
 
@@ -125,7 +129,7 @@ def cache_for(model: LanguageModel, capacity: int, padding: Sequence[int] | None
         capacity: For how many columns there is to be room.
         padding: That of `KVCache`.
     """
-    if getattr(model, "fixed_shapes", False):
+    if model.fixed_shapes:
         return KVCache(model.config, capacity=fixed_room(capacity), padding=padding, fixed_shapes=True)
     return KVCache(model.config, capacity=capacity, padding=padding)
 

@@ -141,6 +141,9 @@ class GptOss(nn.Module):
     Build a large model on the meta device.
     """
 
+    fixed_shapes = False
+    """What the caches that come here are to be made with; see `model.generate.LanguageModel`."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config

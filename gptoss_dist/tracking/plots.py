@@ -13,6 +13,7 @@ import numpy as np
 
 from data_pipeline.disk import replacing
 from gptoss_dist.tracking.expert_tokens import EXPERT_TOKENS_FILE, read_expert_tokens
+from gptoss_dist.tracking.pages.thinning import averaged, thin, warmed_up
 from gptoss_dist.tracking.recorded.columns import read_columns
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_POINTS = 1500
 """Bins that a curve is thinned to: about the pixels across a panel."""
+_AVERAGED_PARTS = 100
+"""The line is an average over one of so many parts of a curve."""
 
 
 def plot_run(run_dir: str | Path, message: Callable[[str], None] = logger.warning) -> list[Path]:
@@ -118,20 +121,24 @@ class _Run:
         """Return positions and finite values of one metric."""
         values = self.series[metric]
         known = np.isfinite(values)
-        # The first step of a process compiles and warms up; in a moving average it would look like a ramp.
-        first = np.searchsorted(self.steps[known], [-np.inf, *self.resumes], side="right")
-        if metric.startswith("perf/") and known.sum() > len(first):
-            known[np.flatnonzero(known)[first[first < known.sum()]]] = False
+        if metric.startswith("perf/"):  # in a moving average the first step of a process would look like a ramp
+            known[known] = warmed_up(self.steps[known], self.resumes)
         return self.position(self.steps[known]), values[known]
 
 
 def _band(axes: Axes, run: _Run, panel: _Panel) -> None:
     x, y = run.points(panel.metric)
     y = y * panel.scale
-    first = np.arange(0, len(x), -(-len(x) // _MAX_POINTS))  # of each bin; equal bins, or the band would change width
-    last = np.append(first[1:], len(x)) - 1
-    axes.fill_between(x[last], np.minimum.reduceat(y, first), np.maximum.reduceat(y, first), alpha=0.25, linewidth=0)
-    axes.plot(x[last], _ema(y)[last], linewidth=1.5, marker="." if len(x) == 1 else None, label="training")
+    bins = thin(y, _MAX_POINTS)
+    last = bins.last
+    axes.fill_between(x[last], bins.low, bins.high, alpha=0.25, linewidth=0)
+    axes.plot(
+        x[last],
+        averaged(y, _AVERAGED_PARTS)[last],
+        linewidth=1.5,
+        marker="." if len(x) == 1 else None,
+        label="training",
+    )
     if panel.validation and run.has(panel.validation):
         axes.plot(*run.points(panel.validation), "o-", color="C3", markersize=3, linewidth=1, label="validation")
         axes.legend()
@@ -154,7 +161,7 @@ def _layers(axes: Axes, run: _Run, panel: _Panel) -> None:
         labelled = index in (0, len(names) - 1)
         axes.plot(
             x[::every],
-            _ema(y)[::every],
+            averaged(y, _AVERAGED_PARTS)[::every],
             color=colormaps["viridis"](index / max(1, len(names) - 1)),
             linewidth=1,
             label=f"layer {name.removeprefix(panel.metric)}" if labelled else None,
@@ -249,14 +256,3 @@ def _write(path: Path, figure: Figure) -> Path:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return path
-
-
-def _ema(y: np.ndarray) -> np.ndarray:
-    """Return the exponential moving average over about a hundredth of the curve, starting at the first value."""
-    alpha = 2 / (max(1, len(y) / 100) + 1)
-    smooth = np.empty_like(y)
-    mean = y[0]
-    for i, value in enumerate(y):
-        mean += alpha * (value - mean)
-        smooth[i] = mean
-    return smooth

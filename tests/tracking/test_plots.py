@@ -10,7 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from gptoss_dist.tracking.plots import _ema, _Run, plot_run
+from gptoss_dist.tracking.pages.thinning import averaged
+from gptoss_dist.tracking.plots import _Run, plot_run
 
 LAYERS = 3
 
@@ -151,6 +152,6 @@ def test_axis_is_steps_without_token_counts(tmp_path):
 
 def test_average_starts_at_the_first_value_and_follows():
     y = np.concatenate([np.full(500, 8.0), np.full(500, 2.0)])
-    smooth = _ema(y)
+    smooth = averaged(y, 100)
     assert (smooth[:500] == 8).all()
     assert 2 < smooth[510] < 6 and smooth[-1] == pytest.approx(2, abs=1e-6)

@@ -9,7 +9,6 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,10 +20,8 @@ from gptoss_dist.planner.flops import flops_per_token
 from gptoss_dist.planner.hardware import Peak
 from gptoss_dist.planner.parameters import ParameterCount, count_parameters
 from gptoss_dist.tracking.about.revision import git_revision, source_tags
+from gptoss_dist.tracking.about.settings import changed_settings, launch_command
 from gptoss_dist.tracking.recorded.run import flat
-
-_PLACES = ("run.name", "run.dir", "checkpoint.dir", "resume")
-"""Settings that name a run and do not change what it computes."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +76,7 @@ class RunFacts:
 
     @property
     def _launch(self) -> str:
-        config = shlex.quote(str(self.folder / "config.yaml"))
-        if self.processes == 1:
-            return f"python launch/train.py --config {config}"
-        each = self.processes // max(self.machines, 1)
-        where = "--standalone" if self.machines < 2 else f"--nnodes {self.machines} ..."
-        return f"torchrun {where} --nproc_per_node {each} launch/train.py --config {config}"
+        return launch_command(self.folder / "config.yaml", self.processes, self.machines)
 
     def tags(self) -> dict[str, str]:
         """Return the properties by which MLflow groups and filters runs."""
@@ -100,6 +92,7 @@ class RunFacts:
             "hardware": self.hardware,
             "torch": torch.__version__,
             "world_size": str(self.processes),
+            "machines": str(self.machines),
             "tokens_per_step": str(self.tokens_per_step),
             "flops_per_token": repr(self.flops_per_token),
             "mfu.peak": self.peak,
@@ -126,6 +119,7 @@ def facts_of(
     train, device = config.train, ranks.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU x {os.cpu_count()} cores"
     total = sum((shares or {}).values()) or 1.0
+    changed = changed_settings(flat(config.to_dict()), with_model=False)
     named = tuple((name, share / total) for name, share in (shares or {}).items())
     samples = train.micro_batch_size * train.gradient_accumulation * engine.layout.data_parallel
     return RunFacts(
@@ -147,28 +141,8 @@ def facts_of(
         revision=git_revision(),
         sweep=_sweep(config.run.name),
         job=slurm_job(),
-        changed={key: str(value) for key, value in changed_settings(config).items()},
+        changed={key: str(value) for key, (value, _) in changed.items()},
     )
-
-
-def changed_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that differ from the defaults, by key, without the model's and those that name the run."""
-    defaults: dict[str, Any] = {}
-    for section in dataclasses.fields(config):
-        if section.default_factory is not dataclasses.MISSING:
-            default: Any = section.default_factory()
-            plain = default if isinstance(default, dict) else dataclasses.asdict(default)
-            defaults |= flat(plain, f"{section.name}.")
-    values = {key: _as_list(value) for key, value in flat(config.to_dict()).items()}
-    return {
-        key: value
-        for key, value in values.items()
-        if not key.startswith("model.") and key not in _PLACES and _as_list(defaults.get(key)) != value
-    }
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def model_text(config: ModelConfig) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gptoss_dist.planner.flops import MFU_CONVENTION
 from gptoss_dist.tracking.about.facts import RunFacts, data_text
+from gptoss_dist.tracking.about.formats import amount, in_hours, moment
 from gptoss_dist.tracking.records import Event
 
 MOST_EVENTS = 20
@@ -83,14 +83,14 @@ def render(
 def _headline(facts: RunFacts, now: Standing, events: Sequence[Event], counts: Mapping[str, int]) -> list[str]:
     """Return what MLflow shows of a note before one asks for more: five lines."""
     count = facts.parameters
-    sizes = f"{in_millions(count.total)} parameters, {in_millions(count.active)} active"
+    sizes = f"{amount(count.total)} parameters, {amount(count.active)} active"
     share = f" ({100 * now.step / facts.steps:.0f} %)" if facts.steps else ""
     return [
         f"**{facts.name}**: {facts.model}; {sizes}; {data_text(facts.data, _MOST_SOURCES)[:_MOST_DATA]}",
         "",
-        f"- **{now.state}**, step {now.step:,} of {facts.steps:,}{share}, as of {_clock(now.time)}",
+        f"- **{now.state}**, step {now.step:,} of {facts.steps:,}{share}, as of {moment(now.time)}",
         f"- {_losses(now)}",
-        f"- {now.tokens:,} tokens, {now.exaflops:.4g} exaFLOPs, {_hours(now.gpu_hours)} device-hours{_speed(now)}",
+        f"- {now.tokens:,} tokens, {now.exaflops:.4g} exaFLOPs, {in_hours(now.gpu_hours)} device-hours{_speed(now)}",
         *_happened(events, counts, now.skipped_steps),
     ]
 
@@ -135,7 +135,7 @@ def _table(facts: RunFacts, now: Standing, checkpoints: list[Event]) -> list[str
         ("layout", f"{facts.layout}, {facts.precision}"),
         ("devices", facts.devices),
         ("tokens a step", f"{facts.tokens_per_step:,}"),
-        ("hours", f"{_hours(now.hours)}, of {_hours(now.gpu_hours)} device-hours"),
+        ("hours", f"{in_hours(now.hours)}, of {in_hours(now.gpu_hours)} device-hours"),
         ("MFU counts", MFU_CONVENTION),
         ("checkpoint", _cell(checkpoints[-1].text) if checkpoints else "none yet"),
         ("folder", f"`{facts.folder}`"),
@@ -151,7 +151,7 @@ def _events(events: list[Event], shown: int, total: int) -> list[str]:
         return []
     older = len(events) - shown
     title = "**Events**" + (f" (the last {shown} of {total})" if total > shown else "")
-    lines = [f"- step {event.step:,}, {_clock(event.time)}: **{event.kind}** {_cell(event.text)}" for event in events]
+    lines = [f"- step {event.step:,}, {moment(event.time)}: **{event.kind}** {_cell(event.text)}" for event in events]
     return [title, "", *lines[older:], ""]
 
 
@@ -172,22 +172,6 @@ def _commands(facts: RunFacts) -> list[str]:
         facts.repeat_command,
         "```",
     ]
-
-
-def in_millions(number: int) -> str:
-    """Return a count of weights as it is spoken of: `9.7M`, `20.9B`."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return str(number)
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:.2f}" if hours < 100 else f"{hours:,.0f}"
-
-
-def _clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def _cell(text: str) -> str:

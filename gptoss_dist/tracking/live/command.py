@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 from data_pipeline.command_line import check_ranges, option, positional, print_line, ranged
 from data_pipeline.printable import printable
@@ -43,7 +44,7 @@ def watch(options: WatchOptions) -> None:
     if options.once or not console.is_terminal or os.environ.get("TERM", "dumb") == "dumb":
         print_line(plain(looks.look()))
         return
-    with console.status(printable(f"reading {options.run}")):
+    with console.status(Text(printable(f"reading {options.run}"))):
         last = looks.look()
     full = Live(screen(last, console), console=console, screen=True, auto_refresh=False)
     with contextlib.suppress(KeyboardInterrupt), full as live:

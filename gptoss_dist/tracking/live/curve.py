@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+EARLY = 20
+"""A loss falls from a height that nobody needs to see: the first of so many parts of a curve may be cut off."""
+_USUAL = 0.98
 _BRAILLE = 0x2800
 # Bits of a braille character's dots, by row (0 to 3, from above) and column (0, 1).
 _BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
@@ -22,8 +25,8 @@ def draw(
 ) -> list[str]:
     """Draw a curve with its scale.
 
-    Each column of dots shows the range of the values that fall into it, joined with the column before. Values of the
-    curve's beginning that are far above the rest are cut off, as a loss falls from a height that nobody needs to see.
+    Each column of dots shows the range of the values that fall into it, joined with the column before. What `limits`
+    leaves out is drawn at the edge.
 
     Args:
         x: Positions, growing.
@@ -40,7 +43,7 @@ def draw(
     at, values = at[known], values[known]
     if len(at) < 2 or at[-1] <= at[0]:
         return ["(not enough values yet)"]
-    low, high = _limits(values)
+    low, high = _with_margin(*limits(values))
     labels = [f"{value:.4g}" for value in (high, (low + high) / 2, low)]
     margin = max(map(len, labels)) + 1
     columns = max(1, width - margin)
@@ -53,10 +56,23 @@ def draw(
     return lines
 
 
-def _limits(y: np.ndarray) -> tuple[float, float]:
-    """Return the range that is shown, never empty."""
-    later = y[len(y) // 10 :]
-    low, high = float(y.min()), float(later.max())
+def limits(values: np.ndarray, *, is_sparse: bool = False) -> tuple[float, float]:
+    """Return the range of a falling curve that is worth the room: without the height it falls from, and lone spikes.
+
+    A fiftieth of the values may be left out if they lie far above all others: by half of the range of these.
+
+    Args:
+        values: float64 [N], finite, N at least 1.
+        is_sparse: They were measured now and then, and the first of them was at that height.
+    """
+    head = max(len(values) // EARLY, 1 if is_sparse and len(values) > 1 else 0)
+    later, low = values[head:], float(values.min())
+    usual = float(np.quantile(later, _USUAL, method="lower"))
+    return low, min(float(later.max()), usual + 0.5 * (usual - low))
+
+
+def _with_margin(low: float, high: float) -> tuple[float, float]:
+    """Return a range that is never empty."""
     margin = 0.05 * (high - low) or 0.01 * max(abs(high), 1e-9)
     return low - margin, high + margin
 

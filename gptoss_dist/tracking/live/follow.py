@@ -1,7 +1,7 @@
 """Reading what the files of a run gain, while somebody else writes them.
 
 `metrics.jsonl` grows by whole lines. Where training goes back it says so in a line, and a fresh start renames the file
-and begins another one: that is seen by its number on the disk, and everything is read anew.
+and begins another one, which is seen by its number on the disk: then everything is read anew.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from gptoss_dist.tracking.records import (
     JOURNAL_FILE,
     METRICS_FILE,
     End,
+    Event,
     MetricsRow,
     Resumed,
     RunStart,
@@ -37,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 CURVES = ("loss/train", "loss/val", "perf/tokens_per_s", "perf/mfu", "optim/grad_norm")
 """Metrics of which all values are kept; of the others the last one."""
+_OF_STEPS = ("loss/train", "optim/lr", "progress/tokens")
+"""Metrics that optimizer steps log, and nothing else does; the loss of a step may be no number."""
 
 
 class Tail:
@@ -90,10 +94,10 @@ class Curve:
             self.steps.insert(at, step)
             self.values.insert(at, value)
 
-    def cut(self, step: int) -> None:
-        """Forget what was after a step."""
-        at = bisect.bisect_right(self.steps, step)
-        del self.steps[at:], self.values[at:]
+    def has(self, step: int) -> bool:
+        """Return whether there is a value of a step."""
+        at = bisect.bisect_left(self.steps, step)
+        return at < len(self.steps) and self.steps[at] == step
 
 
 class MetricsFollower:
@@ -108,15 +112,17 @@ class MetricsFollower:
         self._forget()
 
     def _forget(self) -> None:
+        self._is_stale = True
         self.curves: dict[str, Curve] = {name: Curve() for name in CURVES}
         self.newest: dict[str, tuple[int, float]] = {}
-        """Step and value of each metric when it was last logged."""
+        """Step and value of each metric when it was last a number."""
         self.times = Curve()
-        """Seconds since 1970 of each optimizer step of the process that trains now, or trained last."""
+        """Seconds since 1970 when each optimizer step of the process that trains now, or trained last, was last written
+        of."""
         self.last_time = 0.0
         """When anything was logged last."""
         self.resumes: list[int] = []
-        """The steps that training went on from."""
+        """The steps that training went on from, by a resume or by itself."""
 
     def read(self) -> None:
         """Take in what is new.
@@ -126,20 +132,24 @@ class MetricsFollower:
         """
         if self._tail.is_another():
             self._forget()
+        if self._is_stale:
             self._load()
         for line in self._tail.new_lines():
             record = metrics_record(line)
             if isinstance(record, Resumed):
-                self._go_back(record.step)
-            elif isinstance(record, MetricsRow):
+                self._is_stale = True  # also if reading fails at the moment
+                self._load()
+                return
+            if isinstance(record, MetricsRow):
                 self._add(record)
 
     def _load(self) -> None:
-        """Take in what is there already, by the columns that the run has kept."""
+        """Take in all that is there, by the columns that the run has kept."""
         try:
             columns = read_columns(self._tail.path.parent, logger.debug, keep=False)
-        except ValueError:  # renamed in this moment
+        except ValueError:  # not there yet, or renamed in this moment
             return
+        self._forget()
         self._tail.offset = columns.end
         for name in columns:
             rows, values = columns.points(name)
@@ -148,34 +158,31 @@ class MetricsFollower:
             if name in self.curves:
                 self.curves[name] = Curve(columns.steps[rows].tolist(), values.tolist())
             self.newest[name] = int(columns.steps[rows[-1]]), float(values[-1])
-        rows, _ = columns.points("loss/train")
-        rows = rows[columns.steps[rows] > max(columns.resumes, default=-1)]
+        trained = np.unique(np.concatenate([columns.points(name)[0] for name in _OF_STEPS]))
+        rows = trained[columns.steps[trained] > max(columns.resumes, default=-1)]
         self.times = Curve(columns.steps[rows].tolist(), columns.times[rows].tolist())
         self.last_time = float(np.nanmax(columns.line_times, initial=0.0))
         self.resumes = list(columns.resumes)
+        self._is_stale = False
 
     def _add(self, row: MetricsRow) -> None:
+        """Take in a line; what is no number is left out, as columns do."""
         self.last_time = max(self.last_time, row.time)
-        for name, value in row.metrics.items():
-            self.newest[name] = row.step, value
+        numbers = {name: value for name, value in row.metrics.items() if not math.isnan(value)}
+        for name, value in numbers.items():
+            if row.step >= self.newest.get(name, (row.step, 0.0))[0]:
+                self.newest[name] = row.step, value
         for name in CURVES:
-            if name in row.metrics:
-                self.curves[name].add(row.step, row.metrics[name])
-        if "loss/train" in row.metrics:
+            if name in numbers:
+                self.curves[name].add(row.step, numbers[name])
+        is_trained = row.step > max(self.resumes, default=-1) and any(name in numbers for name in _OF_STEPS)
+        if is_trained or self.times.has(row.step):
             self.times.add(row.step, row.time)
-
-    def _go_back(self, step: int) -> None:
-        for curve in self.curves.values():
-            curve.cut(step)
-        self.newest = {name: found for name, found in self.newest.items() if found[0] <= step}
-        self.times = Curve()  # the time between two processes says nothing of how fast either is
-        self.resumes = [*(earlier for earlier in self.resumes if earlier < step), step]
 
     @property
     def step(self) -> int:
         """The last optimizer step that was reported."""
-        steps = self.curves["loss/train"].steps
-        return steps[-1] if steps else max(self.resumes, default=0)
+        return self.times.steps[-1] if self.times.steps else max(self.resumes, default=0)
 
     def seconds_per_step(self, window: int = 100) -> float | None:
         """Return the time of a step lately, validations and checkpoints included; None before there are two."""
@@ -194,6 +201,9 @@ class JournalFollower:
         self.start: RunStart | None = None
         self.end: End | None = None
         self.tags: dict[str, str] = {}
+        self.rewinds: set[int] = set()
+        """The steps that training went back to by itself, as the loss had risen."""
+        self._goes_back = False
 
     def read(self) -> None:
         """Take in what is new.
@@ -208,6 +218,13 @@ class JournalFollower:
                 case RunStart() as start:
                     self.start, self.end = start, None
                     self.tags |= start.tags
+                    if self._goes_back and start.resumed_step is not None:
+                        self.rewinds.add(start.resumed_step)
+                    self._goes_back = False
+                case Event(kind="rewind"):
+                    self._goes_back = True
+                case Event(kind="resume", step=step):
+                    self.rewinds.discard(step)
                 case Tag(key=key, value=value):
                     self.tags[key] = value
                 case End() as end:

@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.printable import printable, shortened
+from gptoss_dist.tracking.about.formats import clock, duration
 from gptoss_dist.tracking.live import curve
 from gptoss_dist.tracking.live.snapshot import Snapshot
-from gptoss_dist.tracking.live.state import clock, duration
 
 _STYLES = {
     "waiting": "yellow",
@@ -165,8 +165,9 @@ def _steps_in_words(snapshot: Snapshot) -> str:
         words += f", {duration(snapshot.remaining_s)} left"
         if snapshot.remaining_s:
             words += f", ends about {clock(snapshot.taken + snapshot.remaining_s)}"
-    if snapshot.resumes:
-        words += f", resumed at {', '.join(map(str, snapshot.resumes[-3:]))}"
+    for did, steps in (("resumed at", snapshot.resumes), ("went back to", snapshot.rewinds)):
+        if steps:
+            words += f", {did} {', '.join(map(str, steps[-3:]))}"
     return words
 
 

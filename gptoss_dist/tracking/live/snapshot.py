@@ -34,6 +34,9 @@ class Snapshot:
     """The last value of each metric."""
     tags: dict[str, str]
     resumes: list[int]
+    """The steps after which it was resumed,"""
+    rewinds: list[int]
+    """and those that it went back to by itself, as the loss had risen."""
     ranks: RanksReport | None
     """None if they are not known, or no longer true."""
     sample: tuple[int, str] | None
@@ -93,7 +96,8 @@ class RunWatch:
             validation=self._metrics.curves["loss/val"],
             newest={name: value for name, (_, value) in self._metrics.newest.items()},
             tags=self._journal.tags,
-            resumes=self._metrics.resumes,
+            resumes=[step for step in self._metrics.resumes if step not in self._journal.rewinds],
+            rewinds=[step for step in self._metrics.resumes if step in self._journal.rewinds],
             ranks=ranks if ranks is not None and now - ranks.time <= STALE_S and not state.is_over else None,
             sample=last_sample(self._run_dir),
             messages=last_lines(self._run_dir / "log.txt", self._messages),

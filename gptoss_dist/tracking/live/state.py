@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from data_pipeline.foreign import read_json
 from data_pipeline.ownership import STALE_AFTER_S, sighting
+from gptoss_dist.tracking.about.formats import clock, duration
 from gptoss_dist.tracking.live.follow import JournalFollower, MetricsFollower, last_lines
 from gptoss_dist.tracking.live.ranks import STALE_S, RanksReport
 from gptoss_dist.tracking.records import JOURNAL_FILE, METRICS_FILE
@@ -171,24 +172,3 @@ def _changed(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def clock(when: float) -> str:
-    """Return a time as people say it: with its date if that is not today's."""
-    moment, today = time.localtime(when), time.localtime()
-    return time.strftime("%H:%M:%S" if moment[:3] == today[:3] else "%Y-%m-%d %H:%M:%S", moment)
-
-
-def duration(seconds: float) -> str:
-    """Return a length of time such as `42 s`, `5 min`, `3 h 20 min` or `2 d 4 h`."""
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    whole = round(seconds)
-    if whole < 100:
-        return f"{whole} s"
-    minutes, hours = round(whole / 60), whole // 3600
-    if minutes < 100:
-        return f"{minutes} min"
-    if hours < 48:
-        return f"{hours} h {whole % 3600 // 60} min"
-    return f"{hours // 24} d {hours % 24} h"

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from gptoss_dist.tracking.live.curve import EARLY, limits
 from gptoss_dist.tracking.pages.overview import events_of
 from gptoss_dist.tracking.pages.skeleton import COLOURS, escaped, figure_html
-from gptoss_dist.tracking.pages.thinning import rounded, thin
+from gptoss_dist.tracking.pages.thinning import averaged, rounded, thin, warmed_up
 from gptoss_dist.tracking.recorded.run import RecordedRun
 
 BINS = 700
@@ -24,8 +25,8 @@ _MARKED = ("resume", "rewind", "skipped", "data")
 _MOST_MARKS = 100
 _MOST_LABELS = 12
 """Marks that are named in the curve; more of them are named by a pointer only."""
-_EARLY = 20
-"""A loss falls from a height that nobody needs to see: the first of so many parts of the curve may be cut off."""
+_AVERAGED_PARTS = 25
+"""The line is an average over one of so many parts of a curve."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Chart:
     warms_up: bool = False
     """Leave out the first step of each process."""
     cut: bool = False
-    """Cut off the height from which the curve falls."""
+    """Leave out the height from which the curve falls, and mark where it rises far above its range later."""
 
 
 SMALL = (
@@ -121,22 +122,27 @@ def curves_html(run: RecordedRun) -> str:
 def chart(run: RecordedRun, axes: Sequence[Axis], chart: Chart) -> dict[str, Any] | None:
     """Return a chart as plotly.js takes it, None if nothing of it was recorded."""
     traces: list[dict[str, Any]] = []
-    heights: list[np.ndarray] = []
+    ranges: list[tuple[float, float]] = []
+    series: list[_Series] = []
     names = [(name, label) for name, label in chart.metrics if name in run.columns]
     for number, (name, label) in enumerate(names):
         rows, values = _points(run, name, chart)
         if len(rows):
             traces += _curve(axes, run, rows, values, label, COLOURS[number], chart.has_band)
-            heights.append(values[len(values) // _EARLY if chart.cut else 0 :])
+            ranges.append(limits(values) if chart.cut else (values.min(), values.max()))
+            series.append(_Series(rows, values, label, COLOURS[number]))
     for number, (name, label) in enumerate(chart.points, 1):
         rows, values = _points(run, name, chart)
         if len(rows):
-            traces.append(_marked(axes, run, rows, values, label, COLOURS[number % len(COLOURS)]))
-            heights.append(values[1 if chart.cut and len(values) > 1 else 0 :])
-    if not heights:
+            colour = COLOURS[number % len(COLOURS)]
+            traces.append(_marked(axes, run, rows, values, label, colour))
+            ranges.append(limits(values, is_sparse=True) if chart.cut else (values.min(), values.max()))
+            series.append(_Series(rows, values, label, colour))
+    if not ranges:
         return None
-    shown = np.concatenate(heights)
-    low, high = float(shown.min()), float(shown.max())
+    low, high = float(min(low for low, _ in ranges)), float(max(high for _, high in ranges))
+    if chart.cut:
+        traces += [mark for one in series for mark in _above(axes, run, one, high)]
     traces += _marks(axes, run, 0.0 if chart.from_zero else low, high)
     layout = layout_of(chart.title, axes[0].title)
     layout["showlegend"] = len(names) + len(chart.points) > 1
@@ -157,9 +163,7 @@ def _points(run: RecordedRun, name: str, chart: Chart) -> tuple[np.ndarray, np.n
     if chart.is_log:
         keep &= values > 0
     if chart.warms_up:
-        first = np.searchsorted(run.columns.steps[rows], [-1, *run.columns.resumes], side="right")
-        if len(rows) > 2 * len(first):
-            keep[first[first < len(rows)]] = False
+        keep &= warmed_up(run.columns.steps[rows], run.columns.resumes)
     return rows[keep], values[keep] * chart.scale
 
 
@@ -183,11 +187,11 @@ def _curve(
         faint = {"width": 1, "color": _faint(colour, 0.45)}
         line = {"type": "scatter", "mode": "lines", "line": faint, "hoverinfo": "skip", "showlegend": False}
         yield {**line, **at, "y": rounded(values)}
-    smooth = smoothed(bins.mean) if band else bins.mean
+    smooth = averaged(bins.mean, _AVERAGED_PARTS) if band else bins.mean
     yield {
         "type": "scatter",
         "mode": "lines" if len(rows) > 1 else "markers",
-        "name": label,
+        "name": escaped(label),
         "line": {"width": 1.8, "color": colour},
         **at,
         "y": rounded(smooth),
@@ -202,13 +206,47 @@ def _marked(
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": label,
+        "name": escaped(label),
         "line": {"width": 1.2, "color": colour},
         "marker": {"size": 6, "color": colour},
         **_at(axes, rows),
         "y": rounded(values),
         "customdata": run.columns.steps[rows],
         "hovertemplate": "%{y:.5g}, step %{customdata}<extra></extra>",
+    }
+
+
+@dataclass(frozen=True)
+class _Series:
+    """Values of a metric, and how they are drawn. M is their number."""
+
+    rows: np.ndarray
+    """int64 [M]."""
+    values: np.ndarray
+    """float64 [M]."""
+    label: str
+    colour: str
+
+
+def _above(axes: Sequence[Axis], run: RecordedRun, series: _Series, high: float) -> Iterator[dict[str, Any]]:
+    """Yield marks at the upper edge of a chart where values lie above it; not where a curve comes down at first."""
+    bins = thin(series.values, BINS)
+    over = bins.high > high
+    over[: max(int(np.argmin(over)), int(np.searchsorted(bins.last, len(series.values) // EARLY)))] = False
+    if not over.any():
+        return
+    rows = series.rows[bins.last[over]]
+    yield {
+        "type": "scatter",
+        "mode": "markers",
+        "name": escaped(f"{series.label}, above the chart"),
+        "marker": {"size": 8, "symbol": "triangle-up", "color": series.colour},
+        **_at(axes, rows),
+        "y": rounded(np.full(len(rows), high)),
+        "text": [f"up to {value:.5g}" for value in bins.high[over]],
+        "customdata": run.columns.steps[rows],
+        "hovertemplate": "%{text}, step %{customdata}<extra></extra>",
+        "showlegend": False,
     }
 
 
@@ -260,17 +298,6 @@ def layout_of(title: str, horizontal: str, /, **vertical: Any) -> dict[str, Any]
         "hovermode": "closest",
         "modebar": {"orientation": "v", "bgcolor": "rgba(0,0,0,0)", "color": "#8a94a3", "activecolor": "#3b82c4"},
     }
-
-
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Return the exponential moving average over about a twenty-fifth of the curve, starting at the first value."""
-    alpha = 2 / (max(1.0, len(values) / 25) + 1)
-    result = np.empty_like(values)
-    mean = values[0] if len(values) else 0.0
-    for i, value in enumerate(values.tolist()):
-        mean += alpha * (value - mean)
-        result[i] = mean
-    return result
 
 
 def _faint(colour: str, opacity: float = 0.22) -> str:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.command_line.texts import dump_yaml
 from data_pipeline.foreign import read_text
 from data_pipeline.printable import shortened
 from data_pipeline.secrets import without_secrets
-from gptoss_dist.config import Config, ModelConfig
-from gptoss_dist.tracking.pages.overview import moment
+from gptoss_dist.tracking.about.formats import moment
+from gptoss_dist.tracking.about.settings import UNKNOWN, changed_settings, launch_command
 from gptoss_dist.tracking.pages.skeleton import escaped, table_html
-from gptoss_dist.tracking.recorded.run import RecordedRun, flat
+from gptoss_dist.tracking.recorded.run import RecordedRun
 
 _ENVIRONMENT = ("host", "hardware", "world_size", "torch", "layout", "engine", "precision", "routing", "mfu.peak")
 """Tags that say where a run was made, in this order; what else the run was tagged with comes after them."""
@@ -60,7 +57,10 @@ def reproduction_html(run: RecordedRun) -> str:
     if digest := run.dataset.get("digest"):
         about = "The data of this run have this digest; others give other losses:"
         parts.append(f"<p>{about} <code>{escaped(digest)}</code></p>")
-    changed = list(changed_settings(run.config))
+    changed = [
+        (key, _shown(value), "(unknown here)" if default is UNKNOWN else _shown(default))
+        for key, (value, default) in changed_settings(run.config, with_model=True).items()
+    ]
     parts.append("<h3>Settings that are not the defaults</h3>")
     parts.append(_settings_html(changed) if changed else "<p>None is known.</p>")
     parts.append(_all_settings(run))
@@ -78,53 +78,35 @@ def commands(run: RecordedRun) -> str:
         lines.append("# the code had changes that are not in this commit")
     lines.append("sh launch/install.sh")
     folder = run.folder if run.folder is not None else Path("runs") / run.name
-    config = shlex.quote(str(folder / "config.yaml"))
+    processes, machines = (_count(run, tag) for tag in ("world_size", "machines"))
+    if processes is None:
+        lines.append("# the number of its processes is not recorded")
+    elif machines != 1 and processes > 1:
+        on = f" on {machines} machines" if machines else ""
+        lines.append(f"# {processes} processes{on}; on several machines see docs/multi_node.md")
     name = shlex.quote(f"--run.name={run.name}-again")
-    processes = run.tags.get("world_size", "1")
-    launcher = "python"
-    if processes != "1":
-        launcher = f"torchrun --standalone --nproc_per_node {processes}"
-        lines.append(f"# {processes} processes; on several machines see docs/multi_node.md")
-    lines.append(f"{launcher} launch/train.py --config {config} --run.dir null {name}")
+    lines.append(f"{launch_command(folder / 'config.yaml', processes or 1, machines)} --run.dir null {name}")
     if len(run.starts) > 1:
         lines.append("# its own settings are those of its last start; what resumes changed is in log.txt")
     return "\n".join(lines)
 
 
-def changed_settings(config: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield each setting of a run that has another value than the default: its key, its value and the default."""
-    defaults = _defaults()
-    for key, value in config.items():
-        if key.startswith(("run.dir", "resume")) and value is None:
-            continue
-        default = defaults.get(key, _UNKNOWN)
-        if default is _UNKNOWN or default != value:
-            yield key, _shown(value), _default_in_words(key, default, defaults)
-
-
-def _default_in_words(key: str, default: object, defaults: dict[str, Any]) -> str:
-    if default is not _UNKNOWN:
-        return _shown(default)
-    parts = {name.removeprefix(f"{key}."): value for name, value in defaults.items() if name.startswith(f"{key}.")}
-    return _shown(parts) if parts else "(unknown here)"
+def _count(run: RecordedRun, tag: str) -> int | None:
+    """Return the number in a tag, None if it is not there or no number above 0: its text goes into a shell."""
+    text = run.tags.get(tag, "")
+    return int(text) or None if text.isascii() and text.isdecimal() and len(text) < 10 else None
 
 
 def _shown(value: object) -> str:
-    return shortened(without_secrets(str(value)), _MOST_CHARACTERS)
+    return shortened(value, _MOST_CHARACTERS)
 
 
 def _settings_html(changed: list[tuple[str, str, str]]) -> str:
     return f'<div class="facts">{table_html(("setting", "value", "default"), changed)}</div>'
 
 
-_UNKNOWN = object()
 _MOST_CHARACTERS = 120
 """Of a value in the table of settings; all of it stands in config.yaml below."""
-
-
-@functools.cache
-def _defaults() -> dict[str, Any]:
-    return flat(Config(model=ModelConfig()).to_dict())
 
 
 def _all_settings(run: RecordedRun) -> str:

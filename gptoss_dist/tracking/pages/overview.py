@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
-import time
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 
 from gptoss_dist.planner.flops import MFU_CONVENTION
-from gptoss_dist.tracking.live.state import duration
+from gptoss_dist.tracking.about.formats import amount, duration, moment, si
 from gptoss_dist.tracking.pages.skeleton import escaped, list_html, table_html
 from gptoss_dist.tracking.recorded.run import RecordedRun
 from gptoss_dist.tracking.records import Event
@@ -45,7 +44,7 @@ def _cards(run: RecordedRun) -> Iterator[tuple[str, str]]:
         if best != len(rows) - 1:
             yield f"last validation loss, step {columns.steps[rows[-1]]:,}", f"{values[-1]:.4f}"
     if tokens := _last(run.tokens):
-        yield "tokens", si(tokens)
+        yield "tokens", amount(tokens)
     if flops := _last(run.exaflops):
         yield "model FLOPs", f"{si(1e18 * flops)}FLOP"
     if (hours := _last(run.hours)) is not None:
@@ -99,12 +98,12 @@ _MODEL = (
 def _stability(run: RecordedRun) -> str:
     columns = run.columns
     skipped = _last(columns.filled("optim/skipped_steps")) or 0
-    rewinds = _last(columns.filled("faults/rewinds")) or 0
+    resumes, rewinds = _returns(run)
     _, norms = columns.points("optim/grad_norm")
     norms = norms[np.isfinite(norms)]
     parts = [
-        counted(len(columns.resumes), "resume"),
-        counted(int(rewinds), "rewind"),
+        counted(resumes, "resume"),
+        counted(rewinds, "rewind"),
         counted(int(skipped), "skipped step"),
     ]
     if len(norms):
@@ -112,16 +111,31 @@ def _stability(run: RecordedRun) -> str:
     return ", ".join(parts)
 
 
+def _returns(run: RecordedRun) -> tuple[int, int]:
+    """Return how often the run was resumed, and how often it went back by itself.
+
+    Both begin with a return to a checkpoint in the metrics. Earlier versions recorded no event of either.
+    """
+    kinds = Counter(event.kind for event in run.events)
+    rewinds = max(int(_last(run.columns.filled("faults/rewinds")) or 0), kinds["rewind"])
+    resumes = kinds["resume"] if run.starts else len(run.columns.resumes)
+    return (resumes if kinds["rewind"] else max(0, resumes - rewinds)), rewinds
+
+
 def events_html(run: RecordedRun) -> str:
-    """Return a table of what happened to the run, in order of time."""
+    """Return a table of what happened to the run, in order of time; checkpoints are the first to be left out."""
     events = events_of(run)
-    shown = events if len(events) <= MOST_EVENTS else [e for e in events if e.kind != "checkpoint"][-MOST_EVENTS:]
+    is_checkpoint = [event.kind == "checkpoint" for event in events]
+    by_interest = sorted(range(len(events)), key=lambda at: (is_checkpoint[at], -at))
+    shown = [events[at] for at in sorted(by_interest[:MOST_EVENTS])]
     rows = [(moment(event.time), f"{event.step:,}", event.kind, event.text) for event in shown]
     if not rows:
         return "<p>Nothing but steps: no resume, no skipped step, no change of the data.</p>"
-    left_out = len(events) - len(shown)
-    note = list_html([f"{counted(left_out, 'earlier event')} left out"]) if left_out else ""
-    return table_html(("time", "step", "what", ""), rows) + note
+    checkpoints = sum(is_checkpoint[at] for at in by_interest[MOST_EVENTS:])
+    others = max(0, len(events) - MOST_EVENTS - checkpoints)
+    left_out = [(checkpoints, "checkpoint"), (others, "earlier event")]
+    note = " and ".join(counted(number, what) for number, what in left_out if number)
+    return table_html(("time", "step", "what", ""), rows) + (list_html([f"{note} left out"]) if note else "")
 
 
 def events_of(run: RecordedRun) -> list[Event]:
@@ -155,11 +169,6 @@ def _tagged(run: RecordedRun, kind: str, text: str) -> Event:
     return Event(float(run.columns.times[row]), step, kind, text)
 
 
-def moment(when: float) -> str:
-    """Return a date and a time of the machine that writes the page."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
-
-
 def last_mean(run: RecordedRun, name: str) -> tuple[float, int] | None:
     """Return the mean of a metric over its last steps (a hundredth of them, at least 50), and how many these are."""
     _, values = run.columns.points(name)
@@ -187,16 +196,6 @@ def _last(values: np.ndarray) -> float | None:
     """Return the last number of an array; None if there is none."""
     known = values[np.isfinite(values)]
     return float(known[-1]) if len(known) else None
-
-
-def si(value: float) -> str:
-    """Return a number with three digits and a prefix, such as `131 k` or `4.2 P`."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g} "
-    power = min(6, max(0, math.floor(math.log10(abs(value)) / 3)))
-    if abs(float(f"{value / 1000**power:.3g}")) >= 1000 and power < 6:
-        power += 1
-    return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}"
 
 
 def counted(number: int, what: str) -> str:

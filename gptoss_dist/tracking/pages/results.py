@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.foreign import read_bytes, read_json
+from gptoss_dist.tracking.about.formats import moment
 from gptoss_dist.tracking.live.follow import sample_files, texts_of
-from gptoss_dist.tracking.pages.overview import moment
 from gptoss_dist.tracking.pages.skeleton import escaped, table_html
 from gptoss_dist.tracking.recorded.run import RecordedRun
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from gptoss_dist.tracking.pages.curves import layout_of
 from gptoss_dist.tracking.pages.skeleton import figure_html, paragraphs_html
-from gptoss_dist.tracking.pages.thinning import rounded
+from gptoss_dist.tracking.pages.thinning import bins, means, rounded
 from gptoss_dist.tracking.recorded.experts import EXPERT_TOKENS_FILE, read_expert_tokens
 from gptoss_dist.tracking.recorded.run import RecordedRun
 
@@ -57,16 +57,14 @@ def imbalance(run: RecordedRun) -> dict[str, Any] | None:
     values_LN, steps = values_LN[:, known], run.columns.steps[known]
     if not len(steps):
         return None
-    first = _first_of_bins(len(steps), _MOST_TIMES)
-    counts = np.diff(np.append(first, len(steps)))
-    mean_LT = np.add.reduceat(values_LN, first, axis=1) / counts
+    first, _ = bins(len(steps), _MOST_TIMES)
     return {
         "data": [
             {
                 "type": "heatmap",
                 "x": np.append(steps[first] - 0.5, steps[-1] + 0.5),
                 "y": layers,
-                "z": rounded(mean_LT, 3),
+                "z": rounded(means(values_LN, first), 3),
                 "zmin": 0,
                 "colorscale": "Viridis",
                 "colorbar": {"title": {"text": "CV"}},
@@ -87,8 +85,7 @@ def experts(run: RecordedRun, message: Callable[[str], None]) -> dict[str, Any] 
         return None
     shape = np.shape(rows[-1]["tokens"])
     rows = [row for row in rows if np.shape(row["tokens"]) == shape]  # others are of another model
-    first = _first_of_bins(len(rows), max(1, min(_MOST_TIMES, _MOST_CELLS // (shape[0] * shape[1]))))
-    ends = np.append(first[1:], len(rows)) - 1
+    first, ends = bins(len(rows), max(1, min(_MOST_TIMES, _MOST_CELLS // (shape[0] * shape[1]))))
     sums = [np.sum([row["tokens"] for row in rows[a : b + 1]], axis=0, dtype=np.float64) for a, b in zip(first, ends)]
     tokens_TLE = np.stack(sums)
     share_TLE = tokens_TLE / np.maximum(tokens_TLE.mean(axis=2, keepdims=True), 1e-9)
@@ -125,11 +122,6 @@ def experts(run: RecordedRun, message: Callable[[str], None]) -> dict[str, Any] 
         }
     ]
     return {"data": traces, "layout": layout}
-
-
-def _first_of_bins(length: int, most: int) -> np.ndarray:
-    """Return where each of at most `most` bins of equally many values begins."""
-    return np.arange(0, length, -(-length // most))
 
 
 def _layout(title: str, vertical: str) -> dict[str, Any]:

@@ -7,22 +7,26 @@ an earlier version; what is not recorded is left out. The page is replaced at on
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.command_line import positional, print_line
 from data_pipeline.disk import replacing
 from data_pipeline.printable import first_line, printable
+from data_pipeline.secrets import without_secrets
+from gptoss_dist.tracking.about.formats import moment
 from gptoss_dist.tracking.jsonl import read_lines
 from gptoss_dist.tracking.live.snapshot import RunWatch, check_run
 from gptoss_dist.tracking.pages.curves import curves_html
 from gptoss_dist.tracking.pages.data_read import data_html
 from gptoss_dist.tracking.pages.origin import environment_html, reproduction_html
-from gptoss_dist.tracking.pages.overview import events_html, moment, summary_html
+from gptoss_dist.tracking.pages.overview import events_html, summary_html
 from gptoss_dist.tracking.pages.results import evaluations_html, samples_html
 from gptoss_dist.tracking.pages.routing import routing_html
 from gptoss_dist.tracking.pages.skeleton import Section, html_page
@@ -139,6 +143,7 @@ def page_of(run: RecordedRun, state: str, message: Callable[[str], None]) -> str
         state: How it is, in words.
         message: What is told what cannot be read.
     """
+    run = _public(run)
     sections = (
         Section("Summary", f"<style>{_STYLE}</style>{summary_html(run, state)}"),
         Section("Curves", curves_html(run)),
@@ -154,6 +159,27 @@ def page_of(run: RecordedRun, state: str, message: Callable[[str], None]) -> str
     steps = run.columns.steps
     read = f"metrics up to step {int(steps[-1]):,} of {moment(float(run.columns.times[-1]))}"
     return html_page(f"Run {printable(run.name)}", sections, subtitle=f"{state}; {read}")
+
+
+def _public(run: RecordedRun) -> RecordedRun:
+    """Return the run without the secrets that URLs in its settings, tags and events may hold."""
+    return dataclasses.replace(
+        run,
+        config=_without_secrets(run.config),
+        tags=_without_secrets(run.tags),
+        dataset=_without_secrets(run.dataset),
+        starts=[dataclasses.replace(start, tags=_without_secrets(start.tags)) for start in run.starts],
+        events=[dataclasses.replace(event, text=without_secrets(event.text)) for event in run.events],
+    )
+
+
+def _without_secrets(value: Any) -> Any:
+    """Return a tree of settings in which no text holds a secret."""
+    if isinstance(value, dict):
+        return {key: _without_secrets(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_secrets(one) for one in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 # A sheet of paper is as wide as the screen for which the figures were drawn; whoever prints it scales it down.

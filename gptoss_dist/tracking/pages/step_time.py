@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from gptoss_dist.tracking.live.state import duration
+from gptoss_dist.tracking.about.formats import duration
 from gptoss_dist.tracking.pages.curves import layout_of
 from gptoss_dist.tracking.pages.skeleton import COLOURS, figure_html, table_html
-from gptoss_dist.tracking.pages.thinning import rounded
+from gptoss_dist.tracking.pages.thinning import bins, means, rounded, warmed_up
 from gptoss_dist.tracking.recorded.run import RecordedRun
 
 _BINS = 300
@@ -23,19 +23,17 @@ _BINS = 300
 def step_parts(run: RecordedRun) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return the rows of timed steps, int64 [M], and milliseconds of each part in each of them, float64 [M].
 
-    The parts add up to `perf/step_ms`; the first step of each process, which warms up, is left out.
+    The parts add up to `perf/step_ms`: where more was measured, as parts overlap, all of them are scaled down. The
+    first step of each process, which warms up, is left out.
     """
     columns = run.columns
     rows, whole = columns.points("perf/step_ms")
-    first = np.searchsorted(columns.steps[rows], [-1, *columns.resumes], side="right")
-    keep = np.isfinite(whole)
-    if len(rows) > 2 * len(first):
-        keep[first[first < len(rows)]] = False
-    rows, whole = rows[keep], whole[keep]
+    keep = np.isfinite(whole) & warmed_up(columns.steps[rows], columns.resumes)
+    rows, whole = rows[keep], np.maximum(whole[keep], 0.0)
 
     def of(name: str) -> np.ndarray:
         values = columns[name][rows] if name in columns else np.zeros(len(rows))
-        return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+        return np.maximum(np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0), 0.0)
 
     exchange = np.minimum(of("perf/all_to_all_ms"), of("perf/compute_ms"))
     parts = {
@@ -44,7 +42,10 @@ def step_parts(run: RecordedRun) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         "all-to-all": exchange,
         "optimizer": of("perf/optimizer_ms"),
     }
-    parts["rest"] = np.maximum(whole - sum(parts.values()), 0.0)
+    measured = sum(parts.values(), np.zeros(len(rows)))
+    scale = np.where(measured > whole, whole / np.where(measured > 0, measured, 1.0), 1.0)
+    parts = {name: scale * values for name, values in parts.items()}
+    parts["rest"] = np.maximum(whole - measured, 0.0)
     return rows, {name: values for name, values in parts.items() if values.any()}
 
 
@@ -84,8 +85,7 @@ def breakdown(steps: np.ndarray, parts: dict[str, np.ndarray]) -> dict[str, Any]
         steps: int64 [M].
         parts: Milliseconds of each part, float64 [M].
     """
-    first = np.arange(0, len(steps), -(-len(steps) // _BINS))
-    counts = np.diff(np.append(first, len(steps)))
+    first, last = bins(len(steps), _BINS)
     traces = [
         {
             "type": "scatter",
@@ -93,8 +93,8 @@ def breakdown(steps: np.ndarray, parts: dict[str, np.ndarray]) -> dict[str, Any]
             "stackgroup": "parts",
             "name": name,
             "line": {"width": 0.5, "color": COLOURS[number % len(COLOURS)]},
-            "x": steps[first + counts - 1],
-            "y": rounded(np.add.reduceat(values, first) / counts, 4),
+            "x": steps[last],
+            "y": rounded(means(values, first), 4),
             "hovertemplate": "%{y:.4g} ms, step %{x}",
         }
         for number, (name, values) in enumerate(parts.items())

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from gptoss_dist.config import (
@@ -20,7 +21,9 @@ from gptoss_dist.config import (
 from gptoss_dist.parallel.mesh import DeviceLayout
 from gptoss_dist.planner.flops import flops_per_token
 from gptoss_dist.planner.parameters import count_parameters
-from gptoss_dist.tracking.about.facts import changed_settings, facts_of
+from gptoss_dist.tracking.about.facts import facts_of
+from gptoss_dist.tracking.about.settings import UNKNOWN, changed_settings, launch_command
+from gptoss_dist.tracking.recorded.run import flat
 
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_local_experts=4, head_dim=8
@@ -69,7 +72,31 @@ def test_nodes_are_named_only_where_there_are_several(tmp_path, monkeypatch):
 
 def test_only_what_differs_from_the_defaults_is_listed(tmp_path):
     config = config_of(tmp_path, data=DataConfig(path="data/x"), optim=OptimConfig(lr=1e-3, betas=[0.9, 0.95]))
-    assert changed_settings(config) == {"data.path": "data/x", "optim.lr": 1e-3}
+    changed = {"data.path": ("data/x", "data/pystdlib"), "optim.lr": (1e-3, 4e-4)}
+    settings = flat(config.to_dict())
+    assert changed_settings(settings, with_model=False) == changed
+    assert facts_on(config).changed == {"data.path": "data/x", "optim.lr": "0.001"}
+    with_model = changed_settings(settings, with_model=True)
+    assert with_model["model.num_hidden_layers"][0] == 2 and changed.items() <= with_model.items()
+    odd = changed_settings({"optim.new": 1, "optim.gone": None, "optim.betas": (0.9, 0.95)}, with_model=False)
+    assert odd == {"optim.new": (1, UNKNOWN)}
+
+
+@pytest.mark.parametrize(
+    "processes, machines, expected",
+    [
+        (1, 1, "python launch/train.py"),
+        (4, 1, "torchrun --standalone --nproc_per_node 4 launch/train.py"),
+        (16, 2, "torchrun --nnodes 2 ... --nproc_per_node 8 launch/train.py"),
+        (16, None, "torchrun --standalone --nproc_per_node 16 launch/train.py"),
+    ],
+)
+def test_the_command_starts_the_processes_of_one_machine(tmp_path, processes, machines, expected):
+    assert launch_command(tmp_path / "a b", processes, machines) == f"{expected} --config '{tmp_path / 'a b'}'"
+    if machines and processes > 1:
+        hosts = [f"n{rank * machines // processes}" for rank in range(processes)]
+        facts = facts_on(config_of(tmp_path), hosts=hosts)
+        assert facts.resume_command.startswith(expected) and facts.tags()["machines"] == str(machines)
 
 
 def test_a_run_is_repeated_in_folders_of_its_own(tmp_path):

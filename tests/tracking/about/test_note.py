@@ -8,7 +8,8 @@ import pytest
 
 from gptoss_dist.planner.parameters import ParameterCount
 from gptoss_dist.tracking.about.facts import RunFacts, data_text
-from gptoss_dist.tracking.about.note import MOST_CHARACTERS, MOST_EVENTS, Standing, in_millions, render
+from gptoss_dist.tracking.about.formats import amount
+from gptoss_dist.tracking.about.note import MOST_CHARACTERS, MOST_EVENTS, Standing, render
 from gptoss_dist.tracking.records import Event
 
 FACTS = RunFacts(
@@ -126,6 +127,6 @@ def test_a_mixture_of_many_sources_leaves_room_for_the_rest():
 
 
 def test_numbers_and_sources_in_words():
-    assert [in_millions(n) for n in (950, 4_200, 9_712_345, 20_914_757_184)] == ["950", "4.2k", "9.71M", "20.9B"]
+    assert [amount(n) for n in (950, 4_200, 9_712_345, 20_914_757_184)] == ["950", "4.2k", "9.71M", "20.9B"]
     assert data_text((("pystdlib", None),)) == "pystdlib"
     assert data_text((("a", 0.5), ("b", 0.5)), most=1) == "a 50 % and 1 more"

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -89,6 +90,45 @@ def test_a_run_is_followed_while_it_is_written(tmp_path):
     log(begin(folder), range(1, 4))  # the earlier run's file is set aside
     assert (folder / "metrics.1.jsonl").exists() and watch.look().step == 3 and len(agrees()) == 3
     assert watch.look().resumes == []
+
+
+def test_looks_that_began_early_and_late_agree_whatever_was_logged(tmp_path):
+    """Losses that are no number, metrics from before a resume, a return that was none, lines of an earlier step."""
+    folder, nan = tmp_path / "run", float("nan")
+    watch = None
+
+    def agree():
+        looks = [one.look() for one in (watch, RunWatch(folder))]
+        names = ("step", "loss", "validation", "newest", "resumes", "rewinds", "seconds_per_step")
+        early, late = ({name: getattr(look, name) for name in names} for look in looks)
+        assert early == late
+        return looks[0]
+
+    tracker = begin(folder)
+    watch = RunWatch(folder)
+    for step in range(1, 21):
+        loss = nan if step in (7, 20) else 5.0 / step
+        tracker.log(step, {"loss/train": loss, "optim/lr": 1e-3, "progress/tokens": 10.0 * step})
+        if step % 5 == 0:
+            tracker.log(step, {"loss/val": nan if step == 20 else 6.0 / step, "events/checkpoint": step // 5})
+            tracker.log(step - 1, {"events/checkpoint": step // 5 - 1})
+            agree()
+    look = agree()
+    assert look.step == 20 and len(look.loss.steps) == 18 and look.newest["loss/train"] == 5.0 / 19
+    assert look.newest["loss/val"] == 0.4 and look.newest["events/checkpoint"] == 4
+    tracker.event(18, "rewind", "the loss rose")
+    tracker.close("KILLED")
+    tracker = begin(folder, resumed_step=12)
+    look = agree()
+    assert look.newest["loss/val"] == 0.6 and look.step == 12 and (look.resumes, look.rewinds) == ([], [12])
+    log(tracker, range(13, 16))
+    tracker.close("KILLED")
+    tracker = begin(folder, resumed_step=14)
+    tracker.event(14, "resume", "resumed")
+    log(tracker, range(15, 18))
+    look = agree()
+    assert (look.resumes, look.rewinds, look.step) == ([14], [12], 17)
+    assert "resumed at 14, went back to 12" in plain(look)
 
 
 def test_nothing_is_written_and_a_folder_that_goes_is_told(tmp_path):
@@ -262,7 +302,7 @@ def test_the_command_in_a_pipe_prints_once(tmp_path, capsys):
 @pytest.mark.distributed
 @pytest.mark.parametrize("end", ["of the run", "by Ctrl-C"])
 def test_the_command_on_a_terminal_follows_to_the_end(tmp_path, end):
-    folder = tmp_path / "run"
+    folder = tmp_path / "[" / "x]"  # no markup
     tracker = begin(folder, last_step=30)
     leader, follower = pty.openpty()
     with owned(folder):
@@ -310,5 +350,11 @@ def test_curves_of_text():
     assert {char for line in stars for char in line[8:]} <= set("* ")
     assert [line.count("*") > 0 for line in stars] == [True] * 5
     assert curve.draw([1], [1.0], 40, 5) == curve.draw([1, 2], [float("nan")] * 2, 40, 5) == ["(not enough values yet)"]
+    falling = np.concatenate([np.linspace(9, 3, 10), np.linspace(3, 2, 290)])
+    falling[200:203] = 500.0
+    assert curve.limits(falling) == (2.0, pytest.approx(3.5, abs=0.05)), "no height of the beginning, and no spike"
+    assert curve.limits(np.append(falling, [500.0] * 20))[1] == 500, "it has diverged"
+    assert curve.limits(np.array([9.0, 4.1, 3.6, 4.0]), is_sparse=True) == (3.6, 4.1)
+    assert curve.limits(np.array([2.0])) == curve.limits(np.array([2.0]), is_sparse=True) == (2.0, 2.0)
     flat = curve.draw([1, 2, 3], [2.0, 2.0, 2.0], 40, 5)
     assert len(flat) == 5 and "2" in flat[2]

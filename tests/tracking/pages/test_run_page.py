@@ -13,10 +13,13 @@ import pytest
 import yaml
 
 from data_pipeline.ownership import owned
+from gptoss_dist.config import load_config
+from gptoss_dist.tracking.about.formats import amount, duration, si
 from gptoss_dist.tracking.expert_tokens import ExpertTokens
 from gptoss_dist.tracking.live.snapshot import RunWatch
 from gptoss_dist.tracking.pages import run_page
-from gptoss_dist.tracking.pages.overview import MOST_EVENTS, duration, events_of, si
+from gptoss_dist.tracking.pages.origin import commands
+from gptoss_dist.tracking.pages.overview import MOST_EVENTS, events_of
 from gptoss_dist.tracking.pages.run_page import write_in_time, write_report
 from gptoss_dist.tracking.pages.step_time import step_parts
 from gptoss_dist.tracking.recorded.run import flat, read_run
@@ -26,6 +29,15 @@ from tests.support.recorded_runs import write_run
 
 HOSTILE = '</script><script>document.title="owned"</script><b>&amp;\x1b[31m%{y}'
 LAYERS, EXPERTS, STEPS = 2, 4, 40
+FLOPS = "120000000.0"
+"""Of a token."""
+TAGS = {
+    "git.sha": "0123456789ab-dirty",
+    "world_size": "2",
+    "hardware": HOSTILE,
+    "host": "n1",
+    "flops_per_token": FLOPS,
+}
 CONFIG = {
     "run": {"name": "night"},
     "model": {"num_hidden_layers": LAYERS, "hidden_size": 64, "vocab_size": 512, "num_local_experts": EXPERTS},
@@ -71,10 +83,12 @@ def train(folder):
             run_name="night",
             enabled=False,
             params=flat(CONFIG),
-            tags={"git.sha": "0123456789ab-dirty", "world_size": "2", "hardware": HOSTILE, "host": "n1"},
+            tags=TAGS,
             dataset={"name": "web + code", "digest": "d" * 64, "source": "data/web, data/code"},
             resumed_step=resumed,
         )
+        if resumed is not None:
+            tracker.event(resumed, "resume", "resumed from a checkpoint")
         for step in range(first, last + 1):
             tracker.log(step, metrics(step))
             experts.add(step, torch.tensor([[1, 2, 3, 4]] * LAYERS) * (1 + step % 2))
@@ -88,6 +102,7 @@ def train(folder):
         experts.close()
         tracker.close("FINISHED")
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    load_config(folder / "config.yaml").save(folder / "config.yaml")  # as a run does, with every setting
     result = {
         "evaluation": "passkey",
         "subject": {"name": "night", "source": "night", "step": 40},
@@ -160,8 +175,8 @@ def test_summary_time_data_and_experts_are_computed_from_the_records(folder, pag
     last = np.mean([metrics(step)["loss/train"] for step in range(1, STEPS + 1)])
     assert f"{last:.4f} training loss, mean of the last 40 steps" in text
     assert "3.6000 best validation loss, step 30" in text and "4.0000 last validation loss, step 40" in text
-    assert "40 k tokens" in text and "25.0 % MFU (model FLOPs), median" in text and "40 of 40" in text
-    assert "data/web 3 75.00 % 30 k 4" in text and "data/code 1 25.00 % 10 k 0.4" in text
+    assert "40k tokens" in text and "25.0 % MFU (model FLOPs), median" in text and "40 of 40" in text
+    assert "web data/web 3 75.00 % 30k 4" in text and "code data/code 1 25.00 % 10k 0.4" in text
     rows, parts = step_parts(read_run(folder))
     assert len(rows) == STEPS - 2, "the first step of each process warms up"
     assert {name: values.mean() for name, values in parts.items()} == {
@@ -293,21 +308,134 @@ def test_long_runs_are_thinned(tmp_path):
     assert len(page) - len(re.search(r"<script>/\*\*?.*?</script>", page, re.DOTALL)[0]) < 2_000_000
 
 
+def test_a_spike_does_not_flatten_the_curve_of_the_loss(tmp_path):
+    losses = 2 + 3 * np.exp(-np.arange(300) / 60)
+    losses[[200, 201]] = 400.0, 900.0
+    write_run(tmp_path / "spike", steps=300, validate_every=0, losses=losses)
+    run = read_run(tmp_path / "spike")
+    loss = next(f for title, f in figures(write_report(tmp_path / "spike").read_text()).items() if title[:4] == "loss")
+    low, high = loss["layout"]["yaxis"]["range"]
+    assert low < 2.1 and 4 < high < 7
+    (above,) = (trace for trace in loss["data"] if trace.get("name") == "training, above the chart")
+    assert above["customdata"] == [201, 202] and above["text"] == ["up to 400", "up to 900"]
+    assert above["meta"]["tokens"] == run.tokens[[200, 201]].tolist() and low < above["y"][0] < high
+
+
+SHARES = [  # of 20 steps of 100 tokens: web and code, then web alone, then web and books
+    *({"web_share": 0.5 + 0.25 * (step % 2), "code_share": 0.5 - 0.25 * (step % 2)} for step in range(1, 7)),
+    *({} for _ in range(4)),
+    *({"web_share": 0.2, "books_share": 0.8} for _ in range(10)),
+]
+
+
+def test_tokens_of_sources_add_up_over_changes_of_the_data(tmp_path):
+    tracker = Tracker(tmp_path, run_name="x", enabled=False)
+    for step, shares in enumerate(SHARES, 1):
+        values = {f"data/{name}": value for name, value in shares.items()}
+        tracker.log(step, {"progress/tokens": 100.0 * step, "loss/train": 1.0} | values)
+    tracker.tag("data.change.1", "step 6: code is gone")
+    tracker.tag("data.change.2", "step 10: books are new")
+    page = write_report(tmp_path).read_text()
+    text = " ".join(words(page).split())
+    for expected in ("web – 25.00 % 500 ", "code – 15.00 % 300 ", "books – 40.00 % 800 ", "changed – 20.00 % 400 –"):
+        assert expected in text, text.partition("weight")[2][:400]
+    drawn = figures(page)["share of each source in all tokens so far (%)"]["data"]
+    books, code, web = (trace["y"] for trace in drawn)
+    assert [trace["name"] for trace in drawn] == ["books", "code", "web"] and drawn[0]["x"][-1] == 20
+    assert books[5] == 0 and web[5] == 50 and web[0] == 75 and code[-1] == 18.75 and books[-1] == 50
+    np.testing.assert_allclose(np.sum([books, code, web], axis=0), 100, rtol=1e-3)
+
+
+def test_secrets_in_addresses_are_hidden_wherever_they_were_recorded(tmp_path):
+    url = "https://ann:hunter2@host/data?token=hunter2"
+    names = ("tag", "mlflow.source.git.repoURL", "data.change.1", "layout")
+    tracker = Tracker(
+        tmp_path,
+        run_name="x",
+        enabled=False,
+        params={"data.path": url, "sampling.prompts": [url]},
+        tags=dict.fromkeys(names, f"step 1: {url}"),
+        dataset={"name": url, "source": url, "digest": "d" * 64},
+    )
+    tracker.log(1, metrics(1))
+    tracker.event(1, "data", url)
+    page = write_report(tmp_path).read_text()
+    assert "hunter2" not in page and page.count("***@host") >= 7
+
+
+def test_going_back_by_itself_is_no_resume(tmp_path):
+    for events in (True, False):  # earlier versions recorded the count only
+        folder = tmp_path / str(events)
+        folder.mkdir()
+        for number, resumed in enumerate((None, 4, 8)):
+            tracker = Tracker(folder, run_name="x", enabled=False, resumed_step=resumed)
+            if number == 2 and events:
+                tracker.event(8, "resume", "resumed")
+            tracker.log((resumed or 0) + 1, {"loss/train": 1.0})
+            tracker.log(10, {"loss/train": 1.0} | ({"faults/rewinds": 1.0} if number else {}))
+            if number == 0 and events:
+                tracker.event(9, "rewind", "the loss rose")
+            tracker.close("KILLED")
+        assert "1 resume, 1 rewind," in words(write_report(folder).read_text())
+
+
+def test_parts_of_a_step_never_take_longer_than_the_step(tmp_path):
+    tracker = Tracker(tmp_path, run_name="x", enabled=False)
+    for step in range(1, 11):
+        values = {"step": 100.0, "data": 30.0, "compute": 80.0, "optimizer": 15.0 * (step % 2)}
+        tracker.log(step, {f"perf/{name}_ms": value for name, value in values.items()})
+    rows, parts = step_parts(read_run(tmp_path))
+    np.testing.assert_allclose(sum(parts.values()), 100.0)
+    assert len(rows) == 9 and parts["waiting for data"][:2] == pytest.approx([100 * 30 / 110, 100 * 30 / 125])
+    assert "step 100.0 100.0 % 100.0 100.0 %" in " ".join(words(write_report(tmp_path).read_text()).split())
+
+
+@pytest.mark.parametrize(
+    "processes, machines, expected",
+    [
+        ("16", "2", "torchrun --nnodes 2 ... --nproc_per_node 8 launch/train.py"),
+        ("2; echo owned", "1", "\npython launch/train.py"),
+        ("\u0664", "\u00b2", "\npython launch/train.py"),
+        ("2", "$(id)", "torchrun --standalone --nproc_per_node 2 launch/train.py"),
+        ("0", "0", "\npython launch/train.py"),
+    ],
+)
+def test_no_tag_gets_into_a_command(tmp_path, processes, machines, expected):
+    tags = {"world_size": processes, "machines": machines, "git.sha": "$(id)"}
+    Tracker(tmp_path, run_name="x", enabled=False, tags=tags).log(1, {"loss/train": 1.0})
+    lines = commands(read_run(tmp_path))
+    assert expected in lines and "owned" not in lines and lines.count("$(id)") == lines.count("'$(id)'") == 1
+
+
 def test_many_events_are_cut_and_counted(tmp_path):
     folder = tmp_path / "busy"
     write_run(folder, steps=10)
     event = {"op": "event", "time": 1001.0, "step": 3, "kind": "skipped", "text": "step 3 skipped"}
     with open(folder / "tracking/journal.jsonl", "a") as file:
         file.writelines(json.dumps(event) + "\n" for _ in range(MOST_EVENTS + 7))
+    assert "8 earlier events left out" in write_report(folder).read_text()
+    with open(folder / "tracking/journal.jsonl", "a") as file:
+        file.writelines(json.dumps(event | {"kind": "checkpoint"}) + "\n" for _ in range(3))
+    assert "3 checkpoints and 8 earlier events left out" in write_report(folder).read_text()
+    text = (folder / "tracking/journal.jsonl").read_text().replace('"kind": "skipped"', '"kind": "checkpoint"', 50)
+    (folder / "tracking/journal.jsonl").write_text(text)
     text = write_report(folder).read_text()
-    assert "7 earlier events left out" in text or "8 earlier events left out" in text
+    assert "11 checkpoints left out" in text and text.count("<td>checkpoint</td>") == 42
 
 
 @pytest.mark.parametrize(
-    "value, expected", [(0, "0 "), (999.6, "1 k"), (131072, "131 k"), (4.2e15, "4.2 P"), (0.5, "0.5 ")]
+    "value, expected",
+    [(0, "0 "), (999.6, "1 k"), (131072, "131 k"), (4.2e15, "4.2 P"), (1.25e22, "12.5 Z"), (3e28, "3e+04 Y")],
 )
 def test_numbers_with_a_prefix(value, expected):
     assert si(value) == expected
+
+
+@pytest.mark.parametrize(
+    "value, expected", [(0, "0"), (512, "512"), (131072, "131k"), (999_999, "1M"), (2.09e10, "20.9B"), (3e12, "3T")]
+)
+def test_numbers_of_things(value, expected):
+    assert amount(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -325,7 +453,7 @@ SETTINGS = ["x", None, 7, [], [1], {}, [{"path": 3, "weight": "much"}], True, -1
 @pytest.mark.parametrize("seed", range(12))
 def test_whatever_was_recorded_there_is_a_page(tmp_path, seed):
     draw = random.Random(seed)
-    known = [*metrics(1), "loss/val", "loss/val_<b>", "eval/a/b", "faults/rewinds"]
+    known = [*metrics(1), "data/<a href=x>_share", "loss/val", "loss/val_<b>", "eval/a/b", "faults/rewinds"]
     names = [name for name in known if draw.random() < 0.6]
     tracker = Tracker(tmp_path, run_name=HOSTILE, enabled=False, tags={"world_size": draw.choice(["2", "many"])})
     for _ in range(draw.choice([1, 2, 30])):
@@ -343,6 +471,8 @@ def test_whatever_was_recorded_there_is_a_page(tmp_path, seed):
     (tmp_path / "expert_tokens.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = write_report(tmp_path, message=lambda text: None).read_text()
     assert HOSTILE not in page and len(figures(page)) > 0
+    names = [trace.get("name", "") for figure in figures(page).values() for trace in figure["data"]]
+    assert not [name for name in names if "<" in name], "plotly.js obeys some tags in names"
     RunWatch(tmp_path).look()
 
 
