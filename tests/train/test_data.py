@@ -232,7 +232,7 @@ def test_sources_that_cannot_be_read_are_all_named(config, monkeypatch, tmp_path
     text = describe(settings, world_size=1)[0]
     assert text.count("NOT READY: ") == 3 and "web was made with a tokenizer" in text
     settings.data.sources, settings.data.path = [], str(settings.data.sources[0].path)
-    with pytest.raises(ValueError, match="smaller tokenizer$"):
+    with pytest.raises(ValueError, match=r"smaller tokenizer$"):
         open_training_data(settings, PER_STEP)
 
 
