@@ -31,15 +31,18 @@ def sources(config: DataConfig) -> list[SourceConfig]:
     return [SourceConfig(path=config.path)]
 
 
-def missing_sources(config: DataConfig) -> dict[str, str]:
-    """Return why a source cannot be read and what makes it, by the source's name, of those that are not there whole."""
-    missing = {}
-    for source in sources(config):
-        try:
-            Manifest.read(source.path)
-        except ValueError as error:
-            missing[source.label] = str(error)
-    return missing
+class UnreadableSources(ValueError):
+    """Sources of the training data that cannot be opened, or do not fit the model.
+
+    Its text is why the first of them cannot, and how many more there are.
+    """
+
+    def __init__(self, reasons: list[str]) -> None:
+        self.reasons = reasons
+        """One line for each of them, in the order of `data.sources`."""
+        others = len(reasons) - 1
+        more = f"; {others} more of data.sources cannot be used either, which --dry-run names" if others else ""
+        super().__init__(f"{reasons[0]}{more}")
 
 
 @dataclass(frozen=True)
@@ -114,18 +117,11 @@ def open_training_data(config: Config, samples_per_step: int, start: Start | Non
     """Open the training data, where `start` left them.
 
     Raises:
-        ValueError: Data that do not fit the model, the checkpoint or each other, or that end before the run.
+        UnreadableSources: A ValueError about sources that cannot be opened or do not fit the model.
+        ValueError: Data that do not fit the checkpoint or each other, or that end before the run.
     """
     start = start or Start()
-    try:
-        opened = [
-            WeightedDataset(s.label, _open(config, s, "train"), s.weight, s.max_epochs) for s in sources(config.data)
-        ]
-    except ValueError as error:
-        if (others := len(missing_sources(config.data)) - 1) > 0:
-            more = f"{others} more of data.sources cannot be read either, which --dry-run names"
-            raise ValueError(f"{error}; {more}") from error
-        raise
+    opened = _open_sources(config)
     mixing = _Mixing(opened, config.data.stages, samples_per_step)
     if start.info is None:
         data = TrainingData(mixing.begin(0, 0, None), 0, [])
@@ -290,6 +286,20 @@ def _versions(dataset: TokenSplit) -> dict[str, int]:
         dataset: Any source, as all are packed alike.
     """
     return {f"data.packing={dataset.packing}": dataset.plan_version, "mixing": MixtureDataset.order_version}
+
+
+def _open_sources(config: Config) -> list[WeightedDataset]:
+    """Open the training split of every source, or raise UnreadableSources about all that cannot be."""
+    opened, reasons = [], []
+    for source in sources(config.data):
+        try:
+            dataset = _open(config, source, "train")
+            opened.append(WeightedDataset(source.label, dataset, source.weight, source.max_epochs))
+        except ValueError as error:
+            reasons.append(str(error))
+    if reasons:
+        raise UnreadableSources(reasons)
+    return opened
 
 
 def _open(config: Config, source: SourceConfig, split: str) -> TokenSplit:

@@ -19,7 +19,7 @@ from gptoss_dist.planner.hardware import find_network, gpu_of_driver
 from gptoss_dist.planner.plan import Machines, Plan, make_plan
 from gptoss_dist.planner.report import GIB, to_text
 from gptoss_dist.tracking.delivery.bridges import check_bridges
-from gptoss_dist.train.data import missing_sources, open_training_data, open_validation
+from gptoss_dist.train.data import UnreadableSources, open_training_data, open_validation
 from gptoss_dist.train.objectives import next_token_prediction
 from gptoss_dist.train.start import engine_settings
 
@@ -27,8 +27,6 @@ from gptoss_dist.train.start import engine_settings
 def _describe_data(config: Config, samples_per_step: int) -> list[str]:
     """Return lines about the data that are there, or why a run would be refused."""
     lines = []
-    if missing := missing_sources(config.data):
-        return [f"NOT READY: {why}" for why in missing.values()]
     try:
         mixture = open_training_data(config, samples_per_step).mixture
         end = config.train.steps * samples_per_step
@@ -53,6 +51,8 @@ def _describe_data(config: Config, samples_per_step: int) -> list[str]:
             for name, split in open_validation(config, lines.append).items():
                 whose = f"{name}: " if len(usage) > 1 else ""
                 lines.append(f"validation: {whose}{split.tokens_total:,} tokens in {split.documents_total:,} documents")
+    except UnreadableSources as error:
+        lines += [f"NOT READY: {reason}" for reason in error.reasons]
     except ValueError as error:
         lines.append(f"NOT READY: {error}")
     return lines

@@ -136,18 +136,34 @@ def test_a_harness_that_fails_or_dawdles_costs_no_more_than_it_may(monkeypatch):
 
 @pytest.mark.parametrize("late", [False, True])
 def test_random_numbers_of_the_harness_are_not_those_of_training(monkeypatch, late):
-    """Also when it goes on after its time, while training draws: what both draw is what each draws alone."""
+    """Also when it goes on after its time, while training draws: what both draw is what each draws alone.
+
+    If it ends in time, that holds for whatever it calls.
+    """
     begun, drawn = threading.Event(), []
 
     def draw():
         choice = [random.random(), random.choice(range(99)), float(np.random.rand()), int(np.random.permutation(9)[0])]
         return [*choice, float(torch.rand(())), float(torch.empty(()).uniform_()), torch.randperm(9).tolist()]
 
+    def draw_unseen():
+        """Draw and seed in ways that the harness's thread has no generators of its own for."""
+        torch.rand_like(torch.zeros(3))
+        torch.nn.functional.dropout(torch.ones(9))
+        torch.nn.Linear(3, 3)
+        torch.random.manual_seed(1)
+        torch.default_generator.manual_seed(2)
+        torch.set_rng_state(torch.Generator().manual_seed(3).get_state())
+        random._inst.seed(4)
+        np.random.mtrand._rand.seed(5)
+
     def work(desk):
         assert begun.wait(5) if late else True
         drawn.append(draw())
         seed_everything(7, 0)
         drawn.append(draw())
+        if not late:
+            draw_unseen()
         return tasks.Findings([], {})
 
     def states():

@@ -1,7 +1,8 @@
 """Every command of docs/recipes, one after the other in one folder, on stand-ins of what they read.
 
 `RULES` says for each command what is done in its place: what runs it, what is exchanged, and what is appended to make
-it small. A command that no rule fits fails the test, and so does a rule that no command needs.
+it small. A command that no rule fits fails the test, and so does a rule that no command needs. What stand-ins replace,
+tokenizers and their sizes, is compared as the pages and recipes have it.
 """
 
 import re
@@ -16,7 +17,11 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import Manifest
+from data_pipeline.command_line import parse
+from data_pipeline.prepare.settings import PrepareConfig
+from gptoss_dist.config import parse_arguments
 from gptoss_dist.tracking.tracker import read_metrics
+from gptoss_dist.train.data import sources
 from tests.support import hub, stand_ins
 from tests.support.ranks import ROOT, environment, losses, run
 
@@ -42,6 +47,8 @@ SMALL_RUN = (
     "--train.precision fp32 --train.compile false --optim.warmup_steps 1 --checkpoint.every 2 --validation.every 4 "
     "--validation.samples 4 --sampling.max_new_tokens 4 --tracking.plots false"
 )
+IDS = {"o200k_base": 200_019, "o200k_harmony": 201_088}
+"""Of the vocabularies that are not fetched by a command of a page; docs/data/tokenizers.md."""
 SMALL_DATA = f"--vocab-size {VOCABULARY} --validation-fraction 0.2 --workers 1"
 
 
@@ -134,6 +141,8 @@ RULES = [
     Rule("python launch/train.py", script, f"{SMALL_RUN} --tracking.mlflow false"),
     Rule("--gpus 8", script, f"{SMALL_RUN} --parallel.expert_parallel 4", (("--gpus 8", "--gpus 4"),)),
     Rule("python launch/plan.py", script, SMALL_RUN),
+    Rule("python launch/watch.py", script, "--once"),
+    Rule("python launch/compare.py", script, "--no-mlflow"),
     Rule("mlflow ui", user_interface),
     Rule("evaluate.py kv-cache", script, "--no-mlflow"),
     Rule("evaluate.py passkey", script, "--trials 1 --depths 1 --no-mlflow", (("4096 131072", "600"),)),
@@ -190,6 +199,33 @@ def test_every_rule_is_needed():
     assert used == {rule.fits for rule in RULES}
 
 
+@pytest.mark.parametrize("page", [path.name for path in sorted((ROOT / "docs/recipes").glob("*.md"))])
+def test_what_a_page_fetches_and_prepares_is_what_its_runs_read(page, monkeypatch):
+    """Files are read where `hf download` leaves them, and a model has as many ids as the tokenizer of its data."""
+    monkeypatch.chdir(ROOT)
+    lines = [shlex.split(command) for command in commands(page)]
+    fetched = set()
+    for words in lines:
+        if words[:2] == ["hf", "download"]:
+            file = words[words.index("--include") + 1 if "--include" in words else 3]
+            fetched.add(f"{words[words.index('--local-dir') + 1]}/{file}")
+    vocabularies: dict[str, set[int]] = {}
+    for words in lines:
+        if "launch/train.py" in words:
+            given = [words.index(name) for name in ("--config", "--model", "--data.path") if name in words]
+            config, _ = parse_arguments([word for at in given for word in words[at : at + 2]])
+            for source in sources(config.data):
+                vocabularies.setdefault(source.path, set()).add(config.model.vocab_size)
+            if start := config.init.get("from"):
+                assert f"{start.removeprefix('openai:')}/*" in fetched
+    prepared = [parse(PrepareConfig, words[3:], prog="prepare") for words in lines if "data_pipeline.prepare" in words]
+    assert {settings.output for settings in prepared} == vocabularies.keys()
+    for settings in prepared:
+        assert settings.tokenizer in IDS or settings.tokenizer in fetched, settings
+        ids = settings.vocab_size or IDS[settings.tokenizer]
+        assert vocabularies[settings.output] == {ids}, settings
+
+
 @pytest.mark.slow
 def test_502m(folder):
     pytest.importorskip("transformers")
@@ -210,6 +246,9 @@ def test_502m(folder):
     assert "NOT READY" not in after and "from step 1: fineweb_edu 50" in after
     assert sorted(losses(folder.path / "runs/pretrain_502m")) == list(range(1, 9))
     assert sorted(losses(folder.path / "runs/pretrain_500m_true")) == [1, 2, 3, 4]
+    assert "step 8" in printed_by(folder, "launch/watch.py")[0]
+    assert "pretrain_500m_true" in printed_by(folder, "launch/compare.py")[0]
+    assert (folder.path / "runs/pretrain_502m/report.html").is_file()
     recorded = {key for row in read_metrics(folder.path / "runs/pretrain_502m") for key in row["metrics"]}
     assert {f"loss/val_{name}" for name in names} <= recorded
     assert "pretrain_502m" in printed_by(folder, "mlflow ui")[0]

@@ -212,7 +212,7 @@ def test_validation_and_dry_run_name_the_sources(config, folders):
     assert "NOT READY" in describe(config("math"), world_size=1)[0]
 
 
-def test_missing_sources_are_all_named(config, monkeypatch, tmp_path):
+def test_sources_that_cannot_be_read_are_all_named(config, monkeypatch, tmp_path):
     """A start names the first and says how many more there are; a dry run names each, and what makes it."""
     settings = config(("web", 0.5), ("none", 0.3), ("data/mine", 0.2))
     settings.data.sources[2].path = "data/mine"
@@ -225,6 +225,15 @@ def test_missing_sources_are_all_named(config, monkeypatch, tmp_path):
     text = describe(settings, world_size=1)[0]
     assert text.count("NOT READY: ") == 2 and "NOT READY: data/mine: " in text
     assert "python -m data_pipeline.prepare --config configs/data/mine.yaml`" in text
+
+    settings.model.vocab_size = 256  # web is there, and does not fit the model
+    with pytest.raises(ValueError, match=r"web was made with a tokenizer of 265 ids.*; 2 more of data.sources"):
+        open_training_data(settings, PER_STEP)
+    text = describe(settings, world_size=1)[0]
+    assert text.count("NOT READY: ") == 3 and "web was made with a tokenizer" in text
+    settings.data.sources, settings.data.path = [], str(settings.data.sources[0].path)
+    with pytest.raises(ValueError, match=r"smaller tokenizer$"):
+        open_training_data(settings, PER_STEP)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@
 
 Only the training threads talk to other ranks. When the time is over, rank 0's lets all of them train on, whatever the
 harness does then: its thread is left alone, and its next question is refused. A harness that loads for minutes, from a
-network that does not answer for example, so costs one evaluation and not the run. It draws random numbers of its own
-(`own_random.py`), so that training goes on as without it.
+network that does not answer for example, so costs one evaluation and not the run. The random numbers that training
+draws are as without it; `own_random.py` says how far that holds after the time is over.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from data_pipeline import Tokenizer
 from data_pipeline.printable import first_line
 from gptoss_dist.config import EvaluationConfig
 from gptoss_dist.evaluation.continuing import Continuation
-from gptoss_dist.evaluation.harness.own_random import own_random_numbers
+from gptoss_dist.evaluation.harness.own_random import own_random_numbers, same_random_numbers
 from gptoss_dist.evaluation.harness.tasks import FEWSHOT_SEED, Findings, find_tasks, load_tasks, run_tasks
 from gptoss_dist.evaluation.harness.team import Team, TimeIsUp
 from gptoss_dist.evaluation.scoring import Request, Score
@@ -79,7 +79,8 @@ class TaskEvaluation:
         began = time.monotonic()
         team.deadline = began + self.config.max_seconds
         try:
-            findings = self._ask_harness(team, template)
+            with same_random_numbers(team.ranks.device):
+                findings = self._ask_harness(team, template)
         except (TimeIsUp, _HarnessError) as error:
             spent = f"not finished after {self.config.max_seconds:g} s (evaluation.max_seconds)"
             problem = str(error) or spent

@@ -1,12 +1,18 @@
-"""Random numbers of the harness's thread: its own, while it runs, whatever it seeds and draws.
+"""Random numbers of tasks while a model trains: training's are as if tasks had drawn none.
 
-Tasks draw from the generators that Python, numpy and torch share among all threads, and training draws from torch's.
-The harness's thread may outlive an evaluation (`in_training.py`), when nobody could put their states back any more.
+Tasks draw from the generators that Python, numpy and torch share among all threads, and training draws from them too.
+
+    the harness ends in time        `same_random_numbers` puts the states back, whatever was drawn or seeded
+    it goes on after its time       `own_random_numbers` has given its thread generators of its own
+
+The second is for the time after the first: it covers the usual calls, not all that there are.
 
     random.random(), numpy.random.rand(), torch.manual_seed(...)   a function of the module that asks which thread calls
-    torch.rand(...), tensor.uniform_()                             torch's modes, which belong to a thread
+    torch.rand(...), tensor.uniform_() on the CPU                  torch's function modes, which belong to a thread
 
-A function that somebody took out of its module before (`from random import shuffle`) is not seen.
+So a harness that goes on after its time changes the shared generators where it calls anything else: a function that
+somebody took out of its module before (`from random import shuffle`), one that draws within torch (`torch.rand_like`,
+dropout, the initial weights of a layer), one that sets a state, a method of a generator, or one that draws on a GPU.
 """
 
 from __future__ import annotations
@@ -30,8 +36,24 @@ _DRAWING = {getattr(torch, name) for name in _OF_TORCH} | {getattr(Tensor, name)
 
 
 @contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Leave the generators that all threads share as they were: those of Python, of numpy, and of torch for a device.
+
+    Args:
+        device: That of the model, whose generator is put back beside that of the CPU.
+    """
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
+@contextmanager
 def own_random_numbers(seed: int) -> Iterator[None]:
-    """Give the calling thread generators of its own; all others keep those that there are.
+    """Give the calling thread generators of its own for the calls above; other threads keep those that there are.
 
     Args:
         seed: What they begin with.
