@@ -108,7 +108,7 @@ def _speed(now: Standing) -> str:
     if now.tokens_per_s is None:
         return ""
     mfu = "" if now.mfu is None else f", MFU {100 * now.mfu:.1f} %"
-    return f"; {now.tokens_per_s:,.0f} tokens/s{mfu}"
+    return f"; of late {now.tokens_per_s:,.0f} tokens/s{mfu}"
 
 
 def _happened(events: Sequence[Event], counts: Mapping[str, int], skipped_steps: int) -> list[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from gptoss_dist.tracking.records import JOURNAL_FILE, METRICS_FILE, Event, Metr
 log = logging.getLogger(__name__)
 
 AVERAGED_STEPS = 20
-"""Of the training loss in the note."""
+"""Of the training loss and the speed in the note."""
+_RATE, _MFU = "perf/tokens_per_s", "perf/mfu"
 _MOST_EVENTS = 50
 """Of each kind but checkpoints, of which the last one is kept."""
 _TAIL = 2**18
@@ -50,6 +52,7 @@ class Summary:
         self._last: tuple[float, int] | None = None
         self._step, self._tokens, self._skipped_before = step, tokens, skipped_steps
         self._losses: deque[float] = deque(maxlen=AVERAGED_STEPS)
+        self._speeds: dict[str, deque[float]] = {name: deque(maxlen=AVERAGED_STEPS) for name in (_RATE, _MFU)}
         self._newest: Mapping[str, float] = {}
         self._began = time.monotonic()
         self._hours_before = self._gpu_hours_before = 0.0
@@ -119,6 +122,9 @@ class Summary:
         self._step, self._newest = step, metrics
         self._tokens = int(metrics["progress/tokens"])
         self._losses.append(metrics["loss/train"])
+        for name, newest in self._speeds.items():
+            if name in metrics:
+                newest.append(metrics[name])
         seconds = time.monotonic() - self._began
         return {
             "progress/exaflops": self._tokens * self._exaflops_per_token,
@@ -157,14 +163,18 @@ class Summary:
             averaged_steps=len(losses),
             best=self.best,
             last=self._last,
-            tokens_per_s=self._newest.get("perf/tokens_per_s"),
-            mfu=self._newest.get("perf/mfu"),
+            tokens_per_s=_median(self._speeds[_RATE]),
+            mfu=_median(self._speeds[_MFU]),
             skipped_steps=int(self._newest.get("optim/skipped_steps", self._skipped_before)),
         )
 
     def note(self, state: str) -> str:
         """Return the run's note as Markdown."""
         return render(self.facts, self.standing(state), self.events, self.counts)
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def last_values(path: Path, names: tuple[str, ...]) -> dict[str, float]:

@@ -68,7 +68,7 @@ def test_it_says_what_the_run_is_and_how_it_stands():
     assert losses == f"- {best}; training 4.2500 (mean of 20 steps)"
     costs_before, speed = costs.split("; ")
     assert costs_before == "- 307,200 tokens, 6.144e-06 exaFLOPs, 1.00 device-hours"
-    assert speed == "1,234 tokens/s, MFU 12.5 %"
+    assert speed == "of late 1,234 tokens/s, MFU 12.5 %"
     assert happened == "- 1 skipped: step 137"
     table = rows(note)
     assert table["tokens a step"] == "2,048" and table["hours"] == "0.50, of 1.00 device-hours"
