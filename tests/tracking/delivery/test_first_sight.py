@@ -65,6 +65,7 @@ def test_what_people_write_into_a_note_stays(tmp_path, client, store, monkeypatc
 def test_a_note_and_what_is_below_it(kept, written):
     assert kept is None or len(kept) in (10, 250, 500, 4999)
     assert with_own_text("note", kept) == written
+    assert with_own_text(f"note\n\n{OWN_TEXT}\n\n{'y' * 6000}", kept="") == "y" * 6000, "what is given goes before ours"
     assert len(with_own_text("n" * 4000, "y" * 3000)) <= 5000
 
 
