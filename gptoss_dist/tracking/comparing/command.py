@@ -112,7 +112,7 @@ def analyse(runs: list[ComparedRun], summaries: list[RunSummary], options: Compa
     groups = replicas(runs)
     names = labels(runs, groups)
     reasons = doubts(runs)
-    tables = []
+    tables: list[EqualTable] = []
     notes = []
     for axis, words in (("tokens", "tokens"), ("exaflops", "FLOPs"), ("hours", "hours")):
         table = equal_table(runs, axis, options.places(axis))
