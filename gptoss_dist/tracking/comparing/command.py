@@ -112,15 +112,15 @@ def analyse(runs: list[ComparedRun], summaries: list[RunSummary], options: Compa
     groups = replicas(runs)
     names = labels(runs, groups)
     reasons = doubts(runs)
-    tables = []
+    tables: list[EqualTable] = []
     notes = []
     for axis, words in (("tokens", "tokens"), ("exaflops", "FLOPs"), ("hours", "hours")):
         table = equal_table(runs, axis, options.places(axis))
         if table is None:
             notes.append(f"Losses at equal {words} are not known: fewer than two runs recorded them.")
         else:
+            notes += table.notes([run.name for run in runs], [run.status for run in runs], is_first=not tables)
             tables.append(table)
-            notes += table.notes([run.name for run in runs], [run.status for run in runs])
     spoiled = any(reason.spoils_losses for reason in reasons)
     judgements = [] if spoiled else _judge(runs, summaries, groups, names, tables, notes)
     fit, note = _fit(runs, options, spoiled)

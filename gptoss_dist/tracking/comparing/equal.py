@@ -16,6 +16,7 @@ TRAIN = "loss/train"
 _SHARES = (0.25, 0.5, 1.0)
 _FAR_SHORTER = 0.5
 """A run that got less far than this share of the median run does not say where the others are compared."""
+_MUCH_FURTHER = 1.1
 _MOST_NAMED = 5
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 _UNIT_OF = {"tokens": "tokens", "exaflops": "exaFLOPs", "hours": "h", "steps": "steps"}
@@ -37,50 +38,38 @@ class EqualTable:
     """[R][P] by metric, between two validations; NaN where that would be beyond the first or the last one."""
     ends: list[float]
     """[R], where each run's finite training losses end; NaN without any."""
-    is_asked: bool
-    """Whether a person named the places."""
+    left_out: list[int]
+    """Runs that have no loss on this axis, or ended before the last place without having a say in where that is."""
+    limiting: int | None
+    """The run that says where the last place is, if others went on for at least a tenth more."""
 
     @property
     def words(self) -> str:
         """The axis in words."""
         return AXES[self.axis]
 
-    @property
-    def left_out(self) -> list[int]:
-        """The runs that ended before the last of places that nobody asked for, or have no loss on this axis."""
-        reach = math.nan if self.is_asked else self.places[-1] * (1 - 1e-9)
-        return [run for run, end in enumerate(self.ends) if math.isnan(end) or end < reach]
-
-    @property
-    def limiting(self) -> int | None:
-        """The run that says where the last place is, if others went on for at least a tenth more."""
-        kept = [run for run in range(len(self.ends)) if run not in self.left_out]
-        if self.is_asked or max(self.ends[run] for run in kept) < 1.1 * self.places[-1]:
-            return None
-        return min(kept, key=lambda run: self.ends[run])
-
-    def notes(self, names: list[str], statuses: list[str]) -> list[str]:
+    def notes(self, names: list[str], statuses: list[str], *, is_first: bool) -> list[str]:
         """Return sentences about the runs that say how far losses are compared, and about those that do not.
 
         Args:
             names: Of the runs.
             statuses: Of the runs.
+            is_first: Whether no table before has said it. On further axes it is no news that runs end in other places.
         """
 
         def ended(run: int) -> str:
             if math.isnan(self.ends[run]):
-                return f"{names[run]} (no loss on this axis)"
-            return (
-                f"{names[run]} ({statuses[run].lower()}, its losses end at {place_in_words(self.axis, self.ends[run])})"
-            )
+                return f"{names[run]} (no loss there)"
+            end = place_in_words(self.axis, self.ends[run])
+            return f"{names[run]} ({statuses[run].lower()}, its losses end at {end})"
 
         found = []
-        if left_out := self.left_out:
-            named = ", ".join(map(ended, left_out[:_MOST_NAMED]))
-            more = f" and {len(left_out) - _MOST_NAMED} more" if len(left_out) > _MOST_NAMED else ""
-            found.append(f"Not at all the places in {self.words}: {named}{more}. Others got much further.")
-        if (limiting := self.limiting) is not None:
-            found.append(f"Losses are compared up to where {ended(limiting)} got in {self.words}; others went on.")
+        if self.left_out and is_first:
+            named = ", ".join(map(ended, self.left_out[:_MOST_NAMED]))
+            more = f" and {len(self.left_out) - _MOST_NAMED} more" if len(self.left_out) > _MOST_NAMED else ""
+            found.append(f"The others are compared beyond these, which got less far in {self.words}: {named}{more}.")
+        if self.limiting is not None and is_first:
+            found.append(f"Losses are compared up to where {ended(self.limiting)} got in {self.words}; others went on.")
         return found
 
 
@@ -97,12 +86,13 @@ def equal_table(runs: list[ComparedRun], axis: str, asked: list[float]) -> Equal
         The table; None if fewer than two runs know the axis.
     """
     curves = [run.curve(TRAIN, axis) for run in runs]
-    ends = sorted(float(x[-1]) for x, _ in curves if len(x))
-    if len(ends) < min(2, len(runs)):
+    ends = [float(x[-1]) if len(x) else math.nan for x, _ in curves]
+    known = [run for run, end in enumerate(ends) if math.isfinite(end)]
+    if len(known) < min(2, len(runs)):
         return None
-    median = ends[(len(ends) - 1) // 2]
-    least = min(end for end in ends if end >= _FAR_SHORTER * median)
-    places = sorted(set(asked)) or [share * least for share in _SHARES]
+    kept = _with_a_say(known, [run.at_most("tokens") for run in runs], ends)
+    limiting = min(kept, key=lambda run: ends[run])
+    places = sorted(set(asked)) or [share * ends[limiting] for share in _SHARES]
     places = [place for place in places if place > 0]
     half_widths = [window([x for x, _ in curves], place) for place in places]
     train = [
@@ -113,8 +103,26 @@ def equal_table(runs: list[ComparedRun], axis: str, asked: list[float]) -> Equal
     validation = {
         name: [[between(*run.curve(name, axis), place) for place in places] for run in runs] for name in names
     }
-    all_ends = [float(x[-1]) if len(x) else math.nan for x, _ in curves]
-    return EqualTable(axis, places, half_widths, train, validation, all_ends, bool(asked))
+    reach = -math.inf if asked else ends[limiting]
+    left_out = [run for run, end in enumerate(ends) if math.isnan(end) or end < reach]
+    is_limiting = not asked and max(ends[run] for run in kept) >= _MUCH_FURTHER * ends[limiting]
+    return EqualTable(axis, places, half_widths, train, validation, ends, left_out, limiting if is_limiting else None)
+
+
+def _with_a_say(known: list[int], tokens: list[float], ends: list[float]) -> list[int]:
+    """Return the runs that say how far losses are compared: those that got at least half as far as the median run.
+
+    That goes by tokens, where they are known: of runs of the same tokens, one with a small model ends after few FLOPs,
+    and one on a fast machine after few hours, and neither is cut short.
+
+    Args:
+        known: Runs with losses on the axis, at least one.
+        tokens: Where each run ended, in tokens.
+        ends: The same on the axis.
+    """
+    progress = tokens if all(math.isfinite(tokens[run]) for run in known) else ends
+    median = sorted(progress[run] for run in known)[(len(known) - 1) // 2]
+    return [run for run in known if progress[run] >= _FAR_SHORTER * median]
 
 
 def between(x: np.ndarray, y: np.ndarray, place: float) -> float:

@@ -140,7 +140,9 @@ def _candidates(losses: np.ndarray, rule: SpikesConfig) -> np.ndarray:
     around = np.sort(np.lib.stride_tricks.sliding_window_view(padded, 3 * half)[::half], axis=1)  # [blocks, 96]
     least = around[:, half - 1]
     with np.errstate(invalid="ignore"):
-        shortest = np.nan_to_num(around[:, half - 1 :] - around[:, : 2 * half + 1], nan=np.inf).min(axis=1)
+        shortest = np.nan_to_num(around[:, half - 1 :] - around[:, : 2 * half + 1], nan=np.inf, posinf=np.inf).min(
+            axis=1
+        )
     spread = np.maximum(rule.deviations * 1.4826 * shortest / 2, rule.deviations * LEAST_SPREAD * least)
     bound = np.repeat(least + np.where(np.isfinite(spread), spread, 0.0), half)[: len(losses)]
     suspects = np.flatnonzero(losses > bound * (1 - 1e-12))
@@ -158,7 +160,9 @@ def _limits(before: np.ndarray, rule: SpikesConfig) -> tuple[np.ndarray, np.ndar
     median = np.median(before, axis=-1)
     with np.errstate(invalid="ignore"):  # an infinite one, in a window that is not exact anyway
         spread = 1.4826 * np.median(np.abs(before - median[..., None]), axis=-1)
-    high = median + rule.deviations * np.maximum(np.nan_to_num(spread, nan=np.inf), LEAST_SPREAD * median)
+    high = median + rule.deviations * np.maximum(
+        np.nan_to_num(spread, nan=np.inf, posinf=np.inf), LEAST_SPREAD * median
+    )
     return high, np.maximum(high, rule.factor * median)
 
 

@@ -161,20 +161,23 @@ def test_a_copy_is_a_run_of_its_own_and_another_name_of_a_folder_is_not(compare,
 @pytest.mark.heavy
 def test_the_page_is_logged_to_mlflow(compare, store, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_TAGS", json.dumps({"gptoss_dist.kind": "mine", "kind": "baseline"}))
+    from mlflow import MlflowClient
+
     from gptoss_dist.tracking.tracker import sync
 
+    client = MlflowClient(store)
+    # As MLFLOW_EXPERIMENT_ID makes them: the name in the journal is that of another experiment.
+    by_id = f'"gptoss_dist", "experiment_id": "{client.create_experiment("made-up")}"'
     for number in range(2):
         write_run(tmp_path / f"r{number}", steps=60, seed=number, config={"optim.lr": 0.1 * number})
         journal = tmp_path / f"r{number}/tracking/journal.jsonl"
-        journal.write_text(journal.read_text().replace("0a" * 16, f"{number}b" * 16))
+        text = journal.read_text().replace("0a" * 16, f"{number}b" * 16)
+        journal.write_text(text.replace('"experiment": "made-up"', f'"experiment": {by_id}'))
         sync(tmp_path / f"r{number}", store, pytest.fail)
     assert compare("--experiment", "made-up", "--uri", store) == 0
     (output,) = Path("comparisons").iterdir()
     assert output.name.startswith("made-up-") and "r0" in capsys.readouterr().out
 
-    from mlflow import MlflowClient
-
-    client = MlflowClient(store)
     experiment = client.get_experiment_by_name("made-up")
     (logged,) = client.search_runs([experiment.experiment_id], "tags.`gptoss_dist.kind` = 'comparison'")
     assert logged.data.tags["kind"] == "baseline" and len(logged.data.tags["compared"].split(", ")) == 2
@@ -182,6 +185,8 @@ def test_the_page_is_logged_to_mlflow(compare, store, tmp_path, capsys, monkeypa
     assert logged.info.status == "FINISHED" and "mlflow.parentRunId" not in logged.data.tags
     names = {file.path for file in client.list_artifacts(logged.info.run_id)}
     assert names == {"comparison.html", "comparison.json", "comparison.md"}
+    assert compare("r0", "r1", "--output", "folders") == 0
+    assert len(client.search_runs([experiment.experiment_id], "tags.`gptoss_dist.kind` = 'comparison'")) == 2
     assert compare("--experiment", "made-up", "--no-mlflow", "--output", "again") == 0  # not a run to be compared
     assert len(json.loads(Path("again/comparison.json").read_text())["runs"]) == 2
 

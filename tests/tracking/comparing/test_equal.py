@@ -105,11 +105,20 @@ def test_a_run_that_got_nowhere_does_not_drag_the_others_along(tmp_path):
     table = equal_table(runs, "tokens", [])
     assert table.places[-1] == 300 * TOKENS_PER_STEP
     assert [row[-1].is_known for row in table.train] == [True, True, True, False, False]
-    left_out, limited = table.notes(names, [run.status for run in runs])
+    left_out, limited = table.notes(names, [run.status for run in runs], is_first=True)
     assert "crashed (finished, its losses end at 163.8k tokens), diverged (finished, its losses" in left_out
     assert "up to where b (finished, its losses end at 1.229M tokens) got" in limited
     assert equal_table(runs[:1] + runs[3:4], "tokens", []).places[-1] == 40 * TOKENS_PER_STEP, "of two, neither is odd"
-    assert equal_table(runs, "tokens", [4e5]).notes(names, names) == [], "who asks for a place gets it"
+    assert equal_table(runs, "tokens", [4e5]).notes(names, names, is_first=True) == [], "who asks for a place gets it"
+
+
+def test_a_small_model_has_a_say_although_its_flops_are_few(tmp_path):
+    for name, flops in (("small", 1e8), ("large", 1e9), ("larger", 2e9)):
+        write_run(tmp_path / name, flops_per_token=flops, seconds_per_step=flops / 1e8)
+    runs = [read_folder(tmp_path / name) for name in ("small", "large", "larger")]
+    for axis in ("exaflops", "hours"):
+        table = equal_table(runs, axis, [])
+        assert table.places[-1] == table.ends[0] and table.left_out == [] and table.limiting == 0
 
 
 def test_the_best_validation_so_far_is_no_source(folders):

@@ -42,6 +42,12 @@ def test_spikes_are_those_of_training(seed):
     assert spikes(losses) == spikes_of_the_guard(losses)
 
 
+def test_a_run_that_never_recovers_has_one_spike():
+    losses = np.append(noise(85, 0.02, 0) + 3.0, np.full(500, np.nan))
+    with np.errstate(all="raise"):
+        assert spikes(losses) == spikes_of_the_guard(losses) == [85]
+
+
 def test_the_trials_have_spikes():
     counts = [len(spikes(with_spikes(seed))) for seed in range(25)]
     assert sum(counts) > 25 and max(counts) >= 3 and min(counts) == 0
