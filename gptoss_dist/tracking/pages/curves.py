@@ -17,6 +17,7 @@ from gptoss_dist.tracking.live.curve import EARLY, limits
 from gptoss_dist.tracking.pages.overview import events_of
 from gptoss_dist.tracking.pages.skeleton import COLOURS, escaped, figure_html
 from gptoss_dist.tracking.pages.thinning import averaged, rounded, thin, warmed_up
+from gptoss_dist.tracking.recorded.columns import is_validation
 from gptoss_dist.tracking.recorded.run import RecordedRun
 
 BINS = 700
@@ -103,8 +104,7 @@ SMALL = (
 def curves_html(run: RecordedRun) -> str:
     """Return the switch of the axis, the curve of the loss, and smaller charts of what was recorded."""
     axes = axes_of(run)
-    sources = sorted(name for name in run.columns if name.startswith("loss/val_") and name != "loss/val_ppl")
-    sources = [name for name in sources if name != "loss/val_best"]
+    sources = sorted(name for name in run.columns if is_validation(name) and name != "loss/val")
     loss = Chart(
         "loss (nats per token; the band is the range, the line the mean)",
         [("loss/train", "training")],

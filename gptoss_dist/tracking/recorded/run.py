@@ -116,6 +116,7 @@ def active_hours(starts: list[float], columns: Columns) -> np.ndarray:
 def training_flops(config: dict[str, Any]) -> float | None:
     """Return the model FLOPs of one token, forward and backward, by a run's flat settings; None if they do not say."""
     fields = {key.removeprefix("model."): value for key, value in config.items() if key.startswith("model.")}
+    fields = {name: value for name, value in fields.items() if "." not in name}  # rope_scaling costs no matrix product
     try:
         return flops_per_token(ModelConfig(**fields), int(config["data.seq_len"])).training
     except (KeyError, TypeError, ValueError):

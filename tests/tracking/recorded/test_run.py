@@ -72,7 +72,8 @@ def test_flops_come_from_the_settings(tmp_path):
     tracker.log(1, {"progress/tokens": 1e6})
     tracker.close()
     assert np.isnan(read_run(tmp_path).exaflops).all()
-    (tmp_path / "config.yaml").write_text(json.dumps({"model": MODEL, "data": {"seq_len": 128}}))
+    model = MODEL | {"rope_scaling": {"factor": 32.0}}
+    (tmp_path / "config.yaml").write_text(json.dumps({"model": model, "data": {"seq_len": 128}}))
     per_token = flops_per_token(ModelConfig(**MODEL), 128).training
     np.testing.assert_allclose(read_run(tmp_path).exaflops, [per_token * 1e6 / 1e18])
     later = Tracker(tmp_path, run_name="x", enabled=False, resumed_step=1)  # of a version that records them
