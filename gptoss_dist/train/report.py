@@ -156,8 +156,11 @@ class Report:
 
     def _write_note(self, state: str) -> None:
         self._noted, self._changed = time.monotonic(), False
-        for key, value in self._standing_tags(state).items():
-            self.tracker.tag(key, value)
+        try:
+            for key, value in self._standing_tags(state).items():
+                self.tracker.tag(key, value)
+        except Exception as error:  # a note must never end a run
+            self._message_once(f"the run's note is not written: {type(error).__name__}: {error}")
 
     def _standing_tags(self, state: str) -> dict[str, str]:
         """Return what changes while the run trains."""
