@@ -3,23 +3,15 @@
 import base64
 import datetime
 import http.server
-import importlib.util
-import os
-import signal
 import ssl
-import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 from gptoss_dist.tracking.children import open_child
 from gptoss_dist.tracking.tracker import sync
-from tests.support.fork_server import free_port
 from tests.support.tracked import history, runs_of, start
 
 
@@ -142,56 +134,3 @@ def certificate(path: Path) -> Path:
     text = key.private_bytes(serialization.Encoding.PEM, private, serialization.NoEncryption())
     path.write_bytes(text + signed.public_bytes(serialization.Encoding.PEM))
     return path
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_a_real_server_with_users(tmp_path, store, monkeypatch):
-    """`mlflow server --app-name basic-auth`: nobody without a password, and a whole run with one."""
-    if importlib.util.find_spec("flask_wtf") is None:
-        pytest.skip("no Flask-WTF here, which MLflow's own authentication needs: pip install Flask-WTF")
-    from mlflow import MlflowClient
-
-    port, name, password = free_port(), "admin", "a long password 1"
-    options = ["--app-name", "basic-auth", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    options += ["--backend-store-uri", store, "--artifacts-destination", str(tmp_path / "artifacts")]
-    variables = {"MLFLOW_AUTH_ADMIN_PASSWORD": password, "MLFLOW_FLASK_SERVER_SECRET_KEY": "k"}
-    log = tmp_path / "server.txt"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", *options],
-        cwd=tmp_path,
-        env=os.environ | variables,
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_up(f"{uri}/health", process, log)
-        said = []
-        tracker = start(tmp_path / "run", uri=uri, message=said.append)
-        tracker.log(1, {"loss/train": 1.0})
-        tracker.close()
-        assert said and ("401" in said[0] or "Unauthorized" in said[0] or "not authenticated" in said[0]), said
-        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", name)
-        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
-        run_id = sync(tmp_path / "run", uri)
-        assert history(MlflowClient(uri), run_id, "loss/train") == [(1, 1.0)]
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
-
-
-def wait_until_up(url: str, process: subprocess.Popen, log: Path) -> None:
-    """Wait until a server answers, at most two minutes."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until:
-        assert process.poll() is None, log.read_text()
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(log.read_text())
