@@ -38,8 +38,14 @@ else
     step "3/4 train on the CPU: $processes processes, $OMP_NUM_THREADS thread(s) each"
 fi
 trap 'printf "\nquickstart: interrupted; what was trained is saved, and the same command goes on\n" >&2; exit 130' INT
-torchrun --standalone --nproc_per_node "$processes" launch/train.py --config configs/quickstart.yaml --resume auto "$@" ||
-    die "training failed; the reason is above and in $run/log.txt. Repeating this script resumes from the last checkpoint"
+steps=$(sed -n 's/^  steps: *//p' configs/quickstart.yaml)
+done_step=$(sed -n 's/.*"step": *\([0-9]*\).*/\1/p' "$run/DONE" 2>/dev/null || true)
+if [ "$#" -eq 0 ] && [ "${done_step:-0}" -ge "$steps" ]; then
+    echo "$run is trained already, to step $done_step"
+else
+    torchrun --standalone --nproc_per_node "$processes" launch/train.py --config configs/quickstart.yaml --resume auto "$@" ||
+        die "training failed; the reason is above. If it was interrupted, repeating this script resumes from the last checkpoint"
+fi
 
 trap - INT
 

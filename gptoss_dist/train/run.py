@@ -360,8 +360,8 @@ class Run:
         self._status = "FINISHED" if step >= self.config.train.steps else "KILLED"
         if self.report:
             self._leave_marker(step)
-        end = "finished" if self._status == "FINISHED" else "stopped as asked"
-        self.message(f"{end} at step {step}; checkpoint in {self.config.checkpoint_folder}")
+        end, more = ("finished", "") if self._status == "FINISHED" else ("stopped as asked", "; --resume auto goes on")
+        self.message(f"{end} at step {step}; checkpoint in {self.config.checkpoint_folder}{more}")
 
     def _leave_marker(self, step: int) -> None:
         """Write for scripts how the run ended; all is saved, so that a full disk costs no more than that."""

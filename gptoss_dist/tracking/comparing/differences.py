@@ -25,7 +25,7 @@ _WITHOUT_EFFECT = (
     "train.find_non_finite",
 )
 """Settings in which replicas may differ: the seed, and what does not change what is learnt."""
-_TAGS = ("git.sha", "hardware", "torch", "world_size", "layout", "routing", "flops_per_token")
+_TAGS = ("git.sha", "hardware", "torch", "world_size", "layout", "routing", "tokens_per_step", "flops_per_token")
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ class Server:
             dataset={"digest": digest, "name": datasets[-1].name if datasets else ""} if digest else {},
             status=entity.info.status,
             steps=steps,
-            axes=_axes(columns, times, config, tags),
+            axes=_axes(steps, columns, times, config, tags),
             series=series,
             events=events_of_counts({kind: self._history(run_id, name) for kind, name in rises.items()}),
             run_id=run_id,
@@ -205,7 +205,7 @@ def final_branch(histories: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str
 
     Returns:
         Steps, int64 [N], in order; a column for each metric, float64 [N], NaN where it was not logged; and the time at
-        which each step was logged, float64 [N].
+        which each step was first logged, float64 [N].
     """
     ordered = {name: points[np.argsort(points[:, 1], kind="stable")] for name, points in histories.items()}
     rewinds = _rewinds(ordered.get(TRAIN, np.empty((0, 3))))
@@ -217,8 +217,8 @@ def final_branch(histories: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str
         kept[name] = points[alive]
     everything = np.concatenate([*kept.values(), np.empty((0, 3))])
     steps = np.unique(everything[:, 0]).astype(np.int64)
-    times = np.full(len(steps), -np.inf)
-    np.maximum.at(times, np.searchsorted(steps, everything[:, 0]), everything[:, 1])
+    times = np.full(len(steps), np.inf)
+    np.minimum.at(times, np.searchsorted(steps, everything[:, 0]), everything[:, 1])
     columns = {}
     for name, points in kept.items():
         columns[name] = np.full(len(steps), np.nan)
@@ -278,12 +278,17 @@ def _rewinds(points: np.ndarray) -> list[tuple[float, float]]:
 
 
 def _axes(
-    columns: dict[str, np.ndarray], times: np.ndarray, config: dict[str, str], tags: dict[str, str]
+    steps: np.ndarray,
+    columns: dict[str, np.ndarray],
+    times: np.ndarray,
+    config: dict[str, str],
+    tags: dict[str, str],
 ) -> dict[str, np.ndarray]:
     unknown = np.full(len(times), np.nan)
     tokens, exaflops, hours = (
         filled(columns.get(f"progress/{name}", unknown)) for name in ("tokens", "exaflops", "hours")
     )
+    tokens[steps == 0] = 0.0  # of a validation before the first step
     if np.isnan(exaflops).any():
         typed = {key: _typed(value) for key, value in config.items()}
         per_token = number_of(tags.get("flops_per_token"), training_flops(typed) or math.nan)

@@ -77,9 +77,9 @@ class Columns(Mapping[str, np.ndarray]):
         self.line_times = self._lines(_TIME)
         """Seconds since 1970 of all lines in the order of the file, those of abandoned branches too; NaN where a line
         has none."""
-        own = self._rows(np.where(_lines_of_doing(step, resumes), self.line_times, np.nan))
-        self.times = np.where(np.isnan(own), self._rows(self.line_times), own)
-        """Seconds since 1970 at which each step was last written by the process that did it, float64 [N]."""
+        # What is written later at a step, by its validation, a sample, the end or a resume, is not when it was done.
+        self.times = self._rows(self.line_times, first=True)
+        """Seconds since 1970 at which each step was first written, float64 [N]."""
         self.damaged = sum(segment.header.damaged for segment in segments)
         """Lines that could not be read."""
         self.end = segments[-1].header.end if segments else 0
@@ -118,10 +118,10 @@ class Columns(Mapping[str, np.ndarray]):
         parts = [segment.column(name) for segment in self._segments]
         return np.concatenate(parts) if parts else np.empty(0)
 
-    def _rows(self, lines: np.ndarray) -> np.ndarray:
-        """Return one value per step: the last number among those of its lines."""
+    def _rows(self, lines: np.ndarray, *, first: bool = False) -> np.ndarray:
+        """Return one value per step: the last number among those of its lines, or the first."""
         result = np.full(len(self.steps), np.nan)
-        known = np.flatnonzero((self._row_of >= 0) & ~np.isnan(lines))
+        known = np.flatnonzero((self._row_of >= 0) & ~np.isnan(lines))[:: -1 if first else 1]
         result[self._row_of[known]] = lines[known]  # of equal indices numpy takes the last
         return result
 
@@ -293,19 +293,3 @@ def _final_branch(step: np.ndarray, resumes: Sequence[tuple[int, int]]) -> tuple
         alive[:line] &= step[:line] <= to
         steps = [one for one in steps if one < to] + [to]
     return alive, steps
-
-
-def _lines_of_doing(step: np.ndarray, resumes: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return which lines were written by the process that did their step, [lines].
-
-    A resumed process adds to the step that it begins at, and the one before: that it was resumed, say. Those steps were
-    done long before.
-
-    Args:
-        step: Of each line.
-        resumes: The line of each resume, and the step that training went back to.
-    """
-    done = np.ones(len(step), bool)
-    for (line, to), (following, _) in zip(resumes, [*resumes[1:], (len(step), 0)]):
-        done[line:following] = step[line:following] > to
-    return done

@@ -76,6 +76,7 @@ def read_run(folder: str | Path, message: Callable[[str], None] = logger.warning
             tags[one.key] = one.value
     config = _config(folder, message) or (dict(starts[-1].params) if starts else {})
     tokens = columns.filled("progress/tokens")
+    tokens[columns.steps == 0] = 0.0  # of a validation before the first step
     return RecordedRun(
         name=folder.resolve().name,
         folder=folder,

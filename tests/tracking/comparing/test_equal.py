@@ -19,7 +19,7 @@ def recomputed(folder, axis, place, half):
         if "event" in line:
             rows = {step: row for step, row in rows.items() if step <= line["step"]}
         else:
-            rows.setdefault(line["step"], {}).update({"time": line["time"]} | line["metrics"])
+            rows.setdefault(line["step"], {"time": line["time"]}).update(line["metrics"])
     points, validations = [], []
     for step in sorted(rows):
         row = rows[step]
