@@ -253,3 +253,9 @@ def forget_locks() -> None:
     """Close the locks in a forked process; they belong to its parent, and end with that process."""
     while _held:
         os.close(_held.pop())
+
+
+def dated_folder(parent: Path, name: str) -> Path:
+    """Return a folder of `parent` that does not exist yet, called by `name` and the time."""
+    name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(path for n in range(1, 1000) if not (path := parent / (name + f"-{n}" * (n > 1))).exists())

@@ -10,13 +10,12 @@ import math
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.disk import replacing, write_file_atomically
+from data_pipeline.disk import dated_folder, replacing, write_file_atomically
 from gptoss_dist.evaluation.options import ResultOptions
 from gptoss_dist.tracking.children import open_child
 
@@ -82,9 +81,7 @@ def results_folder(options: ResultOptions, verb: str, subject: Subject) -> Path:
         if folder.exists():
             raise ValueError(f"--output {folder} exists already; name a new folder, or remove it")
     else:
-        name = f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}"
-        parent = (subject.run or Path()) / "evaluations"
-        folder = next(path for n in range(1, 1000) if not (path := parent / (name + f"-{n}" * (n > 1))).exists())
+        folder = dated_folder((subject.run or Path()) / "evaluations", verb)
     try:  # now, and not after hours of work
         folder.parent.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder.parent, os.W_OK)

@@ -23,24 +23,16 @@ from gptoss_dist.config import parse_arguments
 from gptoss_dist.tracking.tracker import read_metrics
 from gptoss_dist.train.data import sources
 from tests.support import hub, stand_ins
+from tests.support.ranks import MODEL as TINY_MODEL
 from tests.support.ranks import ROOT, environment, losses, run
 
 pytestmark = pytest.mark.distributed
 
 FENCED = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 VOCABULARY = 600
-MODEL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "sliding_window": 16,
-}
+# With the number of positions that each recipe's own model has.
+MODEL = {name: value for name, value in TINY_MODEL.items() if name != "max_position_embeddings"}
+MODEL["vocab_size"] = VOCABULARY
 SMALL_MODEL = " ".join(f"--model.{name} {value}" for name, value in MODEL.items()) + " --model.layer_types null"
 SMALL_RUN = (
     f"{SMALL_MODEL} --data.seq_len 32 --train.steps 4 --train.micro_batch_size 2 --train.gradient_accumulation 1 "

@@ -8,14 +8,13 @@ import re
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from data_pipeline.command_line import check_ranges, option, positional, print_line
-from data_pipeline.disk import write_file_atomically
+from data_pipeline.disk import dated_folder, write_file_atomically
 from data_pipeline.printable import shortened
 from data_pipeline.secrets import without_secrets
 from gptoss_dist.tracking.comparing import rendering
@@ -244,9 +243,7 @@ def _output_folder(options: CompareOptions) -> Path:
         return folder
     stem = options.experiment or Path(options.runs[0]).resolve().name
     stem = re.sub(r"[^\w.-]+", "_", stem).strip("._")[:80] or "runs"
-    name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    parent = Path("comparisons")
-    return next(path for n in range(1, 1000) if not (path := parent / (name + f"-{n}" * (n > 1))).exists())
+    return dated_folder(Path("comparisons"), stem)
 
 
 def _log(folder: Path, found: Comparison, options: CompareOptions, files: list[str], message: Message) -> None:
