@@ -69,16 +69,18 @@ def replicas(runs: list[ComparedRun]) -> list[list[int]]:
 
 
 def labels(runs: list[ComparedRun], groups: list[list[int]]) -> list[str]:
-    """Return a name for each group: what sets it apart if that is one or two settings, else its first run's name."""
+    """Return a name for each group: its run's, or its first one's, with what sets it apart if that is short."""
     keys = [d.key for d in differences(runs) if d.is_setting and not d.key.startswith(_WITHOUT_EFFECT)]
-    found = []
-    if 1 <= len(keys) <= 2:
-        for group in groups:
-            config = runs[group[0]].config
-            found.append(", ".join(f"{key.rpartition('.')[2]} {config.get(key, ABSENT)}" for key in keys))
-    if len(set(found)) < len(groups) or any(len(label) > 60 for label in found):
-        found = [runs[group[0]].name + (f" and {len(group) - 1} more" if len(group) > 1 else "") for group in groups]
-    return found
+    apart = [
+        ", ".join(f"{key.rpartition('.')[2]} {runs[group[0]].config.get(key, ABSENT)}" for key in keys)
+        for group in groups
+    ]
+    if not 1 <= len(keys) <= 2 or len(set(apart)) < len(groups) or any(len(one) > 60 for one in apart):
+        return [runs[group[0]].name + (f" and {len(group) - 1} more" if len(group) > 1 else "") for group in groups]
+    return [
+        f"{one} ({len(group)} runs)" if len(group) > 1 else f"{runs[group[0]].name} ({one})"
+        for one, group in zip(apart, groups)
+    ]
 
 
 def doubts(runs: list[ComparedRun]) -> list[Doubt]:

@@ -43,7 +43,7 @@ def test_three_runs(compare, runs, capsys):
     before = files_of(runs[0].parent)
     assert compare(*runs, "--at-tokens", "300k", "1.5M", "--output", "out") == 0
     told, complained = capsys.readouterr()
-    assert "is better than lr 0.001 by 0.1" in told and "No difference shown between lr 0.00" in told
+    assert "is better than a (lr 0.001) by 0.1" in told and " and c (lr 0.004)" in told
     assert "| optim.lr | 0.001 | 0.002 | 0.004 |" in told and "run.name" not in told
     assert "not logged there; --uri names a server" in complained and not Path("mlflow.db").exists()
     assert files_of(runs[0].parent) == before
@@ -68,7 +68,7 @@ def test_validations_that_say_otherwise_are_named(compare, tmp_path, capsys):
     (tmp_path / "b/metrics.jsonl").write_text(lines.replace('{"loss/val": 2', '{"loss/val": 3'))
     assert compare("a", "b", "--output", "out2") == 0
     told = capsys.readouterr().out
-    assert "is better than lr 0.001" in told and "is that of a" in told and "take neither for certain" in told
+    assert "is better than a (lr 0.001)" in told and "is that of a" in told and "take neither for certain" in told
 
 
 def test_a_sweep_is_fitted_and_predicts(compare, tmp_path, capsys):
@@ -236,7 +236,7 @@ def test_the_page_opens_offline_without_a_request(compare, runs, tmp_path, capsy
     )
     dom = done.stdout
     assert dom.count('class="main-svg"') >= 8 and dom.count("scatterlayer") >= 4
-    assert "hours of training" in dom and "is better than lr 0.001" in dom
+    assert "hours of training" in dom and "is better than a (lr 0.001)" in dom
     events = json.loads(log.read_text())
     kinds = {number: name for name, number in events["constants"]["logEventTypes"].items()}
     asked = [

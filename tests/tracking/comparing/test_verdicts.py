@@ -84,9 +84,9 @@ def test_a_real_difference_is_found_and_said_plainly():
     runs = [made_up("a", lr="0.001"), made_up("b", lr="0.002", shift=-0.12), made_up("c", lr="0.004", shift=-0.1201)]
     judgement = judged(runs)
     near, far = judgement.verdicts
-    assert not near.is_shown and str(near).startswith("No difference shown between lr 0.00")
-    assert far.is_shown and far.worse == "lr 0.001" and far.difference == pytest.approx(0.12, abs=0.03)
-    assert str(far).endswith("nats at 819.2k tokens.") and " is better than lr 0.001 by 0.1" in str(far)
+    assert not near.is_shown and str(near).startswith("No difference shown between c (lr 0.004) and b (lr 0.002) at")
+    assert far.is_shown and far.worse == "a (lr 0.001)" and far.difference == pytest.approx(0.12, abs=0.03)
+    assert str(far).endswith("nats at 819.2k tokens.") and " is better than a (lr 0.001) by 0.1" in str(far)
     assert "does not contain what another seed would change" in judgement.noise and judgement.noise_std is None
 
 
@@ -140,7 +140,7 @@ def test_runs_of_one_seed_are_compared_with_each_other():
         for seed, shift in enumerate(row)
     ]
     judgement = judged(runs)
-    assert [verdict.worse for verdict in judgement.verdicts] == ["lr 0.002", "lr 0.003"]
+    assert [verdict.worse for verdict in judgement.verdicts] == ["lr 0.002 (3 runs)", "lr 0.003 (3 runs)"]
     assert all(verdict.is_shown for verdict in judgement.verdicts)
     assert judgement.noise_std == pytest.approx(0.25, abs=0.01) and "once each seed's own level" in judgement.noise
     one_less = judged(runs[:-1])  # not the same seeds any more
@@ -160,8 +160,8 @@ def test_a_run_that_did_not_get_there_is_not_judged():
     groups = replicas(runs)
     table = equal_table(runs, "tokens", [4096.0 * 150])
     judgement = judge_training(runs, groups, labels(runs, groups), table)
-    assert [sorted((v.better, v.worse)) for v in judgement.verdicts] == [["lr 0.001", "lr 0.003"]]
-    assert sentences(judgement)[-1] == "Not judged: lr 0.002, without a loss at 614.4k tokens."
+    assert [sorted((v.better, v.worse)) for v in judgement.verdicts] == [["a (lr 0.001)", "c (lr 0.003)"]]
+    assert sentences(judgement)[-1] == "Not judged: b (lr 0.002), without a loss at 614.4k tokens."
     assert judge_training(runs[:2], groups[:2], ["a", "b"], equal_table(runs[:2], "tokens", [4096.0 * 150])) is None
 
 
