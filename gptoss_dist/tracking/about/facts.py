@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from gptoss_dist.planner.flops import flops_per_token
 from gptoss_dist.planner.hardware import Peak
 from gptoss_dist.planner.parameters import ParameterCount, count_parameters
 from gptoss_dist.tracking.about.revision import git_revision, source_tags
-from gptoss_dist.tracking.about.settings import changed_settings, launch_command
+from gptoss_dist.tracking.about.settings import changed_settings, launch_command, repeated
 from gptoss_dist.tracking.recorded.run import flat
 
 
@@ -72,7 +71,7 @@ class RunFacts:
     @property
     def repeat_command(self) -> str:
         """What trains the same run again, under another name."""
-        return f"{self._launch} --run.name {shlex.quote(self.name + '-again')} --run.dir null --checkpoint.dir null"
+        return repeated(self._launch, self.name)
 
     @property
     def _launch(self) -> str:

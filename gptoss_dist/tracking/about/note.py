@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ MOST_CHARACTERS = 4000
 """MLflow takes tags of 5,000; the rest is for what people add."""
 _MOST_SETTINGS, _MOST_VALUE, _MOST_TEXT, _MOST_STEPS = 15, 60, 240, 5
 _MOST_SOURCES, _MOST_DATA = 6, 400
+_COMMAND_WIDTH = 110
 LAST_ONLY = "checkpoint"
 """A kind of event of which only the last is told: they come often."""
 
@@ -168,10 +170,22 @@ def _commands(facts: RunFacts) -> list[str]:
         "**Go on with it, or repeat it** at the same commit",
         "",
         "```",
-        facts.resume_command,
-        facts.repeat_command,
+        _in_short_lines(facts.resume_command),
+        _in_short_lines(facts.repeat_command),
         "```",
     ]
+
+
+def _in_short_lines(command: str) -> str:
+    """Return a command in lines of the shell that end before an option: a long one would widen MLflow's whole page."""
+    first, *words = shlex.split(command)
+    lines = [first]
+    for word in map(shlex.quote, words):
+        if word.lstrip("'").startswith("--") and len(lines[-1]) + len(word) > _COMMAND_WIDTH:
+            lines.append(f"    {word}")
+        else:
+            lines[-1] += f" {word}"
+    return " \\\n".join(lines)
 
 
 def _cell(text: str) -> str:

@@ -54,6 +54,17 @@ def launch_command(config: Path, processes: int, machines: int | None) -> str:
     return f"torchrun {where} --nproc_per_node {processes // machines} launch/train.py --config {file}"
 
 
+def repeated(launch: str, name: str) -> str:
+    """Return the line of a shell that trains a run again, under another name and in folders of its own.
+
+    Args:
+        launch: The line that trains by its settings.
+        name: Its name.
+    """
+    again = shlex.quote(f"--run.name={name}-again")
+    return f"{launch} {again} --run.dir null --checkpoint.dir null"
+
+
 def _default(key: str) -> Any:
     defaults = _defaults()
     if key in defaults:

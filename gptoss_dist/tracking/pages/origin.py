@@ -10,7 +10,7 @@ from data_pipeline.foreign import read_text
 from data_pipeline.printable import shortened
 from data_pipeline.secrets import without_secrets
 from gptoss_dist.tracking.about.formats import moment
-from gptoss_dist.tracking.about.settings import UNKNOWN, changed_settings, launch_command
+from gptoss_dist.tracking.about.settings import UNKNOWN, changed_settings, launch_command, repeated
 from gptoss_dist.tracking.pages.skeleton import escaped, table_html
 from gptoss_dist.tracking.recorded.run import RecordedRun
 
@@ -84,8 +84,7 @@ def commands(run: RecordedRun) -> str:
     elif machines != 1 and processes > 1:
         on = f" on {machines} machines" if machines else ""
         lines.append(f"# {processes} processes{on}; on several machines see docs/multi_node.md")
-    name = shlex.quote(f"--run.name={run.name}-again")
-    lines.append(f"{launch_command(folder / 'config.yaml', processes or 1, machines)} --run.dir null {name}")
+    lines.append(repeated(launch_command(folder / "config.yaml", processes or 1, machines), run.name))
     if len(run.starts) > 1:
         lines.append("# its own settings are those of its last start; what resumes changed is in log.txt")
     return "\n".join(lines)

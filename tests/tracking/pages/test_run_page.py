@@ -404,6 +404,7 @@ def test_no_tag_gets_into_a_command(tmp_path, processes, machines, expected):
     tags = {"world_size": processes, "machines": machines, "git.sha": "$(id)"}
     Tracker(tmp_path, run_name="x", enabled=False, tags=tags).log(1, {"loss/train": 1.0})
     lines = commands(read_run(tmp_path))
+    assert lines.endswith("-again --run.dir null --checkpoint.dir null")
     assert expected in lines and "owned" not in lines and lines.count("$(id)") == lines.count("'$(id)'") == 1
 
 
