@@ -14,6 +14,7 @@ from gptoss_dist.tracking.comparing.smoothing import FEWEST, HALF_WIDTH, smooth_
 from gptoss_dist.tracking.pages.skeleton import COLOURS
 from gptoss_dist.tracking.pages.thinning import MOST_POINTS, rounded, thin
 from gptoss_dist.tracking.recorded.columns import is_validation
+from gptoss_dist.tracking.records import Event
 
 _ALL_POINTS = 40_000
 """Of all runs together: beyond that a page gets slow."""
@@ -194,21 +195,26 @@ def _add_validations(traces: _Traces, run: ComparedRun, line: dict[str, Any]) ->
 
 
 def _add_events(traces: _Traces, run: ComparedRun, rows: np.ndarray, smooth: np.ndarray, line: dict[str, Any]) -> None:
-    """Mark what happened to the run, on its smoothed curve."""
-    events = [event for event in run.events if event.kind in SHOWN_EVENTS][:100]
-    if not events:
+    """Mark what happened to the run, on its smoothed curve; what happened at one step has one mark."""
+    by_step: dict[int, list[Event]] = {}
+    for event in [event for event in run.events if event.kind in SHOWN_EVENTS][:100]:
+        by_step.setdefault(event.step, []).append(event)
+    if not by_step:
         return
-    steps = np.array([event.step for event in events])
+    steps = np.array(list(by_step))
     at = np.minimum(np.searchsorted(run.steps, steps), len(run.steps) - 1)
     traces.add(
         run,
         at,
         np.interp(at, rows, smooth),
-        mode="markers+text" if len(events) <= _MOST_WORDS else "markers",
+        mode="markers+text" if len(by_step) <= _MOST_WORDS else "markers",
         marker={"color": line["color"], "size": 11, "symbol": "x", "line": {"width": 1, "color": "#808080"}},
-        text=[SHOWN_EVENTS[event.kind] for event in events],
+        text=[", ".join(dict.fromkeys(SHOWN_EVENTS[event.kind] for event in events)) for events in by_step.values()],
         textposition="top center",
-        hovertext=[f"step {event.step}: {event.text}"[:200].replace("<", "&lt;") for event in events],
+        hovertext=[
+            "<br>".join(f"step {step}: {event.text}"[:200].replace("<", "&lt;") for event in events)
+            for step, events in by_step.items()
+        ],
         hoverinfo="text+name",
     )
 

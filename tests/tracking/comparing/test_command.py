@@ -58,6 +58,16 @@ def test_three_runs(compare, runs, capsys):
     assert page.count('<div class="figure"') == 4
 
 
+def test_what_happened_at_one_step_is_one_mark(compare, runs):
+    with open(runs[0] / "tracking/journal.jsonl", "a") as file:
+        for step, kind in ((80, "stop"), (80, "resume"), (90, "skipped")):
+            line = {"op": "event", "time": 1000.0, "step": step, "kind": kind, "text": f"{kind} at {step}"}
+            file.write(json.dumps(line) + "\n")
+    assert compare(*runs, "--output", "out") == 0
+    page = Path("out/comparison.html").read_text()
+    assert '["stopped, resumed","skipped step"]' in page.replace('", "', '","')
+
+
 def test_validations_that_say_otherwise_are_named(compare, tmp_path, capsys):
     write_run(tmp_path / "a", seed=1, config={"optim.lr": 0.001})
     write_run(tmp_path / "b", seed=1, shift=-0.1, config={"optim.lr": 0.002})
