@@ -7,7 +7,8 @@
 #   sh launch/test.sh tests/model -k rope  what pytest's arguments select
 #
 # Several processes of pytest run side by side: two halves that compute, which take about as long, and the tests that
-# mostly wait, for SLURM and for cut cables. Their reports come one after the other. --fast spreads its tests over all cores.
+# mostly wait: for SLURM, cut cables and stalled ranks. Their reports come one after the other. --fast spreads its tests
+# over all cores.
 # Options for all of them: PYTEST_ADDOPTS. What the groups are: docs/testing.md.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -51,9 +52,10 @@ pytest_of() {
     exec "$venv/bin/python" -m pytest -m "($expression)$group" "$@"
 }
 
-pytest_of "slurm or netns" tests/slurm tests/netns >"$reports/waiting" 2>&1 &
+pytest_of "distributed" tests/slurm tests/netns tests/distributed >"$reports/waiting" 2>&1 &
 waiting=$!
-pytest_of "distributed and not (compiled or slurm or netns)" --ignore tests/engine >"$reports/processes" 2>&1 &
+pytest_of "distributed and not compiled" --ignore tests/engine --ignore tests/slurm --ignore tests/netns \
+    --ignore tests/distributed >"$reports/processes" 2>&1 &
 pids="$waiting $!"
 status=0
 pytest_of "(compiled or not distributed) and not (slurm or netns)" &

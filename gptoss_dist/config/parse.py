@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import typing
 from pathlib import Path
@@ -29,6 +30,12 @@ def build_parser(**arguments: Any) -> jsonargparse.ArgumentParser:
     parser.add_class_arguments(Config, sub_configs=True)
     show_ranges(parser, Config)
     return parser
+
+
+@functools.cache
+def _parser_of_settings() -> jsonargparse.ArgumentParser:
+    """Return a parser without further options; to make one takes longer than to parse with it."""
+    return build_parser()
 
 
 def check_named(argv: list[str]) -> None:
@@ -59,7 +66,7 @@ def parse_arguments(argv: list[str], parser: jsonargparse.ArgumentParser | None 
     kinds = typing.get_type_hints(Config)
     sections = [name for name, kind in kinds.items() if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)]
     argv = _with_one_kind_of_data(_with_whole_models(argv))
-    values = parse_with(parser or build_parser(), argv, sections)
+    values = parse_with(parser or _parser_of_settings(), argv, sections)
     names = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{name: values[name] for name in names})
     return config, {name: value for name, value in values.items() if name not in names | {"config"}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from dataclasses import dataclass
@@ -67,17 +68,18 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> Peak | None:
     """Return the dense matmul peak of one device for operands of `dtype`.
 
     A CUDA or ROCm device is looked up in a table of vendor figures; fp32 is TF32 where torch is set to use it. A CPU
-    has no figure worth quoting, so its matmul rate is measured (about 0.3 s, at the current number of threads). If it
-    has no instructions for bf16, bf16 is measured in float32 too, and the faster way is the peak, named in the label.
+    has no figure worth quoting, so its matmul rate is measured (about 0.3 s, once in a process, at the current number
+    of threads). If it has no instructions for bf16, bf16 is measured in float32 too, and the faster way is the peak,
+    named in the label.
 
     Returns:
         None where the device or dtype is unknown: MFU is then left out, which the caller says once, never guessed.
     """
     device = torch.device(device)
     if device.type == "cpu":
-        peaks = [_measured_gemm_peak(dtype)]
+        peaks = [_measured_gemm_peak(dtype, torch.get_num_threads())]
         if dtype == torch.bfloat16 and not gemm.CPU_MULTIPLIES_BF16:
-            peaks.append(_measured_gemm_peak(torch.float32))
+            peaks.append(_measured_gemm_peak(torch.float32, torch.get_num_threads()))
         return max(peaks, key=lambda peak: peak.value)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     tf32 = device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -96,8 +98,9 @@ def _datasheet_peak(name: str, dtype: torch.dtype, tf32: bool) -> Peak | None:
     return Peak(getattr(gpu, column), f"dense {label} peak of {name}", gpu.source.flops)
 
 
-def _measured_gemm_peak(dtype: torch.dtype, budget_s: float = 0.3) -> Peak:
-    """Return the best rate of square matrix products within the time budget.
+@functools.cache
+def _measured_gemm_peak(dtype: torch.dtype, threads: int, budget_s: float = 0.3) -> Peak:
+    """Return the best rate of square matrix products within the time budget, measured once by each process.
 
     On a busy machine a long product is interrupted, and its rate is no peak; of many short ones some are not. A larger
     size runs only if the rate so far says that it fits: a dtype that the CPU emulates must not stall the start.
@@ -115,6 +118,6 @@ def _measured_gemm_peak(dtype: torch.dtype, budget_s: float = 0.3) -> Peak:
             torch.mm(a, b, out=out)
             before, now = now, time.perf_counter()
             best = max(best, flops / (now - before))
-    name, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
-    label = f"measured GEMM peak of this CPU, products in {name}, {threads} threads"
+    name = str(dtype).removeprefix("torch.")
+    label = f"measured GEMM peak of this CPU, products in {name}, {threads} thread{'s' * (threads > 1)}"
     return Peak(best, label, "best of many products of square matrices")

@@ -107,7 +107,7 @@ def test_compiled_grouped_mm_agrees(ranks):
 
 @pytest.mark.compiled
 def test_replay_is_recorded_outside_of_compiled_graphs(ranks):
-    config = settings(num_hidden_layers=2)
+    config = settings(num_hidden_layers=1)
     config.train.routing = "replay"
     expected = train(config, ranks)
     torch._dynamo.reset()
@@ -121,7 +121,7 @@ def test_replay_is_recorded_outside_of_compiled_graphs(ranks):
 
 @pytest.mark.compiled
 def test_samples_compile_nothing_and_validation_little(ranks):
-    config = settings(num_hidden_layers=2)
+    config = settings(num_hidden_layers=1)
     config.train.compile = True
     config.sampling.prompts, config.sampling.max_new_tokens = ["a", "two"], 4
     tokenizer = SimpleNamespace(encode=lambda text: np.arange(len(text)), decode=str, n_vocab=90)

@@ -25,7 +25,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return dict(load_pretrained(folder).named_parameters())
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_interrupted_and_resumed_is_bit_identical(settings, tmp_path, processes):
     # Jitter makes the result depend on the random generators; tied weights, document masks and samples are what
     # resuming has broken elsewhere.

@@ -18,7 +18,6 @@ FAST = [
     ("tiny", "fp32", (8, 0), MORE),
     ("gptoss_502m", "bf16", (8, 0), PLAIN),
     ("gptoss_20b", "bf16", (9, 0), MORE),
-    ("gptoss_120b", "bf16", (10, 0), PLAIN),
 ]
 MODELS = ("tiny", "gptoss_502m", "gptoss_20b", "gptoss_120b")
 EVERY = product(MODELS, ("bf16", "fp32"), ((8, 0), (9, 0), (10, 0)), (PLAIN, MORE))

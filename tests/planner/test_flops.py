@@ -141,7 +141,7 @@ def test_cpu_peak_is_measured_and_labelled():
 
 def test_cpu_peak_of_bf16_is_that_of_the_faster_way(monkeypatch):
     rates = {torch.bfloat16: 57.0, torch.float32: 235.0}
-    monkeypatch.setattr(hardware, "_measured_gemm_peak", lambda dtype: Peak(rates[dtype], str(dtype), "test"))
+    monkeypatch.setattr(hardware, "_measured_gemm_peak", lambda dtype, threads: Peak(rates[dtype], str(dtype), "test"))
     monkeypatch.setattr(gemm, "CPU_MULTIPLIES_BF16", False)
     assert peak_flops("cpu", torch.bfloat16) == Peak(235.0, "torch.float32", "test")
     rates[torch.bfloat16] = 400.0

@@ -48,7 +48,7 @@ MODELS = {
         "num_experts_per_tok": 1,
     },
 }
-QUICK = [("many", 512, 1), ("shared", 512, 0)]
+QUICK = [("shared", 512, 0)]
 CASES = [
     pytest.param(name, seq_len, every, marks=() if (name, seq_len, every) in QUICK else pytest.mark.slow)
     for name in MODELS

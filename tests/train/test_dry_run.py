@@ -23,6 +23,7 @@ def refusal(config: Config, monkeypatch, memory: float) -> str | None:
     return describe(config, 1)[1]
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch_that_divides_the_given_one(config, monkeypatch):
     """Also where it is odd, which halving alone would never divide."""
     config.train.micro_batch_size = size = 3 * 5**3

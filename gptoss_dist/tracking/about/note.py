@@ -17,7 +17,7 @@ MOST_CHARACTERS = 4000
 """MLflow takes tags of 5,000; the rest is for what people add."""
 _MOST_SETTINGS, _MOST_VALUE, _MOST_TEXT, _MOST_STEPS = 15, 60, 240, 5
 _MOST_SOURCES, _MOST_DATA = 6, 400
-_COMMAND_WIDTH = 110
+_COMMAND_WIDTH = 88
 LAST_ONLY = "checkpoint"
 """A kind of event of which only the last is told: they come often."""
 
@@ -178,13 +178,18 @@ def _commands(facts: RunFacts) -> list[str]:
 
 def _in_short_lines(command: str) -> str:
     """Return a command in lines of the shell that end before an option: a long one would widen MLflow's whole page."""
-    first, *words = shlex.split(command)
-    lines = [first]
-    for word in map(shlex.quote, words):
-        if word.lstrip("'").startswith("--") and len(lines[-1]) + len(word) > _COMMAND_WIDTH:
-            lines.append(f"    {word}")
+    options: list[str] = []
+    for word in map(shlex.quote, shlex.split(command)):
+        if not options or word.lstrip("'").startswith("--"):
+            options.append(word)
         else:
-            lines[-1] += f" {word}"
+            options[-1] += f" {word}"
+    lines = options[:1]
+    for option in options[1:]:
+        if len(lines[-1]) + len(option) > _COMMAND_WIDTH:
+            lines.append(f"    {option}")
+        else:
+            lines[-1] += f" {option}"
     return " \\\n".join(lines)
 
 

@@ -229,14 +229,14 @@ def test_a_document_of_more_than_31_bits_is_cut_like_any_other():
         dataset.seq_len, dataset._shards = T, [SimpleNamespace(lengths=np.array([long, 50]))]
         return dataset, dataset._count_samples()
 
-    long, T = 2**31 + 10, 1 << 22
+    long, T = 2**31 + 10, 1 << 20
     dataset, samples = opened(DocumentDataset)
     assert samples == 2 and dataset._lengths.tolist() == [T, 49]
     dataset, samples = opened(BestFitDataset)
-    assert samples == 513
+    assert samples == 2049
     starts, lengths, counts = dataset.spans(np.arange(samples))
-    assert starts.tolist() == [*(i * T for i in range(512)), long, 512 * T, -1]
-    assert lengths.tolist() == [T] * 512 + [49, 9, T - 58] and counts.tolist() == [1] * 512 + [3]
+    assert starts.tolist() == [*(i * T for i in range(2048)), long, 2048 * T, -1]
+    assert lengths.tolist() == [T] * 2048 + [49, 9, T - 58] and counts.tolist() == [1] * 2048 + [3]
 
 
 def test_unknown_packing(directory):

@@ -46,11 +46,11 @@ def test_what_breaks_is_read_again(tmp_path, server, connect, small_parts, corpu
 
 def test_a_connection_that_always_breaks_makes_progress(server, connect, small_parts, texts):
     """Nothing larger than 2,000 bytes ever arrives; what is asked for becomes smaller."""
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[:100]).encode()
     upload(server, "slow", {"a.jsonl": lines})
     with proxy(server, lambda request: Fault(cut_after=2000) if is_object(request) else None) as between:
         connect(between.port)
-        assert list(open_source("s3://slow/a.jsonl").documents()) == texts
+        assert list(open_source("s3://slow/a.jsonl").documents()) == texts[:100]
 
 
 def test_what_the_reader_does_between_two_reads_is_no_time_of_failing(server, connect, small_parts, texts, monkeypatch):
@@ -58,7 +58,7 @@ def test_what_the_reader_does_between_two_reads_is_no_time_of_failing(server, co
     passed = [0.0]
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0], sleep=time.sleep)
     monkeypatch.setattr("data_pipeline.stores.attempts.time", clock)
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[:100]).encode()
     upload(server, "idle", {"a.jsonl": lines})
     with proxy(server) as between:
         connect(between.port)
@@ -66,7 +66,7 @@ def test_what_the_reader_does_between_two_reads_is_no_time_of_failing(server, co
         assert next(documents) == texts[0]
         passed[0] = READING.seconds + 1
         between.fault = lambda request: Fault(cut_after=0) if is_object(request) and not between.faults else None
-        assert list(documents) == texts[1:] and between.faults == 1
+        assert list(documents) == texts[1:100] and between.faults == 1
 
 
 def test_what_never_stops_failing_is_an_error_and_can_be_continued(

@@ -173,7 +173,10 @@ def test_bfloat16_is_rounded_only_at_the_edges(window, backend):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("window, documents", [(None, False), (None, True), (100, True)])
+@pytest.mark.parametrize(
+    "window, documents",
+    [(100, True), *(pytest.param(None, documents, marks=pytest.mark.slow) for documents in (False, True))],
+)
 def test_fused_rounds_scores_as_well(window, documents):
     """Scores, probabilities and their gradients pass through bf16: about four roundings where the others have one."""
     inputs, do = make_inputs(2, 300, 8, 2, 32, dtype=torch.bfloat16)

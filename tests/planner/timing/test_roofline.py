@@ -184,7 +184,7 @@ def test_compiled_blocks_read_once_and_write_what_is_used_later():
     assert fuse([operator._replace(phase="update") for operator in chain[:3]])[0].name == "aten.mul.Tensor"
 
 
-@pytest.mark.heavy
+@pytest.mark.slow  # tests/planner/tracing/test_reduced.py has it with more settings
 def test_a_deep_model_follows_from_two_shallow_ones():
     steps = {layers: _traced(layers) for layers in (2, 4, 6)}
     deep = extrapolate(steps[2], steps[4], (2, 4), 6)
