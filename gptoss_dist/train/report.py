@@ -125,6 +125,8 @@ class Report:
     def _begin(self, start: Start) -> None:
         """Record what this process does with the run."""
         if start.checkpoint is None:
+            # From zero on: without a point MLflow would show NaN, as if something had failed.
+            self.tracker.log(start.step, {f"events/{kind}": 0 for kind in _CHARTED})
             self.event(start.step, "start", f"training begins, {self.facts.devices}")
         elif not start.rewound:
             self.event(start.step, "resume", f"resumed from {start.checkpoint.name}, {self.facts.devices}")
@@ -370,9 +372,8 @@ class Report:
         if not self._rewound:
             kind = {"FINISHED": "end", "KILLED": "stop", "FAILED": "error"}[status]
             self.event(step, kind, f"{_STATES[status]} at step {step}" + (f": {why}" if why else ""))
-        for kind, count in self.summary.counts.items():  # the curve goes on to the last step
-            if kind in _CHARTED:
-                self.tracker.log(step, {f"events/{kind}": count})
+        for kind in _CHARTED:  # the curves go on to the last step
+            self.tracker.log(step, {f"events/{kind}": self.summary.counts[kind]})
         self._write_note("going back" if self._rewound else _STATES[status])
 
 
