@@ -26,7 +26,7 @@ def project(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "failing", ["neither", "slurm or netns) and not slow tests/slurm", "--ignore", "or not", " tests/engine", "-m"]
+    "failing", ["neither", "(distributed) and not slow tests/slurm", "--ignore", "or not", "slow tests/engine", "-m"]
 )
 def test_every_part_decides(project, failing):
     environment = {"VIRTUAL_ENV": str(project / "venv"), "FAILING": failing, "PATH": "/usr/bin:/bin"}
@@ -38,8 +38,9 @@ def test_every_part_decides(project, failing):
     assert done.stdout.splitlines() == [
         "ran -m pytest -m ((compiled or not distributed) and not (slurm or netns)) and not slow",
         "ran -m pytest -m (distributed and not compiled) and not slow tests/engine",
-        "ran -m pytest -m (slurm or netns) and not slow tests/slurm tests/netns",
-        "ran -m pytest -m (distributed and not (compiled or slurm or netns)) and not slow --ignore tests/engine",
+        "ran -m pytest -m (distributed) and not slow tests/slurm tests/netns tests/distributed",
+        "ran -m pytest -m (distributed and not compiled) and not slow --ignore tests/engine --ignore tests/slurm "
+        "--ignore tests/netns --ignore tests/distributed",
     ]
 
 

@@ -156,7 +156,7 @@ def test_a_checkpoint_resumes_on_other_layouts(settings, tmp_path):
         processes=4,
     )
     expected = losses(whole)
-    assert "moe/rank_rows_max_over_mean" in read_metrics(whole)[0]["metrics"]
+    assert losses(whole, "moe/rank_rows_max_over_mean").keys() >= {1, 2}
     assert "alltoall" in (whole / "profile" / "kernels_00000002.txt").read_text()
     assert json.loads((whole / "profile" / "trace_00000002.json").read_text())["traceEvents"]
     for processes, expert_parallel in ((4, 1), (2, 2), (1, 1)):
