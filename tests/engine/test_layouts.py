@@ -346,7 +346,7 @@ def test_initial_weights_do_not_depend_on_the_layout(trained):
     for together in ([*SINGLE, *ZERO], DOUBLE):
         cases = [case for case in together if not case.model]
         digests = {read(trained(case, group_of(case)), case)["initial"] for case in cases}
-        assert len(cases) >= 16 and len(digests) == 1
+        assert len(cases) >= 14 and len(digests) == 1
     few = [case for case in DOUBLE if case.name.startswith(("4x2 few experts", "4x1 few experts"))]
     digests = {read(trained(case, DOUBLE), case)["initial"] for case in few}
     assert len(few) == len(digests) == 2  # the hash does tell models apart
