@@ -7,8 +7,8 @@
 #   sh launch/test.sh tests/model -k rope  what pytest's arguments select
 #
 # Several processes of pytest run side by side: two halves that compute, which take about as long, and the tests that
-# mostly wait: for SLURM, cut cables and stalled ranks. Their reports come one after the other. --fast spreads its tests
-# over all cores.
+# mostly wait: for SLURM, cut cables, stalled and missing ranks. Their reports come one after the other. --fast spreads its
+# tests over all cores.
 # Options for all of them: PYTEST_ADDOPTS. What the groups are: docs/testing.md.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -34,11 +34,12 @@ if [ $# -gt 0 ]; then
 fi
 
 reports=$(mktemp -d)
-pids=""
-# shellcheck disable=SC2317,SC2086  # called by the trap; the ids are words
+# shellcheck disable=SC2317,SC2046  # called by the trap; the ids are words
 end() {
-    # They hear SIGTERM as an interruption (tests/conftest.py), and end what they have started.
-    kill $pids 2>/dev/null || true
+    # They hear SIGTERM as an interruption (tests/conftest.py), and end what they have started. A variable that is set
+    # after each start could miss the last one.
+    jobs -p >"$reports/started"
+    kill $(cat "$reports/started") 2>/dev/null || true
     wait
     rm -rf "$reports"
 }
@@ -56,13 +57,11 @@ pytest_of "distributed" tests/slurm tests/netns tests/distributed >"$reports/wai
 waiting=$!
 pytest_of "distributed and not compiled" --ignore tests/engine --ignore tests/slurm --ignore tests/netns \
     --ignore tests/distributed >"$reports/processes" 2>&1 &
-pids="$waiting $!"
+beside="$waiting $!"
 status=0
 pytest_of "(compiled or not distributed) and not (slurm or netns)" &
-beside=$pids pids="$pids $!"
 wait $! || status=$?
 pytest_of "distributed and not compiled" tests/engine &
-pids="$beside $!"
 wait $! || status=$?
 for pid in $beside; do
     wait "$pid" || status=$?

@@ -64,7 +64,7 @@ def gpu_of_driver(name: str) -> Gpu | None:
     return next((gpu for gpu in GPUS if re.search(rf"\b{gpu.pattern}\b", name)), None)
 
 
-def peak_flops(device: torch.device | str, dtype: torch.dtype) -> Peak | None:
+def peak_flops(device: torch.device | str, dtype: torch.dtype, *, anew: bool = False) -> Peak | None:
     """Return the dense matmul peak of one device for operands of `dtype`.
 
     A CUDA or ROCm device is looked up in a table of vendor figures; fp32 is TF32 where torch is set to use it. A CPU
@@ -72,14 +72,21 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> Peak | None:
     of threads). If it has no instructions for bf16, bf16 is measured in float32 too, and the faster way is the peak,
     named in the label.
 
+    Args:
+        device: The device.
+        dtype: Of the operands.
+        anew: Measure a CPU once more, as something else may have used it before.
+
     Returns:
         None where the device or dtype is unknown: MFU is then left out, which the caller says once, never guessed.
     """
     device = torch.device(device)
     if device.type == "cpu":
-        peaks = [_measured_gemm_peak(dtype, torch.get_num_threads())]
+        peak_of = _measured_gemm_peak if anew else _known_gemm_peak
+        threads = torch.get_num_threads()
+        peaks = [peak_of(dtype, threads)]
         if dtype == torch.bfloat16 and not gemm.CPU_MULTIPLIES_BF16:
-            peaks.append(_measured_gemm_peak(torch.float32, torch.get_num_threads()))
+            peaks.append(peak_of(torch.float32, threads))
         return max(peaks, key=lambda peak: peak.value)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     tf32 = device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -99,8 +106,12 @@ def _datasheet_peak(name: str, dtype: torch.dtype, tf32: bool) -> Peak | None:
 
 
 @functools.cache
+def _known_gemm_peak(dtype: torch.dtype, threads: int) -> Peak:
+    return _measured_gemm_peak(dtype, threads)
+
+
 def _measured_gemm_peak(dtype: torch.dtype, threads: int, budget_s: float = 0.3) -> Peak:
-    """Return the best rate of square matrix products within the time budget, measured once by each process.
+    """Return the best rate of square matrix products within the time budget.
 
     On a busy machine a long product is interrupted, and its rate is no peak; of many short ones some are not. A larger
     size runs only if the rate so far says that it fits: a dtype that the CPU emulates must not stall the start.

@@ -85,12 +85,13 @@ class Report:
         self.summary = Summary(self.facts, start.step, start.tokens, start.skipped_steps)
         if start.step:
             self.summary.read_back()
+        again = functools.partial(peak_flops, ranks.device, dtype, anew=True)
         self.throughput = Throughput(
             ranks.world_size,
             tokens=start.tokens,
             flops=self.flops,
             peak=self.peak,
-            measure_peak=functools.partial(peak_flops, ranks.device, dtype) if ranks.device.type == "cpu" else None,
+            measure_peak=again if ranks.device.type == "cpu" else None,
         )
         self.progress = Progress(config.train.steps, start=start.step, interval_s=config.train.log_every_s)
         self.progress.__enter__()
@@ -125,8 +126,6 @@ class Report:
     def _begin(self, start: Start) -> None:
         """Record what this process does with the run."""
         if start.checkpoint is None:
-            # From zero on: without a point MLflow would show NaN, as if something had failed.
-            self.tracker.log(start.step, {f"events/{kind}": 0 for kind in _CHARTED})
             self.event(start.step, "start", f"training begins, {self.facts.devices}")
         elif not start.rewound:
             self.event(start.step, "resume", f"resumed from {start.checkpoint.name}, {self.facts.devices}")
@@ -232,6 +231,8 @@ class Report:
                 self.event(step, "data", what)
         metrics |= memory_metrics(self.ranks.device, self._process)
         metrics |= self.summary.step(step, metrics)
+        if step == 1:  # MLflow would show NaN for what never happens, as if something had failed
+            metrics |= {f"events/{kind}": self.summary.counts[kind] for kind in _CHARTED}
         self.tracker.log(step, metrics)
         if result.skipped:
             self._skipped(step, position, metrics)

@@ -111,7 +111,7 @@ def main() -> None:
     from gptoss_dist.planner.hardware import peak_flops
 
     load_megablocks()
-    peak_flops("cpu", torch.float32)  # every run would measure it
+    peak_flops("cpu", torch.float32)  # every run would measure it; one thread leaves no pool of OpenMP behind
     gc.collect()
     gc.freeze()  # every run would look through all that was imported, again and again
     print("ready", flush=True)

@@ -89,7 +89,7 @@ def test_a_run_that_goes_back_shows_where_it_went(tmp_path):
     report.tracker.log(5, {"loss/train": 4.0})
     report.close("FINISHED")
     recorded = read_run(tmp_path)
-    assert recorded.columns.steps.tolist() == [0, 4, 5] and recorded.columns["events/rewind"][:2].tolist() == [0, 1]
+    assert recorded.columns.steps.tolist() == [4, 5] and recorded.columns["events/rewind"][0] == 1
     assert recorded.tags["best_val_loss"] == "none yet" and "2 skipped" in recorded.tags[NOTE_TAG]
 
 
@@ -198,8 +198,8 @@ def test_what_happens_to_a_run_is_in_its_journal_and_its_note(tmp_path):
     note = recorded.tags["mlflow.note.content"]
     assert "**failed**, step 4" in note and "best **3.5000** at step 4" in note and "- 1 skipped: step 3" in note
     columns = recorded.columns
-    told = [columns["events/skipped"][row] for row in (0, 2, 3, 4)]
-    assert told == [0, 0, 1, 1], "at the start, before it, at it, at the end"
+    told = [columns["events/skipped"][row] for row in range(4)]
+    assert told == [0, 0, 1, 1], "at the first step, before it, at it, at the end"
     assert np.nanmax(columns["events/rewind"]) == 0, "what never happened is zero, not missing"
     tokens, exaflops = columns["progress/tokens"], columns["progress/exaflops"]
     assert exaflops[-1] == pytest.approx(tokens[-1] * float(recorded.tags["flops_per_token"]) / 1e18)

@@ -9,12 +9,11 @@ import numpy as np
 
 from gptoss_dist.tracking.comparing.equal import TRAIN
 from gptoss_dist.tracking.comparing.fits import CONFIDENCE, Fit
-from gptoss_dist.tracking.comparing.runs import AXES, ComparedRun
+from gptoss_dist.tracking.comparing.runs import AXES, ComparedRun, RunEvent
 from gptoss_dist.tracking.comparing.smoothing import FEWEST, HALF_WIDTH, smooth_curve
 from gptoss_dist.tracking.pages.skeleton import COLOURS
 from gptoss_dist.tracking.pages.thinning import MOST_POINTS, rounded, thin
 from gptoss_dist.tracking.recorded.columns import is_validation
-from gptoss_dist.tracking.records import Event
 
 _ALL_POINTS = 40_000
 """Of all runs together: beyond that a page gets slow."""
@@ -196,7 +195,7 @@ def _add_validations(traces: _Traces, run: ComparedRun, line: dict[str, Any]) ->
 
 def _add_events(traces: _Traces, run: ComparedRun, rows: np.ndarray, smooth: np.ndarray, line: dict[str, Any]) -> None:
     """Mark what happened to the run, on its smoothed curve; what happened at one step has one mark."""
-    by_step: dict[int, list[Event]] = {}
+    by_step: dict[int, list[RunEvent]] = {}
     for event in [event for event in run.events if event.kind in SHOWN_EVENTS][:100]:
         by_step.setdefault(event.step, []).append(event)
     if not by_step:
