@@ -373,7 +373,7 @@ class Report:
         if not self._rewound:
             kind = {"FINISHED": "end", "KILLED": "stop", "FAILED": "error"}[status]
             self.event(step, kind, f"{_STATES[status]} at step {step}" + (f": {why}" if why else ""))
-        for kind in _CHARTED:  # the curves go on to the last step
+        for kind in _CHARTED if step else ():  # the curves go on to the last step
             self.tracker.log(step, {f"events/{kind}": self.summary.counts[kind]})
         self._write_note("going back" if self._rewound else _STATES[status])
 

@@ -79,6 +79,11 @@ def test_the_end_is_recorded_before_pictures_are_drawn(tmp_path, monkeypatch):
     assert [(run.status, run.tags["state"], run.events[-1].kind) for run in seen] == 2 * [("KILLED", "stopped", "stop")]
 
 
+def test_a_run_that_ends_before_its_first_step_has_no_metrics(tmp_path):
+    open_report(tmp_path).close("FAILED", "no memory")
+    assert len(read_run(tmp_path).columns.steps) == 0
+
+
 def test_a_run_that_goes_back_shows_where_it_went(tmp_path):
     report = open_report(tmp_path)
     report.validation(5, 3.0, {})
