@@ -42,7 +42,6 @@ def loss_figure(runs: list[ComparedRun]) -> dict[str, Any]:
         x, y = run.curve(TRAIN, "steps")
         if not len(x):
             continue
-        rows = np.searchsorted(run.steps, x.astype(np.int64))
         line = _line(number)
         most = _points(len(runs))
         if len(runs) <= MOST_WITH_DETAILS:
@@ -51,14 +50,16 @@ def loss_figure(runs: list[ComparedRun]) -> dict[str, Any]:
                 at, raw = thinned.last, thinned.mean
             else:  # from the least to the greatest of each bin: a band
                 at, raw = np.repeat(thinned.last, 2), np.stack([thinned.low, thinned.high], axis=1).ravel()
-            traces.add(run, rows[at], raw, mode="lines", line={**line, "width": 1}, opacity=0.25, hoverinfo="skip")
+            traces.add(
+                run, _rows(run, x[at]), raw, mode="lines", line={**line, "width": 1}, opacity=0.25, hoverinfo="skip"
+            )
         at = thin(y, most).last
-        smooth = smooth_curve(x, y, x[at], _half_widths(x[at], len(x)))
+        rows, smooth = _rows(run, x[at]), smooth_curve(x, y, x[at], _half_widths(x[at], len(x)))
         visible.append(smooth[len(smooth) // 20 :])
-        traces.add(run, rows[at], smooth, mode="lines", line={**line, "width": 2}, legend=True)
+        traces.add(run, rows, smooth, mode="lines", line={**line, "width": 2}, legend=True)
         if len(runs) <= MOST_WITH_DETAILS and len(validated := _add_validations(traces, run, line)):
             visible.append(validated)
-        _add_events(traces, run, rows[at], smooth, line)
+        _add_events(traces, run, rows, smooth, line)
     layout = traces.layout("loss (nats)")
     if visible:
         values = np.concatenate(visible)
@@ -75,8 +76,7 @@ def metric_figure(runs: list[ComparedRun], metric: str, words: str) -> dict[str,
         if len(x):
             at = thin(y, min(400, _points(len(runs)))).last
             smooth = smooth_curve(x, y, x[at], _half_widths(x[at], len(x)))
-            rows = np.searchsorted(run.steps, x[at].astype(np.int64))
-            traces.add(run, rows, smooth, mode="lines", line={**_line(number), "width": 2})
+            traces.add(run, _rows(run, x[at]), smooth, mode="lines", line={**_line(number), "width": 2})
     return {"data": traces.data, "layout": traces.layout(words)} if traces.data else None
 
 
@@ -216,6 +216,11 @@ def _add_events(traces: _Traces, run: ComparedRun, rows: np.ndarray, smooth: np.
         ],
         hoverinfo="text+name",
     )
+
+
+def _rows(run: ComparedRun, steps: np.ndarray) -> np.ndarray:
+    """Return which rows of a run are those of its steps."""
+    return np.searchsorted(run.steps, steps.astype(np.int64))
 
 
 def _half_widths(places: np.ndarray, count: int) -> np.ndarray:

@@ -78,7 +78,9 @@ class ComparedRun:
         series = self.series.get(metric)
         if series is None:
             return np.empty(0), np.empty(0)
-        x, y = self.axis(axis)[series.rows], series.values
+        x, y = self.axis(axis), series.values
+        if len(series.rows) < len(x):  # else it was logged in every row
+            x = x[series.rows]
         known = np.isfinite(x) & np.isfinite(y)
         return (x, y) if known.all() else (x[known], y[known])
 
@@ -106,8 +108,9 @@ def condensed(run: ComparedRun, whole: str, most: int) -> ComparedRun:
         if name.startswith(whole):
             series[name] = Series(one.rows.astype(np.int32), one.values)
         else:
-            thinned = thin(one.values[np.isfinite(one.values)], most)
-            series[name] = Series(one.rows[np.isfinite(one.values)][thinned.last].astype(np.int32), thinned.mean)
+            finite = np.flatnonzero(np.isfinite(one.values))
+            thinned = thin(one.values[finite], most)
+            series[name] = Series(one.rows[finite[thinned.last]].astype(np.int32), thinned.mean)
     return replace(run, series=series)
 
 

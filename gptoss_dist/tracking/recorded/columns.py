@@ -68,17 +68,19 @@ class Columns(Mapping[str, np.ndarray]):
             for line, step_of in segment.header.resumes
         ]
         alive, self.resumes = _final_branch(step, resumes)
-        steps = step[alive].astype(np.int64)
-        self.steps, at = np.unique(steps, return_inverse=True)
+        lines = np.flatnonzero(alive)
+        self.steps, at, row_of = np.unique(step[lines].astype(np.int64), return_index=True, return_inverse=True)
         """Steps in order, int64 [N]."""
-        # Several lines of one step are one row; this says which row each line belongs to, if it belongs to any.
-        self._row_of = np.full(len(step), -1)
-        self._row_of[alive] = at
+        # Several lines of one step are one row, whose first line is taken apart from the few that there are behind it.
+        self._first = lines[at]
+        is_later = np.ones(len(lines), bool)
+        is_later[at] = False
+        self._later, self._row_of_later = lines[is_later], row_of[is_later]
         self.line_times = self._lines(_TIME)
         """Seconds since 1970 of all lines in the order of the file, those of abandoned branches too; NaN where a line
         has none."""
         # What is written later at a step, by its validation, a sample, the end or a resume, is not when it was done.
-        self.times = self._rows(self.line_times, first=True)
+        self.times = self.line_times[self._first]
         """Seconds since 1970 at which each step was first written, float64 [N]."""
         self.damaged = sum(segment.header.damaged for segment in segments)
         """Lines that could not be read."""
@@ -115,14 +117,19 @@ class Columns(Mapping[str, np.ndarray]):
 
     def _lines(self, name: str) -> np.ndarray:
         """Return one value per line of the file."""
-        parts = [segment.column(name) for segment in self._segments]
-        return np.concatenate(parts) if parts else np.empty(0)
+        lines = np.full(sum(segment.header.lines for segment in self._segments), np.nan)
+        begin = 0
+        for segment in self._segments:
+            end = begin + segment.header.lines
+            segment.read(name, lines[begin:end])
+            begin = end
+        return lines
 
-    def _rows(self, lines: np.ndarray, *, first: bool = False) -> np.ndarray:
-        """Return one value per step: the last number among those of its lines, or the first."""
-        result = np.full(len(self.steps), np.nan)
-        known = np.flatnonzero((self._row_of >= 0) & ~np.isnan(lines))[:: -1 if first else 1]
-        result[self._row_of[known]] = lines[known]  # of equal indices numpy takes the last
+    def _rows(self, lines: np.ndarray) -> np.ndarray:
+        """Return one value per step: the last number among those of its lines."""
+        result, later = lines[self._first], lines[self._later]
+        known = ~np.isnan(later)
+        result[self._row_of_later[known]] = later[known]  # of equal indices numpy takes the last
         return result
 
 
@@ -202,17 +209,20 @@ class _Segment:
     offset: int = 0
     """Where the first column begins in `path`."""
 
-    def column(self, name: str) -> np.ndarray:
-        """Return the values of a metric, NaN where a line has none, [lines]."""
-        lines = self.header.lines
+    def read(self, name: str, into: np.ndarray) -> None:
+        """Write the values of a metric into float64 [lines], which stays as it is if no line has one."""
         if name not in self.header.names:
-            return np.full(lines, np.nan)
+            return
         row = self.header.names.index(name)
         if self.path is None:
             assert self.values is not None, "a segment is in memory or in a file"
-            return self.values[row]
-        values = np.fromfile(self.path, "<f8", lines, offset=self.offset + 8 * lines * row)
-        return values if len(values) == lines else np.full(lines, np.nan)  # deleted or cut in this moment
+            into[:] = self.values[row]
+            return
+        with contextlib.suppress(OSError), open(self.path, "rb") as file:  # deleted in this moment
+            values = np.empty(len(into), "<f8")
+            file.seek(self.offset + values.nbytes * row)
+            if file.readinto(values.data) == values.nbytes:  # else it was cut
+                into[:] = values
 
     def write(self, path: Path) -> None:
         """Keep it in a file, whole or not at all."""
