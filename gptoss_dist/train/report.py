@@ -128,7 +128,8 @@ class Report:
         if start.checkpoint is None:
             self.event(start.step, "start", f"training begins, {self.facts.devices}")
         elif not start.rewound:
-            self.event(start.step, "resume", f"resumed from {start.checkpoint.name}, {self.facts.devices}")
+            if start.step < self.config.train.steps:  # else nothing is left to train: the run is not interrupted here
+                self.event(start.step, "resume", f"resumed from {start.checkpoint.name}, {self.facts.devices}")
         else:  # the event is recorded at the step that was given up, whose metrics count no more
             self.tracker.log(start.step, {"events/rewind": self.summary.counts["rewind"]})
 

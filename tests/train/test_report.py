@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptoss_dist.config import Config, ModelConfig, RunConfig, SamplingConfig, TrackingConfig
+from gptoss_dist.config import Config, ModelConfig, RunConfig, SamplingConfig, TrackingConfig, TrainConfig
 from gptoss_dist.parallel.mesh import DeviceLayout
 from gptoss_dist.tracking.about.revision import git_revision
 from gptoss_dist.tracking.delivery.requests import NOTE_TAG
@@ -82,6 +82,13 @@ def test_the_end_is_recorded_before_pictures_are_drawn(tmp_path, monkeypatch):
 def test_a_run_that_ends_before_its_first_step_has_no_metrics(tmp_path):
     open_report(tmp_path).close("FAILED", "no memory")
     assert len(read_run(tmp_path).columns.steps) == 0
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_finished_run_that_is_started_again_was_not_resumed(tmp_path, left):
+    start = Start(checkpoint=tmp_path / "step_00000009", step=TrainConfig().steps - left)
+    open_report(tmp_path, start=start).close("FINISHED")
+    assert [event.kind for event in read_run(tmp_path).events] == left * ["resume"] + ["end"]
 
 
 def test_a_run_that_goes_back_shows_where_it_went(tmp_path):
