@@ -96,6 +96,11 @@ def test_a_sweep_is_fitted_and_predicts(compare, tmp_path, capsys):
     assert "## Loss against compute" in told and "train.steps differs" in told and "0.1 exaFLOPs" in told
     assert compare("s0", "s1", "--predict", "1", "--output", "other") == 2
     assert "no power law is fitted: it takes 5 runs or more" in capsys.readouterr().err
+    for number in (3, 4, 5):  # which cheaper ones beat
+        write_run(tmp_path / f"beaten{number}", steps=100 * number, seed=number, shift=0.5)
+    beaten = ["beaten3", "beaten4", "beaten5"]
+    assert compare("s0", "s1", "s2", *beaten, "--predict", "1", "--output", "other") == 2
+    assert "3 that took 3 which no run with less compute beats; --fit final takes all" in capsys.readouterr().err
     assert not Path("other").exists()
 
 
