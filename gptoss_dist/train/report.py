@@ -127,11 +127,10 @@ class Report:
         """Record what this process does with the run."""
         if start.checkpoint is None:
             self.event(start.step, "start", f"training begins, {self.facts.devices}")
-        elif not start.rewound:
-            if start.step < self.config.train.steps:  # else nothing is left to train: the run is not interrupted here
-                self.event(start.step, "resume", f"resumed from {start.checkpoint.name}, {self.facts.devices}")
-        else:  # the event is recorded at the step that was given up, whose metrics count no more
+        elif start.rewound:  # the event is recorded at the step that was given up, whose metrics count no more
             self.tracker.log(start.step, {"events/rewind": self.summary.counts["rewind"]})
+        elif start.step < self.config.train.steps:  # a finished run that is started again does nothing more
+            self.event(start.step, "resume", f"resumed from {start.checkpoint.name}, {self.facts.devices}")
 
     def event(self, step: int, kind: str, text: str) -> None:
         """Record that something happened after a step, for the note and the charts of the run.

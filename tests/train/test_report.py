@@ -85,8 +85,8 @@ def test_a_run_that_ends_before_its_first_step_has_no_metrics(tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 1])
-def test_a_finished_run_that_is_started_again_was_not_resumed(tmp_path, left):
-    start = Start(checkpoint=tmp_path / "step_00000009", step=TrainConfig().steps - left)
+def test_a_run_is_resumed_only_if_steps_are_left(tmp_path, left):
+    start = Start(checkpoint=tmp_path / "checkpoint", step=TrainConfig().steps - left)
     open_report(tmp_path, start=start).close("FINISHED")
     assert [event.kind for event in read_run(tmp_path).events] == left * ["resume"] + ["end"]
 

@@ -174,16 +174,12 @@ def _fit(runs: list[ComparedRun], options: CompareOptions, spoiled: bool) -> tup
         reason = "no power law is fitted: the losses of the runs are not comparable; --fit final fits one all the same"
         return None, f"{reason}." if is_expected else ""
     only_best = options.fit != "final"
-    names: list[str] = []
     try:
-        names, *points = final_points(runs, only_best)
-        fit = fit_law(names, *points)
+        fit = fit_law(*final_points(runs, only_best))
     except ValueError as error:
-        is_cut = only_best and 0 < len(names) < len(runs)
-        more = " which no run with less compute beats; --fit final takes all runs" if is_cut else ""
         if options.fit == "auto" and not options.predict:
-            return None, f"{error}{more}." if is_expected else ""
-        raise ValueError(f"{error}{more}") from None
+            return None, f"{error}." if is_expected else ""
+        raise
     chosen = "that no run with less compute beats" if only_best else "of the comparison"
     return fit, (
         f"One point is one run {chosen}: its smoothed loss at its end. It is assumed that each run's learning rate had "

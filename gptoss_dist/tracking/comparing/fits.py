@@ -231,12 +231,12 @@ def final_points(runs: list[ComparedRun], only_best: bool) -> tuple[list[str], n
         Names, exaFLOPs [n] and losses [n], in order of compute.
 
     Raises:
-        ValueError: Even all runs would be too few or too narrow.
+        ValueError: They are too few or too narrow; of the best ones alone it says that all would be more.
     """
     curves = [(run, *run.curve(TRAIN, "exaflops")) for run in runs]
     curves = sorted(((run, x, y) for run, x, y in curves if len(x) and x[-1] > 0), key=lambda item: float(item[1][-1]))
     check_compute(np.array([x[-1] for _, x, _ in curves]))  # before many runs are compared with each other
-    points = []
+    points, beaten = [], 0
     for run, x, y in curves:
         end = float(x[-1])
         loss = smooth(x, y, end, window([x], end))
@@ -248,7 +248,14 @@ def final_points(runs: list[ComparedRun], only_best: bool) -> tuple[list[str], n
             value_at(other[1], other[2], place, window([other[1]], place))
             for other, place in zip(rivals, (min(end, own) for own in ends))
         ]
-        if not any(other < loss.value for other in losses_there):
+        if any(other < loss.value for other in losses_there):
+            beaten += 1
+        else:
             points.append((run.name, end, loss.value))
     names, compute, losses = zip(*points) if points else ((), (), ())
+    try:
+        check_compute(np.array(compute))
+    except ValueError as error:
+        more = f"; {beaten} more had cheaper rivals: --fit final takes these too" if beaten else ""
+        raise ValueError(f"{error}{more}") from None
     return list(names), np.array(compute, float), np.array(losses, float)

@@ -19,7 +19,7 @@ class Series:
     """The values of one metric, where it was logged."""
 
     rows: np.ndarray
-    """int64 [M]: which of the run's rows they belong to, in order."""
+    """int64 [M]: which of the run's rows they belong to, in order, none twice."""
     values: np.ndarray
     """float64 [M]; infinite ones are kept, and NaN are left out."""
 
@@ -73,7 +73,7 @@ class ComparedRun:
     def curve(self, metric: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
         """Return where a metric's finite values lie on an axis, and the values, float64 [M] both, in order.
 
-        Both are empty if the metric or the axis is not known.
+        Both are empty if the metric or the axis is not known. They may be the run's own arrays, not to be written to.
         """
         series = self.series.get(metric)
         if series is None:

@@ -71,7 +71,7 @@ class Columns(Mapping[str, np.ndarray]):
         lines = np.flatnonzero(alive)
         self.steps, at, row_of = np.unique(step[lines].astype(np.int64), return_index=True, return_inverse=True)
         """Steps in order, int64 [N]."""
-        # Several lines of one step are one row, whose first line is taken apart from the few that there are behind it.
+        # A step may have several lines, which are one row: its first one is in `_first`, those behind it in `_later`.
         self._first = lines[at]
         is_later = np.ones(len(lines), bool)
         is_later[at] = False
@@ -210,7 +210,11 @@ class _Segment:
     """Where the first column begins in `path`."""
 
     def read(self, name: str, into: np.ndarray) -> None:
-        """Write the values of a metric into float64 [lines], which stays as it is if no line has one."""
+        """Write the values of a metric into float64 [lines], which stays as it is if no line has one.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
         if name not in self.header.names:
             return
         row = self.header.names.index(name)
@@ -218,10 +222,10 @@ class _Segment:
             assert self.values is not None, "a segment is in memory or in a file"
             into[:] = self.values[row]
             return
-        with contextlib.suppress(OSError), open(self.path, "rb") as file:  # deleted in this moment
-            values = np.empty(len(into), "<f8")
+        values = np.empty(len(into), "<f8")
+        with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + values.nbytes * row)
-            if file.readinto(values.data) == values.nbytes:  # else it was cut
+            if file.readinto(values.data) == values.nbytes:  # else it was cut in this moment
                 into[:] = values
 
     def write(self, path: Path) -> None:

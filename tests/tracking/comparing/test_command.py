@@ -100,7 +100,7 @@ def test_a_sweep_is_fitted_and_predicts(compare, tmp_path, capsys):
         write_run(tmp_path / f"beaten{number}", steps=100 * number, seed=number, shift=0.5)
     beaten = ["beaten3", "beaten4", "beaten5"]
     assert compare("s0", "s1", "s2", *beaten, "--predict", "1", "--output", "other") == 2
-    assert "3 that took 3 which no run with less compute beats; --fit final takes all" in capsys.readouterr().err
+    assert "3 that took 3; 3 more had cheaper rivals: --fit final takes these too" in capsys.readouterr().err
     assert not Path("other").exists()
 
 

@@ -73,14 +73,27 @@ def test_what_tells_no_law_is_refused(compute, losses, words):
 
 def test_the_envelope_leaves_out_runs_that_a_cheaper_one_beats(tmp_path):
     for name, steps, shift in (
-        ("short", 100, 0.0),
-        ("long", 400, 0.0),
+        ("short", 101, 0.01),
+        ("middle", 160, 0.02),
+        ("further", 260, 0.03),
+        ("long", 400, 0.04),
         ("bad", 200, 0.5),
         ("worse", 350, 0.6),
         ("first", 80, 0.0),
     ):
         write_run(tmp_path / name, steps=steps, shift=shift, std=0.005, seed=steps)
-    runs = [read_folder(tmp_path / name) for name in ("long", "bad", "short", "worse", "first")]
+    order = ("long", "bad", "further", "short", "worse", "first", "middle")
+    runs = [read_folder(tmp_path / name) for name in order]
     names, compute, losses = final_points(runs, only_best=True)
-    assert names == ["first", "short", "long"] and list(compute) == sorted(compute) and losses[2] < losses[1]
-    assert final_points(runs, only_best=False)[0] == ["first", "short", "bad", "worse", "long"]
+    assert names == ["first", "short", "middle", "further", "long"]
+    assert list(compute) == sorted(compute) and list(losses) == sorted(losses, reverse=True)
+    assert len(final_points(runs, only_best=False)[0]) == 7
+    rivals = "; 2 more had cheaper rivals: --fit final takes these too"
+    with pytest.raises(ValueError, match=f"there are 4 that took 4{rivals}"):
+        final_points(runs[1:], only_best=True)
+    write_run(tmp_path / "dearer", steps=480, shift=0.6)
+    write_run(tmp_path / "later", steps=330, shift=0.035, std=0.005)
+    narrow = [run for run in runs if run.name not in ("first", "bad")]
+    narrow += [read_folder(tmp_path / name) for name in ("dearer", "later")]
+    with pytest.raises(ValueError, match=f"3.96 times the smallest.*{rivals}"):
+        final_points(narrow, only_best=True)
