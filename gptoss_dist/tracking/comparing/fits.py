@@ -231,7 +231,7 @@ def final_points(runs: list[ComparedRun], only_best: bool) -> tuple[list[str], n
         Names, exaFLOPs [n] and losses [n], in order of compute.
 
     Raises:
-        ValueError: They are too few or too narrow; of the best ones alone it says that all would be more.
+        ValueError: They are too few or too narrow; where only the envelope is, that is said.
     """
     curves = [(run, *run.curve(TRAIN, "exaflops")) for run in runs]
     curves = sorted(((run, x, y) for run, x, y in curves if len(x) and x[-1] > 0), key=lambda item: float(item[1][-1]))
