@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -38,6 +39,9 @@ from gptoss_dist.evaluation.subjects import Evaluated, joined, load
 from gptoss_dist.inference import Sampling, complete
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
+
+_PROGRESS_S = 30.0
+"""Between two lines that say how far the trials of one length are."""
 
 
 def evaluate(options: PasskeyOptions) -> None:
@@ -91,7 +95,11 @@ def _run_trials(evaluated: Evaluated, options: PasskeyOptions, yarn: str, length
         evaluated.model, with_yarn(evaluated.model.config, yarn, length, options.original_length, spare)
     )
     outcomes: list[Outcome] = []
+    said = time.monotonic()
     for batch in batches(trials, options.batch_tokens):
+        if ranks.is_main and time.monotonic() - said >= _PROGRESS_S:
+            _report_progress(yarn, length, outcomes, len(trials))
+            said = time.monotonic()
         outcomes += map(judge, batch, answers(model, evaluated.tokenizer, batch))
     return outcomes
 
@@ -167,9 +175,10 @@ def _chance(options: PasskeyOptions) -> dict:
     return {"guess": 1 / episode.guesses, "one_of_the_text": episode.rivals and 1 / episode.rivals, "words": words}
 
 
-def _report_progress(yarn: str, length: int, outcomes: list[Outcome]) -> None:
+def _report_progress(yarn: str, length: int, outcomes: list[Outcome], asked: int = 0) -> None:
     correct = sum(outcome.correct for outcome in outcomes)
-    print_line(f"yarn {yarn}, {length:,} tokens: {correct} of {len(outcomes)}", file=sys.stderr)
+    left = f", {asked - len(outcomes)} to go in this process" if asked else ""
+    print_line(f"yarn {yarn}, {length:,} tokens: {correct} of {len(outcomes)}{left}", file=sys.stderr)
 
 
 def _draw(options: PasskeyOptions, subject: Subject, outcomes: dict[tuple[str, int], list[Outcome]], figure) -> None:
