@@ -86,7 +86,8 @@ class _Run:
         if not len(columns.steps):
             raise ValueError(f"{run_dir} has no metrics to plot yet")
         hours = (columns.times - columns.times[0]) / 3600
-        return cls(run_dir.resolve().name, columns.steps.astype(float), hours, columns, columns.resumes)
+        resumes = [step for step in columns.resumes if step < columns.steps[-1]]  # not a finished run's new start
+        return cls(run_dir.resolve().name, columns.steps.astype(float), hours, columns, resumes)
 
     def has(self, metric: str) -> bool:
         return any(np.isfinite(self.series[name]).any() for name in self.matching(metric))

@@ -52,6 +52,7 @@ def full_run(folder):
         for step in (1000, 2000)
     ]
     rows += [{"step": 2001, "time": 1.7e9 + 2001, "metrics": {"loss/train": "NaN", "optim/grad_norm": "Infinity"}}]
+    rows += [{"event": "resume", "step": 2001, "time": 1.7e9 + 2001}]  # a finished run, started again
     return write_run(folder, rows)
 
 
@@ -91,6 +92,7 @@ def test_curves_bands_validation_and_resume_marker(tmp_path, monkeypatch):
     assert lines["validation"].get_xdata() == pytest.approx([0, 1000 * billions, 2000 * billions])
     dotted = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
     assert [line.get_xdata()[0] for line in dotted] == pytest.approx([600 * billions])
+    assert figures["loss"].get_suptitle() == "run · step 2001 · resumed at step 600"
 
     throughput = figures["throughput"].axes[0]
     assert throughput.collections[0].get_datalim(throughput.transData).y0 > 4.5, "warm-up steps are not drawn"

@@ -187,11 +187,17 @@ def _settings(found: Comparison) -> Part:
         return Part("What differs", ["Nothing: settings, data, code and hardware are the same."])
     names = [run.name for run in found.runs]
     keys = [one.key for one in found.differences]
-    values = [[shortened(value, _LONGEST_CELL) for value in one.values] for one in found.differences]
+    values = [_told_apart(one.values) for one in found.differences]
     if len(names) <= _KEYS_AS_ROWS:
         return Part("What differs", tables=[(["", *names], [[key, *row] for key, row in zip(keys, values)])])
     columns = [[name, *(row[index] for row in values)] for index, name in enumerate(names)]
     return Part("What differs", tables=[(["", *keys], columns)])
+
+
+def _told_apart(values: Sequence[str]) -> list[str]:
+    """Return values as short as a table wants them, or whole where two of them would look the same."""
+    short = [shortened(value, _LONGEST_CELL) for value in values]
+    return short if len(set(short)) == len(set(values)) else list(values)
 
 
 def _equal(found: Comparison, table: EqualTable) -> Part:

@@ -85,6 +85,8 @@ class RunWatch:
         self._read_settings()
         now, ranks = time.time(), read_ranks(self._run_dir)
         state = judge(self._run_dir, self._metrics, self._journal, ranks, now)
+        # A finished run that is started again returns to its last step and trains nothing.
+        returns = [step for step in self._metrics.resumes if step < self._metrics.step or not state.is_over]
         return Snapshot(
             name=self._run_dir.resolve().name,
             folder=self._run_dir,
@@ -96,8 +98,8 @@ class RunWatch:
             validation=self._metrics.curves["loss/val"],
             newest={name: value for name, (_, value) in self._metrics.newest.items()},
             tags=self._journal.tags,
-            resumes=[step for step in self._metrics.resumes if step not in self._journal.rewinds],
-            rewinds=[step for step in self._metrics.resumes if step in self._journal.rewinds],
+            resumes=[step for step in returns if step not in self._journal.rewinds],
+            rewinds=[step for step in returns if step in self._journal.rewinds],
             ranks=ranks if ranks is not None and now - ranks.time <= STALE_S and not state.is_over else None,
             sample=last_sample(self._run_dir),
             messages=last_lines(self._run_dir / "log.txt", self._messages),

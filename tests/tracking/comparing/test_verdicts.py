@@ -179,6 +179,9 @@ def test_what_differs_is_named_once():
         "run.seed": ["0", "3"],
     }
     assert replicas([*runs, made_up("c", seed=5)]) == [[0, 2], [1]]
+    far = [made_up(name, **{"data.path": f"{'x' * 50}{name}{'y' * 50}"}) for name in "ab"]
+    text = markdown(analyse(far, [summarize(run) for run in far], CompareOptions(runs=["a", "b"])))
+    assert all(run.config["data.path"] in text for run in far), "what was cut would look the same"
     many = [made_up("a", **{"x.a": "1", "x.b": "1"}), made_up("b", lr="0.002", **{"x.a": "2", "x.b": "2"})]
     assert labels(many, replicas(many)) == ["a", "b"]
 

@@ -129,6 +129,9 @@ def test_looks_that_began_early_and_late_agree_whatever_was_logged(tmp_path):
     look = agree()
     assert (look.resumes, look.rewinds, look.step) == ([14], [12], 17)
     assert "resumed at 14, went back to 12" in plain(look)
+    tracker.close("FINISHED")
+    begin(folder, resumed_step=17).close("FINISHED")
+    assert agree().resumes == [14], "a finished run that is started again has nothing to train"
 
 
 def test_nothing_is_written_and_a_folder_that_goes_is_told(tmp_path):
