@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -89,11 +89,22 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what killed writers have left in a folder. Only who owns the folder may call this."""
+def remove_unfinished(folder: Path, names: Collection[str] = ("",)) -> None:
+    """Remove what killed writers have left in a folder, of the files that begin with one of `names`.
+
+    Only who owns the folder may call this, or who owns all that has such a name.
+    """
+    beginnings = tuple(f".{name}" for name in names)
     for path in folder.iterdir() if folder.is_dir() else ():
-        if re.fullmatch(r"\..+\.[0-9a-f]{16}", path.name) and path.is_file():
+        is_unfinished = re.fullmatch(r"\..+\.[0-9a-f]{16}", path.name) and path.name.startswith(beginnings)
+        if is_unfinished and path.is_file():
             path.unlink(missing_ok=True)
+
+
+def remove_own_unfinished(folder: Path, name: str) -> None:
+    """Remove what this process has begun to write in a folder and will not finish: files that begin with `name`."""
+    for path in folder.glob(unfinished(folder / f"{glob.escape(name)}*").name):
+        path.unlink(missing_ok=True)
 
 
 def link(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from data_pipeline.corpora.compression import decompressed
 from data_pipeline.corpora.folders import files_of
-from data_pipeline.corpora.kinds import SUFFIXES, LeftOut, suffixes_of, why_left_out
+from data_pipeline.corpora.kinds import CHAINED, SUFFIXES, LeftOut, suffixes_of, why_left_out
 from data_pipeline.printable import shown
 from data_pipeline.secrets import without_secrets
 from data_pipeline.stores.attempts import ONCE, READING, Patience, changed_text, repeat
@@ -25,6 +25,8 @@ from data_pipeline.stores.systems import FileState, check_unchanged, open_system
 
 Record = TypeVar("Record")
 _LOCAL = "file://"  # fsspec's name for what is on this machine
+_WEB = ("http://", "https://")
+_CHAIN = "::"  # fsspec takes it for the border of two URLs
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ class FoundFiles:
 
 
 def name_of(path: str) -> str:
-    """Return the name of a file without its folder, and of a URL without its query."""
-    return (urlsplit(path).path if is_url(path) else path).rstrip("/").rpartition("/")[2]
+    """Return the name of a file without its folder, and of a web page's address without its query."""
+    # In a store's keys `?` and `#` are letters like all others.
+    return (urlsplit(path).path if path.startswith(_WEB) else path).rstrip("/").rpartition("/")[2]
 
 
 def is_url(spec: str) -> bool:
@@ -145,8 +148,8 @@ def _remote_infos(system: Any, path: str, spec: str) -> tuple[dict[str, dict], L
     """Return fsspec's descriptions of the files that are taken, by name."""
     import glob
 
-    is_web = spec.startswith(("http://", "https://"))
-    if glob.has_magic(path) and not (is_web and "?" in spec):
+    is_web = spec.startswith(_WEB)
+    if glob.has_magic(path) and not ("?" in spec if is_web else system.exists(path)):
         infos = files_matching(system, path)
     elif is_web and suffixes_of(name_of(spec))[0] not in SUFFIXES and system.isdir(path):
         infos = files_below(system, path)
@@ -161,7 +164,7 @@ def _remote_infos(system: Any, path: str, spec: str) -> tuple[dict[str, dict], L
         # Below the folder that was asked for; what is above it may have any name.
         parts = name.removeprefix(root).strip("/").split("/")
         hidden = next((part for part in parts[:-1] if part.startswith(".")), None)
-        if reason := why_left_out(hidden or parts[-1] or name_of(name)):
+        if reason := why_left_out(hidden or parts[-1] or name_of(name)) or (CHAINED if _CHAIN in name else None):
             left_out.add(reason)
         else:
             taken[name] = info

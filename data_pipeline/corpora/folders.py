@@ -22,6 +22,7 @@ from data_pipeline.corpora.kinds import (
     NO_FILES,
     PREPARED,
     PREPARED_FILE,
+    PREPARED_FILES,
     UNFINISHED_ENDING,
     UNFINISHED_FILE,
     UNREADABLE,
@@ -68,11 +69,18 @@ def _folders_below(root: Path, left_out: LeftOut) -> Iterator[Path]:
             continue
         yield folder
         for entry in entries:
-            if entry.is_dir():
+            if _is_folder(entry):
                 if entry.name.startswith("."):
                     left_out.add(HIDDEN)
                 else:
                     (links if entry.is_symlink() else waiting).append(folder / entry.name)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself; it is counted as a file
+        return False
 
 
 def _entries(folder: Path, left_out: LeftOut) -> Iterator[Path]:
@@ -100,6 +108,8 @@ def _matching(pattern: Path, left_out: LeftOut) -> Iterator[Path]:
         for name in glob.glob(str(pattern)):
             if Path(name).is_dir():
                 left_out.add(FOLDERS)
+            elif (Path(name).parent / PREPARED_FILE).exists():
+                left_out.add(PREPARED_FILES)
             elif _is_taken(Path(name), left_out):
                 yield Path(name)
         return

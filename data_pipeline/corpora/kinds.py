@@ -30,6 +30,8 @@ HIDDEN, CARDS = "hidden", "cards (README, LICENSE and the like)"
 LINKS, BROKEN = "links to what is there already", "broken links"
 NO_FILES, PREPARED = "no regular files", "prepared datasets"
 UNREADABLE, FOLDERS = "folders that cannot be read", "folders"
+PREPARED_FILES = "of prepared datasets"
+CHAINED = "with `::` in their names, at which fsspec would part them"
 
 
 def suffixes_of(name: str) -> tuple[str, str]:

@@ -10,10 +10,12 @@ import orjson
 
 from data_pipeline.corpora.columns import MOST_BYTES, TOO_LONG, Column, Malformed
 from data_pipeline.corpora.compression import ERRORS
-from data_pipeline.corpora.files import is_url, open_bytes, open_decompressed
+from data_pipeline.corpora.files import is_url, open_decompressed
 from data_pipeline.printable import first_line, shown
 
 Records = Iterator[str | np.ndarray | Malformed]
+
+_TWICE = "key {!r} is there more than once, so it is not clear which one is meant"
 
 
 def read_texts(paths: list[str]) -> Iterator[str | Malformed]:
@@ -25,10 +27,12 @@ def read_texts(paths: list[str]) -> Iterator[str | Malformed]:
 
 
 def read_jsonl(path: str, start: int, stop: int | None, column: Column) -> Records:
-    """Yield the documents of lines whose first byte is in [start, stop), to the end of the file when `stop` is None."""
+    """Yield the documents of lines whose first byte is in [start, stop), to the end of the file when `stop` is None.
+
+    What holds none is named by its line, or where `start` is not 0, so that lines are not counted, by its first byte.
+    """
     with _reading(path), open_decompressed(path) as stream:
         position = _first_line_from(stream, start, stop)
-        before = None
         if stop is not None and position >= stop:
             return
         number = 0
@@ -43,9 +47,8 @@ def read_jsonl(path: str, start: int, stop: int | None, column: Column) -> Recor
                 record = _parsed(line, column)
             if record is not None:
                 if isinstance(record, Malformed):
-                    if before is None:
-                        before = _lines_before(path, position) - (number - 1) if start else 0
-                    record = Malformed(f"{path}, line {before + number}", record.reason)
+                    place = f"byte {position}" if start else f"line {number}"
+                    record = Malformed(f"{path}, {place}", record.reason)
                 yield record
             position += length
             if stop is not None and position >= stop:
@@ -74,19 +77,10 @@ def _rest_of_line(stream: BinaryIO, line: bytes) -> int:
     return length
 
 
-def _lines_before(path: str, position: int) -> int:
-    count = 0
-    with open_bytes(path) as stream:
-        while position > 0 and (block := stream.read(min(position, 1 << 22))):
-            count += block.count(b"\n")
-            position -= len(block)
-    return count
-
-
 def _parsed(line: bytes, column: Column) -> str | np.ndarray | Malformed | None:
     """Return the document in one line of JSON; None for a blank line."""
     if line.count(column.quoted) > 1 and _is_there_twice(line, column):
-        return Malformed("", f"key {column.name!r} is there more than once, so it is not clear which one is meant")
+        return Malformed("", _TWICE.format(column.name))
     try:
         record = orjson.loads(line)
         if type(record) is dict and type(text := record.get(column.name)) is str and not column.ids:
@@ -130,13 +124,17 @@ def _is_there_twice(line: bytes, column: Column) -> bool:
     return isinstance(outermost, dict) and times > 1
 
 
+class _Ambiguous(dict):
+    """An object that has the column's key more than once."""
+
+
 def read_json(path: str, column: Column) -> Records:
     """Yield the documents of a .json file: lines of objects, as in .jsonl, or one array of them, or a single one."""
     with _reading(path), open_decompressed(path) as stream:
         line = b"\n"
         while line and not line.strip():
             line = stream.readline(MOST_BYTES + 1)
-    if not isinstance(_json_or_none(line), dict):
+    if not isinstance(_json_or_none(line, column), dict):
         with _reading(path), open_decompressed(path) as stream:
             data = stream.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
@@ -144,11 +142,12 @@ def read_json(path: str, column: Column) -> Records:
                 f"{shown(path)}: an array of more than {MOST_BYTES >> 20} MiB; write its records as lines of a .jsonl "
                 f"file (`jq -c '.[]'`)"
             )
-        value = _json_or_none(data) if len(data) <= MOST_BYTES else None
+        value = _json_or_none(data, column) if len(data) <= MOST_BYTES else None
         del data
         if value is not None:
             for number, record in enumerate(value if isinstance(value, list) else [value], 1):
-                document = _of_record(record, column)
+                twice = isinstance(record, _Ambiguous)
+                document = Malformed("", _TWICE.format(column.name)) if twice else _of_record(record, column)
                 if isinstance(document, Malformed):
                     document = Malformed(f"{path}, record {number}", document.reason)
                 yield document
@@ -156,9 +155,13 @@ def read_json(path: str, column: Column) -> Records:
     yield from read_jsonl(path, 0, None, column)
 
 
-def _json_or_none(data: bytes) -> Any:
+def _json_or_none(data: bytes, column: Column) -> Any:
+    def made(pairs: list[tuple[str, Any]]) -> dict:
+        kind = _Ambiguous if sum(key == column.name for key, _ in pairs) > 1 else dict
+        return kind(pairs)
+
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=made)
     except (ValueError, RecursionError):
         return None
 

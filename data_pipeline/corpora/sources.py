@@ -18,6 +18,8 @@ from data_pipeline.corpora.saved import is_saved, saved_files
 from data_pipeline.corpora.tables import parquet_file, read_arrow, read_parquet
 from data_pipeline.printable import first_line, shown
 from data_pipeline.secrets import without_secrets
+from data_pipeline.stores.attempts import READING, repeat
+from data_pipeline.stores.errors import StoreError, answer_may_pass
 
 
 def open_source(
@@ -233,10 +235,25 @@ def _huggingface(
 
 
 def _resolved(path: str, revision: str | None) -> str | None:
-    """Return the commit that a revision is now, so that a dataset that changes is not mixed with its older state."""
+    """Return the commit that a revision is now, so that a dataset that changes is not mixed with its older state.
+
+    Without a network it is the revision itself: what is in the cache will be read.
+
+    Raises:
+        ValueError: The hub is there, and cannot tell at the moment.
+    """
     import huggingface_hub
 
+    def look() -> str | None:
+        try:
+            return huggingface_hub.HfApi().dataset_info(path, revision=revision, timeout=20).sha
+        except Exception as error:
+            if answer_may_pass(error):  # many machines that ask at once are told to come back
+                raise
+            return revision
+
+    url = f"hf://datasets/{path}"
     try:
-        return huggingface_hub.HfApi().dataset_info(path, revision=revision, timeout=20).sha
-    except Exception:  # without a network, what is in the cache will be read
-        return revision
+        return repeat(url, look, READING)
+    except StoreError as error:
+        raise ValueError(f"{shown(url)}: the hub does not say which commit it is now: {error}") from error

@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipeline.corpora.columns import Malformed
 from data_pipeline.corpora.part import Part
-from data_pipeline.disk import write_file_atomically
+from data_pipeline.disk import remove_own_unfinished, write_file_atomically
 from data_pipeline.foreign import Count, read_json
 from data_pipeline.prepare.rules import Rules, apply_rules, load_filter
 from data_pipeline.shards.held_out import is_held_out
@@ -119,11 +119,15 @@ def prepare_part(
     """
     preparation.rules.check_filters()
     writer = _PartWriter(part, key, preparation, report_progress)
-    for record in part.read():
-        writer.add(record)
-        if writer.is_full:
-            break
-    return writer.finish()
+    try:
+        for record in part.read():
+            writer.add(record)
+            if writer.is_full:
+                break
+        return writer.finish()
+    except BaseException:  # also a full disk, which has no room for what nobody will finish
+        remove_own_unfinished(preparation.folder, key)
+        raise
 
 
 class _PartWriter:

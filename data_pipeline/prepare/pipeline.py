@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_pipeline.corpora.kinds import PREPARED_FILE
 from data_pipeline.corpora.part import Part, TextSource
 from data_pipeline.disk import write_file_atomically
 from data_pipeline.foreign import read_json
@@ -47,6 +48,8 @@ from data_pipeline.tokenizer.tokenizer import Tokenizer
 SETTINGS_FILE_NAME = (
     "prepare.json"  # what was asked for, to recognise the same request; it may name local files, the manifest does not
 )
+_OURS = (SETTINGS_FILE_NAME, PREPARED_FILE)
+"""What every dataset of `prepare` holds, and no other folder."""
 MALFORMED_FILE_NAME = "malformed.log"
 FINAL = "final-"  # the rest of the name is random: no process that was taken for dead writes to this folder
 _FIRST_NAMED = 3  # malformed records
@@ -207,7 +210,7 @@ def prepare_range(
     _report_sources(request)
     parts = request.keyed_parts()
     own = dict(list(parts.items())[index::count])
-    with range_directory(output, index, count, report) as folder, _naming_folder_in_errors(folder):
+    with range_directory(output, index, count, own.keys(), report) as folder, _naming_folder_in_errors(folder):
         # Again, now that nobody can be about to make it.
         if (existing := _existing_dataset(output, request.settings(), overwrite)) is None:
             tokenizer.save(tokenizer_folder(folder, tokenizer.sha256))
@@ -308,8 +311,8 @@ def _existing_dataset(output: Path, settings: dict, overwrite: bool) -> Manifest
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
-    if not (output / FILE_NAME).is_file():
-        raise ValueError(f"{output}: exists and is not a prepared dataset; choose another output directory")
+    if not all((output / name).is_file() for name in _OURS):  # a manifest alone may be any program's, or an adopted one
+        raise ValueError(f"{output}: exists and is not a dataset that prepare made; choose another output directory")
     try:
         found = read_json(output / SETTINGS_FILE_NAME, dict[str, Any], most=MOST_MANIFEST_BYTES)
         manifest = Manifest.read(output)

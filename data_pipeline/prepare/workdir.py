@@ -12,7 +12,7 @@ So of two that begin at once, one sees the other.
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -71,13 +71,16 @@ def working_directory(output: Path, message: Callable[[str], None]) -> Iterator[
 
 
 @contextlib.contextmanager
-def range_directory(output: Path, index: int, count: int, message: Callable[[str], None]) -> Iterator[Path]:
+def range_directory(
+    output: Path, index: int, count: int, keys: Collection[str], message: Callable[[str], None]
+) -> Iterator[Path]:
     """Create OUTPUT.preparing, or join those who work there, and own range `index` of `count`; it stays.
 
     Args:
         output: Where the dataset will be.
         index: The number of the range, from 0.
         count: How many there are.
+        keys: Those of its parts. Files that a killed process has begun of them are removed.
         message: That of `working_directory`.
 
     Raises:
@@ -99,6 +102,9 @@ def range_directory(output: Path, index: int, count: int, message: Callable[[str
                 raise ValueError(_busy(folder, error)) from error
             if ownership.holds(own):  # else who has just finished there has removed it
                 _mark(folder)
+                # Ranges of another count hold the same parts, and may be at work.
+                if all(path.name.endswith(f"-of-{count}") for path in own.parent.iterdir()):
+                    remove_unfinished(folder, keys)
                 yield folder
                 return
 

@@ -73,6 +73,11 @@ def may_pass(error: BaseException) -> bool:
     return isinstance(error, EOFError) or bool(_names(error) & _NAMES_MAY_PASS)
 
 
+def answer_may_pass(error: BaseException) -> bool:
+    """Return whether a server has answered that it cannot do now what it may do later."""
+    return _status(error) is not None and may_pass(error)
+
+
 def has_changed(error: BaseException) -> bool:
     """Return whether an error means that the file is not the one that was opened."""
     return "FileExpired" in _names(error) or _status(error) == _STATUS_CHANGED

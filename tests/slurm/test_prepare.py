@@ -47,7 +47,11 @@ def test_an_array_and_a_last_job_make_the_same_bytes_whatever_is_killed(lab: Lab
         (("--array=0-2", "synthetic", "--output", "x"), "the words of `prepare` are missing"),
         (("--time=1", "--", "synthetic", "--output", "x"), "--array=: must be one range before `--`"),
         (("--array=0,2,5", "--", "synthetic", "--output", "x"), "--array=0,2,5: must be one range"),
-        (("-a", "0-2", "--", "synthetic", "--output", "x", "--part-range", "0/3"), "--part-range: is given by this"),
+        (
+            ("-a", "0-2", "--", "synthetic", "--output", "x", "--part-range", "0/3"),
+            "--part-range: is given by prepare.sbatch",
+        ),
+        (("-a", "0-2", "--", "synthetic", "--output", "x", "--part_range=0/3"), "--part-range: is given by prepare"),
         (("-a", "0-2", "--", "synthetic"), "required: --output"),
         (("-a", "0-2", "--", "synthetic", "--output", "x", "--workers", "0"), "workers=0 must be"),
         (("--array=0-2", "--", "synthetic", "--outputs", "x"), "--outputs"),
@@ -56,4 +60,12 @@ def test_an_array_and_a_last_job_make_the_same_bytes_whatever_is_killed(lab: Lab
 def test_mistakes_submit_nothing(lab: Lab, words, message):
     before = lab("squeue", "-h", "--states=all", "-o", "%i")
     assert message in lab("bash", "launch/slurm/prepare.sbatch", *words, code=2)
+    assert lab("squeue", "-h", "--states=all", "-o", "%i") == before
+
+
+def test_what_asks_for_no_dataset_submits_nothing(lab: Lab):
+    before = lab("squeue", "-h", "--states=all", "-o", "%i")
+    words = ["-a", "0-2", "--", "synthetic", "--output", "x"]
+    assert "output: x" in lab("bash", "launch/slurm/prepare.sbatch", *words, "--print_config")
+    assert "--max-documents" in lab("bash", "launch/slurm/prepare.sbatch", *words, "--help")
     assert lab("squeue", "-h", "--states=all", "-o", "%i") == before

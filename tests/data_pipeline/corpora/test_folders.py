@@ -50,12 +50,13 @@ def test_links_are_followed_once(folder, tmp_path):
     (folder / "copy.txt").symlink_to("a.txt")
     (folder / "outside.txt").symlink_to(other / "o.txt")
     (folder / "broken.txt").symlink_to("nowhere")
+    (folder / "itself").symlink_to("itself")
     os.mkfifo(folder / "pipe.txt")
     for spec in ("corpus", "corpus/**", "c*/**"):
         source = open_source(spec)
         documents = list(source.documents())
         assert sorted(documents) == sorted({*TEXTS, "other"}), "each once"
-        assert "1 broken links" in source.left_out and "1 no regular files" in source.left_out
+        assert "2 broken links" in source.left_out and "1 no regular files" in source.left_out
         assert "4 links to what is there already" in source.left_out
     assert sorted(open_source("corpus/**/*.txt").documents()) == ["a.txt", "other"]
     assert sorted(open_source("corpus/**/b.md").documents()) == ["sub/b.md"]
@@ -109,6 +110,8 @@ def test_a_prepared_dataset_in_a_folder_is_no_text(folder):
         (folder / "prepared" / name).write_text("{}")
     source = open_source("corpus")
     assert set(source.documents()) == TEXTS and "1 prepared datasets" in source.left_out
+    with pytest.raises(ValueError, match=r"is left out \(2 of prepared datasets\)"):
+        open_source("corpus/*/*.json")
 
 
 def test_only_prose_is_a_card():

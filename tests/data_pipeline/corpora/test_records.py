@@ -140,6 +140,18 @@ def test_what_is_too_long_is_malformed_and_the_rest_is_read(tmp_path, monkeypatc
         read(tmp_path / "d.json")
 
 
+def test_malformed_lines_of_a_later_part_are_named_without_reading_the_earlier_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.corpora.part.MIN_PART_BYTES", 1000)
+    path, lines = tmp_path / "a.jsonl", [json.dumps({"text": "x" * 80}) for _ in range(100)]
+    lines[3] = lines[60] = "{"
+    path.write_text("\n".join(lines) + "\n")
+    parts = open_source(str(path)).parts
+    assert len(parts) > 5
+    first, second = (str(one) for part in parts for one in part.read() if not isinstance(one, str))
+    assert first.startswith(f"{path}, line 4: not valid JSON")
+    assert second.startswith(f"{path}, byte {path.read_bytes().rindex(b'{' + os.linesep.encode())}: not valid JSON")
+
+
 def texts_of_bytes(values, kind):
     as_bytes = pyarrow.array(values, {pyarrow.string(): pyarrow.binary()}.get(kind, pyarrow.large_binary()))
     return pyarrow.Array.from_buffers(kind, len(values), as_bytes.buffers())
@@ -184,6 +196,10 @@ def test_keys_that_are_there_twice_and_columns_that_could_be_two(tmp_path):
     path.write_text("\n".join(lines))
     assert all_records(path)[1:] == ['"text"', "text"]
     assert "a.jsonl, line 1: key 'text' is there more than once" in all_records(path)[0]
+    array = tmp_path / "b.json"
+    array.write_text(f"[{', '.join(lines)}]")
+    assert all_records(array)[1:] == ['"text"', "text"]
+    assert "b.json, record 1: key 'text' is there more than once" in all_records(array)[0]
     nested = pyarrow.table({"a.b": ["x"], "a": [{"b": "y"}]})
     pyarrow.parquet.write_table(nested, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"several columns are called 'a\.b'"):

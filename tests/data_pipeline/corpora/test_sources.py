@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -14,7 +15,7 @@ import pytest
 import zstandard
 
 from data_pipeline import open_source
-from data_pipeline.corpora import builtin
+from data_pipeline.corpora import builtin, sources
 from data_pipeline.needles.arrange import words_of
 from data_pipeline.needles.tasks import TASKS
 from tests.support.needles import solve
@@ -202,6 +203,7 @@ def test_pystdlib_is_the_librarys_source_or_says_that_it_is_not(monkeypatch):
 
 _HUGGINGFACE = """
 import sys
+from types import SimpleNamespace
 from data_pipeline import open_source
 for split in sys.argv[1:]:
     try:
@@ -270,3 +272,27 @@ def test_needles_are_questions_with_their_answers(task):
 def test_impossible_needles_are_refused(spec, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         read(spec)
+
+
+def test_a_hub_that_is_busy_is_asked_again_for_the_commit(monkeypatch):
+    """Else the parts of one machine of many would not be recognised by the others."""
+    from huggingface_hub import HfApi
+
+    answers = []
+
+    def info(self, path, **options):
+        status = answers.pop(0)
+        if status == 200:
+            return SimpleNamespace(sha="a" * 40)
+        error = RuntimeError("the hub's answer")
+        error.response = SimpleNamespace(status_code=status)
+        raise error if status else ConnectionError("no network")
+
+    monkeypatch.setattr(HfApi, "dataset_info", info)
+    monkeypatch.setattr("data_pipeline.stores.attempts.time.sleep", lambda seconds: None)
+    for given, found in (([429, 503, 200], "a" * 40), ([0], "main"), ([404], "main")):
+        answers[:] = given
+        assert sources._resolved("owner/set", "main") == found and not answers
+    answers[:] = [429] * 8
+    with pytest.raises(ValueError, match=r"hf://datasets/owner/set: the hub does not say which commit .*\(8 tries in"):
+        sources._resolved("owner/set", "main")

@@ -3,9 +3,13 @@
 import os
 import shutil
 
+import numpy as np
+import pytest
+
 from data_pipeline import Manifest
 from data_pipeline.ownership import owned
 from data_pipeline.prepare.dedupe import assemble_splits
+from data_pipeline.tools import adopt, split
 from tests.support.prepared import contents, run
 
 
@@ -39,12 +43,25 @@ def test_a_second_request_is_recognised_or_refused(tmp_path, corpus, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "data", "kept"], "nothing left behind"
 
 
-def test_a_directory_of_something_else_is_never_replaced(tmp_path, capsys):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("x")
-    code, _, err = run("synthetic", "--output", tmp_path / "mine", "--overwrite", capsys=capsys)
-    assert code == 2 and "not a prepared dataset" in err
-    assert contents(tmp_path / "mine") == {"thesis.txt": b"x"}
+@pytest.mark.parametrize("kind", ["texts", "an application", "adopted", "split"])
+def test_a_directory_of_something_else_is_never_replaced(tmp_path, capsys, kind):
+    mine = tmp_path / "mine"
+    if kind == "split":
+        assert run("synthetic:documents=20", "--output", tmp_path / "whole") == 0
+        assert split.main([str(tmp_path / "whole"), f"--output={mine}", "--validation-fraction=0.5"]) == 0
+    else:
+        mine.mkdir()
+        (mine / "thesis.txt").write_text("x")
+    if kind == "an application":
+        (mine / "manifest.json").write_text('{"name": "of the web"}')
+    if kind == "adopted":
+        np.arange(500, dtype=np.uint16).tofile(mine / "train.bin")
+        np.arange(500, dtype=np.uint16).tofile(mine / "val.bin")
+        words = "--tokenizer builtin --dtype uint16 --train train.bin --validation val.bin"
+        assert adopt.main([str(mine), *words.split()]) == 0
+    before = contents(mine)
+    code, _, err = run("synthetic", "--output", mine, "--overwrite", capsys=capsys)
+    assert code == 2 and "not a dataset that prepare made" in err and contents(mine) == before
 
 
 def test_unwritable_output_is_one_line(tmp_path, capsys):
@@ -107,7 +124,7 @@ def test_replacing_loses_nothing_at_any_moment(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("data_pipeline.prepare.pipeline.assemble_splits", appear)
     code, _, err = run(old, "--output", tmp_path / "late", "--overwrite", capsys=capsys)
-    assert code == 2 and "not a prepared dataset" in err and contents(tmp_path / "late") == {"notes.txt": b"x"}
+    assert code == 2 and "not a dataset that prepare made" in err and contents(tmp_path / "late") == {"notes.txt": b"x"}
 
 
 def test_the_umask_decides_the_modes(tmp_path):

@@ -191,6 +191,31 @@ def test_a_folder_that_cannot_be_removed_while_it_is_owned_goes_after_that(tmp_p
     assert run(folder, "--tokenizer", "bytes", "--output", tmp_path / "data") == 0 and not preparing.exists()
 
 
+def test_what_is_not_finished_takes_no_room_for_long(tmp_path, folder, monkeypatch, capsys):
+    """After a full disk, and after a kill when the range begins again; not what another range is writing."""
+    options = [folder, "--tokenizer", "bytes", "--output", tmp_path / "data"]
+    preparing = tmp_path / "data.preparing"
+
+    def full(*_):
+        assert list(preparing.glob(".*-train-*"))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("data_pipeline.prepare.part.BATCH_DOCUMENTS", 10)
+        patched.setattr("data_pipeline.prepare.part._PartWriter.finish", full)
+        code, _, err = run(*options, "--part-range", "0/2", capsys=capsys)
+    assert code == 2 and "no space left" in err and not list(preparing.glob(".*-train-*"))
+    assert run(*options, "--part-range", "0/2") == 0
+    (mine, *_), others = sorted(preparing.glob("*.json")), "f" * 32
+    for key in (mine.stem, others):
+        (preparing / f".{key}-train-00000.bin.{'0' * 16}").touch()
+    assert run(*options, "--part-range", "0/2") == 0
+    assert [path.name[1:33] for path in preparing.glob(".*-train-*")] == [others]
+    (preparing / "ranges/0-of-3").mkdir()  # which may be at the same parts
+    (preparing / f".{mine.stem}-train-00000.bin.{'0' * 16}").touch()
+    assert run(*options, "--part-range", "0/2") == 0 and len(list(preparing.glob(".*-train-*"))) == 2
+
+
 @pytest.mark.parametrize("text", ["3/3", "1", "-1/3", "1/0", "a/b", "0/3/1"])
 def test_what_is_no_range(tmp_path, folder, capsys, text):
     code, _, err = run(folder, "--output", tmp_path / "data", f"--part-range={text}", capsys=capsys)

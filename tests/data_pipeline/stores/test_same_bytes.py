@@ -47,6 +47,20 @@ def test_a_bucket_gives_the_bytes_of_a_folder(tmp_path, server, connect, small_p
     assert "already prepared" in run(*remote, "--output", tmp_path / "remote", *_PREPARE, capsys=capsys)[1]
 
 
+def test_a_key_may_have_any_letters(server, connect):
+    """`#` and `?` begin no query, `[` no pattern where it is an object's; fsspec cannot open a name with `::`."""
+    names = ("C# notes.jsonl", "what?.jsonl", "q.jsonl#notes.txt", "data[v1]/b.jsonl", "x::y.jsonl")
+    upload(server, "odd", {f"all/{name}": json.dumps({"text": name}).encode() for name in names})
+    connect(server)
+    whole = open_source("s3://odd/all")
+    documents = sorted(whole.documents())
+    assert documents == sorted(['{"text": "q.jsonl#notes.txt"}', "C# notes.jsonl", "what?.jsonl", "data[v1]/b.jsonl"])
+    assert whole.left_out.startswith("1 with `::` in their names")
+    for spec in ("all/data[v1]", "all/data[v1]/b.jsonl"):
+        assert list(open_source(f"s3://odd/{spec}").documents()) == ["data[v1]/b.jsonl"]
+    assert list(open_source("s3://odd/all/C# notes.jsonl").documents()) == ["C# notes.jsonl"]
+
+
 def test_a_version_is_the_content_not_the_time(server, connect):
     upload(server, "versions", {"a.jsonl": b'{"text": "x"}\n'})
     connect(server)
