@@ -32,7 +32,8 @@ KEYS = 4
 CHAINS, VARIABLES = 2, 4
 """Chains of `variables`, and variables in each."""
 _DIGITS = 5
-_ANSWER = re.compile(r"\d+|[A-Z]{3}")
+_NUMBER, _NAME = re.compile(r"\d+"), re.compile(r"\b(?!VAR\b)[A-Z]{3}\b")
+"""What counts in an answer; the text says `VAR ABC`, and so may the answer."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Episode:
 
     def is_answered_by(self, text: str) -> bool:
         """Return whether a continuation begins with the right numbers or names, those of a list in any order."""
-        return sorted(_ANSWER.findall(text)[: len(self.expected)]) == sorted(self.expected)
+        counted = _NAME if self.task == "variables" else _NUMBER
+        return sorted(counted.findall(text)[: len(self.expected)]) == sorted(self.expected)
 
 
 def make_episode(task: str, generator: random.Random) -> Episode:
@@ -176,7 +178,8 @@ def _thing(generator: random.Random) -> str:
 
 
 def _name(generator: random.Random) -> str:
-    return "".join(LETTERS[_below(len(LETTERS), generator)] for _ in range(3))
+    name = "".join(LETTERS[_below(len(LETTERS), generator)] for _ in range(3))
+    return name if _NAME.fullmatch(name) else _name(generator)
 
 
 def _distinct(draw: Callable[[random.Random], str], count: int, generator: random.Random) -> list[str]:

@@ -14,7 +14,7 @@ from data_pipeline.needles.tasks import Episode, make_episode
 _Z = 1.959963984540054
 """The 97.5 % quantile of the normal distribution: intervals of 95 %."""
 _SPARE_TOKENS = 4
-"""How many more tokens a model may write than the answer has, as it may spell it otherwise."""
+"""How many more tokens a model may write for each number or name, as it may spell it otherwise."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Trial:
     @property
     def max_new_tokens(self) -> int:
         """The most tokens that a model may write."""
-        return self.answer_tokens + _SPARE_TOKENS
+        return self.answer_tokens + _SPARE_TOKENS * len(self.episode.expected)
 
 
 @dataclass(frozen=True)

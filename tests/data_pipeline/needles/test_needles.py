@@ -98,9 +98,11 @@ def test_what_counts_as_an_answer():
     episode = make_episode("passkey", random.Random(0))
     key = episode.expected[0]
     assert all(episode.is_answered_by(text) for text in (f" {key}", f"{key}. The", f" the number {key}, not 12345"))
+    assert episode.is_answered_by(f" the KEY is {key}") and episode.is_answered_by(f" NOT sure: {key}")
     assert not any(episode.is_answered_by(text) for text in ("", " ", key[:4], f"{key}1", f"12345 {key}", " The grass"))
     episode = make_episode("variables", random.Random(0))
     assert episode.is_answered_by(" " + " and ".join(reversed(episode.expected)) + ".")
+    assert episode.is_answered_by(f" VAR {', VAR '.join(episode.expected)}, 3 of them")
     assert not episode.is_answered_by(", ".join(episode.expected[:-1])) and len(set(episode.expected)) == VARIABLES
     assert not episode.is_answered_by(", ".join(episode.expected[:1] * VARIABLES))
 
