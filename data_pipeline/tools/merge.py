@@ -17,10 +17,11 @@ import numpy as np
 
 from data_pipeline.command_line import MISTAKE, Program, option, positional, print_line, run
 from data_pipeline.disk import link as link_file
-from data_pipeline.disk import new_output, publish, staging_directory, sync_file, write_file_atomically
+from data_pipeline.disk import publish, staging_directory, sync_file, write_file_atomically
 from data_pipeline.shards.checksums import check_content, record_content
 from data_pipeline.shards.manifest import FILE_NAME, SPLITS, Manifest, Shard, open_shard
 from data_pipeline.shards.megatron import IndexedReader, IndexedWriter, TokenWriter
+from data_pipeline.shards.output import new_output
 from data_pipeline.shards.raw import RawReader
 from data_pipeline.shards.writer import document_batches, shard_of
 from data_pipeline.tokenizer.tokenizer import Tokenizer

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.command_line import MISTAKE, Program, option, positional, print_line, ranged, run
-from data_pipeline.disk import new_output, publish, staging_directory, write_file_atomically
+from data_pipeline.disk import publish, staging_directory, write_file_atomically
 from data_pipeline.shards.checksums import check_content, record_content
 from data_pipeline.shards.held_out import are_held_out
 from data_pipeline.shards.manifest import FILE_NAME, SPLITS, Manifest, open_shards
 from data_pipeline.shards.megatron import token_dtype
+from data_pipeline.shards.output import new_output
 from data_pipeline.shards.writer import SplitWriter, document_batches
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 

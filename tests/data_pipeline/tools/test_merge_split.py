@@ -323,3 +323,42 @@ def test_a_split_that_holds_nothing_out_says_so(tmp_path, capfd):
     capfd.readouterr()
     assert run(split.main, data, "--output", tmp_path / "again", "--validation-fraction", "0.001") == 0
     assert "no document fell into the validation split" in capfd.readouterr().out
+
+
+COMMANDS = {
+    "merge": lambda data: (merge.main, data),
+    "parts": lambda data: (split.main, data, "--parts", 2),
+    "fraction": lambda data: (split.main, data, "--validation-fraction", 0.1),
+    "prepare": lambda data: (prepare, data.with_suffix(".jsonl"), "--tokenizer", "bytes"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_output_is_where_it_is_said_to_be_or_refused_before_the_work(tmp_path, one, command, capsys, monkeypatch):
+    arguments = COMMANDS[command](one)
+    (tmp_path / "disk/real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/real")
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for output, place in (("link", "disk/real"), ("~/m", "home/m"), (f"file://{tmp_path}/f", "f")):
+        assert run(*arguments, "--output", output) == 0
+        (dataset, *_) = [path.parent for path in sorted((tmp_path / place).rglob("manifest.json"))]
+        assert documents(dataset) and run(verify, dataset) == 0
+    assert (tmp_path / "link").is_symlink()
+
+    (tmp_path / "mount").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "mount")
+    before = sorted(tmp_path.rglob("*"))
+    for module in (merge, split):
+        monkeypatch.setattr(module, "check_content", lambda *_: pytest.fail("the work has begun"))
+    capsys.readouterr()
+    for output, message in (
+        ("mount", f"error: {tmp_path}/mount: is a mount point, to which nothing can be renamed; choose a directory"),
+        ("loop", f"error: {tmp_path}/loop: is a link that leads back to itself; choose another output\n"),
+        ("s3://key:secret@bucket/x", "error: output s3://***@bucket/x: is a URL; name a place on a file system, and "),
+    ):
+        assert run(*arguments, "--output", output) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(message) and err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
