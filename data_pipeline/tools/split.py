@@ -87,7 +87,8 @@ def split_into_parts(
 ) -> list[Manifest]:
     """Write OUTPUT/part-00000, ...: datasets of contiguous documents that have about as many tokens each.
 
-    Training and validation are divided alike.
+    Training and validation are divided alike. What the manifest counts of documents that were dropped or treated is not
+    known by part: the first part has these counts, so that all parts together have those of the whole.
 
     Args:
         directory: The dataset.
@@ -128,7 +129,8 @@ def split_into_parts(
                     writers[i][split].add_documents(tokens[np.repeat(chosen, lengths)], lengths[chosen])
                 before += int(ends[-1])
         for name, own in zip(names, writers):
-            written.append(_complete(staging / name, manifest, tokenizer, own))
+            counted = replace(manifest, dropped={}, irregular={}) if written else manifest
+            written.append(_complete(staging / name, counted, tokenizer, own))
             if not written[-1].splits["train"]:
                 raise ValueError(too_many)
         publish(staging, output)
