@@ -71,7 +71,9 @@ def merge(
         new_output(output)  # another process may have finished meanwhile
         splits = {split: _place_split(datasets, split, staging, leaked, link) for split in SPLITS}
         if not splits["train"]:
-            reason = "every training document is in a validation split as well" if n_leaked else "there are no documents"
+            reason = (
+                "every training document is in a validation split as well" if n_leaked else "there are no documents"
+            )
             raise ValueError(f"nothing is left to train on: {reason}")
         manifest = _merged_manifest(datasets, splits, n_leaked)
         Tokenizer.load(datasets[0][0]).save(staging)

@@ -110,7 +110,7 @@ def split_into_parts(
     too_many = f"{directory}: {parts} parts would not all get a document to train on; use fewer --parts"
     if parts > manifest.documents("train"):
         raise ValueError(too_many)
-    written = []
+    written: list[Manifest] = []
     with staging_directory(output) as staging:
         new_output(output)  # another process may have finished meanwhile
         names = [f"part-{i:05d}" for i in range(parts)]
