@@ -9,8 +9,8 @@ becomes
     --filter+=["x"] --overwrite=true --filter+=["y"] --sources=["a", "b"]
 
 Lists are JSON, because YAML would read the texts `null` or `a: b` as something else. `+` adds to what is there, be it
-from a file; the others take its place. A list that is given as `--train a b` takes the place of a file's too, but what is
-typed of it adds up: `--train a --train b` becomes `--train=["a", "b"]`.
+from a file; the others take its place. So does a list that is given as `--train a b`, but what is typed of it adds up:
+`--train a --train b` becomes `--train=["a", "b"]`.
 """
 
 from __future__ import annotations
