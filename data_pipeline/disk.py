@@ -203,18 +203,6 @@ def _remove_leftover(folder: Path, output: Path) -> None:
         pass
 
 
-def new_output(output: str | Path) -> Path:
-    """Return `output` as an absolute path.
-
-    Raises:
-        ValueError: Something is there already.
-    """
-    output = Path(output).absolute()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"{output}: exists; choose another output directory")
-    return output
-
-
 def publish(staging: Path, output: Path) -> None:
     """Rename a finished folder, whose files are on disk, to its place, which is empty or does not exist."""
     for directory in [path for path in staging.rglob("*") if path.is_dir()]:

@@ -29,7 +29,8 @@ def option(
         default_factory: That of `dataclasses.field`.
         spelling: The option, such as `--from`; by default the field's name.
         metavar: What stands for the value in the help; by default the field's name.
-        several: The field is a list that is given as `--train a b`. Other lists are given as `--filter a --filter b`.
+        several: The field is a list that is given as `--train a b`, or as `--train a --train b`. Other lists are given
+            only as `--filter a --filter b`, and are added to those of a file.
         typed_only: The field, a list, may be given on the command line only, not in a file that `--config` names.
         may_be_empty: Whether the text, or one of the list, may be empty.
         **limits: Those of `ranged`.

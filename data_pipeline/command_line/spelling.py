@@ -9,7 +9,8 @@ becomes
     --filter+=["x"] --overwrite=true --filter+=["y"] --sources=["a", "b"]
 
 Lists are JSON, because YAML would read the texts `null` or `a: b` as something else. `+` adds to what is there, be it
-from a file; the others take its place.
+from a file; the others take its place. So does a list that is given as `--train a b`, but what is typed of it adds up:
+`--train a --train b` becomes `--train=["a", "b"]`.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ def spell_out(argv: list[str], options: list[Option]) -> list[str]:
                 spelled += [argument, *_take(rest, 1 if name == "--config" and not equals else 0)]
             elif equals or not option.is_flag:
                 many = option.is_list and option.several
-                spelled += _spelled(option, [value] if equals else _take(rest, len(rest) if many else 1))
+                spelled = _with(spelled, option, [value] if equals else _take(rest, len(rest) if many else 1))
             else:
                 spelled.append(f"{option.spelling}=true")
-    return spelled + _spelled_words(words, options)
+    return _with_words(spelled, words, options)
 
 
 def known_spellings(argv: list[str], known: Iterable[str]) -> list[str]:
@@ -87,12 +88,20 @@ def _spelled(option: Option, values: list[str]) -> list[str]:
     return [f"{option.spelling}{'' if option.several else '+'}={json.dumps(values)}"]
 
 
-def _spelled_words(words: list[str], options: list[Option]) -> list[str]:
+def _with(spelled: list[str], option: Option, values: list[str]) -> list[str]:
+    """Return `spelled` and an option with its values, after those of the same list that are in `spelled`."""
+    if not (option.is_list and option.several and values):
+        return spelled + _spelled(option, values)
+    others = [word for word in spelled if not word.startswith(f"{option.spelling}=")]
+    return others + _spelled(option, typed_values(spelled, option) + values)
+
+
+def _with_words(spelled: list[str], words: list[str], options: list[Option]) -> list[str]:
     option = next((option for option in options if option.positional), None)
     if option is None or not words:
-        return words
+        return spelled + words
     own = words if option.is_list else words[:1]
-    return _spelled(option, own) + words[len(own) :]
+    return _with(spelled, option, own) + words[len(own) :]
 
 
 def typed_values(spelled: list[str], option: Option) -> list[str]:

@@ -16,27 +16,13 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data_pipeline.corpora.files import local_path
 from data_pipeline.corpora.kinds import UNFINISHED_ENDING, UNFINISHED_FILE
 from data_pipeline.disk import move, publish, remove_unfinished
 from data_pipeline.ownership import Ownership, await_free, owned
 from data_pipeline.prepare.part import finished_keys
+from data_pipeline.shards.output import output_path as output_path  # for who calls the functions below
 
 _TEXT = "An unfinished dataset of `python -m data_pipeline.prepare`; the same command continues, and removes this.\n"
-
-
-def output_path(output: str | Path) -> Path:
-    """Return where the dataset will really be.
-
-    Raises:
-        ValueError: Nothing can be renamed to that place.
-    """
-    output = local_path(str(output)).absolute()
-    if output.is_symlink():
-        output = output.resolve()
-    if output.is_mount():
-        raise ValueError(f"{output}: is a mount point, to which nothing can be renamed; choose a directory below it")
-    return output
 
 
 def _preparing_path(output: Path) -> Path:

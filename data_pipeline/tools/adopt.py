@@ -65,9 +65,9 @@ def adopt(
 
     Raises:
         ValueError: There is a manifest or another tokenizer already, a pattern matches nothing, a file makes no sense
-            as `dtype` or has ids beyond the vocabulary, or documents of a Megatron file do not end with the end-of-text
-            token; or another process is adopting them. The message is one line with the file and the remedy, and
-            nothing was written.
+            as `dtype` or has ids beyond the vocabulary, documents of a Megatron file do not end with the end-of-text
+            token, or there is nothing to train on; or another process is adopting them. The message is one line with
+            the file and the remedy, and nothing was written.
     """
     directory = Path(directory)
     with _alone_in(directory) as staging:
@@ -116,6 +116,9 @@ def _adopt_files(
         storage, dtype = _common_format(directory, readers)
         shards = _read_shards(readers, described, workers)
         splits = {split: [shards[name] for name in names[split]] for split in names}
+        if not any(shard.tokens for shard in splits["train"]):
+            listed = ", ".join([*names["train"][:3], *["..."] * (len(names["train"]) > 3)])
+            raise ValueError(f"{directory}: no token for training in {listed}; name other files with --train")
     manifest = Manifest(
         tokenizer=described,
         dtype=dtype,
@@ -264,7 +267,7 @@ class AdoptOptions:
     tokenizer: str = option()
     """What made the tokens: a name as for prepare, or a path."""
     train: list[str] = option(metavar="NAME", several=True)
-    """Files in DIR, or patterns of names; also the folder of a split that save_to_disk wrote."""
+    """Files in DIR, or patterns of names; also the folder of a split that save_to_disk wrote. May be repeated."""
     validation: list[str] = option(default_factory=list, metavar="NAME", several=True)
     """Likewise."""
     pattern: str | None = None

@@ -17,10 +17,11 @@ import numpy as np
 
 from data_pipeline.command_line import MISTAKE, Program, option, positional, print_line, run
 from data_pipeline.disk import link as link_file
-from data_pipeline.disk import new_output, publish, staging_directory, sync_file, write_file_atomically
+from data_pipeline.disk import publish, staging_directory, sync_file, write_file_atomically
 from data_pipeline.shards.checksums import check_content, record_content
 from data_pipeline.shards.manifest import FILE_NAME, SPLITS, Manifest, Shard, open_shard
 from data_pipeline.shards.megatron import IndexedReader, IndexedWriter, TokenWriter
+from data_pipeline.shards.output import new_output
 from data_pipeline.shards.raw import RawReader
 from data_pipeline.shards.writer import document_batches, shard_of
 from data_pipeline.tokenizer.tokenizer import Tokenizer
@@ -38,6 +39,7 @@ def merge(
 ) -> Manifest:
     """Write all shards of several datasets, in that order and numbered anew, as one dataset.
 
+    Shards without documents are left out, and equal sources are listed once.
     A document is compared by the first 16 bytes of the SHA-256 of its tokens; memory is 16 bytes for each validation
     document. Copies of a document within the training splits stay.
 
@@ -69,7 +71,10 @@ def merge(
         new_output(output)  # another process may have finished meanwhile
         splits = {split: _place_split(datasets, split, staging, leaked, link) for split in SPLITS}
         if not splits["train"]:
-            raise ValueError("nothing is left to train on: every training document is in a validation split as well")
+            reason = (
+                "every training document is in a validation split as well" if n_leaked else "there are no documents"
+            )
+            raise ValueError(f"nothing is left to train on: {reason}")
         manifest = _merged_manifest(datasets, splits, n_leaked)
         Tokenizer.load(datasets[0][0]).save(staging)
         write_file_atomically(staging / FILE_NAME, manifest.to_json())
@@ -119,9 +124,9 @@ def _find_leaked(datasets: list[tuple[Path, Manifest]]) -> dict[tuple[Path, str]
     leaked = {}
     for directory, manifest in datasets:
         for shard in manifest.splits["train"] if len(held_out) else []:
-            mask = np.concatenate([_contains(held_out, digests) for digests in _digests(directory, manifest, shard)])
-            if mask.any():
-                leaked[directory, shard.name] = mask
+            masks = [_contains(held_out, digests) for digests in _digests(directory, manifest, shard)]
+            if any(mask.any() for mask in masks):
+                leaked[directory, shard.name] = np.concatenate(masks)
     return leaked
 
 
@@ -167,7 +172,7 @@ def _place_split(
     """Put the shards of one split of all datasets into `staging`, and return them."""
     placed: list[Shard] = []
     for directory, manifest in datasets:
-        for shard in manifest.splits[split]:
+        for shard in (shard for shard in manifest.splits[split] if shard.documents):
             suffix = Path(shard.name).suffix if manifest.storage == "raw" else ""
             target = staging / f"{split}-{len(placed):05d}{suffix}"
             mask = leaked.get((directory, shard.name))
@@ -180,10 +185,13 @@ def _place_split(
 
 def _merged_manifest(datasets: list[tuple[Path, Manifest]], splits: dict[str, list[Shard]], n_leaked: int) -> Manifest:
     manifests = [manifest for _, manifest in datasets]
+    sources: list[dict] = []
+    for source in (source for manifest in manifests for source in manifest.sources):
+        sources += [source] if source not in sources else []
     return replace(
         manifests[0],
         splits=splits,
-        sources=[source for manifest in manifests for source in manifest.sources],
+        sources=sources,
         dropped=_sum(manifest.dropped for manifest in manifests) | ({"leaked": n_leaked} if n_leaked else {}),
         irregular=_sum(manifest.irregular for manifest in manifests),
         python_version=platform.python_version(),

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.command_line import MISTAKE, Program, option, positional, print_line, ranged, run
-from data_pipeline.disk import new_output, publish, staging_directory, write_file_atomically
+from data_pipeline.disk import publish, staging_directory, write_file_atomically
 from data_pipeline.shards.checksums import check_content, record_content
 from data_pipeline.shards.held_out import are_held_out
 from data_pipeline.shards.manifest import FILE_NAME, SPLITS, Manifest, open_shards
 from data_pipeline.shards.megatron import token_dtype
+from data_pipeline.shards.output import new_output
 from data_pipeline.shards.writer import SplitWriter, document_batches
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
@@ -86,7 +87,8 @@ def split_into_parts(
 ) -> list[Manifest]:
     """Write OUTPUT/part-00000, ...: datasets of contiguous documents that have about as many tokens each.
 
-    Training and validation are divided alike.
+    Training and validation are divided alike. What the manifest counts of documents that were dropped or treated is not
+    known by part: the first part has these counts, so that all parts together have those of the whole.
 
     Args:
         directory: The dataset.
@@ -108,7 +110,7 @@ def split_into_parts(
     too_many = f"{directory}: {parts} parts would not all get a document to train on; use fewer --parts"
     if parts > manifest.documents("train"):
         raise ValueError(too_many)
-    written = []
+    written: list[Manifest] = []
     with staging_directory(output) as staging:
         new_output(output)  # another process may have finished meanwhile
         names = [f"part-{i:05d}" for i in range(parts)]
@@ -127,7 +129,8 @@ def split_into_parts(
                     writers[i][split].add_documents(tokens[np.repeat(chosen, lengths)], lengths[chosen])
                 before += int(ends[-1])
         for name, own in zip(names, writers):
-            written.append(_complete(staging / name, manifest, tokenizer, own))
+            counted = replace(manifest, dropped={}, irregular={}) if written else manifest
+            written.append(_complete(staging / name, counted, tokenizer, own))
             if not written[-1].splits["train"]:
                 raise ValueError(too_many)
         publish(staging, output)

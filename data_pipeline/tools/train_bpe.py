@@ -5,6 +5,7 @@ python -m data_pipeline.bpe --output data_pipeline/tokenizer/builtin.tiktoken   
 """
 
 import heapq
+import os
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -17,8 +18,10 @@ import regex
 from data_pipeline.command_line import MISTAKE, Program, option, positional, print_line, ranged, run
 from data_pipeline.corpora.sources import open_source
 from data_pipeline.disk import write_file_atomically
+from data_pipeline.shards.output import local_output
 from data_pipeline.tokenizer.patterns import PATTERNS
 from data_pipeline.tokenizer.rank_files import format_ranks
+from data_pipeline.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
 
 
 def train(documents: Iterable[str], vocab_size: int, pattern: str = PATTERNS["o200k"]) -> dict[bytes, int]:
@@ -86,7 +89,7 @@ def _count_words(documents: Iterable[str], pattern: str) -> Counter[str]:
     cut = regex.compile(pattern)
     counts: Counter[str] = Counter()
     for document in documents:
-        counts.update(cut.findall(document))
+        counts.update(match.group() for match in cut.finditer(document))  # findall would give the groups of a pattern
     return counts
 
 
@@ -124,18 +127,59 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(options: TrainBpeOptions) -> None:
+    output = _output_file(options.output)
+    pattern = PATTERNS.get(options.pattern, options.pattern)
+    _check_pattern(pattern, output.name)
     sources = [open_source(spec, text_column=options.text_column) for spec in options.sources]
     for source in sources:
         if source.left_out:
             print_line(f"{source.spec}: left out: {source.left_out}")
     documents = (text for source in sources for text in source.documents())
-    try:
-        ranks = train(documents, options.vocab_size, PATTERNS.get(options.pattern, options.pattern))
-    except regex.error as error:
-        raise ValueError(f"pattern {options.pattern!r}: {error}") from error
-    write_file_atomically(Path(options.output), format_ranks(ranks))
-    print_line(f"{options.output}: {len(ranks)} ranks from {', '.join(source.description for source in sources)}")
+    ranks = train(documents, options.vocab_size, pattern)
+    write_file_atomically(output, format_ranks(ranks))
+    print_line(f"{output}: {len(ranks)} ranks from {', '.join(source.description for source in sources)}")
     if len(ranks) < options.vocab_size:
-        print_line(f"  fewer than the {options.vocab_size} that were asked for: no pair is left that occurs twice")
-    words = ["--tokenizer", options.output, "--pattern", options.pattern]
+        print_line(f"  fewer than the {options.vocab_size} that were asked for: no pair is left to merge")
+    words = ["--tokenizer", str(output), "--pattern", options.pattern]
     print_line(f"prepare data with it: python -m data_pipeline.prepare SOURCE --output DIR {shlex.join(words)}")
+
+
+def _output_file(output: str) -> Path:
+    """Return the path of the file of ranks that is going to be written.
+
+    Raises:
+        ValueError: It is a URL, or is there and no file, or its folder cannot be written.
+    """
+    path = local_output(output)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no file; name the file of ranks to write, such as ranks.tiktoken")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(
+            f"{path}: cannot be written, as {folder} is no folder that this user may write; choose another"
+        )
+    return path
+
+
+def _check_pattern(pattern: str, name: str) -> None:
+    """Refuse what no tokenizer could use, before anything is trained with it.
+
+    Args:
+        pattern: The regular expression.
+        name: What the tokenizer will be called.
+
+    Raises:
+        ValueError: It is none for both engines, matches the empty text, or leaves out some characters.
+    """
+    remedy = (
+        f"give --pattern one of {', '.join(PATTERNS)}, or a regular expression that matches every character, such as "
+        f"one that ends with |(?s:.)"
+    )
+    try:
+        if regex.compile(pattern).fullmatch("") is not None:  # of which tiktoken makes no error, but a crash
+            raise ValueError(f"pattern {pattern!r}: matches the empty text, which is no word")
+        Tokenizer(name, {bytes([byte]): byte for byte in range(256)}, pattern, {END_OF_TEXT: 256})
+    except regex.error as error:
+        raise ValueError(f"pattern {pattern!r}: {error}; {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from error

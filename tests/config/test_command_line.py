@@ -95,8 +95,9 @@ AWKWARD = [
         ("a --output o --overwrite=true", {"sources": ["a"], "output": "o", "overwrite": True}),
         ("a --output o --no-verify", {"sources": ["a"], "output": "o", "verify": False}),
         ("--filter x a --filter y --output o", {"sources": ["a"], "output": "o", "filter": ["x", "y"]}),
+        ("a --sources b --output o c", {"sources": ["b", "a", "c"], "output": "o"}),
         ("a --train u v --output o", {"sources": ["a"], "output": "o", "train": ["u", "v"]}),
-        ("a --train u --train v w --output o", {"sources": ["a"], "output": "o", "train": ["v", "w"]}),
+        ("a --train u --train v w --output o", {"sources": ["a"], "output": "o", "train": ["u", "v", "w"]}),
         ("a --output o --from f --kind small", {"sources": ["a"], "output": "o", "from_file": "f", "kind": "small"}),
         ("a --output o --share 1 --count 7", {"sources": ["a"], "output": "o", "share": 1.0, "count": 7}),
         ("a --output o --share 0.1 --share 0.2", {"sources": ["a"], "output": "o", "share": 0.2}),
@@ -154,6 +155,9 @@ def test_files_and_what_comes_later(tmp_path, capsys):
         read("--config", str(recipe), "--filter", "a: b", "--print_config")
     more.write_text(printed := capsys.readouterr().out)
     assert read("--config", str(more)) == whole | {"filter": ["x", "a: b"]}, printed
+    more.write_text("train: [f]\n")
+    assert read("a", "--output", "o", "--train", "u", "--config", str(more))["train"] == ["f"]
+    assert read("a", "--output", "o", "--train=u", "--config", str(more), "--train", "v", "w")["train"] == [*"uvw"]
 
 
 @pytest.mark.parametrize(

@@ -154,9 +154,18 @@ def test_megatron_files_without_a_manifest(tmp_path, capsys):
     assert "missing: matches no file" in capsys.readouterr().err
     assert adopt(tmp_path, "[ab]_text_document", "--validation", "a*.bin") == 2
     assert "a_text_document: in both splits" in capsys.readouterr().err
-    assert adopt(tmp_path, "a_text_document", "--validation", "b*.bin") == 0
+    for name in ("c", "d"):
+        megatron(tmp_path / name, [])
+    before = contents(tmp_path)
+    assert adopt(tmp_path, "c", "--train", "d", "--validation", "a_text_document") == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path}: no token for training in c, d; name other files with --train" in err and err.count("\n") == 1
+    assert contents(tmp_path) == before
+    assert adopt(tmp_path, "a_text_document", "--train", "c", "--validation", "d", "--validation=b*.bin") == 0
     manifest = Manifest.read(tmp_path)
     assert manifest.storage == "megatron" and manifest.documents("train") == manifest.documents("validation") == 4
+    listed = {split: [shard.name for shard in shards] for split, shards in manifest.splits.items()}
+    assert listed == {"train": ["a_text_document", "c"], "validation": ["d", "b_text_document"]}
     assert verify([str(tmp_path)]) == 0
     data = (tmp_path / "a_text_document.idx").read_bytes()
     (tmp_path / "a_text_document.idx").write_bytes(data[:-1] + b"\7")

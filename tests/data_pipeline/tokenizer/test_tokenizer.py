@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import random
+import re
 import shlex
 import zipfile
 from pathlib import Path
@@ -303,3 +304,40 @@ def test_a_trained_vocabulary_says_how_it_is_used(tmp_path, capfd, monkeypatch):
     line = shlex.split(words.partition("python -m data_pipeline.prepare ")[2].replace("SOURCE", "a.txt"))
     assert prepare([*line, "--validation-fraction", "0"]) == 0
     monkeypatch.undo()
+
+
+def test_a_pattern_with_groups_trains_on_what_it_matches(tmp_path):
+    """Like the same pattern without groups."""
+    for name, pattern in (("none", r"\w+ ?|(?s:.)"), ("one", r"(\w+) ?|(?s:.)"), ("two", r"(\w+)( )?|(?s:.)")):
+        options = ["--vocab-size", "300", "--pattern", pattern, "--output", str(tmp_path / name)]
+        assert bpe.main(["synthetic:documents=9", *options]) == 0
+        assert load_tokenizer(tmp_path / name, pattern=pattern).n_vocab == 309
+        assert (tmp_path / name).read_bytes() == (tmp_path / "none").read_bytes()
+
+
+def test_what_cannot_be_used_is_refused_before_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("file").write_text("x")
+    Path("a.txt").write_text("ab")
+    remedy = "give --pattern one of o200k, cl100k, llama3, gpt2, bytes, or a regular expression that matches every "
+    for options, message in (
+        (
+            ["--pattern", "[a-z]+"],
+            rf"error: tokenizer out: pattern '\[a-z\]\+' leaves out some .*; {remedy}character, ",
+        ),
+        (["--pattern", r"\X"], f"error: tokenizer out: pattern '.*' is not accepted: .*; {remedy}"),
+        (["--pattern", "("], rf"error: pattern '\(': missing \) .*; {remedy}"),
+        (["--pattern", r"\w*|(?s:.)"], f"error: pattern '.*': matches the empty text, which is no word; {remedy}"),
+        (["--output", "."], r"error: \.: is no file; name the file of ranks to write, such as ranks.tiktoken\n"),
+        (["--output", "file/x"], "error: file/x: cannot be written, as .*/file is no folder that this user may write"),
+        (["--output", "s3://bucket/x"], "error: output s3://bucket/x: is a URL; name a place on a file system"),
+    ):
+        assert bpe.main(["no-such-source.txt", "--output", "out", *options]) == 2  # which would be refused next
+        err = capsys.readouterr().err
+        assert re.match(message, err) and err.count("\n") == 1, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "file"]
+    assert bpe.main(["a.txt", "--vocab-size", "300", "--pattern", "[a-z]+|(?s:.)", "--output", "~/own"]) == 0
+    out = capsys.readouterr().out
+    assert "own: 257 ranks from " in out and "fewer than the 300 that were asked for: no pair is left to merge" in out
+    assert load_tokenizer(tmp_path / "own", pattern="[a-z]+|(?s:.)").encode("ab").tolist() == [256]

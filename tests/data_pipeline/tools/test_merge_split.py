@@ -15,6 +15,7 @@ from data_pipeline import Manifest, load_tokenizer, open_dataset
 from data_pipeline.disk import staging_directory
 from data_pipeline.prepare.__main__ import main as prepare
 from data_pipeline.shards.manifest import open_shards
+from data_pipeline.shards.megatron import IndexedWriter
 from data_pipeline.tools import inspect, merge, split
 from data_pipeline.tools.adopt import adopt
 from data_pipeline.tools.verify import main as verify
@@ -159,6 +160,20 @@ def test_raw_datasets_merge_and_split_too(tmp_path, write, capsys):
     assert set().union(*both(tmp_path / "again")) == ended and run(verify, tmp_path / "again") == 0
 
 
+def test_megatron_shards_without_documents_are_left_out(tmp_path, capsys):
+    tokenizer, end = load_tokenizer("bytes"), 257
+    for name, content in (("full", [65, 66, end]), ("empty", []), ("val", [67, end])):
+        with IndexedWriter(tmp_path / name, np.dtype("<u2")) as writer:
+            for document in [content] * bool(content):
+                writer.add_document(np.array(document))
+    adopt(tmp_path, tokenizer, train=["empty", "full"], validation=["val"], report=lambda _: None)
+    assert run(merge.main, tmp_path, "--output", tmp_path / "out") == 0
+    assert both(tmp_path / "out") == both(tmp_path) == ([(65, 66, end)], [(67, end)])
+    assert [shard.name for shard in Manifest.read(tmp_path / "out").splits["train"]] == ["train-00000"]
+    assert run(split.main, tmp_path, "--output", tmp_path / "parts", "--parts", 1) == 0
+    assert both(tmp_path / "parts/part-00000") == both(tmp_path)
+
+
 def test_what_does_not_fit_together_is_refused(tmp_path, one, two, capsys):
     for name, content in (("app", "{}"), (".trash", (one / "manifest.json").read_text()), ("bad", "x")):
         (one.parent / name).mkdir()  # beside a dataset
@@ -220,8 +235,10 @@ def test_divided_anew_by_the_rule_of_prepare(tmp_path, tokenizer):
     assert len(shards) > 1 and all(shard.tokens <= SHARD_TOKENS for shard in shards)
 
 
-def test_parts_put_together_are_the_whole(tmp_path, one, monkeypatch):
+def test_parts_put_together_are_the_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("data_pipeline.shards.writer._BATCH_TOKENS", 700)
+    copies = [*texts(1, 100), *texts(1, 5), "\ud800 is half of a character"]
+    one = make(tmp_path / "one", copies)
     assert run(split.main, one, "--output", tmp_path / "parts", "--parts", 4, "--shard-tokens", 1000) == 0
     parts = sorted((tmp_path / "parts").iterdir())
     assert [part.name for part in parts] == [f"part-{i:05d}" for i in range(4)]
@@ -230,6 +247,11 @@ def test_parts_put_together_are_the_whole(tmp_path, one, monkeypatch):
         assert [document for part in parts for document in documents(part, name)] == documents(one, name)
     sizes = [Manifest.read(part).tokens("train") for part in parts]
     assert max(sizes) - min(sizes) < 2 * max(map(len, documents(one)))
+    assert run(merge.main, *parts, "--output", tmp_path / "again") == 0
+    whole, again = Manifest.read(one), Manifest.read(tmp_path / "again")
+    assert both(tmp_path / "again") == both(one) and again.sources == whole.sources
+    assert again.dropped == whole.dropped == {"empty": 0, "duplicate": 5}
+    assert again.irregular == whole.irregular == {"split": 0, "repaired": 1}
 
 
 def test_inspect_prints_documents_and_samples_as_training_reads_them(one, capsys):
@@ -323,3 +345,42 @@ def test_a_split_that_holds_nothing_out_says_so(tmp_path, capfd):
     capfd.readouterr()
     assert run(split.main, data, "--output", tmp_path / "again", "--validation-fraction", "0.001") == 0
     assert "no document fell into the validation split" in capfd.readouterr().out
+
+
+COMMANDS = {
+    "merge": lambda data: (merge.main, data),
+    "parts": lambda data: (split.main, data, "--parts", 2),
+    "fraction": lambda data: (split.main, data, "--validation-fraction", 0.1),
+    "prepare": lambda data: (prepare, data.with_suffix(".jsonl"), "--tokenizer", "bytes"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_output_is_where_it_is_said_to_be_or_refused_before_the_work(tmp_path, one, command, capsys, monkeypatch):
+    arguments = COMMANDS[command](one)
+    (tmp_path / "disk/real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/real")
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for output, place in (("link", "disk/real"), ("~/m", "home/m"), (f"file://{tmp_path}/f", "f")):
+        assert run(*arguments, "--output", output) == 0
+        (dataset, *_) = [path.parent for path in sorted((tmp_path / place).rglob("manifest.json"))]
+        assert documents(dataset) and run(verify, dataset) == 0
+    assert (tmp_path / "link").is_symlink()
+
+    (tmp_path / "mount").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "mount")
+    before = sorted(tmp_path.rglob("*"))
+    for module in (merge, split):
+        monkeypatch.setattr(module, "check_content", lambda *_: pytest.fail("the work has begun"))
+    capsys.readouterr()
+    for output, message in (
+        ("mount", f"error: {tmp_path}/mount: is a mount point, to which nothing can be renamed; choose a directory"),
+        ("loop", f"error: {tmp_path}/loop: is a link that leads back to itself; choose another output\n"),
+        ("s3://key:secret@bucket/x", "error: output s3://***@bucket/x: is a URL; name a place on a file system, and "),
+    ):
+        assert run(*arguments, "--output", output) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(message) and err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
