@@ -33,7 +33,6 @@ from data_pipeline.prepare.pool import prepare_parts
 from data_pipeline.prepare.progress import Progress
 from data_pipeline.prepare.rules import Rules
 from data_pipeline.prepare.workdir import (
-    output_path,
     publish_dataset,
     range_directory,
     remove_if_finished,
@@ -43,6 +42,7 @@ from data_pipeline.printable import printable
 from data_pipeline.shards.checksums import check_content, record_content
 from data_pipeline.shards.manifest import FILE_NAME, MOST_MANIFEST_BYTES, VERSION, Manifest, Shard, open_shards
 from data_pipeline.shards.megatron import token_dtype
+from data_pipeline.shards.output import output_path
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
 SETTINGS_FILE_NAME = (

@@ -20,7 +20,6 @@ from data_pipeline.corpora.kinds import UNFINISHED_ENDING, UNFINISHED_FILE
 from data_pipeline.disk import move, publish, remove_unfinished
 from data_pipeline.ownership import Ownership, await_free, owned
 from data_pipeline.prepare.part import finished_keys
-from data_pipeline.shards.output import output_path as output_path  # for who calls the functions below
 
 _TEXT = "An unfinished dataset of `python -m data_pipeline.prepare`; the same command continues, and removes this.\n"
 
