@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,18 +33,27 @@ class ModelOptions(ResultOptions):
     """cpu or cuda; null is cuda where there is one."""
 
 
+def _check_distinct(name: str, values: Sequence[object]) -> None:
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{name}={twice[0]} is there twice; name it once")
+
+
 @dataclass
 class KvCacheOptions(ResultOptions):
     """Size of the key/value cache against that of a model whose layers all see everything."""
 
     model: str = "configs/model/gptoss_502m.yaml"
     """An architecture."""
-    lengths: list[int] = option(default_factory=list, metavar="TOKENS")
-    """A context length; may be repeated. Without one: 4096, 16384, 65536 and 131072, as far as the positions reach."""
+    lengths: list[int] = option(default_factory=list, metavar="TOKENS", several=True)
+    """Context lengths. Without one: 4096, 16384, 65536 and 131072, as far as the positions reach."""
     batch_size: int = ranged(1, at_least=1)
     """Sequences."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of keys and values."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        _check_distinct("lengths", self.lengths)
 
 
 @dataclass
@@ -82,6 +92,8 @@ class PasskeyOptions(ScoringOptions):
         check_ranges(self)
         if not self.lengths:
             raise ValueError("lengths=[] says nothing; give tokens, such as 4096")
+        _check_distinct("lengths", self.lengths)
+        _check_distinct("yarn", self.yarn)
         check_yarn(self.yarn, self.original_length)
 
 

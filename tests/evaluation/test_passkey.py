@@ -162,6 +162,8 @@ def test_a_model_with_yarn_shares_the_weights_and_computes_as_one_that_was_built
         ({"depths": 0}, "depths=0"),
         ({"lengths": [100, 0]}, "lengths"),
         ({"lengths": []}, "lengths"),
+        ({"lengths": [128, 64, 128]}, "lengths=128 is there twice"),
+        ({"yarn": ["none", "none"]}, "yarn=none is there twice"),
         ({"trials": 0}, "trials=0"),
         ({"lengths": [200]}, "a length of 200 is too little for the task passkey"),
     ],
