@@ -13,19 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.tokenizer.harmony import chat_template
 from data_pipeline.tokenizer.published import load_tokenizer
 from gptoss_dist.config import EvaluationConfig
 from gptoss_dist.distributed.processes import Ranks, seed_everything
 from gptoss_dist.evaluation.harness import in_training, tasks
-from gptoss_dist.evaluation.harness.chat import encoder, render
 from gptoss_dist.evaluation.harness.in_training import TaskEvaluation
 from gptoss_dist.evaluation.harness.team import Team
 from gptoss_dist.evaluation.scoring import Request
 from tests.support.harness_tasks import write_tasks
 from tests.support.ranks import environment, losses, run
-
-TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}, {"role": "user", "content": "{go}"}]
 
 
 @pytest.fixture
@@ -35,21 +31,6 @@ def needs_harness():
 
 
 # Without the harness ----------------------------------------------------------------------------------------------
-
-
-def test_harmony_as_a_prompt_and_back_to_special_tokens():
-    tokenizer = load_tokenizer("builtin")
-    text = render(chat_template(), TALK, end_of_text="<|endoftext|>", begin_answer=True)
-    assert text.startswith("<|start|>user<|message|>hi<|end|>") and text.endswith("{go}<|end|><|start|>assistant")
-    encode = encoder(tokenizer)
-    ids = encode(text)
-    special = tokenizer.special_tokens
-    assert ids[0] == special["<|start|>"] and ids.count(special["<|end|>"]) == 3 and tokenizer.decode(ids) == text
-    assert encode("naïve 猫") == tokenizer.encode("naïve 猫").tolist() and encode("") == []
-    left_open = render(chat_template(), TALK[:2], end_of_text="", begin_answer=False)
-    assert left_open.endswith("<|message|>you")
-    with pytest.raises(ValueError, match="role pope is none of"):
-        render(chat_template(), [{"role": "pope", "content": "x"}], end_of_text="", begin_answer=True)
 
 
 def test_a_missing_harness_is_refused_by_name(monkeypatch, settings):
