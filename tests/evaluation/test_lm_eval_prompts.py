@@ -1,10 +1,14 @@
 """Prompts, settings and answers between the harness and a model: as the harness's own `hf` model has them."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from data_pipeline.tokenizer.harmony import chat_template
 from data_pipeline.tokenizer.published import load_tokenizer
+from gptoss_dist.config import EvaluationConfig
 from gptoss_dist.evaluation.harness.chat import encoder, render
+from gptoss_dist.evaluation.harness.in_training import check_chat
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}, {"role": "user", "content": "{go}"}]
 
@@ -84,3 +88,13 @@ def test_messages_that_cannot_be_rendered_or_left_open_are_refused():
     for template in ("{% for", "{{ messages.append(1) }}", "{{ messages.__class__.__base__ }}"):
         with pytest.raises(ValueError, match="refuses the messages"):
             left_open(template)
+
+
+def test_a_chat_without_a_template_is_refused_by_its_setting():
+    config = EvaluationConfig(every=2, tasks=["choose"], chat=True)
+    plain = SimpleNamespace(name="plain", special_tokens={"<|endoftext|>": 0})
+    with pytest.raises(ValueError, match=r"^evaluation\.chat=true .* plain lacks .*; set --evaluation\.chat false$"):
+        check_chat(config, plain, {})
+    check_chat(config, plain, {"chat_template.jinja": b"{{ messages }}"})
+    check_chat(config, load_tokenizer("bytes"), {})
+    check_chat(EvaluationConfig(chat=True), plain, {})  # nothing is evaluated
