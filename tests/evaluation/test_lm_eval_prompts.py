@@ -1,5 +1,6 @@
 """Prompts, settings and answers between the harness and a model: as the harness's own `hf` model has them."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +8,19 @@ import pytest
 from data_pipeline.tokenizer.harmony import chat_template
 from data_pipeline.tokenizer.published import load_tokenizer
 from gptoss_dist.config import EvaluationConfig
+from gptoss_dist.evaluation.harness import tasks
 from gptoss_dist.evaluation.harness.chat import encoder, render
 from gptoss_dist.evaluation.harness.in_training import check_chat
+from gptoss_dist.evaluation.scoring import Score
+from tests.support.harness_tasks import write_tasks
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}, {"role": "user", "content": "{go}"}]
+
+
+@pytest.fixture
+def needs_harness():
+    pytest.importorskip("lm_eval", reason="needs sh launch/install.sh --extras test,eval")
+    pytest.importorskip("transformers")
 
 
 # Without the harness ----------------------------------------------------------------------------------------------
@@ -98,3 +108,92 @@ def test_a_chat_without_a_template_is_refused_by_its_setting():
     check_chat(config, plain, {"chat_template.jinja": b"{{ messages }}"})
     check_chat(config, load_tokenizer("bytes"), {})
     check_chat(EvaluationConfig(chat=True), plain, {})  # nothing is evaluated
+
+
+# With it ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"top_k": None, "temperature": None, "top_p": None, "repetition_penalty": None, "num_beams": None},
+        {"temperature": 0.7, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2, "num_beams": 1},
+        {"do_sample": False, "top_k": 3, "repetition_penalty": 1.2},
+    ],
+)
+def test_texts_are_written_as_transformers_would(needs_harness, given):
+    """By the settings that `generate` of transformers takes in the end."""
+    from transformers import GenerationConfig, GenerationMixin
+
+    from gptoss_dist.evaluation.harness.generation_kwargs import read
+
+    class Model(GenerationMixin):
+        generation_config = GenerationConfig()
+        config = SimpleNamespace(_get_generation_parameters=dict)
+
+    theirs, _ = Model()._prepare_generation_config(None, **({"do_sample": True} | given))
+    found = read({"do_sample": True, "until": "x"} | given, "write")
+    sampling = found.sampling
+    assert found.stops == ("x",) and found.max_new_tokens == 256
+    assert sampling.repetition_penalty == (theirs.repetition_penalty or 1.0)
+    if theirs.do_sample:
+        assert (sampling.temperature, sampling.top_p) == (theirs.temperature or 1.0, theirs.top_p or 1.0)
+        assert (sampling.top_k, sampling.min_p) == (theirs.top_k or 0, theirs.min_p or 0.0)
+    else:
+        assert sampling.temperature == 0.0
+
+
+def test_what_a_task_cannot_have_written_is_refused_by_name(needs_harness, tmp_path):
+    from gptoss_dist.evaluation.harness.generation_kwargs import read
+
+    for given, words in (
+        ({"num_beams": 4}, "num_beams=4 is not supported; leave it out, or give 1"),
+        ({"temprature": 0.7}, "temprature=0.7 is not known; did you mean temperature?; give one of until, "),
+        ({"guidance": None}, "guidance=None is not known; give one of until, "),
+        ({"max_length": 9}, "max_length=9 is not supported; give max_gen_toks instead"),
+        ({"top_k": 2.5}, "top_k=2.5 must be a whole number"),
+        ({"temperature": "hot"}, "temperature='hot' must be a number"),
+        ({"do_sample": True, "top_p": 2}, "top_p=2.0 must be in (0, 1]"),
+        ({"do_sample": "no"}, "do_sample='no' must be true or false"),
+        ({"until": [1]}, "until=[1] must be a text or a list of texts"),
+        ({"max_new_tokens": 0}, "max_gen_toks=0 must be 1 or more"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            read(given, "write")
+        assert str(refused.value).startswith(f"task write: generation_kwargs: {words}"), refused.value
+    folder = write_tasks(tmp_path, documents=2)
+    path = folder / "write.yaml"
+    path.write_text(path.read_text().replace("num_beams: 1", "num_beams: 4"))
+    with pytest.raises(ValueError, match="task write: generation_kwargs: num_beams=4"):
+        tasks.load_tasks(tasks.find_tasks(["write"], str(folder)), ["write"], None)
+
+
+def test_answers_are_scored_as_by_the_harness_or_refused_by_their_document(needs_harness):
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+
+    from gptoss_dist.evaluation.harness.language_model import HarnessModel
+
+    class Worker:
+        def score(self, requests):
+            self.requests = list(requests)
+            return [Score(-1.0, False)] * len(requests)
+
+    def asked(*arguments):
+        return [Instance("loglikelihood", {}, pair, 0, ("choose", 7, 1)) for pair in arguments]
+
+    model = HarnessModel(worker := Worker(), load_tokenizer("builtin"), max_length=6)
+    usual = asked(("def x", " return"), ("def x ", "return"), ("", "return"), ("", "<|endoftext|>x"), ("x " * 9, " y"))
+    model.loglikelihood(usual)
+    found = worker.requests
+    TemplateLM.loglikelihood(model, usual, disable_tqdm=True)
+    assert found == worker.requests and len(found) == 5
+    for pair, words in (
+        (("def x", ""), "the answer '' adds no token to its prompt, which ends in 'def x', so"),
+        (("", ""), "the answer '' adds no token"),
+        (("", "<|endoftext|>"), "the answer '<|endoftext|>' adds no token"),
+        (("x", " x" * 9), "has 9 tokens, and the model may see max_length=6; shorten it, or leave the document out"),
+    ):
+        with pytest.raises(ValueError, match=f"^document 7 of task choose: .*{re.escape(words)}"):
+            model.loglikelihood(asked(("def x", " return"), pair))
