@@ -13,7 +13,7 @@ import torch
 from gptoss_dist.config import Config, EvaluationConfig, TrainConfig
 from gptoss_dist.engine import engine_kind
 from gptoss_dist.engine.zero_settings import check_layout
-from gptoss_dist.evaluation.harness.in_training import check_tasks
+from gptoss_dist.evaluation.harness.in_training import check_chat, check_tasks
 from gptoss_dist.parallel.mesh import plan_layout, ranks_per_node
 from gptoss_dist.planner.hardware import find_network, gpu_of_driver
 from gptoss_dist.planner.plan import Machines, Plan, make_plan
@@ -51,6 +51,8 @@ def _describe_data(config: Config, samples_per_step: int) -> list[str]:
             for name, split in open_validation(config, lines.append).items():
                 whose = f"{name}: " if len(usage) > 1 else ""
                 lines.append(f"validation: {whose}{split.tokens_total:,} tokens in {split.documents_total:,} documents")
+        if config.resume is None and not config.init["from"]:  # other weights may bring a template with them
+            check_chat(config.evaluation, mixture.tokenizer, {})
     except UnreadableSources as error:
         lines += [f"NOT READY: {reason}" for reason in error.reasons]
     except ValueError as error:

@@ -19,7 +19,7 @@ from gptoss_dist.distributed.processes import Ranks, init_distributed, seed_ever
 from gptoss_dist.distributed.signals import StopRequest
 from gptoss_dist.engine import build_engine, engine_kind
 from gptoss_dist.engine.schedule import learning_rate
-from gptoss_dist.evaluation.harness.in_training import check_tasks
+from gptoss_dist.evaluation.harness.in_training import check_chat, check_tasks
 from gptoss_dist.tracking.delivery.bridges import check_bridges
 from gptoss_dist.train.changes import facts_of_start
 from gptoss_dist.train.data import check_tokenizer, open_data, verify
@@ -87,6 +87,7 @@ def train(config: Config, ranks: Ranks) -> None:
         carried = files_to_carry(start, weights)
         on_rank_zero(lambda: check_folder(config, start))
         on_rank_zero(lambda: check_tasks(config.evaluation), group)
+        on_rank_zero(lambda: check_chat(config.evaluation, data.training.mixture.tokenizer, carried))
         on_rank_zero(lambda: check_bridges(config.tracking.also))
         verify(config.data, print_message, group)
         seed_everything(config.run.seed, ranks.rank)

@@ -12,7 +12,7 @@ import torch
 from data_pipeline import validation_batches
 from data_pipeline.printable import first_line
 from gptoss_dist.config import Config
-from gptoss_dist.evaluation.harness.chat import TEMPLATE, default_template
+from gptoss_dist.evaluation.harness.chat import carried_template
 from gptoss_dist.evaluation.harness.in_training import Outcome, TaskEvaluation
 from gptoss_dist.evaluation.harness.team import Team
 from gptoss_dist.inference import Sampling, complete
@@ -129,7 +129,7 @@ def evaluate_tasks(evaluation: TaskEvaluation, run: Run, step: int, findings: Fi
     try:
         # As for samples: shapes differ from batch to batch, and compiled blocks would be compiled anew for each.
         with torch.compiler.set_stance("force_eager"), run.engine.keep_gathered():
-            outcome = evaluation.measure(team, _chat_template(run))
+            outcome = evaluation.measure(team, carried_template(run.carried, tokenizer))
     except Exception as error:
         if ranks.world_size > 1:
             raise
@@ -137,12 +137,6 @@ def evaluate_tasks(evaluation: TaskEvaluation, run: Run, step: int, findings: Fi
         outcome = Outcome({}, 0.0, first_line(error))
     if run.report and outcome is not None:
         run.report.evaluation(step, outcome.metrics, outcome.seconds, outcome.problem)
-
-
-def _chat_template(run: Run) -> str | None:
-    """Return the chat template that came with the weights, or else that of the tokenizer."""
-    carried = run.carried.get(TEMPLATE)
-    return carried.decode(errors="replace") if carried else default_template(run.data.training.mixture.tokenizer)
 
 
 def save_checkpoint(run: Run, step: int, findings: Findings) -> None:

@@ -13,19 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.tokenizer.harmony import chat_template
+from data_pipeline.tokenizer.patterns import PATTERNS
 from data_pipeline.tokenizer.published import load_tokenizer
+from data_pipeline.tokenizer.tokenizer import Tokenizer
 from gptoss_dist.config import EvaluationConfig
 from gptoss_dist.distributed.processes import Ranks, seed_everything
 from gptoss_dist.evaluation.harness import in_training, tasks
-from gptoss_dist.evaluation.harness.chat import encoder, render
 from gptoss_dist.evaluation.harness.in_training import TaskEvaluation
 from gptoss_dist.evaluation.harness.team import Team
 from gptoss_dist.evaluation.scoring import Request
 from tests.support.harness_tasks import write_tasks
 from tests.support.ranks import environment, losses, run
-
-TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}, {"role": "user", "content": "{go}"}]
 
 
 @pytest.fixture
@@ -35,21 +33,6 @@ def needs_harness():
 
 
 # Without the harness ----------------------------------------------------------------------------------------------
-
-
-def test_harmony_as_a_prompt_and_back_to_special_tokens():
-    tokenizer = load_tokenizer("builtin")
-    text = render(chat_template(), TALK, end_of_text="<|endoftext|>", begin_answer=True)
-    assert text.startswith("<|start|>user<|message|>hi<|end|>") and text.endswith("{go}<|end|><|start|>assistant")
-    encode = encoder(tokenizer)
-    ids = encode(text)
-    special = tokenizer.special_tokens
-    assert ids[0] == special["<|start|>"] and ids.count(special["<|end|>"]) == 3 and tokenizer.decode(ids) == text
-    assert encode("naïve 猫") == tokenizer.encode("naïve 猫").tolist() and encode("") == []
-    left_open = render(chat_template(), TALK[:2], end_of_text="", begin_answer=False)
-    assert left_open.endswith("<|message|>you")
-    with pytest.raises(ValueError, match="role pope is none of"):
-        render(chat_template(), [{"role": "pope", "content": "x"}], end_of_text="", begin_answer=True)
 
 
 def test_a_missing_harness_is_refused_by_name(monkeypatch, settings):
@@ -376,3 +359,22 @@ def test_a_run_goes_on_when_tasks_fail_or_take_too_long(needs_harness, settings,
     assert "evaluation.tasks=nothing is no task" in done.stderr and not (tmp_path / "tiny").exists()
     done = run("launch/train.py", *base, "--dry-run")
     assert "choose every 2 steps, 200 documents each, at most 300 s" in done.stdout
+
+
+@pytest.mark.distributed
+def test_a_chat_without_a_template_is_refused_before_training(needs_harness, settings, tmp_path):
+    plain = Tokenizer("plain", {bytes([byte]): byte for byte in range(256)}, PATTERNS["bytes"], {"<|endoftext|>": 256})
+    plain.save(tmp_path / "plain")
+    from data_pipeline.prepare.__main__ import main
+
+    prepare = ["synthetic", "--output", str(tmp_path / "data"), "--tokenizer", str(tmp_path / "plain")]
+    assert main([*prepare, "--validation-fraction", "0.2", "--max-documents", "100"]) == 0
+    options = ["--config", str(settings), "--data.path", str(tmp_path / "data"), "--evaluation.every", "2"]
+    options += ["--evaluation.include", str(write_tasks(tmp_path, documents=4)), "--evaluation.tasks", "[choose]"]
+    options += ["--evaluation.chat", "true"]
+    done = run("launch/train.py", *options, processes=2, expect=2)
+    refusal = "evaluation.chat=true needs a chat template: no chat_template.jinja came with the model's weights, and "
+    assert refusal in done.stderr and "set --evaluation.chat false" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "tiny").exists()
+    done = run("launch/train.py", *options, "--dry-run")
+    assert f"NOT READY: {refusal}" in done.stdout

@@ -49,7 +49,13 @@ def write_tasks(folder: Path, documents: int = 12, *, seed: int = 0, choices: in
         "task": "write",
         "output_type": "generate_until",
         "doc_to_target": "{{choices[0]}}",
-        "generation_kwargs": {"until": ["\n\n", "return"], "max_gen_toks": 12},
+        "generation_kwargs": {
+            "until": ["\n\n", "return"],
+            "max_gen_toks": 12,
+            "repetition_penalty": 1.3,
+            "top_k": None,
+            "num_beams": 1,
+        },
         "metric_list": [{"metric": "exact_match"}],
     }
     rolling = common | {

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from data_pipeline.command_line.mistakes import in_words
 from data_pipeline.disk import write_file_atomically
 from gptoss_dist.distributed.collectives import long_timeout_group, on_rank_zero
-from gptoss_dist.evaluation.harness.chat import find_template
+from gptoss_dist.evaluation.harness.chat import find_template, require_template
 from gptoss_dist.evaluation.harness.tasks import Findings, find_tasks, load_tasks, run_tasks
 from gptoss_dist.evaluation.harness.team import Team
 from gptoss_dist.evaluation.options import HarnessOptions
@@ -60,8 +60,8 @@ def _run(options: HarnessOptions, manager: Any, evaluated: Evaluated, team: Team
     positions = evaluated.model.config.max_position_embeddings
     evaluated.warn_of_length(options.max_length or positions, team.ranks)
     model = HarnessModel(team, evaluated.tokenizer, max_length=options.max_length or positions, template=template)
-    if options.chat and template is None:
-        model.apply_chat_template([])  # which says why not
+    if options.chat:
+        require_template(template, evaluated.tokenizer, "chat")
     loaded = load_tasks(manager, options.tasks, options.num_fewshot)
     began = time.monotonic()
     findings = run_tasks(

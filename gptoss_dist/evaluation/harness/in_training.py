@@ -15,7 +15,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from data_pipeline import Tokenizer
 from data_pipeline.printable import first_line
 from gptoss_dist.config import EvaluationConfig
 from gptoss_dist.evaluation.continuing import Continuation
+from gptoss_dist.evaluation.harness.chat import carried_template, require_template
 from gptoss_dist.evaluation.harness.own_random import own_random_numbers, same_random_numbers
 from gptoss_dist.evaluation.harness.tasks import FEWSHOT_SEED, Findings, find_tasks, load_tasks, run_tasks
 from gptoss_dist.evaluation.harness.team import Team, TimeIsUp
@@ -39,6 +40,21 @@ def check_tasks(config: EvaluationConfig) -> None:
     """
     if config.every:
         find_tasks(config.tasks, config.include, KEY)
+
+
+def check_chat(config: EvaluationConfig, tokenizer: Tokenizer, carried: Mapping[str, bytes]) -> None:
+    """Check that there is a chat template if the tasks of a run are to be put into one.
+
+    Args:
+        config: Which tasks, and how.
+        tokenizer: That of the run's data.
+        carried: The files that the run keeps from its first weights, by name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if config.every and config.chat:
+        require_template(carried_template(carried, tokenizer), tokenizer, "evaluation.chat")
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,15 @@ from typing import Any, Protocol
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from data_pipeline import Tokenizer
 from data_pipeline.tokenizer.harmony import stop_ids
 from gptoss_dist.evaluation.continuing import Continuation, ContinuationSettings
-from gptoss_dist.evaluation.harness.chat import encoder, render
+from gptoss_dist.evaluation.harness.chat import encoder, render, require_template
+from gptoss_dist.evaluation.harness.generation_kwargs import read
 from gptoss_dist.evaluation.scoring import Request, Score
-from gptoss_dist.inference import GREEDY, Sampling
-
-NEW_TOKENS = 256
-"""The most that a task's text has if the task does not say, as in the harness's own models."""
 
 
 class Worker(Protocol):
@@ -80,15 +77,47 @@ class HarnessModel(TemplateLM):
         Raises:
             ValueError: The model has no chat template, or it refuses the messages.
         """
-        if self.template is None:
-            raise ValueError(
-                f"tokenizer {self.ours.name} has no chat template: it lacks Harmony's special tokens; leave out --chat"
-            )
-        return render(self.template, chat_history, end_of_text=self.ours.eot_token, begin_answer=add_generation_prompt)
+        template = require_template(self.template, self.ours, "chat")
+        return render(template, chat_history, end_of_text=self.ours.eot_token, begin_answer=add_generation_prompt)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Return the log-likelihood of each continuation, and whether it is the greedy one."""
-        return super().loglikelihood(requests, disable_tqdm=True)
+        """Return the log-likelihood of each continuation, and whether it is the greedy one.
+
+        Raises:
+            ValueError: A continuation has no token, or more than the model may see; the harness's own `hf` model
+                stops at either with an `AssertionError`.
+        """
+        pairs = [self._pair(*request.args) for request in requests]
+        for request, (_, continuation) in zip(requests, pairs):
+            self._check(request, continuation)
+        return self._loglikelihood_tokens([(request.args, *pair) for request, pair in zip(requests, pairs)])
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a context and of what follows it, as `TemplateLM.loglikelihood` makes them."""
+        if context:
+            return self._encode_pair(context, continuation)
+        ids = self.tok_encode(continuation)
+        begins_so = ids[:1] == [self.prefix_token_id]
+        return (ids[:1], ids[1:]) if begins_so else ([self.prefix_token_id], ids)
+
+    def _check(self, request: Instance, continuation: list[int]) -> None:
+        """Check that a continuation can be scored.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        context, text = request.args
+        whose = f"document {request.doc_id} of task {request.task_name}: the answer {text[:40]!r}"
+        if not continuation:
+            raise ValueError(
+                f"{whose} adds no token to its prompt, which ends in {context[-40:]!r}, so that it cannot be scored; "
+                "give it a text that is not empty, set apart from the prompt by a space (target_delimiter)"
+            )
+        if len(continuation) > self.max_length:
+            raise ValueError(
+                f"{whose} has {len(continuation):,} tokens, and the model may see max_length={self.max_length:,}; "
+                "shorten it, or leave the document out"
+            )
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -97,10 +126,6 @@ class HarnessModel(TemplateLM):
         return [(score.log_likelihood, score.is_greedy) for score in scores]
 
     def _request(self, context: list[int], continuation: list[int]) -> Request:
-        if not 0 < len(continuation) <= self.max_length:
-            raise ValueError(
-                f"a continuation of {len(continuation)} tokens cannot be scored within max_length={self.max_length}"
-            )
         return Request((context + continuation)[-(self.max_length + 1) :], len(continuation))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
@@ -122,24 +147,28 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return what the model writes behind each prompt, up to its stops."""
-        asked = [self._continuation(*request.args) for request in requests]
+        asked = [self._continuation(request) for request in requests]
         written = self.worker.continue_prompts([continuation for continuation, _ in asked])
         return [self._text(ids, stops) for ids, (_, stops) in zip(written, asked)]
 
-    def _continuation(self, context: str, given: dict[str, Any]) -> tuple[Continuation, list[str]]:
+    def _continuation(self, request: Instance) -> tuple[Continuation, list[str]]:
         """Return what is asked of the model, and the texts at which the answer is cut."""
-        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, NEW_TOKENS))
-        new = kwargs["max_gen_toks"]
-        stops = handle_stop_sequences(kwargs["until"], eos=self.ours.eot_token)
+        context, given = request.args
+        wanted = read(given, str(request.task_name))
+        stops = handle_stop_sequences(list(wanted.stops), eos=self.ours.eot_token)
+        new = wanted.max_new_tokens
         most = self.max_length - new
         if most < 1:
-            raise ValueError(f"max_gen_toks={new} leaves no room for a prompt within max_length={self.max_length}")
+            raise ValueError(
+                f"task {request.task_name}: generation_kwargs: max_gen_toks={new} leaves no room for a prompt within "
+                f"max_length={self.max_length}; give less"
+            )
         ids = self.tok_encode(context) or [self.prefix_token_id]
         settings = ContinuationSettings(
             max_new_tokens=new,
             stop_ids=tuple(stop_ids(self.ours)),
             stop_texts=tuple(stop for stop in stops if stop),
-            sampling=_sampling(kwargs) if kwargs.get("do_sample", False) else GREEDY,
+            sampling=wanted.sampling,
         )
         return Continuation(ids[-most:], settings, next(self._seeds)), stops
 
@@ -148,7 +177,3 @@ class HarnessModel(TemplateLM):
         kept = itertools.takewhile(lambda id_: id_ not in ends, ids)
         text = self.ours.decode([id_ for id_ in kept if id_ not in self._specials])
         return postprocess_generated_text(text, stops, None)
-
-
-def _sampling(kwargs: dict[str, Any]) -> Sampling:
-    return Sampling(float(kwargs.get("temperature", 1.0)), int(kwargs.get("top_k", 0)), float(kwargs.get("top_p", 1.0)))

@@ -97,14 +97,18 @@ def load_tasks(manager: Any, names: Sequence[str], num_fewshot: int | None) -> A
         What `run_tasks` takes.
 
     Raises:
-        ValueError: Data or definition cannot be read.
+        ValueError: Data or definition cannot be read, or a task wants texts written in a way that there is not here.
     """
+    from gptoss_dist.evaluation.harness.generation_kwargs import read
+
     with quiet():
         try:
             loaded = manager.load(list(names))
         except Exception as error:  # tasks are other people's programs, and their data anywhere
             raise ValueError(f"tasks={' '.join(names)} cannot be loaded: {first_line(error)}") from error
-    for task in loaded["tasks"].values():
+    for name, task in loaded["tasks"].items():
+        if task.OUTPUT_TYPE == "generate_until":
+            read(task.get_config("generation_kwargs") or {}, name)  # now, and not after hours of other tasks
         own = task.get_config("num_fewshot")
         if num_fewshot is not None and own != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)
