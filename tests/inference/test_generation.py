@@ -132,6 +132,7 @@ def test_ids_without_a_token_are_never_written_and_count_in_log_probabilities(mo
         ("temperature", math.nan),
         ("temperature", -0.1),
         ("temperature", math.inf),
+        ("temperature", 1e39),
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", math.nan),
@@ -139,6 +140,8 @@ def test_ids_without_a_token_are_never_written_and_count_in_log_probabilities(mo
         ("min_p", math.nan),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", math.nan),
+        ("repetition_penalty", 1e-46),
+        ("repetition_penalty", 1e39),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(name, value):
@@ -161,6 +164,13 @@ def test_mistakes(model, change, message):
     arguments = {"prompts": PROMPTS, "max_new_tokens": 2} | change
     with pytest.raises(ValueError, match=message):
         complete(model, arguments.pop("prompts"), GREEDY, **arguments)
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+def test_the_largest_settings_are_not_taken_for_broken_weights(model, penalty):
+    sampling = Sampling(temperature=1e6, repetition_penalty=penalty)
+    ((one,),) = complete(model, [[5, 7]], sampling, max_new_tokens=20, vocab_size=100, seeds=[0])
+    assert len(one.ids) == 20
 
 
 def test_broken_weights_are_said_and_positions_beyond_the_model_warned_of(model, caplog):
