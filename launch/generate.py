@@ -39,7 +39,7 @@ class GenerateOptions:
     max_new_tokens: int = ranged(128, at_least=1)
     """Tokens to write at most."""
     stop: list[str] = option(default_factory=list, metavar="TEXT")
-    """Stop before this text; may be repeated. The end of a document always stops."""
+    """Stop before this text; may be repeated. The end of a document, answer or call always stops."""
     samples: int = ranged(1, at_least=1)
     """How many texts to write for each prompt."""
     logprobs: bool = False

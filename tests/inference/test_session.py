@@ -1,11 +1,16 @@
 """A session and what a person types at it; tests/launch/test_generate.py runs it whole."""
 
 import builtins
+import json
+from pathlib import Path
 
 import pytest
+import torch
 
 from data_pipeline.command_line import check_ranges
 from data_pipeline.tokenizer.published import load_tokenizer
+from gptoss_dist.checkpoint import export, open_pretrained
+from gptoss_dist.inference import session as session_module
 from gptoss_dist.inference.interactive import repl
 from gptoss_dist.inference.session import Session
 from gptoss_dist.model.config import ModelConfig
@@ -14,11 +19,39 @@ from gptoss_dist.model.transformer import GptOss
 from launch.generate import GenerateOptions
 from tests.support.ranks import MODEL
 
+RUN = Path(__file__).parents[1] / "checkpoint" / "fixtures" / "step_00000003"
+
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "cuda:x"])
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(device):
     with pytest.raises(ValueError, match=f"^device={device}"):
         Session.load("nowhere", device=device)
+
+
+def test_a_text_ends_where_other_programs_end_that_of_an_export(tmp_path, caplog):
+    """At Harmony's stops and the end of a document, and at the ids of the generation settings beside the model."""
+    session = Session.load(RUN, device="cpu")
+    free = session.samples(["ab"], max_new_tokens=6, temperature=0.0)[0][0]
+    assert free.finish == "length" and len(set(free.ids[:4])) == 4
+    for name in ("<|return|>", "<|endoftext|>", "<|call|>"):
+        stop, replaced = session.tokenizer.special_tokens[name], free.ids[2]
+        swapped = torch.arange(len(session.model.lm_head.weight))
+        swapped[[stop, replaced]] = swapped[[replaced, stop]]
+        kept = session.model.lm_head.weight.data
+        session.model.lm_head.weight.data = kept[swapped]
+        ((found,),) = session.samples(["ab"], max_new_tokens=6, temperature=0.0)
+        assert (found.ids, found.finish) == (free.ids[:2], "stop"), name
+        session.model.lm_head.weight.data = kept
+
+    export(open_pretrained(RUN), tmp_path / "export", "hf", dtype=torch.float32)
+    for ids, kept in ((free.ids[3], 3), ([free.ids[1], 5], 1), ([], 6), (None, 6), ([free.ids[1], 265], 6), ("37", 6)):
+        (tmp_path / "export" / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        caplog.clear()
+        loaded = Session.load(tmp_path / "export", device="cpu")
+        assert loaded.samples(["ab"], max_new_tokens=6, temperature=0.0)[0][0].ids == free.ids[:kept]
+        said = [record.getMessage() for record in caplog.records if record.name == session_module.__name__]
+        assert len(said) == (ids in ([free.ids[1], 265], "37"))
+        assert all(f"eos_token_id={json.dumps(ids)} is none of the tokenizer's 265 ids" in line for line in said)
 
 
 def test_settings_that_make_no_sense_leave_the_old_ones(monkeypatch, capsys):
