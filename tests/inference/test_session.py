@@ -60,17 +60,36 @@ def test_settings_that_make_no_sense_leave_the_old_ones(monkeypatch, capsys):
     class Recorded:
         def write(self, prompt, *, on_text, **settings):
             written.append(settings)
+            if prompt == "long":
+                torch.empty(2**60, dtype=torch.uint8)
 
-    lines = iter([":n -5", ":t nan", ":t inf", ":k 1.5", ":p 0", ":n 7", "ab", ":q"])
+    wrong = [":n -5", ":t nan", ":t inf", ":k 1.5", ":p 0", ":t 1e39", ":r 1e-46", ":t", ":m 0,1", ":k " + "9" * 5000]
+    lines = iter([*wrong, ":n 9000000000000000000", ":n 7", "long", "ab", ":q"])
     monkeypatch.setattr(builtins, "input", lambda prompt: next(lines))
 
     def check(changed):
         check_ranges(GenerateOptions("x", **changed))
 
     assert repl(Recorded(), {"temperature": 0.5, "max_new_tokens": 3, "top_k": 4, "top_p": 0.9}, check) == 0
-    assert written == [{"temperature": 0.5, "max_new_tokens": 7, "top_k": 4, "top_p": 0.9}]
-    out = capsys.readouterr().out
-    assert out.count("could not: ") == 5 and "could not: max_new_tokens=-5 must be 1 or more" in out
+    assert written == [{"temperature": 0.5, "max_new_tokens": 7, "top_k": 4, "top_p": 0.9}] * 2
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("could not: ")]
+    expected = [
+        "max_new_tokens=-5 must be in [1, 1000000000]",
+        "temperature=nan must be a finite number",
+        "temperature=inf must be a finite number",
+        "top_k='1.5' must be a whole number; type for example :k 50",
+        "top_p=0.0 must be positive",
+        "temperature=1e+39 must be in [0, 1000000]",
+        "repetition_penalty=1e-46 must be in [1e-06, 1000000]",
+        "temperature is given no value; type for example :t 0.8",
+        "min_p='0,1' must be a number; type for example :m 0.05",
+        f"top_k='{'9' * 40}...' must be a whole number; type for example :k 50",
+        "max_new_tokens=9000000000000000000 must be in [1, 1000000000]",
+        "not enough memory: can't allocate memory: you tried to allocate",
+    ]
+    assert len(said) == len(expected)
+    for line, words in zip(said, expected):
+        assert line.startswith(f"could not: {words}")
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e-7])
