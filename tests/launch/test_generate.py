@@ -46,7 +46,7 @@ def test_samples_stops_and_log_probabilities(folder):
         # Ids without a token, and those that end a text (<|endoftext|>, <|return|> and <|call|>), are not among them.
         assert all(0 <= token < 265 for token in ids) and not {257, 258, 264} & set(ids)
         counts.append(len(ids))
-    assert 0 < min(counts) and max(counts) <= 20
+    assert min(counts) > 0 and max(counts) <= 20
     assert blocks[0].split(maxsplit=3)[3:] != blocks[1].split(maxsplit=3)[3:]
     greedy = ["--checkpoint", str(folder), "--prompt", "ab", "--temperature", "0", "--max-new-tokens", "20"]
     text = run("launch/generate.py", *greedy).stdout.removeprefix("ab").removesuffix("\n")
