@@ -36,10 +36,10 @@ class GenerateOptions:
     """Sample from tokens with at least this share of the most likely one's probability."""
     repetition_penalty: float = ranged_like(Sampling, "repetition_penalty", 1.0)
     """More than 1 makes tokens that are in the text already less likely."""
-    max_new_tokens: int = ranged(128, at_least=1)
+    max_new_tokens: int = ranged(128, at_least=1, at_most=1_000_000_000)
     """Tokens to write at most."""
     stop: list[str] = option(default_factory=list, metavar="TEXT")
-    """Stop before this text; may be repeated. The end of a document always stops."""
+    """Stop before this text; may be repeated. The end of a document, answer or call always stops."""
     samples: int = ranged(1, at_least=1)
     """How many texts to write for each prompt."""
     logprobs: bool = False

@@ -162,6 +162,20 @@ class Tokenizer:
         except (KeyError, OverflowError) as error:
             raise ValueError(f"tokenizer {self.name} (n_vocab {self.n_vocab}) cannot decode: {error}") from error
 
+    def ids_without_token(self, vocab_size: int) -> np.ndarray:
+        """Return the ids below `vocab_size` that have no token, int64 in ascending order.
+
+        Published vocabularies have some below their largest id, and a model may have more rows than its tokenizer ids.
+
+        Args:
+            vocab_size: How many ids a model knows.
+        """
+        is_unused = np.ones(vocab_size, bool)
+        for ids in (self.ranks.values(), self.special_tokens.values()):
+            found = np.fromiter(ids, np.int64, len(ids))
+            is_unused[found[found < vocab_size]] = False
+        return np.flatnonzero(is_unused)
+
     def description(self) -> dict[str, Any]:
         """Return what a dataset's manifest says of its tokenizer; another tokenizer has another description."""
         return {"name": self.name, "sha256": self.sha256, "n_vocab": self.n_vocab, "eot_id": self.eot_id}

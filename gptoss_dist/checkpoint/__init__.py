@@ -1,7 +1,7 @@
 """Sharded, resumable checkpoints, and models of other tools."""
 
 from gptoss_dist.checkpoint.boxes import not_finite
-from gptoss_dist.checkpoint.formats.companions import companions_to_carry
+from gptoss_dist.checkpoint.formats.companions import UnknownStopIds, carried_stop_ids, companions_to_carry
 from gptoss_dist.checkpoint.formats.export import export, save_pretrained
 from gptoss_dist.checkpoint.formats.pretrained import check_architecture, load_into, load_pretrained, open_pretrained
 from gptoss_dist.checkpoint.info import CheckpointInfo, DataPlace, SkippedSamples, StepLoss, read_info
@@ -31,7 +31,9 @@ __all__ = [
     "Saver",
     "SkippedSamples",
     "StepLoss",
+    "UnknownStopIds",
     "candidates",
+    "carried_stop_ids",
     "check_architecture",
     "checkpoints",
     "companions_to_carry",

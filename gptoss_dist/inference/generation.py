@@ -24,9 +24,9 @@ from gptoss_dist.model.generate import (
     LanguageModel,
     cache_for,
     columns_of_chunk,
+    mask_ids,
     prefill,
     warn_of_length,
-    without_padding,
 )
 from gptoss_dist.model.kv_cache import KVCache
 from gptoss_dist.model.sampling import PLAIN, Sampling
@@ -41,7 +41,8 @@ class Completion:
     ids: list[int]
     """Without the prompt, and without what ended it: no stop id, and no token that is only part of a stop text."""
     logprobs: list[float] | None
-    """Of each id, the logarithm of its probability under the model itself: before temperature, penalty and top-k."""
+    """Of each id, the logarithm of its probability under the model itself, as in its perplexity: before temperature,
+    penalty and top-k, and among all ids of the model, those that are never produced too."""
     finish: Literal["stop", "length"]
     """Whether a stop id or text ended it, or `max_new_tokens`."""
     text: str | None = None
@@ -80,7 +81,7 @@ def complete(
         max_new_tokens: How many tokens to add at most.
         stop_ids: Each of them ends a sample.
         stop_texts: Each of them ends a sample, wherever tokens begin and end; they need a tokenizer.
-        tokenizer: What the ids mean. Completions then have texts, and no id beyond its vocabulary.
+        tokenizer: What the ids mean. Completions then have texts, and no id without a token.
         n: Samples of each prompt, which passes the model once.
         seeds: One of each sample, those of the first prompt first. By default torch's global generator draws them.
         logprobs: Whether to return log-probabilities.
@@ -99,14 +100,13 @@ def complete(
     seeds = torch.randint(2**62, (len(prompts) * n,)).tolist() if seeds is None else seeds
     texts = [GrowingText(tokenizer, stops) if tokenizer else None for _ in seeds]
     samples = [_Sample(i, frozenset(stop_ids), texts[i], seed, on_text) for i, seed in enumerate(seeds)]
-    vocab_size = tokenizer.n_vocab if vocab_size is None and tokenizer is not None else vocab_size
     used = (prompts, n) if samples else ([[0]], 1)
     columns, steps = max(map(len, used[0])) + max_new_tokens, earlier_steps + max_new_tokens
     decoder = decoder_for(model, compile, steps=steps, columns=columns, is_shared=largest is not None)
     if samples or largest is not None:
         with _in_evaluation_mode(model):
             batch = _Batch(decoder, *used, samples, columns, prefill_chunk, largest, model.lm_head.weight.device)
-            batch.complete(sampling, vocab_size, max_new_tokens, logprobs)
+            batch.complete(sampling, _masked_ids(model, vocab_size, tokenizer), max_new_tokens, logprobs)
     done = [one.completion(logprobs) for one in samples]
     return [done[start : start + n] for start in range(0, len(done), n)]
 
@@ -148,6 +148,21 @@ def _check(
     if seeds is not None and len(seeds) != len(prompts) * n:
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts with n={n}; give one of each sample")
     warn_of_length(max(map(len, prompts), default=1), max_new_tokens, model.config.max_position_embeddings)
+
+
+def _masked_ids(model: GptOss, vocab_size: int | None, tokenizer: Tokenizer | None) -> torch.Tensor:
+    """Return the ids of a model that are never produced, [n] int64 on its device.
+
+    Args:
+        model: The model.
+        vocab_size: That of `complete`, as `tokenizer`.
+    """
+    is_masked_V = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    if vocab_size is not None:
+        is_masked_V[vocab_size:] = True
+    if tokenizer is not None:
+        is_masked_V[torch.from_numpy(tokenizer.ids_without_token(len(is_masked_V)))] = True
+    return is_masked_V.nonzero()[:, 0].to(model.lm_head.weight.device)
 
 
 def _encoded(stop_texts: Sequence[str], tokenizer: Tokenizer | None, on_text: Callable | None) -> list[bytes]:
@@ -241,10 +256,10 @@ class _Batch:
         for row, prompt in enumerate(rows):
             self.seen_BV[row, ids_BT[prompt, padding[prompt] :]] = True
 
-    def complete(self, sampling: Sampling, vocab_size: int | None, max_new_tokens: int, logprobs: bool) -> None:
+    def complete(self, sampling: Sampling, masked_ids: torch.Tensor, max_new_tokens: int, logprobs: bool) -> None:
         """Let the samples grow until all are finished, on all ranks."""
         for new in range(1, max_new_tokens + 1):
-            self.grow(sampling, vocab_size, logprobs)
+            self.grow(sampling, masked_ids, logprobs)
             if not self.largest(len(self.unfinished())) or new == max_new_tokens:
                 return
             self.step()
@@ -253,13 +268,15 @@ class _Batch:
         """Return which rows go on."""
         return [row for row, one in enumerate(self.samples) if not one.stopped]
 
-    def grow(self, sampling: Sampling, vocab_size: int | None, logprobs: bool) -> None:
+    def grow(self, sampling: Sampling, masked_ids: torch.Tensor, logprobs: bool) -> None:
         """Choose a token for each sample; without `logprobs` samples get logits for these.
 
         Raises:
             ValueError: Logits are nan.
         """
-        logits_BV = without_padding(self.logits_BV, vocab_size)
+        # The probabilities are those of all ids, as in training, before some of them are masked in place.
+        normalizer_B = self.logits_BV.float().logsumexp(-1) if logprobs else 0.0
+        logits_BV = mask_ids(self.logits_BV, masked_ids)
         scores_BV, uniform_B = logits_BV, None
         if sampling.repetition_penalty != 1:
             scores_BV = penalize_repetition(logits_BV, self.seen_BV, sampling.repetition_penalty)
@@ -273,9 +290,7 @@ class _Batch:
         next_B1 = self.next_B.clamp(min=0)[:, None]
         if sampling.repetition_penalty != 1:
             self.seen_BV.scatter_(1, next_B1, True)
-        logprob_B = logits_BV.gather(1, next_B1)[:, 0]
-        if logprobs:
-            logprob_B = logprob_B - logits_BV.logsumexp(-1)
+        logprob_B = logits_BV.gather(1, next_B1)[:, 0] - normalizer_B
         for one, token, logprob in zip(self.samples, self.next_B.tolist(), logprob_B.tolist()):
             if token < 0 or not math.isfinite(logprob):
                 raise ValueError("the model's logits are nan: its weights are broken, or its training has diverged")

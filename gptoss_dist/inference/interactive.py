@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.command_line.mistakes import in_words, is_explained
 from data_pipeline.printable import printable
 
 if TYPE_CHECKING:
@@ -15,13 +16,16 @@ REPL_HELP = (
     "anything else is a prompt"
 )
 REPL_SETTINGS = {
-    ":t": ("temperature", float),
-    ":k": ("top_k", int),
-    ":p": ("top_p", float),
-    ":m": ("min_p", float),
-    ":r": ("repetition_penalty", float),
-    ":n": ("max_new_tokens", int),
+    ":t": ("temperature", float, "0.8"),
+    ":k": ("top_k", int, "50"),
+    ":p": ("top_p", float, "0.95"),
+    ":m": ("min_p", float, "0.05"),
+    ":r": ("repetition_penalty", float, "1.2"),
+    ":n": ("max_new_tokens", int, "128"),
 }
+"""Name, type and an example of what each command sets."""
+_MOST_CHARACTERS = 40
+"""How much of a wrong value a message shows."""
 
 
 def repl(session: Session, settings: dict[str, Any], check: Callable[[dict[str, Any]], None]) -> int:
@@ -44,8 +48,7 @@ def repl(session: Session, settings: dict[str, Any], check: Callable[[dict[str, 
             return 0
         try:
             if command in REPL_SETTINGS:
-                name, kind = REPL_SETTINGS[command]
-                changed = settings | {name: kind(value)}
+                name, changed = _changed(settings, command, value.strip())
                 check(changed)
                 settings = changed
                 print(f"{name} = {settings[name]}")
@@ -53,10 +56,30 @@ def repl(session: Session, settings: dict[str, Any], check: Callable[[dict[str, 
                 print(REPL_HELP)
             elif line:
                 print(line, end="", flush=True)
-                session.write(line, on_text=_print, **settings)
-                print()
-        except ValueError as error:
-            print(f"could not: {error}")
+                try:
+                    session.write(line, on_text=_print, **settings)
+                finally:
+                    print()  # what is wrong then stands on a line of its own
+        except Exception as error:
+            # Errors of the system are not the person's: nobody may be there to read what is printed.
+            if isinstance(error, OSError) or not is_explained(error):
+                raise
+            print(f"could not: {in_words(error)}")
+
+
+def _changed(settings: dict[str, Any], command: str, value: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of the setting that a command changes, and all settings with it.
+
+    Raises:
+        ValueError: The value is not of the setting's type; the message has the setting, the value and an example.
+    """
+    name, kind, example = REPL_SETTINGS[command]
+    try:
+        return name, settings | {name: kind(value)}
+    except ValueError:
+        shown = repr(value if len(value) <= _MOST_CHARACTERS else f"{value[:_MOST_CHARACTERS]}...")
+        wrong = f"={shown} must be {'a whole number' if kind is int else 'a number'}" if value else " is given no value"
+        raise ValueError(f"{name}{wrong}; type for example {command} {example}") from None
 
 
 def _print(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,22 +10,34 @@ from pathlib import Path
 import torch
 
 from data_pipeline import Tokenizer
-from gptoss_dist.checkpoint import open_pretrained
+from data_pipeline.tokenizer.harmony import stop_ids
+from gptoss_dist.checkpoint import UnknownStopIds, carried_stop_ids, open_pretrained
 from gptoss_dist.inference.compiled import Compile
 from gptoss_dist.inference.generation import Completion, complete
 from gptoss_dist.model.generate import fixed_room
 from gptoss_dist.model.sampling import Sampling
 from gptoss_dist.model.transformer import GptOss
 
+log = logging.getLogger(__name__)
+
 
 class Session:
     """A model, its tokenizer and a random state, which are kept between prompts; and the folder that they are from.
 
     It counts the tokens that it writes, so that the decoding step is compiled once so many are asked for that it pays.
+
+    Args:
+        model: The model.
+        tokenizer: What its ids mean.
+        folder: Where both are from.
+        more_stop_ids: Ids that end a text, besides those of the tokenizer: the end of a document and Harmony's stops.
     """
 
-    def __init__(self, model: GptOss, tokenizer: Tokenizer, folder: Path | None = None) -> None:
+    def __init__(
+        self, model: GptOss, tokenizer: Tokenizer, folder: Path | None = None, more_stop_ids: Sequence[int] = ()
+    ) -> None:
         self.model, self.tokenizer, self.folder = model, tokenizer, folder
+        self.stop_ids = [*stop_ids(tokenizer), *more_stop_ids]
         self.generator = torch.Generator()
         self._steps: Counter[tuple[int, int]] = Counter()
         """Decoding steps so far, by samples at once and the room of a cache."""
@@ -33,14 +46,22 @@ class Session:
     def load(cls, path: str | Path, *, device: str | None = None) -> Session:
         """Load the newest checkpoint under `path`, or an exported model, in float32 on CPU and bfloat16 on CUDA.
 
+        The ids that end a text in a generation_config.json beside it do so here too.
+
         Raises:
-            ValueError: There is no such device, no intact checkpoint, it does not fit, or there is no tokenizer of ours
-                beside it.
+            ValueError: There is no such device, no intact checkpoint, it does not fit, there is no tokenizer of ours
+                beside it, or its generation_config.json is damaged.
         """
         target = find_device(device)
         pretrained = open_pretrained(path)
         model = pretrained.build(torch.bfloat16 if target.type == "cuda" else torch.float32, target)
-        return cls(model, Tokenizer.load(pretrained.folder), pretrained.folder)
+        tokenizer = Tokenizer.load(pretrained.folder)
+        try:
+            carried = carried_stop_ids(pretrained.folder, tokenizer.n_vocab)
+        except UnknownStopIds as error:
+            log.warning("%s: no text ends at ids of its generation_config.json: %s", pretrained.folder, error)
+            carried = []
+        return cls(model, tokenizer, pretrained.folder, carried)
 
     def seed(self, seed: int) -> None:
         """Restart the random generator, from which samples without a seed of their own get one."""
@@ -78,7 +99,7 @@ class Session:
         compile: Compile = "auto",
         **sampling,
     ) -> list[list[Completion]]:
-        """Continue each prompt n times, all in one batch, up to the end of text, a stop text, or `max_new_tokens`.
+        """Continue each prompt n times, all in one batch, up to a stop id, a stop text, or `max_new_tokens`.
 
         Args:
             prompts: Texts to continue; an empty one starts a document.
@@ -104,7 +125,7 @@ class Session:
             ids,
             Sampling(**sampling),
             max_new_tokens=max_new_tokens,
-            stop_ids=[self.tokenizer.eot_id],
+            stop_ids=self.stop_ids,
             stop_texts=stop,
             tokenizer=self.tokenizer,
             n=n,

@@ -88,9 +88,9 @@ def generate(
         ValueError: The prompt is empty, a setting is out of range, or logits are nan.
     """
     T = input_ids_BT.shape[1]
-    _check_sizes(T, max_new_tokens)
+    _check_sizes(T, max_new_tokens, model.config.max_position_embeddings)
     Sampling(temperature, top_k, top_p, min_p)  # refuses what makes no sense
-    warn_of_length(T, max_new_tokens, model.config.max_position_embeddings)
+    masked_ids = _ids_from(vocab_size, model).to(input_ids_BT.device)
     was_training = model.training
     model.eval()
     try:
@@ -98,7 +98,7 @@ def generate(
         done_B = torch.zeros_like(input_ids_BT[:, 0], dtype=torch.bool)
         logits_BV = prefill(model, input_ids_BT, cache)
         for remaining in reversed(range(max_new_tokens)):
-            next_B = sample(without_padding(logits_BV, vocab_size), temperature, top_k, top_p, generator, min_p=min_p)
+            next_B = sample(mask_ids(logits_BV, masked_ids), temperature, top_k, top_p, generator, min_p=min_p)
             check_choice(next_B)
             if eos_id is not None:
                 next_B = torch.where(done_B, eos_id, next_B)
@@ -114,11 +114,18 @@ def generate(
     return torch.cat(columns, dim=1)
 
 
-def _check_sizes(prompt: int, max_new_tokens: int) -> None:
+def _check_sizes(prompt: int, max_new_tokens: int, longest: int) -> None:
     if prompt == 0:
         raise ValueError("the prompt has no token; give at least one (for example the end-of-text token)")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more")
+    warn_of_length(prompt, max_new_tokens, longest)
+
+
+def _ids_from(first: int | None, model: LanguageModel) -> Tensor:
+    """Return the ids of a model from `first` on, [n] int64; None is no first one."""
+    known = model.config.vocab_size
+    return torch.arange(known if first is None else min(first, known), known)
 
 
 def cache_for(model: LanguageModel, capacity: int, padding: Sequence[int] | None = None) -> KVCache:
@@ -158,12 +165,14 @@ def columns_of_chunk(chunk: int, rows: int) -> int:
     return max(chunk // rows, 1)
 
 
-def without_padding(logits_BV: Tensor, vocab_size: int | None) -> Tensor:
-    """Return logits in float32, -inf for ids from `vocab_size` on, if it is given."""
-    logits_BV = logits_BV.float()
-    if vocab_size is not None:
-        logits_BV[:, vocab_size:] = -torch.inf
-    return logits_BV
+def mask_ids(logits_BV: Tensor, masked_ids: Tensor) -> Tensor:
+    """Return logits in float32, -inf for ids that are never to be chosen; float32 logits are changed in place.
+
+    Args:
+        logits_BV: Logits.
+        masked_ids: The ids, [n] int64 on the device of the logits.
+    """
+    return logits_BV.float().index_fill_(1, masked_ids, -torch.inf)
 
 
 def check_choice(next_B: Tensor) -> None:

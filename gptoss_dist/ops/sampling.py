@@ -47,10 +47,11 @@ def sample(
         uniform_B: A number in [0, 1) per row, float64.
 
     Returns:
-        The ids; -1 where logits are nan, unless the temperature is 0.
+        The ids; -1 for a row with a nan, or whose largest logit is infinite.
     """
     if temperature < torch.finfo(torch.float32).tiny:  # 0 for float32
-        return logits_BV.argmax(dim=-1)
+        chosen_B = logits_BV.argmax(dim=-1)  # a nan counts as the largest
+        return torch.where(logits_BV.gather(1, chosen_B[:, None])[:, 0].isfinite(), chosen_B, -1)
     logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature  # however small, nothing is NaN
     order_BV = None
     if 0 < top_k < logits_BV.shape[-1]:

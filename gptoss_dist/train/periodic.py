@@ -111,7 +111,7 @@ def _continue(run: Run, prompts: list[list[int]]) -> list[list[int]]:
             prompts,
             Sampling(temperature=settings.temperature, top_k=settings.top_k),
             max_new_tokens=settings.max_new_tokens,
-            vocab_size=run.data.training.mixture.tokenizer.n_vocab,
+            tokenizer=run.data.training.mixture.tokenizer,
             seeds=[run.config.run.seed + number for number in range(len(prompts))],
             compile=False,
         )

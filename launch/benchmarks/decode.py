@@ -236,6 +236,7 @@ def dtype_of(arguments: argparse.Namespace):
 
 def ours(arguments: argparse.Namespace) -> Callable:
     """Return our greedy generation: (prompts, new tokens, what to call after each token) -> prompts and new tokens."""
+    import numpy as np
     import torch
 
     from gptoss_dist.checkpoint import open_pretrained
@@ -245,7 +246,8 @@ def ours(arguments: argparse.Namespace) -> Callable:
     class Letters:
         """Stands in for a tokenizer, without which there is no text to show: every token is a letter."""
 
-        n_vocab = None
+        def ids_without_token(self, vocab_size):
+            return np.empty(0, np.int64)
 
         def decode_bytes(self, ids):
             return b"x" * len(ids)

@@ -124,7 +124,12 @@ def test_samples_compile_nothing_and_validation_little(ranks):
     config = settings(num_hidden_layers=1)
     config.train.compile = True
     config.sampling.prompts, config.sampling.max_new_tokens = ["a", "two"], 4
-    tokenizer = SimpleNamespace(encode=lambda text: np.arange(len(text)), decode=str, n_vocab=90)
+    tokenizer = SimpleNamespace(
+        encode=lambda text: np.arange(len(text)),
+        decode=str,
+        decode_bytes=bytes,
+        ids_without_token=lambda vocab_size: np.arange(90, vocab_size),
+    )
     engine, texts = build(config, ranks), []
     report = SimpleNamespace(samples=lambda step, written: texts.append(written))
     data = SimpleNamespace(training=SimpleNamespace(mixture=SimpleNamespace(tokenizer=tokenizer)))
@@ -145,7 +150,7 @@ def test_samples_compile_nothing_and_validation_little(ranks):
 def test_a_sample_that_fails_inside_a_shared_model_ends_the_run(ranks):
     config = settings(num_hidden_layers=2)
     config.sampling.prompts = ["a"]
-    tokenizer = SimpleNamespace(encode=lambda text: np.arange(len(text)), n_vocab=90)
+    tokenizer = SimpleNamespace(encode=lambda text: np.arange(len(text)))
     data = SimpleNamespace(training=SimpleNamespace(mixture=SimpleNamespace(tokenizer=tokenizer)))
     several = SimpleNamespace(world_size=2, device=ranks.device)
     run = SimpleNamespace(config=config, ranks=several, data=data, engine=SimpleNamespace(model=None))
@@ -159,7 +164,7 @@ def test_samples_that_fail_do_not_end_a_run(ranks):
 
     config, messages = settings(num_hidden_layers=2), []
     config.sampling.prompts = ["\u00e4"]
-    tokenizer = SimpleNamespace(encode=encode, n_vocab=90)
+    tokenizer = SimpleNamespace(encode=encode)
     data = SimpleNamespace(training=SimpleNamespace(mixture=SimpleNamespace(tokenizer=tokenizer)))
     write_samples(SimpleNamespace(config=config, ranks=ranks, data=data, message=messages.append), 3, {})
     assert len(messages) == 1 and messages[0].startswith("step 3: no sample, UnicodeEncodeError: 'ascii' codec")

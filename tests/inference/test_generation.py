@@ -1,10 +1,12 @@
 """Completions of batches: the same as of each prompt by itself, and stops, seeds, samples and log-probabilities."""
 
+import copy
 import math
 
 import pytest
 import torch
 
+from data_pipeline import Tokenizer
 from data_pipeline.tokenizer.published import load_tokenizer
 from gptoss_dist import GptOss, ModelConfig
 from gptoss_dist.inference import GREEDY, Sampling, complete
@@ -99,9 +101,29 @@ def test_stop_texts_across_tokens_and_characters(model):
         assert "".join(pieces[number]) == one.text == tokenizer.decode(one.ids) and len(pieces[number]) > 3
 
 
-def test_ids_beyond_the_tokenizer_are_never_written(model):
-    for (one,) in complete(model, PROMPTS, Sampling(temperature=50.0), max_new_tokens=40, vocab_size=6):
-        assert set(one.ids) == set(range(6)) and all(math.isfinite(x) for x in one.ids)
+@torch.no_grad()
+def test_ids_without_a_token_are_never_written_and_count_in_log_probabilities(model):
+    bytes_ = load_tokenizer("bytes")
+    # Like o200k_base: ids without a token lie below the largest one.
+    holes = Tokenizer("holes", bytes_.ranks, bytes_.pattern, {"<|endoftext|>": 262, "<|last|>": 266})
+    written = {*range(256), 262, 266}
+    assert holes.ids_without_token(272).tolist() == sorted(set(range(272)) - written)
+    assert holes.ids_without_token(258).tolist() == [256, 257] and not holes.ids_without_token(256).size
+    for options, allowed in (({"vocab_size": 6}, set(range(6))), ({"tokenizer": holes}, written)):
+        for (one,) in complete(model, PROMPTS, Sampling(temperature=50.0), max_new_tokens=40, **options):
+            assert set(one.ids) <= allowed and len(set(one.ids)) > 5
+
+    favoured = copy.deepcopy(model)
+    favoured.lm_head.weight[256:] *= 4
+    options = {"tokenizer": holes, "n": 2, "vocab_size": 265, "max_new_tokens": 12, "logprobs": True}
+    for prompt, samples in zip(PROMPTS, complete(favoured, PROMPTS, GREEDY, **options)):
+        for one in samples:
+            logits = favoured(torch.tensor([prompt + one.ids]))[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(one.ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(one.logprobs), expected, atol=1e-4, rtol=1e-4)
+            assert set(one.ids) <= written - {266}
+            logits[:, sorted(set(range(272)) - written | {266})] = -torch.inf
+            assert logits.argmax(-1).tolist() == one.ids and min(one.logprobs) < -1
 
 
 @pytest.mark.parametrize(
@@ -110,6 +132,7 @@ def test_ids_beyond_the_tokenizer_are_never_written(model):
         ("temperature", math.nan),
         ("temperature", -0.1),
         ("temperature", math.inf),
+        ("temperature", 1e39),
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", math.nan),
@@ -117,6 +140,8 @@ def test_ids_beyond_the_tokenizer_are_never_written(model):
         ("min_p", math.nan),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", math.nan),
+        ("repetition_penalty", 1e-46),
+        ("repetition_penalty", 1e39),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(name, value):
@@ -139,6 +164,13 @@ def test_mistakes(model, change, message):
     arguments = {"prompts": PROMPTS, "max_new_tokens": 2} | change
     with pytest.raises(ValueError, match=message):
         complete(model, arguments.pop("prompts"), GREEDY, **arguments)
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+def test_the_largest_settings_are_not_taken_for_broken_weights(model, penalty):
+    sampling = Sampling(temperature=1e6, repetition_penalty=penalty)
+    ((one,),) = complete(model, [[5, 7]], sampling, max_new_tokens=20, vocab_size=100, seeds=[0])
+    assert len(one.ids) == 20
 
 
 def test_broken_weights_are_said_and_positions_beyond_the_model_warned_of(model, caplog):

@@ -1,5 +1,7 @@
 """Generation with the cache against recomputing everything, and sampling against its definition."""
 
+import copy
+
 import pytest
 import torch
 
@@ -85,3 +87,12 @@ def test_end_of_text_and_vocabulary_limit(model):
         generate(model, ids[:, :0], max_new_tokens=1)
     with pytest.raises(ValueError, match="top_p"):
         generate(model, ids, max_new_tokens=1, top_p=0.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_nan_is_refused_at_any_temperature(model, temperature):
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data[:5] = torch.nan
+    ids = torch.ones(1, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match="logits are nan"):
+        generate(broken, ids, max_new_tokens=2, temperature=temperature)

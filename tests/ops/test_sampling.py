@@ -44,7 +44,11 @@ def test_no_number_chooses_what_has_no_probability():
 def test_nan_is_no_choice_and_does_not_spread():
     logits = torch.tensor([[0.0, torch.nan, 0.0], [0.0, 9.0, 0.0]])
     for settings in ({}, {"top_k": 2}, {"top_p": 0.9}):
-        assert sample(logits, 0.1, uniform_B=torch.tensor([0.5, 0.5]).double(), **settings).tolist() == [-1, 1]
+        for temperature in (0.1, 0.0, 1e-40):
+            uniform_B = torch.tensor([0.5, 0.5]).double()
+            assert sample(logits, temperature, uniform_B=uniform_B, **settings).tolist() == [-1, 1]
+    for broken in (torch.nan, torch.inf, -torch.inf):
+        assert [sample(torch.full((1, 3), broken), temperature).tolist() for temperature in (0.0, 1.0)] == [[-1]] * 2
 
 
 def test_a_penalty_lowers_logits_of_either_sign():

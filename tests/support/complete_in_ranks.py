@@ -35,7 +35,12 @@ def written(engine: Engine, ranks: Ranks) -> list[list[int]]:
     """Ids of the samples that a training run writes."""
     config, texts = Case("", ranks.world_size, model=MODEL).config(), []
     config.sampling.prompts, config.sampling.max_new_tokens, config.sampling.temperature = ["0", "1"], 10, 0.0
-    tokenizer = SimpleNamespace(encode=lambda text: np.array(PROMPTS[int(text)]), decode=list, n_vocab=101)
+    tokenizer = SimpleNamespace(
+        encode=lambda text: np.array(PROMPTS[int(text)]),
+        decode=list,
+        decode_bytes=bytes,
+        ids_without_token=lambda vocab_size: np.arange(101, vocab_size),
+    )
     data = SimpleNamespace(training=SimpleNamespace(mixture=SimpleNamespace(tokenizer=tokenizer)))
     report = SimpleNamespace(samples=lambda step, found: texts.extend(found))
     write_samples(SimpleNamespace(config=config, ranks=ranks, engine=engine, data=data, report=report), 3, {})

@@ -88,15 +88,12 @@ def _write_those_of_a_run(pretrained: Pretrained, folder: Path, format: str, mes
     files = huggingface_files(tokenizer, pretrained.config.max_position_embeddings)
     settings = files[GENERATION]
     if (pretrained.folder / GENERATION).is_file():
-        came = huggingface.read_json(pretrained.folder / GENERATION)
-        ids = came.get("eos_token_id") or []
-        if all(type(i) is int and 0 <= i < tokenizer.n_vocab for i in (ids if isinstance(ids, list) else [ids])):
-            files[GENERATION] = settings | came
+        try:
+            carried_stop_ids(pretrained.folder, tokenizer.n_vocab)
+        except UnknownStopIds as error:
+            message(f"{GENERATION} of the weights that the run began with is left out: {error}")
         else:
-            message(
-                f"{GENERATION} of the weights that the run began with is left out: eos_token_id={ids} is none of "
-                f"the tokenizer's {tokenizer.n_vocab} ids"
-            )
+            files[GENERATION] = settings | huggingface.read_json(pretrained.folder / GENERATION)
     for name, values in files.items():
         _write_json(folder / name, values)
     if (pretrained.folder / TEMPLATE).is_file():
@@ -107,6 +104,30 @@ def _write_those_of_a_run(pretrained: Pretrained, folder: Path, format: str, mes
     else:
         message(f"no chat template: tokenizer {tokenizer.name} lacks Harmony's special tokens")
     return {key: files[GENERATION][key] for key in IDS if key in files[GENERATION]}
+
+
+class UnknownStopIds(ValueError):
+    """Generation settings name ids that a tokenizer has not."""
+
+
+def carried_stop_ids(folder: Path, n_vocab: int) -> list[int]:
+    """Return the ids at which the generation settings beside a model end a text; none if there are no settings.
+
+    Args:
+        folder: That of the model.
+        n_vocab: How many ids its tokenizer has.
+
+    Raises:
+        UnknownStopIds: One of them is none of the tokenizer's.
+        ValueError: The file is damaged.
+    """
+    if not (folder / GENERATION).is_file():
+        return []
+    given = huggingface.read_json(folder / GENERATION).get("eos_token_id") or []
+    ids = given if isinstance(given, list) else [given]
+    if not all(type(i) is int and 0 <= i < n_vocab for i in ids):
+        raise UnknownStopIds(f"eos_token_id={json.dumps(given)[:60]} is none of the tokenizer's {n_vocab} ids")
+    return ids
 
 
 def _companion(folder: Path, name: str) -> bytes:
