@@ -12,9 +12,8 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_pipeline.command_line import Program, check_ranges, option, ranged, ranged_like, run
+from data_pipeline.command_line import Program, check_ranges, option, print_line, ranged, ranged_like, run
 from data_pipeline.printable import printable
-from gptoss_dist.inference.interactive import REPL_HELP, repl
 from gptoss_dist.model.sampling import Sampling
 
 
@@ -52,17 +51,23 @@ class GenerateOptions:
     """cpu or cuda; null is cuda where there is one."""
 
 
+INTERACTIVE = (
+    ":t TEMPERATURE   :k TOP_K   :p TOP_P   :m MIN_P   :r REPETITION_PENALTY   :n NEW_TOKENS   :q quit; "
+    "anything else is a prompt"
+)
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "stop", "compile")
 """What each text is written with."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write what the command line asks for; return the exit code."""
-    program = Program("generate.py", prefix="generate.py", failed=2, epilog="Interactive: " + REPL_HELP)
+    program = Program("generate.py", prefix="generate.py", failed=2, epilog="Interactive: " + INTERACTIVE)
     return run(program, GenerateOptions, _generate, argv)
 
 
 def _generate(options: GenerateOptions) -> int:
+    # With torch, which takes seconds, and in which Ctrl-C is heard too.
+    from gptoss_dist.inference.interactive import repl
     from gptoss_dist.inference.session import Session
 
     if not options.prompt and (options.samples > 1 or options.logprobs):
@@ -70,8 +75,10 @@ def _generate(options: GenerateOptions) -> int:
     session = Session.load(options.checkpoint, device=options.device)
     settings = {name: value for name, value in asdict(options).items() if name in SETTINGS}
     session.seed(options.seed)
+    if options.compile is True:
+        print_line("the decoding step is compiled before the first text, which takes a minute or so", file=sys.stderr)
     if not options.prompt:
-        return repl(session, settings, lambda changed: check_ranges(replace(options, **changed)))
+        return repl(session, settings, lambda changed: check_ranges(replace(options, **changed)), INTERACTIVE)
     for prompt in options.prompt:
         _write(session, prompt, options, settings)
     return 0
@@ -89,7 +96,7 @@ def _write(session, prompt: str, options: GenerateOptions, settings: dict) -> No
     on_text = show if streams else None
     try:
         (found,) = session.samples([prompt], n=options.samples, logprobs=options.logprobs, on_text=on_text, **settings)
-    except ValueError:
+    except (ValueError, KeyboardInterrupt):
         print(end="\n" if streams else "", flush=True)  # what is wrong then stands on a line of its own
         raise
     for number, one in enumerate(found, 1):

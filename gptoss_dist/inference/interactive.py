@@ -11,10 +11,6 @@ from data_pipeline.printable import printable
 if TYPE_CHECKING:
     from gptoss_dist.inference.session import Session
 
-REPL_HELP = (
-    ":t TEMPERATURE   :k TOP_K   :p TOP_P   :m MIN_P   :r REPETITION_PENALTY   :n NEW_TOKENS   :q quit; "
-    "anything else is a prompt"
-)
 REPL_SETTINGS = {
     ":t": ("temperature", float, "0.8"),
     ":k": ("top_k", int, "50"),
@@ -28,15 +24,18 @@ _MOST_CHARACTERS = 40
 """How much of a wrong value a message shows."""
 
 
-def repl(session: Session, settings: dict[str, Any], check: Callable[[dict[str, Any]], None]) -> int:
+def repl(session: Session, settings: dict[str, Any], check: Callable[[dict[str, Any]], None], help: str) -> int:
     """Read lines from standard input until its end or `:q`, and return the exit code 0.
+
+    Ctrl-C ends the text that is being written, and at a prompt the loop.
 
     Args:
         session: What writes the text.
         settings: Those of `Session.write`, which commands such as `:t 0.5` change.
         check: Raises ValueError if settings make no sense; those from before then stay.
+        help: What is printed at the beginning, and for an unknown command.
     """
-    print(REPL_HELP)
+    print(help)
     while True:
         try:
             line = input("> ")
@@ -53,13 +52,15 @@ def repl(session: Session, settings: dict[str, Any], check: Callable[[dict[str, 
                 settings = changed
                 print(f"{name} = {settings[name]}")
             elif command.startswith(":"):
-                print(REPL_HELP)
+                print(help)
             elif line:
                 print(line, end="", flush=True)
                 try:
                     session.write(line, on_text=_print, **settings)
                 finally:
                     print()  # what is wrong then stands on a line of its own
+        except KeyboardInterrupt:
+            print("interrupted; :q quits")
         except Exception as error:
             # Errors of the system are not the person's: nobody may be there to read what is printed.
             if isinstance(error, OSError) or not is_explained(error):

@@ -92,7 +92,7 @@ class Session:
         *,
         max_new_tokens: int,
         n: int = 1,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seeds: Sequence[int] | None = None,
         logprobs: bool = False,
         on_text: Callable[[int, str], None] | None = None,
@@ -105,7 +105,7 @@ class Session:
             prompts: Texts to continue; an empty one starts a document.
             max_new_tokens: How many tokens to write at most.
             n: Samples of each prompt.
-            stop: Texts that end a sample, and do not belong to it.
+            stop: A text, or several, that end a sample, and do not belong to it.
             seeds: One of each sample, those of the first prompt first; by default the session's generator draws them.
             logprobs: Whether to return log-probabilities.
             on_text: Called with the number of a sample and pieces of its text as they are written.
@@ -114,8 +114,11 @@ class Session:
             **sampling: Those of `Sampling`.
 
         Raises:
-            ValueError: A setting is out of range, logits are nan, or the step cannot be compiled and `compile` is true.
+            ValueError: A setting is out of range, `prompts` is one text, logits are nan, or the step cannot be compiled
+                and `compile` is true.
         """
+        if isinstance(prompts, str):
+            raise ValueError("prompts is a text, whose characters would each be a prompt; give a list of texts")
         if seeds is None:
             seeds = torch.randint(2**62, (len(prompts) * n,), generator=self.generator).tolist()
         ids = [self.tokenizer.encode(prompt).tolist() or [self.tokenizer.eot_id] for prompt in prompts]
@@ -126,7 +129,7 @@ class Session:
             Sampling(**sampling),
             max_new_tokens=max_new_tokens,
             stop_ids=self.stop_ids,
-            stop_texts=stop,
+            stop_texts=[stop] if isinstance(stop, str) else stop,
             tokenizer=self.tokenizer,
             n=n,
             seeds=seeds,

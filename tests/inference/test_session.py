@@ -60,19 +60,23 @@ def test_settings_that_make_no_sense_leave_the_old_ones(monkeypatch, capsys):
     class Recorded:
         def write(self, prompt, *, on_text, **settings):
             written.append(settings)
+            if prompt == "stopped":
+                raise KeyboardInterrupt
             if prompt == "long":
                 torch.empty(2**60, dtype=torch.uint8)
 
     wrong = [":n -5", ":t nan", ":t inf", ":k 1.5", ":p 0", ":t 1e39", ":r 1e-46", ":t", ":m 0,1", ":k " + "9" * 5000]
-    lines = iter([*wrong, ":n 9000000000000000000", ":n 7", "long", "ab", ":q"])
+    lines = iter([*wrong, ":n 9000000000000000000", ":n 7", "long", "stopped", "ab", ":q"])
     monkeypatch.setattr(builtins, "input", lambda prompt: next(lines))
 
     def check(changed):
         check_ranges(GenerateOptions("x", **changed))
 
-    assert repl(Recorded(), {"temperature": 0.5, "max_new_tokens": 3, "top_k": 4, "top_p": 0.9}, check) == 0
-    assert written == [{"temperature": 0.5, "max_new_tokens": 7, "top_k": 4, "top_p": 0.9}] * 2
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("could not: ")]
+    assert repl(Recorded(), {"temperature": 0.5, "max_new_tokens": 3, "top_k": 4, "top_p": 0.9}, check, ":q quit") == 0
+    assert written == [{"temperature": 0.5, "max_new_tokens": 7, "top_k": 4, "top_p": 0.9}] * 3
+    shown = capsys.readouterr().out.splitlines()
+    said = [line for line in shown if line.startswith("could not: ")]
+    assert shown[0] == ":q quit" and shown[-3:] == ["stopped", "interrupted; :q quits", "ab"]
     expected = [
         "max_new_tokens=-5 must be in [1, 1000000000]",
         "temperature=nan must be a finite number",
@@ -99,5 +103,8 @@ def test_any_temperature_writes_text_and_length_beyond_the_positions_is_said(cap
     session = Session(model, load_tokenizer("bytes"))
     written = session.write("abcd", max_new_tokens=4, temperature=temperature)
     assert written == session.write("abcd", max_new_tokens=4, temperature=0) and not caplog.records
+    assert session.write("abcd", max_new_tokens=4, temperature=0, stop=written[:1]) == ""
+    with pytest.raises(ValueError, match="prompts is a text"):
+        session.samples("abcd", max_new_tokens=4)
     session.write("abcd", max_new_tokens=5, temperature=0.0)
     assert "a prompt of 4 tokens and up to 5 new ones are more than the 8 positions" in caplog.text
