@@ -44,14 +44,16 @@ def evaluate(options: KvCacheOptions) -> None:
                 f"lengths={tokens} must be positive, and at most max_position_embeddings={positions} of {options.model}"
             )
     subject = subject_of(options.model)
-    folder = results_folder(options, "kv-cache", subject)
-    rows = [row(config, tokens, options.batch_size, DTYPES[options.precision]) for tokens in lengths]
-    print_table([_readable(one) for one in rows])
-    metrics = {f"eval/kv_cache/{name}_{one['tokens']}": float(one[name]) for one in rows for name in ("bytes", "ratio")}
-    settings = asdict(options) | {"lengths": lengths}
-    result = Result("kv-cache", settings, rows, metrics, {"architecture": config.to_dict()})
-    publish(result, subject, folder, figures={"kv_cache": lambda figure: _draw(figure, rows)}, mlflow=options.mlflow)
-    print(f"{folder / RESULT}")
+    with results_folder(options, "kv-cache", subject) as folder:
+        rows = [row(config, tokens, options.batch_size, DTYPES[options.precision]) for tokens in lengths]
+        print_table([_readable(one) for one in rows])
+        names = ("bytes", "ratio")
+        metrics = {f"eval/kv_cache/{name}_{one['tokens']}": float(one[name]) for one in rows for name in names}
+        settings = asdict(options) | {"lengths": lengths}
+        result = Result("kv-cache", settings, rows, metrics, {"architecture": config.to_dict()})
+        draw = {"kv_cache": lambda figure: _draw(figure, rows)}
+        publish(result, subject, folder, figures=draw, mlflow=options.mlflow)
+        print(f"{folder / RESULT}")
 
 
 def row(config: ModelConfig, tokens: int, batch_size: int, dtype: torch.dtype) -> dict[str, Any]:

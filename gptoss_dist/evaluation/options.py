@@ -102,8 +102,8 @@ class PerplexityOptions(ScoringOptions):
     """Perplexity, bits per byte, and the loss by the length of the context."""
 
     data: list[str] = option(default_factory=list, metavar="DATA")
-    """A prepared dataset, or text as prepare takes it: files, folders, patterns; may be repeated. Without one: what
-    the run that the model belongs to validates on, in the same samples."""
+    """A prepared dataset, or text as prepare takes it: files, folders, patterns; may be repeated, with others. Without
+    one: what the run that the model belongs to validates on, in the same samples."""
     split: Literal["validation", "train"] = "validation"
     """Split of prepared datasets."""
     seq_len: int | None = ranged(None, at_least=1)
@@ -113,7 +113,7 @@ class PerplexityOptions(ScoringOptions):
     window had are counted, with at least seq_len - stride tokens before them from the second window on. null takes the
     samples of training, of prepared datasets, and windows side by side, of text."""
     packing: Packing | None = None
-    """How samples are made of documents, without a stride; null is that of the run, or else contiguous."""
+    """How samples are made of prepared documents, without a stride; null is that of the run, or else contiguous."""
     samples: int | None = ranged(None, at_least=0)
     """Samples of each dataset, or documents with a stride and of text, evenly over it; 0 is all, null those of the
     run's validation, or else all."""

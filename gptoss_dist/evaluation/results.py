@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.disk import dated_folder, replacing, write_file_atomically
+from gptoss_dist.distributed.collectives import broadcast_object
+from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.evaluation.options import ResultOptions
 from gptoss_dist.tracking.children import open_child
 
@@ -66,30 +69,71 @@ def subject_of(source: str, checkpoint: Path | None = None, step: int = 0) -> Su
         step: Its step.
     """
     folder = Path(checkpoint or source.rpartition(":")[2])
-    run = next((path for path in (folder, *folder.parents[:2]) if (path / "metrics.jsonl").is_file()), None)
+    run = _run_of(folder)
     return Subject((run or folder).resolve().name, source, step, run)
 
 
-def results_folder(options: ResultOptions, verb: str, subject: Subject) -> Path:
-    """Return the folder for an evaluation's files, which does not exist yet.
+def _run_of(folder: Path) -> Path | None:
+    """Return the folder of the run that a folder is or lies in, if there is one.
+
+    A short relative path has no parents, and a link has those of the link: so the real path is looked at as well. Where
+    both lead to the same run, its folder is called as the user does, under which name the run's records may know it.
+    """
+    named, real = _holder_of_metrics(folder), _holder_of_metrics(folder.resolve())
+    return named if named and (real is None or named.samefile(real)) else real
+
+
+def _holder_of_metrics(folder: Path) -> Path | None:
+    return next((path for path in (folder, *folder.parents[:2]) if (path / "metrics.jsonl").is_file()), None)
+
+
+@contextmanager
+def results_folder(options: ResultOptions, verb: str, subject: Subject, ranks: Ranks | None = None) -> Iterator[Path]:
+    """Make the folder for an evaluation's files before its work, and remove it if that fails and has left nothing.
+
+    So another evaluation that begins meanwhile takes another name, and is refused the same `--output`.
+
+    Args:
+        options: Where it goes.
+        verb: What it is named by, with the time, unless `--output` names it.
+        subject: What is evaluated.
+        ranks: Given where all ranks call this: rank 0 makes the folder and tells the others; collective.
 
     Raises:
-        ValueError: `--output` names one that does, or it cannot be written.
+        ValueError: `--output` names one that exists, or it cannot be written.
     """
-    if options.output is not None:
-        folder = Path(options.output)
-        if folder.exists():
-            raise ValueError(f"--output {folder} exists already; name a new folder, or remove it")
-    else:
-        folder = dated_folder((subject.run or Path()) / "evaluations", verb)
-    try:  # now, and not after hours of work
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder.parent, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise ValueError(f"results cannot be written to {folder}; name another place with --output")
-    return folder
+    make = partial(_make_folder, options, verb, subject)
+    folder = broadcast_object(make) if ranks else make()
+    try:
+        yield folder
+    except BaseException:
+        if ranks is None or ranks.is_main:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
+        raise
+
+
+def _make_folder(options: ResultOptions, verb: str, subject: Subject) -> Path:
+    parent = (subject.run or Path()) / "evaluations"
+    while True:
+        folder = Path(options.output) if options.output is not None else dated_folder(parent, verb)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            raise _unwritable(folder) from None
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            if options.output is not None:
+                raise ValueError(f"--output {folder} exists already; name a new folder, or remove it") from None
+            # Another evaluation has made it in this moment: the next name is free.
+        except OSError:
+            raise _unwritable(folder) from None
+
+
+def _unwritable(folder: Path) -> ValueError:
+    return ValueError(f"results cannot be written to {folder}; name another place with --output")
 
 
 def metric_parts(names: Iterable[str]) -> dict[str, str]:
@@ -123,13 +167,12 @@ def publish(
     Args:
         result: The numbers.
         subject: What they are of.
-        folder: From `results_folder`; it is created.
+        folder: From `results_folder`.
         figures: What draws each plot, by the name of its file without `.png`.
         mlflow: Whether MLflow is told; what it cannot take now can be sent later
             (`python -m gptoss_dist.tracking sync FOLDER`).
         message: What tells the user what went wrong.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(
         _finite(
             {

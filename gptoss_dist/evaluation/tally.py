@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,20 @@ def bytes_of_ids(tokenizer: Tokenizer) -> np.ndarray:
     for token, id_ in tokenizer.ranks.items():
         bytes_V[id_] = len(token)
     return bytes_V
+
+
+def mean_by_weight(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """Return the mean of what was measured on several sources of a mixture.
+
+    Args:
+        values: The values by the source's name.
+        weights: Weights of these sources and perhaps of others. Where all of these are 0, as when a curriculum begins
+            with others, each source counts as much as another.
+    """
+    chosen = {name: weights[name] for name in values}
+    if not sum(chosen.values()):
+        chosen = dict.fromkeys(values, 1.0)
+    return sum(chosen[name] * values[name] for name in values) / sum(chosen.values())
 
 
 @dataclass

@@ -15,6 +15,7 @@ from gptoss_dist.config import Config
 from gptoss_dist.evaluation.harness.chat import carried_template
 from gptoss_dist.evaluation.harness.in_training import Outcome, TaskEvaluation
 from gptoss_dist.evaluation.harness.team import Team
+from gptoss_dist.evaluation.tally import mean_by_weight
 from gptoss_dist.inference import Sampling, complete
 from gptoss_dist.train.run import Run
 
@@ -70,10 +71,7 @@ def validate(run: Run, step: int, findings: Findings) -> None:
         )
         losses[name] = run.engine.evaluate(batches)
     # By the weights that the run began with, so that a curriculum does not move what is compared over time.
-    weights = {name: run.data.training.mixture.weights[name] for name in losses}
-    if not sum(weights.values()):
-        weights = dict.fromkeys(losses, 1.0)
-    loss = sum(weights[name] * losses[name] for name in losses) / sum(weights.values())
+    loss = mean_by_weight(losses, run.data.training.mixture.weights)
     if run.report:
         run.report.validation(step, loss, losses)
     findings["validation_loss"] = loss

@@ -3,6 +3,7 @@
 import json
 import math
 import posixpath
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.evaluation.options import PerplexityOptions
 from gptoss_dist.evaluation.perplexity import Plan, context_lengths, make_plan, measure, summarize
 from gptoss_dist.evaluation.results import Subject
+from gptoss_dist.evaluation.scored_data import Cut
 from gptoss_dist.evaluation.subjects import Evaluated
 from gptoss_dist.evaluation.tally import Tally, bytes_of_ids
 from gptoss_dist.model.init import initialize
@@ -38,7 +40,19 @@ def tally(evaluated, *data: str, batch_tokens: int = 64, ranks: Ranks | None = N
     options = PerplexityOptions(checkpoint="tiny", data=list(data), **options)
     plan = make_plan(options, evaluated)
     ranks = ranks or Ranks(0, 0, 1, torch.device("cpu"))
-    return sum((measure(evaluated, plan, source, ranks, batch_tokens) for source in plan.data), Tally())
+    return sum((measure(evaluated, source, ranks, batch_tokens) for source in plan.sources), Tally())
+
+
+def write_texts(path: Path, texts: list[str | None]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def prepare(texts: Path, folder: Path, *options: str) -> Path:
+    from data_pipeline.prepare.__main__ import main
+
+    assert main([str(texts), "--output", str(folder), "--validation-fraction", "0", *options]) == 0
+    return folder
 
 
 @torch.no_grad()
@@ -63,8 +77,7 @@ def by_definition(evaluated, texts, seq_len: int, stride: int) -> tuple[float, f
 
 @pytest.mark.parametrize("seq_len, stride", [(16, 16), (16, 5), (16, 1), (64, 8), (7, 7)])
 def test_windows_count_each_token_once_with_the_context_that_they_promise(evaluated, tmp_path, seq_len, stride):
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    path = write_texts(tmp_path / "texts.jsonl", TEXTS)
     found = tally(evaluated, str(path), seq_len=seq_len, stride=stride)
     loss, text_loss, tokens, size = by_definition(evaluated, TEXTS, seq_len, stride)
     assert (found.tokens, found.bytes) == (tokens, size)
@@ -74,16 +87,54 @@ def test_windows_count_each_token_once_with_the_context_that_they_promise(evalua
 
 
 def test_prepared_text_gives_what_the_text_gives(evaluated, tmp_path):
-    from data_pipeline.prepare.__main__ import main
+    """Also of records that `prepare` leaves out, and of samples of the documents."""
+    copies = [TEXTS[1], None, "", *TEXTS, "", TEXTS[3], "\ud83d", "\ufffd"]  # a lone surrogate becomes U+FFFD
+    path = write_texts(tmp_path / "texts.jsonl", copies)
+    data = prepare(path, tmp_path / "data", "--tokenizer", "bytes")
+    for samples in (0, 4, 1):
+        found = tally(evaluated, str(data), seq_len=16, stride=5, split="train", samples=samples)
+        of_text = tally(evaluated, str(path), seq_len=16, stride=5, samples=samples)
+        assert (found.tokens, found.bytes) == (of_text.tokens, of_text.bytes)
+        assert found.loss == pytest.approx(of_text.loss, rel=1e-6)
+    plan = make_plan(PerplexityOptions(checkpoint="tiny", data=[str(path)], seq_len=16), evaluated)
+    result = summarize({"texts.jsonl": of_text}, plan)
+    assert result.details["dropped"] == {"texts.jsonl": {"empty": 3, "duplicate": 3}}
+    with pytest.raises(ValueError, match="holds no document"):
+        tally(evaluated, str(write_texts(tmp_path / "empty.jsonl", ["", None])))
 
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    options = ["--output", str(tmp_path / "data"), "--tokenizer", "bytes", "--validation-fraction", "0"]
-    assert main([str(path), *options]) == 0
-    found = tally(evaluated, str(tmp_path / "data"), seq_len=16, stride=5, split="train")
-    of_text = tally(evaluated, str(path), seq_len=16, stride=5)
-    assert (found.tokens, found.bytes) == (of_text.tokens, of_text.bytes)
-    assert found.loss == pytest.approx(of_text.loss, rel=1e-6)
+
+def test_results_say_how_each_source_was_cut(evaluated, tmp_path):
+    path = write_texts(tmp_path / "texts.jsonl", TEXTS)
+    data = prepare(path, tmp_path / "data", "--tokenizer", "bytes")
+
+    def settings(*data, **options):
+        options = PerplexityOptions(checkpoint="tiny", data=[*map(str, data)], seq_len=16, split="train", **options)
+        found = summarize({"x": Tally(tokens=1)}, make_plan(options, evaluated)).settings
+        return found["cut"], found["packing"]
+
+    assert settings(path) == ("windows of 16, stride 16", None)
+    assert settings(path, data, stride=4) == ("windows of 16, stride 4", None)
+    assert settings(data, packing="best_fit") == ("best_fit, 16", "best_fit")
+    both = "texts.jsonl: windows of 16, stride 16; data: best_fit, 16"
+    assert settings(path, data, packing="best_fit") == (both, "best_fit")
+
+
+def test_all_data_are_opened_before_any_are_scored(evaluated, tmp_path):
+    good = write_texts(tmp_path / "good.jsonl", TEXTS)
+    malformed = write_texts(tmp_path / "malformed.jsonl", [*TEXTS, 5])
+    other = prepare(good, tmp_path / "other", "--tokenizer", "builtin")
+    (tmp_path / "link.jsonl").symlink_to(good)
+    for second, message in (
+        (tmp_path / "typo.jsonl", r"typo\.jsonl.*no such file"),
+        (malformed, r"malformed\.jsonl.*holds int, not text"),
+        (other, "made with tokenizer builtin, and the model's is bytes"),
+        (good, r"data=.*good\.jsonl is named twice"),
+        (f"{tmp_path}/./good.jsonl", r"good\.jsonl is named twice"),
+        (tmp_path / "link.jsonl", r"good\.jsonl is named twice"),
+    ):
+        options = PerplexityOptions(checkpoint="tiny", data=[str(good), str(second)], split="train", seq_len=16)
+        with pytest.raises(ValueError, match=message):
+            make_plan(options, evaluated)
 
 
 def test_context_lengths_and_buckets():
@@ -116,6 +167,7 @@ def test_special_tokens_stand_for_no_text():
         ({"data": []}, "tiny is no run, whose data are known"),
         ({"data": ["x"], "seq_len": 8, "stride": 9}, "stride=9 would leave out tokens"),
         ({"data": ["x"], "stride": 4, "packing": "varlen"}, "packing=varlen has no meaning with --stride"),
+        ({"data": ["x"], "packing": "best_fit"}, "packing=best_fit has no meaning for text"),
     ],
 )
 def test_mistakes_are_refused(evaluated, options, message):
@@ -136,8 +188,7 @@ def test_metrics_of_data_with_odd_names_are_those_that_mlflow_takes():
         "x" * 300,
     ]
     tallies = {name: Tally(tokens=1, loss=float(number), bytes=1) for number, name in enumerate(names)}
-    plan = Plan([], 8, None, "contiguous", False, None, 0, "validation", "text", False)
-    metrics = summarize(tallies, plan, None).metrics
+    metrics = summarize(tallies, Plan([], Cut(8))).metrics
     assert len(metrics) == 3 + 2 * len(names)
     assert metrics["eval/perplexity/data/one/loss"] == 0 and metrics["eval/perplexity/texts/_.txt/loss"] == 3
     for metric in metrics:
@@ -146,19 +197,14 @@ def test_metrics_of_data_with_odd_names_are_those_that_mlflow_takes():
 
 @pytest.fixture(scope="module")
 def mixed_run(tmp_path_factory):
-    """A run of two sources that ends with a validation."""
+    """A run of two sources that ends with a validation, and a third one that cannot be validated on."""
     root = tmp_path_factory.mktemp("mixed")
-    for seed, name in enumerate(("one", "two")):
-        lengths = {"train": [50] * 40, "validation": [37, 90, 12, 60 + seed, 41] * 4}
+    for seed, name in enumerate(("one", "two", "three")):
+        lengths = {"train": [50] * 40} | ({"validation": [37, 90, 12, 60 + seed, 41] * 4} if seed < 2 else {})
         (root / name).mkdir()
         write_dataset(root / name, lengths, seed=seed)
     values = {
-        "run": {"name": "tiny", "dir": str(root / "run")},
         "model": MODEL,
-        "data": {
-            "sources": [{"path": str(root / "one"), "weight": 3}, {"path": str(root / "two"), "weight": 1}],
-            "seq_len": 48,
-        },
         "train": {"steps": 3, "micro_batch_size": 2, "precision": "fp32"},
         "optim": {"lr": 1e-2},
         "validation": {"every": 3, "samples": 7},
@@ -169,15 +215,23 @@ def mixed_run(tmp_path_factory):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("packing, processes", [("contiguous", 2), ("best_fit", 1), ("varlen", 1)])
-def test_it_is_the_validation_loss_of_the_run(mixed_run, tmp_path, packing, processes):
+@pytest.mark.parametrize(
+    "packing, processes, weights",
+    [
+        ("contiguous", 2, [3, 1]),
+        ("best_fit", 1, [None, None]),
+        ("varlen", 1, [0, 0, 1]),  # a curriculum that begins with what cannot be validated on
+    ],
+)
+def test_it_is_the_validation_loss_of_the_run(mixed_run, tmp_path, packing, processes, weights):
     root, values = mixed_run
     folder = tmp_path / "run"
-    (tmp_path / "run.yaml").write_text(
-        yaml.safe_dump(
-            values | {"run": {"name": "tiny", "dir": str(folder)}, "data": values["data"] | {"packing": packing}}
-        )
-    )
+    sources = [{"path": str(root / name), "weight": weight} for name, weight in zip(("one", "two", "three"), weights)]
+    data = {"sources": sources, "packing": packing, "seq_len": 48}
+    if not weights[0] and weights[-1]:
+        data["stages"] = [{"from_step": 1, "weights": {"one": 3, "two": 1}}]
+    values = values | {"run": {"name": "tiny", "dir": str(folder)}, "data": data}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     run("launch/train.py", "--config", str(tmp_path / "run.yaml"))
     options = ["--checkpoint", str(folder), "--output", str(tmp_path / "out"), "--batch-tokens", "150", "--no-mlflow"]
     done = run("launch/evaluate.py", "perplexity", *options, processes=processes)
@@ -194,8 +248,7 @@ def test_it_is_the_validation_loss_of_the_run(mixed_run, tmp_path, packing, proc
 
 
 def test_ranks_share_the_windows(evaluated, tmp_path):
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    path = write_texts(tmp_path / "texts.jsonl", TEXTS)
     whole = tally(evaluated, str(path), seq_len=16, stride=5)
     parts = [
         tally(evaluated, str(path), seq_len=16, stride=5, ranks=Ranks(rank, 0, 3, torch.device("cpu")))

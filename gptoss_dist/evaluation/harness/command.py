@@ -53,9 +53,19 @@ def _find_tasks(options: HarnessOptions, group: dist.ProcessGroup | None) -> Any
 
 
 def _run(options: HarnessOptions, manager: Any, evaluated: Evaluated, team: Team) -> None:
+    with results_folder(options, "lm-eval", evaluated.subject) as folder:  # rank 0 alone is here
+        findings, seconds = _measure(options, manager, evaluated, team)
+        print_table(findings.rows)
+        if options.samples:
+            _write_samples(folder, findings)
+        publish(_result(options, findings, seconds), evaluated.subject, folder, mlflow=options.mlflow)
+        print(f"{seconds:.1f} s; results in {folder}")
+
+
+def _measure(options: HarnessOptions, manager: Any, evaluated: Evaluated, team: Team) -> tuple[Findings, float]:
+    """Return what the tasks found out, and the seconds that they took once they were loaded."""
     from gptoss_dist.evaluation.harness.language_model import HarnessModel
 
-    folder = results_folder(options, "lm-eval", evaluated.subject)
     template = find_template(evaluated.folder, evaluated.tokenizer)
     positions = evaluated.model.config.max_position_embeddings
     evaluated.warn_of_length(options.max_length or positions, team.ranks)
@@ -72,12 +82,7 @@ def _run(options: HarnessOptions, manager: Any, evaluated: Evaluated, team: Team
         system_prompt=options.system_prompt,
         keep_samples=options.samples,
     )
-    seconds = time.monotonic() - began
-    print_table(findings.rows)
-    if options.samples:
-        _write_samples(folder, findings)
-    publish(_result(options, findings, seconds), evaluated.subject, folder, mlflow=options.mlflow)
-    print(f"{seconds:.1f} s; results in {folder}")
+    return findings, time.monotonic() - began
 
 
 def _result(options: HarnessOptions, findings: Findings, seconds: float) -> Result:
@@ -90,7 +95,6 @@ def _result(options: HarnessOptions, findings: Findings, seconds: float) -> Resu
 
 
 def _write_samples(folder: Path, findings: Findings) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(sample, ensure_ascii=False, default=str) for sample in findings.samples]
     write_file_atomically(folder / SAMPLES, "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
 

@@ -19,7 +19,7 @@ import torch
 from data_pipeline import Tokenizer
 from data_pipeline.command_line import print_line
 from data_pipeline.needles.tasks import make_episode
-from gptoss_dist.distributed.collectives import all_gather_objects, broadcast_object, long_timeout_group
+from gptoss_dist.distributed.collectives import all_gather_objects, long_timeout_group
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.evaluation.options import PasskeyOptions
 from gptoss_dist.evaluation.results import Result, Subject, print_table, publish, results_folder
@@ -53,15 +53,15 @@ def evaluate(options: PasskeyOptions) -> None:
     with joined(options.device) as ranks:
         evaluated = load(options, ranks)
         _check_length(options, evaluated, ranks)
-        folder = broadcast_object(lambda: results_folder(options, options.task, evaluated.subject))
-        outcomes = _outcomes(options, evaluated, ranks)
-        if ranks.is_main:
-            result = summarize(options, outcomes)
-            print_table(result.rows)
-            print_line(result.details["chance"]["words"])
-            draw_heat_map = partial(_draw, options, evaluated.subject, outcomes)
-            publish(result, evaluated.subject, folder, figures={"heat_map": draw_heat_map}, mlflow=options.mlflow)
-            print_line(f"results in {folder}")
+        with results_folder(options, options.task, evaluated.subject, ranks) as folder:
+            outcomes = _outcomes(options, evaluated, ranks)
+            if ranks.is_main:
+                result = summarize(options, outcomes)
+                print_table(result.rows)
+                print_line(result.details["chance"]["words"])
+                draw_heat_map = partial(_draw, options, evaluated.subject, outcomes)
+                publish(result, evaluated.subject, folder, figures={"heat_map": draw_heat_map}, mlflow=options.mlflow)
+                print_line(f"results in {folder}")
 
 
 def _outcomes(options: PasskeyOptions, evaluated: Evaluated, ranks: Ranks) -> dict[tuple[str, int], list[Outcome]]:

@@ -272,19 +272,23 @@ def _ship(store: Store, files: list[Path], found: Comparison, options: CompareOp
     Raises:
         Exception: Whatever MLflow raises.
     """
+    from gptoss_dist.tracking.children import gave_ids
     from gptoss_dist.tracking.delivery.cursor import Cursor
     from gptoss_dist.tracking.delivery.shipper import Shipper
     from gptoss_dist.tracking.tracker import Tracker
 
     tracked = next((run for run in found.runs if run.run_id is not None), None)
     ids = [run.run_id for run in found.runs if run.run_id is not None]
+    experiment_id = tracked.experiment_id if tracked and not options.experiment else None
+    if tracked and tracked.folder is not None and not gave_ids(store, Cursor.load(tracked.folder, message)):
+        experiment_id = None  # of another server
     more = f" and {len(ids) - _MOST_COMPARED} more" if len(ids) > _MOST_COMPARED else ""
     with tempfile.TemporaryDirectory(prefix="gptoss_dist-compare-") as temporary:
         tracker = Tracker(
             temporary,
             run_name=f"comparison of {found.name}"[:250],
             experiment=options.experiment or (tracked.experiment if tracked else None),
-            experiment_id=tracked.experiment_id if tracked and not options.experiment else None,
+            experiment_id=experiment_id,
             enabled=False,
             params={"runs": shortened(", ".join(run.name for run in found.runs), _LONGEST_PARAMETER)},
             tags={"compared": ", ".join(ids[:_MOST_COMPARED]) + more},

@@ -108,6 +108,13 @@ class Database:
                 if run == run_id or _folder(new).exists() or not _folder(uri).exists():
                     connection.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (new, run))
 
+    def has_run(self, run_id: str) -> bool:
+        """Return whether the database holds a run; one that is missing or cannot be read holds none."""
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(self._connect()) as connection:
+            found = connection.execute("SELECT 1 FROM runs WHERE run_uuid = ?", (run_id,)).fetchone()
+            return found is not None
+        return False
+
     def _make(self) -> None:
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 

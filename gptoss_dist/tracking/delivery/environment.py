@@ -102,7 +102,8 @@ def find_store(uri: str | None, cursor: Cursor, run_dir: Path) -> Store:
         if not cursor.uri.startswith(_SQLITE):
             return Store(cursor.uri)
         before = Path(cursor.uri.removeprefix(_SQLITE))
-        is_copy = cursor.folder not in (None, str(run_dir.absolute())) and Path(str(cursor.folder)).exists()
+        original = Path(cursor.folder or run_dir)
+        is_copy = original.exists() and not original.samefile(run_dir)  # which may have several names
         if before.is_file() and not is_copy:
             return Store.in_file(before)
     return Store.in_file(Path.cwd() / "mlflow.db")

@@ -174,7 +174,7 @@ def test_a_copy_is_a_run_of_its_own_and_another_name_of_a_folder_is_not(compare,
 
 
 @pytest.mark.heavy
-def test_the_page_is_logged_to_mlflow(compare, store, tmp_path, capsys, monkeypatch):
+def test_the_page_is_logged_to_mlflow(compare, store, empty_store, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_TAGS", json.dumps({"gptoss_dist.kind": "mine", "kind": "baseline"}))
     from mlflow import MlflowClient
 
@@ -204,6 +204,12 @@ def test_the_page_is_logged_to_mlflow(compare, store, tmp_path, capsys, monkeypa
     assert len(client.search_runs([experiment.experiment_id], "tags.`gptoss_dist.kind` = 'comparison'")) == 2
     assert compare("--experiment", "made-up", "--no-mlflow", "--output", "again") == 0  # not a run to be compared
     assert len(json.loads(Path("again/comparison.json").read_text())["runs"]) == 2
+    # On another server the experiment is found by its name: its id is of this one.
+    shutil.copy(empty_store, "other.db")
+    other = MlflowClient(f"sqlite:///{tmp_path}/other.db")
+    assert compare("r0", "r1", "--uri", other.tracking_uri, "--output", "other") == 0
+    (logged,) = other.search_runs([other.get_experiment_by_name("gptoss_dist").experiment_id])
+    assert logged.data.tags["compared"].count(",") == 1
 
 
 _HOSTS_OF_THE_BROWSER = (

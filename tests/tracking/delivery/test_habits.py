@@ -3,6 +3,8 @@
 import base64
 import datetime
 import http.server
+import json
+import shutil
 import ssl
 import threading
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gptoss_dist.tracking.children import open_child
+from gptoss_dist.tracking.records import run_starts
 from gptoss_dist.tracking.tracker import sync
 from tests.support.tracked import history, runs_of, start
 
@@ -38,6 +41,53 @@ def test_the_experiment_by_its_id_and_a_run_below_another_one(tmp_path, client, 
         other = start(tmp_path / name, experiment=given)
         other.close()
         assert [run.info.run_id for run in runs_of(client, name)] == [other.run_id]
+
+
+def test_a_child_has_ids_of_its_parent_only_on_the_server_that_gave_them(
+    tmp_path, client, store, empty_store, monkeypatch
+):
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", theirs := client.create_experiment("theirs"))
+    disk, work = tmp_path / "a/disk/run", tmp_path / "work"
+    disk.mkdir(parents=True)
+    work.mkdir()
+    (work / "run").symlink_to(disk)  # as folders of runs often lead to a larger disk
+    parent = start(work / "run", experiment=None)
+    parent.close()
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    for name, database in (("checkout", "mlflow.db"), ("alone", empty_store)):
+        (tmp_path / name).mkdir()
+        shutil.copy(database, tmp_path / name / "mlflow.db")
+        shutil.copytree(disk, tmp_path / name / "work/run")
+    shutil.copytree(disk, tmp_path / "alone/deeper/work/run")
+    alone = f"sqlite:///{tmp_path}/alone/mlflow.db"
+    known, unknown = (theirs, parent.run_id), (None, None)
+    for number, (run_dir, cwd, uri, where, expected) in enumerate(
+        [
+            (work / "run", work, "", store, known),
+            (disk, work, "", store, known),  # by its other name
+            (work / "run", work, alone, alone, unknown),
+            (work / "run", work, f"{store}?timeout=9", store, known),
+            (tmp_path / "checkout/work/run", work, "", f"sqlite:///{tmp_path}/checkout/mlflow.db", known),
+            (tmp_path / "alone/work/run", work, "", alone, unknown),  # the run was copied without its database
+            (tmp_path / "alone/deeper/work/run", tmp_path / "alone", "", alone, unknown),
+            (tmp_path / "alone/work/run", work, store, store, known),
+            (work / "run", work, "http://127.0.0.1:9", "http://127.0.0.1:9", unknown),
+        ]
+    ):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        folder = tmp_path / f"children/{number}"
+        child = open_child(folder, run_dir, run_name="evaluation", message=lambda text: None)
+        child.close(timeout=0.0 if number else 30.0)
+        (begun,) = run_starts(folder)
+        assert (begun.experiment_id, begun.tags.get("mlflow.parentRunId")) == expected, (run_dir, uri)
+        assert (begun.experiment, begun.tags["parent_run"]) == ("gptoss_dist", "unit")
+        assert json.loads((folder / "tracking/cursor.json").read_text())["uri"] == where
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", alone)
+    taken = sync(tmp_path / "children/2")  # which an id of another server would prevent
+    assert [run.info.run_id for run in runs_of(MlflowClient(alone), "gptoss_dist")] == [taken]
 
 
 def test_an_unknown_id_is_told_and_can_be_corrected_later(tmp_path, client, store, monkeypatch):
