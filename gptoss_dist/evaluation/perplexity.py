@@ -8,6 +8,7 @@ Shapes: B rows, T tokens.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,14 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline import Manifest
+from data_pipeline.command_line import print_line
 from data_pipeline.corpora.files import local_path
 from data_pipeline.foreign import convert
 from gptoss_dist.checkpoint.info import INFO, CheckpointInfo
 from gptoss_dist.distributed.collectives import all_gather_objects, long_timeout_group, raise_on_every_rank
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.evaluation.options import PerplexityOptions
+from gptoss_dist.evaluation.pace import Pace
 from gptoss_dist.evaluation.results import Result, metric_parts, print_table, publish, results_folder
 from gptoss_dist.evaluation.scored_data import Batch, Cut, Source, is_prepared, open_to_score
 from gptoss_dist.evaluation.subjects import Evaluated, joined, load
@@ -97,7 +100,7 @@ def evaluate(options: PerplexityOptions) -> None:
             if ranks.is_main:
                 result = summarize(tallies, plan)
                 _show(result)
-                draw = {"loss_by_context": lambda figure: _draw(figure, tallies)}
+                draw = {"loss_by_context": lambda figure: _draw(figure, result.details["by_context_of"])}
                 publish(result, evaluated.subject, folder, figures=draw, mlflow=options.mlflow)
                 print(f"results in {folder}")
 
@@ -160,7 +163,10 @@ def _cut(options: PerplexityOptions, trained: _Trained | None, positions: int) -
     """
     seq_len = options.seq_len or (trained.data.seq_len if trained else positions)
     if options.stride is not None and options.stride > seq_len:
-        raise ValueError(f"stride={options.stride} would leave out tokens between windows of seq_len={seq_len}")
+        raise ValueError(
+            f"stride={options.stride} would leave out tokens between windows of seq_len={seq_len}; "
+            f"give at most that, or a larger --seq-len"
+        )
     if options.stride is not None and options.packing is not None:
         raise ValueError(f"packing={options.packing} has no meaning with --stride, which takes each document by itself")
     samples = options.samples
@@ -207,10 +213,13 @@ def measure(
     Returns:
         The sums over all ranks.
     """
-    bytes_V, tally = bytes_of_ids(evaluated.tokenizer), Tally()
+    bytes_V, tally, pace = bytes_of_ids(evaluated.tokenizer), Tally(), Pace(ranks.is_main)
     for batch in source.batches(evaluated.tokenizer, ranks, batch_tokens):
         loss_BT = score(evaluated.model, batch, evaluated.device)
         tally.add(batch["labels"], loss_BT, context_lengths(batch), bytes_V)
+        if pace.is_due():
+            who = f" by the first of {ranks.world_size} processes" if ranks.world_size > 1 else ""
+            print_line(f"{source.name}: {tally.tokens:,} tokens scored{who}, loss {tally.mean:.4f} so far", sys.stderr)
     return sum(all_gather_objects(tally, group), Tally())
 
 
@@ -263,8 +272,8 @@ def summarize(tallies: Mapping[str, Tally], plan: Plan) -> Result:
         "packing": cut.packing if any(source.is_packed for source in plan.sources) else None,
     }
     details = {
-        "by_context": whole.by_context(),
-        "by_context_of": {name: tally.by_context() for name, tally in tallies.items()},
+        "by_context": whole.by_context(cut.seq_len),
+        "by_context_of": {name: tally.by_context(cut.seq_len) for name, tally in tallies.items()},
         "dropped": {source.name: source.dropped for source in plan.sources if any(source.dropped.values())},
     }
     return Result("perplexity", settings, rows, metrics, details)
@@ -297,10 +306,9 @@ def _show(result: Result) -> None:
     print_table(result.details["by_context"])
 
 
-def _draw(figure: Figure, tallies: Mapping[str, Tally]) -> None:
+def _draw(figure: Figure, lines_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     axes = figure.subplots()
-    for name, tally in tallies.items():
-        lines = tally.by_context()
+    for name, lines in lines_of.items():
         axes.plot([line["context"] for line in lines], [line["loss"] for line in lines], marker="o", label=name)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("tokens of context, or more")

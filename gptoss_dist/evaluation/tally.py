@@ -106,11 +106,12 @@ class Tally:
             "bits_per_byte": self.bits_per_byte,
         }
 
-    def by_context(self) -> list[dict[str, Any]]:
-        """Return a line for each range of context lengths that tokens had."""
+    def by_context(self, longest: int) -> list[dict[str, Any]]:
+        """Return a line for each range of context lengths that tokens had; none is more than `longest`."""
         lines = []
         for bucket in np.flatnonzero(self.bucket_tokens):
             tokens, loss = int(self.bucket_tokens[bucket]), float(self.bucket_loss[bucket])
             first = 1 if bucket < FIRST_BUCKET else 2 ** int(bucket)
-            lines.append({"context": first, "to": 2 ** (int(bucket) + 1) - 1, "tokens": tokens, "loss": loss / tokens})
+            last = min(2 ** (int(bucket) + 1) - 1, longest)
+            lines.append({"context": first, "to": last, "tokens": tokens, "loss": loss / tokens})
         return lines

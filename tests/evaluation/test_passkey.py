@@ -103,7 +103,7 @@ def test_a_reader_of_the_last_half_finds_what_stands_there(exported, tmp_path, m
             yield solve(text) if trial.depth >= 0.5 else " 12345, ABC"
 
     monkeypatch.setattr(passkey, "answers", lambda *arguments: list(read(*arguments)))
-    monkeypatch.setattr(passkey, "_PROGRESS_S", 0.0)
+    monkeypatch.setattr("gptoss_dist.evaluation.pace.EVERY_S", 0.0)
     found = evaluate(exported, tmp_path / "out", task=task, depths=4, lengths=[WORDS_LENGTH, 700], batch_tokens=1000)
     assert "yarn model, 700 tokens: 3 of 7, 1 to go in this process\n" in capsys.readouterr().err
     assert [row["accuracy"] for row in found["rows"]] == [0.5, 0.5]

@@ -86,7 +86,7 @@ def test_windows_count_each_token_once_with_the_context_that_they_promise(evalua
     assert found.bucket_tokens.sum() == tokens and found.bucket_loss.sum() == pytest.approx(found.loss)
 
 
-def test_prepared_text_gives_what_the_text_gives(evaluated, tmp_path):
+def test_prepared_text_gives_what_the_text_gives(evaluated, tmp_path, monkeypatch, capsys):
     """Also of records that `prepare` leaves out, and of samples of the documents."""
     copies = [TEXTS[1], None, "", *TEXTS, "", TEXTS[3], "\ud83d", "\ufffd"]  # a lone surrogate becomes U+FFFD
     path = write_texts(tmp_path / "texts.jsonl", copies)
@@ -96,6 +96,11 @@ def test_prepared_text_gives_what_the_text_gives(evaluated, tmp_path):
         of_text = tally(evaluated, str(path), seq_len=16, stride=5, samples=samples)
         assert (found.tokens, found.bytes) == (of_text.tokens, of_text.bytes)
         assert found.loss == pytest.approx(of_text.loss, rel=1e-6)
+    monkeypatch.setattr("gptoss_dist.evaluation.pace.EVERY_S", 0.0)
+    of_text = tally(evaluated, str(path), seq_len=16)
+    assert capsys.readouterr().err.endswith(
+        f"texts.jsonl: {of_text.tokens:,} tokens scored, loss {of_text.mean:.4f} so far\n"
+    )
     plan = make_plan(PerplexityOptions(checkpoint="tiny", data=[str(path)], seq_len=16), evaluated)
     result = summarize({"texts.jsonl": of_text}, plan)
     assert result.details["dropped"] == {"texts.jsonl": {"empty": 3, "duplicate": 3}}
@@ -146,10 +151,10 @@ def test_context_lengths_and_buckets():
     loss = np.array([[1, 2, 50, 3, 4]], np.float32)
     found.add(labels, loss, context, np.array([0] * 6 + [2, 3, 0]))
     assert (found.tokens, found.loss, found.bytes, found.text_loss) == (4, 10.0, 5, 5.0)
-    assert found.by_context() == [
+    assert found.by_context(200) == [
         {"context": 1, "to": 63, "tokens": 2, "loss": 1.5},
         {"context": 64, "to": 127, "tokens": 1, "loss": 3.0},
-        {"context": 128, "to": 255, "tokens": 1, "loss": 4.0},
+        {"context": 128, "to": 200, "tokens": 1, "loss": 4.0},
     ]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -22,6 +21,7 @@ from data_pipeline.needles.tasks import make_episode
 from gptoss_dist.distributed.collectives import all_gather_objects, long_timeout_group
 from gptoss_dist.distributed.processes import Ranks
 from gptoss_dist.evaluation.options import PasskeyOptions
+from gptoss_dist.evaluation.pace import Pace
 from gptoss_dist.evaluation.results import Result, Subject, print_table, publish, results_folder
 from gptoss_dist.evaluation.retrieval.heat_map import draw
 from gptoss_dist.evaluation.retrieval.scaling import OWN, with_yarn
@@ -39,9 +39,6 @@ from gptoss_dist.evaluation.subjects import Evaluated, joined, load
 from gptoss_dist.inference import Sampling, complete
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.transformer import GptOss
-
-_PROGRESS_S = 30.0
-"""Between two lines that say how far the trials of one length are."""
 
 
 def evaluate(options: PasskeyOptions) -> None:
@@ -95,11 +92,10 @@ def _run_trials(evaluated: Evaluated, options: PasskeyOptions, yarn: str, length
         evaluated.model, with_yarn(evaluated.model.config, yarn, length, options.original_length, spare)
     )
     outcomes: list[Outcome] = []
-    said = time.monotonic()
+    pace = Pace(ranks.is_main)
     for batch in batches(trials, options.batch_tokens):
-        if ranks.is_main and time.monotonic() - said >= _PROGRESS_S:
+        if pace.is_due():
             _report_progress(yarn, length, outcomes, len(trials))
-            said = time.monotonic()
         outcomes += map(judge, batch, answers(model, evaluated.tokenizer, batch))
     return outcomes
 
