@@ -103,15 +103,19 @@ def is_line_start(path: Path, offset: int) -> bool:
 
 
 def _complete_lines(file: IO[bytes]) -> Iterator[tuple[bytes | None, int]]:
-    """Yield each line that ends, or None in place of one that is too long, and its length."""
+    """Yield each line that ends, or None in place of one that is too long, and its length.
+
+    A line may come in pieces: while somebody writes it, a reader can see its beginning before its end.
+    """
     while line := file.readline(LONGEST_LINE):
-        length, end, whole = len(line), line[-1:], True
-        while end != b"\n":
+        length = len(line)
+        while not line.endswith(b"\n"):
             rest = file.readline(LONGEST_LINE)
             if not rest:
                 return
-            length, end, whole = length + len(rest), rest[-1:], False
-        yield (line if whole else None), length
+            length += len(rest)
+            line = line + rest if length <= LONGEST_LINE else rest
+        yield (line if length <= LONGEST_LINE else None), length
 
 
 def _parse(line: bytes | None) -> dict:

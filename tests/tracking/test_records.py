@@ -1,5 +1,6 @@
 """Lines that are damaged are passed over and counted, whatever the damage; the others count."""
 
+import io
 import json
 import math
 import os
@@ -77,6 +78,19 @@ def test_a_line_too_long_to_read_is_damaged(tmp_path, monkeypatch):
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 1}\n{"b": "' + b"x" * 250 + b'"}\n{"c": 3}\n{"d": "' + b"y" * 250)
     assert [record for record, _ in read_lines(path)] == [{"a": 1}, {}, {"c": 3}]
+
+
+def test_a_line_that_is_seen_in_pieces_is_one_line(tmp_path, monkeypatch):
+    """Its writer was in the middle of it when the reader came; of a line that has no end yet nothing is read."""
+    pieces, whole = ['{"a"', ": 1", "}\n", '{"b": 2}\n', '{"c"'], tmp_path / "whole.jsonl"
+    whole.write_text("")
+
+    class Growing(io.BytesIO):
+        def readline(self, size=-1):
+            return pieces.pop(0).encode() if pieces else b""
+
+    monkeypatch.setattr("builtins.open", lambda *arguments: Growing())
+    assert list(read_lines(whole)) == [({"a": 1}, 9), ({"b": 2}, 18)]
 
 
 JOURNAL = {

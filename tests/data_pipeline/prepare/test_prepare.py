@@ -197,9 +197,9 @@ def test_malformed_records_are_counted_named_and_left_out(tmp_path, capsys, monk
         code, _, err = run(path, "--output", output, "--workers", workers, capsys=capsys)
         assert code == 2 and err.count("\n") == 1 and "3 of 100 records are malformed, more than" in err
         for part in (
-            "a.jsonl, line 42: not valid JSON",
-            "line 71: no column 'text', only 'content'",
-            "line 72: column",
+            f"a.jsonl, byte {len(''.join(lines[:41])) + 41}: not valid JSON",
+            f"byte {len(''.join(lines[:70])) + 70}: no column 'text', only 'content'",
+            "column 'text' holds int",
         ):
             assert part in err
         assert not output.exists()
