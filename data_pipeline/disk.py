@@ -89,16 +89,28 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
-def remove_unfinished(folder: Path, names: Collection[str] = ("",)) -> None:
-    """Remove what killed writers have left in a folder, of the files that begin with one of `names`.
+def unfinished_files(folder: Path, names: Collection[str] = ("",)) -> set[Path]:
+    """Return what writers in a folder have begun, of the files that begin with one of `names`."""
+    beginnings = tuple(f".{name}" for name in names)
+    return {
+        path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.name.startswith(beginnings) and re.fullmatch(r"\..+\.[0-9a-f]{16}", path.name) and path.is_file()
+    }
+
+
+def remove_unfinished(folder: Path, names: Collection[str] = ("",), but: Collection[Path] = ()) -> None:
+    """Remove what killed writers have left in a folder.
 
     Only who owns the folder may call this, or who owns all that has such a name.
+
+    Args:
+        folder: The folder.
+        names: What the files begin with.
+        but: Files that stay.
     """
-    beginnings = tuple(f".{name}" for name in names)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        is_unfinished = re.fullmatch(r"\..+\.[0-9a-f]{16}", path.name) and path.name.startswith(beginnings)
-        if is_unfinished and path.is_file():
-            path.unlink(missing_ok=True)
+    for path in unfinished_files(folder, names).difference(but):
+        path.unlink(missing_ok=True)
 
 
 def remove_own_unfinished(folder: Path, name: str) -> None:

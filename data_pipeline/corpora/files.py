@@ -77,6 +77,11 @@ def is_url(spec: str) -> bool:
     return "://" in spec
 
 
+def is_remote(spec: str) -> bool:
+    """Return whether a source is named by a URL of what is not on this machine."""
+    return is_url(spec) and not spec.startswith(_LOCAL)
+
+
 def local_path(spec: str) -> Path:
     """Return the path on this machine that a source, or a folder for output, is named by.
 
@@ -99,7 +104,7 @@ def find_files(spec: str) -> FoundFiles:
     Raises:
         ValueError: A URL cannot be looked at, or a single file is none that could be read to its end.
     """
-    if is_url(spec) and not spec.startswith(_LOCAL):
+    if is_remote(spec):
         return _find_remote(spec)
     path = local_path(spec)
     if not path.is_dir() and path.exists():
@@ -149,8 +154,11 @@ def _remote_infos(system: Any, path: str, spec: str) -> tuple[dict[str, dict], L
     import glob
 
     is_web = spec.startswith(_WEB)
-    if glob.has_magic(path) and not ("?" in spec if is_web else system.exists(path)):
+    infos: dict[str, dict] = {}
+    if is_pattern := glob.has_magic(path) and not (is_web and "?" in spec):
         infos = files_matching(system, path)
+    if is_pattern and (infos or not _is_there(system, path)):
+        pass
     elif is_web and suffixes_of(name_of(spec))[0] not in SUFFIXES and system.isdir(path):
         infos = files_below(system, path)
     else:
@@ -169,6 +177,14 @@ def _remote_infos(system: Any, path: str, spec: str) -> tuple[dict[str, dict], L
         else:
             taken[name] = info
     return taken, left_out
+
+
+def _is_there(system: Any, path: str) -> bool:
+    """Return whether something has just this name, with `[` and the like in it."""
+    try:
+        return system.exists(path)
+    except Exception:  # who may list need not be allowed to ask for a name that no object has
+        return False
 
 
 def open_bytes(path: str, buffer_size: int = 4 << 20) -> BinaryIO:

@@ -23,6 +23,7 @@ from data_pipeline.corpora.kinds import (
     PREPARED,
     PREPARED_FILE,
     PREPARED_FILES,
+    PREPARED_NAMES,
     UNFINISHED_ENDING,
     UNFINISHED_FILE,
     UNREADABLE,
@@ -108,7 +109,7 @@ def _matching(pattern: Path, left_out: LeftOut) -> Iterator[Path]:
         for name in glob.glob(str(pattern)):
             if Path(name).is_dir():
                 left_out.add(FOLDERS)
-            elif (Path(name).parent / PREPARED_FILE).exists():
+            elif Path(name).name in PREPARED_NAMES and (Path(name).parent / PREPARED_FILE).exists():
                 left_out.add(PREPARED_FILES)
             elif _is_taken(Path(name), left_out):
                 yield Path(name)

@@ -22,6 +22,8 @@ DATASET_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json",
 """Files beside the data of a Hugging Face dataset."""
 PREPARED_FILE = "tokenizer.gptoss.json"
 """A file that only a prepared dataset has, which is no text."""
+PREPARED_NAMES = (PREPARED_FILE, "manifest.json", "prepare.json", "verified.json")
+"""What of a prepared dataset could be taken for records; an adopted one lies beside its owner's own files."""
 UNFINISHED_ENDING, UNFINISHED_FILE = ".preparing", "unfinished.txt"
 """How the folder of a dataset ends that is being prepared, and a file in it."""
 _CARD = re.compile(r"(readme|licen[cs]e)([-_.].*)?", re.IGNORECASE)
@@ -30,7 +32,7 @@ HIDDEN, CARDS = "hidden", "cards (README, LICENSE and the like)"
 LINKS, BROKEN = "links to what is there already", "broken links"
 NO_FILES, PREPARED = "no regular files", "prepared datasets"
 UNREADABLE, FOLDERS = "folders that cannot be read", "folders"
-PREPARED_FILES = "of prepared datasets"
+PREPARED_FILES = "that describe prepared datasets"
 CHAINED = "with `::` in their names, at which fsspec would part them"
 
 

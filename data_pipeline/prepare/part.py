@@ -26,7 +26,7 @@ from data_pipeline.shards.megatron import data_path, index_path, token_dtype
 from data_pipeline.shards.writer import SplitWriter, documents_of_ids
 from data_pipeline.tokenizer.tokenizer import Tokenizer, repaired
 
-VERSION = 2
+VERSION = 3
 # Of each document: the first 16 bytes of its SHA-256 as two numbers, and its place among the documents of the part.
 HASHES = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<u4")])
 MAX_EXAMPLES = 1000
@@ -81,7 +81,7 @@ class PreparedPart:
     malformed: Count
     """How many records hold no text."""
     examples: list[str]
-    """The first 1,000 of these, with file and line."""
+    """The first 1,000 of these, with file and place."""
     sizes: dict[str, int]
     """Bytes of every file of the part, by name."""
 

@@ -132,7 +132,7 @@ def prepare(
         executor: What runs them: "processes" of this machine, or "ray", on the cluster of RAY_ADDRESS, or else on
             one that is begun on this machine.
         max_malformed: The share of the records that may hold no text; they are left out and listed in malformed.log.
-        overwrite: Replace a prepared dataset that is at `output`, but nothing else.
+        overwrite: Replace a dataset at `output` that `prepare` made, but nothing else.
         report: Takes lines for people.
         **options: What becomes of a text: the fields of `Rules`.
 
@@ -312,7 +312,10 @@ def _existing_dataset(output: Path, settings: dict, overwrite: bool) -> Manifest
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not all((output / name).is_file() for name in _OURS):  # a manifest alone may be any program's, or an adopted one
-        raise ValueError(f"{output}: exists and is not a dataset that prepare made; choose another output directory")
+        raise ValueError(
+            f"{output}: exists and is not a dataset that prepare made, which has {' and '.join(_OURS)}; choose "
+            "another output directory"
+        )
     try:
         found = read_json(output / SETTINGS_FILE_NAME, dict[str, Any], most=MOST_MANIFEST_BYTES)
         manifest = Manifest.read(output)

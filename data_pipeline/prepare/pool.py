@@ -15,7 +15,7 @@ from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 
 from data_pipeline.corpora.part import Part
-from data_pipeline.disk import forget_locks
+from data_pipeline.disk import forget_locks, remove_unfinished, unfinished_files
 from data_pipeline.ownership import HEARTBEAT
 from data_pipeline.prepare.part import Preparation, PreparedPart, prepare_part, tokenizer_folder
 from data_pipeline.prepare.rules import Rules
@@ -59,6 +59,7 @@ def _prepare_in_turn(
 def _prepare_side_by_side(
     parts: dict[str, Part], preparation: Preparation, workers: int, watch: Callable[[int, int], None]
 ) -> Iterator[PreparedPart]:
+    before = unfinished_files(preparation.folder, parts)
     pool, counters = _start_pool(preparation, workers)
     waiting = iter(parts.items())
     running: set[Future] = set()
@@ -81,6 +82,8 @@ def _prepare_side_by_side(
                 process.kill()
         with contextlib.suppress(OSError):  # a pool that broke has closed its pipes
             pool.shutdown(cancel_futures=True)
+        if running:  # a full disk has no room for what nobody will finish
+            remove_unfinished(preparation.folder, parts, but=before)
 
 
 def _submit_some(

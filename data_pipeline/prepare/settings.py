@@ -72,7 +72,7 @@ class PrepareConfig:
     """Prepare only range I of N of the parts, from 0/N to N-1/N, beside other such commands on machines that share the
     folder of --output; when all have ended, the same command without this makes the dataset."""
     overwrite: bool = False
-    """Replace an existing dataset."""
+    """Replace a dataset that this command made."""
 
     def __post_init__(self) -> None:
         if not self.sources:

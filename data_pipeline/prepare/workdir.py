@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data_pipeline.corpora.kinds import UNFINISHED_ENDING, UNFINISHED_FILE
 from data_pipeline.disk import move, publish, remove_unfinished
-from data_pipeline.ownership import Ownership, await_free, owned
+from data_pipeline.ownership import Ownership, await_free, owned, sighting
 from data_pipeline.prepare.part import finished_keys
 
 _TEXT = "An unfinished dataset of `python -m data_pipeline.prepare`; the same command continues, and removes this.\n"
@@ -65,7 +65,7 @@ def range_directory(
         output: Where the dataset will be.
         index: The number of the range, from 0.
         count: How many there are.
-        keys: Those of its parts. Files that a killed process has begun of them are removed.
+        keys: Those of its parts. What killed processes have begun of them is removed, if no other range is at work.
         message: That of `working_directory`.
 
     Raises:
@@ -87,8 +87,8 @@ def range_directory(
                 raise ValueError(_busy(folder, error)) from error
             if ownership.holds(own):  # else who has just finished there has removed it
                 _mark(folder)
-                # Ranges of another count hold the same parts, and may be at work.
-                if all(path.name.endswith(f"-of-{count}") for path in own.parent.iterdir()):
+                # Other ranges may hold some of the same parts, if their count or their sources are others.
+                if all(path == own or sighting(path) is None for path in own.parent.iterdir()):
                     remove_unfinished(folder, keys)
                 yield folder
                 return

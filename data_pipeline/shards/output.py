@@ -1,8 +1,9 @@
 """Where a command writes its result: a place on a file system, to which a finished dataset can be renamed."""
 
+import contextlib
 from pathlib import Path
 
-from data_pipeline.corpora.files import is_url, local_path
+from data_pipeline.corpora.files import is_remote, local_path
 from data_pipeline.secrets import without_secrets
 
 
@@ -12,7 +13,7 @@ def local_output(output: str | Path) -> Path:
     Raises:
         ValueError: It is a URL of something else, or can be no path.
     """
-    if is_url(str(output).removeprefix("file://")):
+    if is_remote(str(output)):
         raise ValueError(
             f"output {without_secrets(str(output))}: is a URL; name a place on a file system, and copy what is written "
             f"there to the bucket afterwards"
@@ -28,10 +29,10 @@ def output_path(output: str | Path) -> Path:
     """
     output = local_output(output).absolute()
     if output.is_symlink():
-        try:
+        with contextlib.suppress(RuntimeError):  # since Python 3.13 it stays the link
             output = output.resolve()
-        except RuntimeError as error:
-            raise ValueError(f"{output}: is a link that leads back to itself; choose another output") from error
+        if output.is_symlink():
+            raise ValueError(f"{output}: is a link that leads back to itself; choose another output")
     if output.is_mount():
         raise ValueError(f"{output}: is a mount point, to which nothing can be renamed; choose a directory below it")
     return output

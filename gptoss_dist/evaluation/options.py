@@ -20,7 +20,7 @@ class ResultOptions:
     """Folder for result.json and plots, which must not be there yet; null makes one in `evaluations/` of the run's
     folder, or of the working directory for a model that belongs to no run."""
     mlflow: bool = True
-    """Record the result in MLflow too, below the run that the model belongs to."""
+    """Record the result in MLflow too; below the run that the model belongs to, where that is on the same server."""
 
 
 @dataclass(kw_only=True)

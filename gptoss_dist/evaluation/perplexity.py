@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from data_pipeline import Manifest
 from data_pipeline.command_line import print_line
-from data_pipeline.corpora.files import local_path
+from data_pipeline.corpora.files import is_remote, local_path
 from data_pipeline.foreign import convert
 from gptoss_dist.checkpoint.info import INFO, CheckpointInfo
 from gptoss_dist.distributed.collectives import all_gather_objects, long_timeout_group, raise_on_every_rank
@@ -136,11 +136,12 @@ def _data(options: PerplexityOptions, trained: _Trained | None) -> dict[str, str
         ValueError: There is nothing, or something is named twice.
     """
     if options.data:
-        places = [os.path.realpath(local_path(path)) for path in options.data]
+        paths = [path if is_remote(path) else str(local_path(path)) for path in options.data]
+        places = [path if is_remote(path) else os.path.realpath(path) for path in paths]
         for path, place in zip(options.data, places):
             if places.count(place) > 1:
                 raise ValueError(f"data={path} is named twice; name it once")
-        return {_name(path, options.data): path for path in options.data}
+        return {_name(path, paths): path for path in paths}
     if trained is None:
         raise ValueError(f"{options.checkpoint} is no run, whose data are known; name what to read with --data")
     sources = trained.data.sources or [_Source(trained.data.path or "data/pystdlib")]

@@ -33,6 +33,9 @@ from gptoss_dist.model.sampling import PLAIN, Sampling
 from gptoss_dist.model.transformer import GptOss
 from gptoss_dist.ops.sampling import penalize_repetition, sample
 
+_BROKEN = 2**31
+"""What a rank says in place of its number of unfinished samples if it cannot go on."""
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -257,10 +260,17 @@ class _Batch:
             self.seen_BV[row, ids_BT[prompt, padding[prompt] :]] = True
 
     def complete(self, sampling: Sampling, masked_ids: torch.Tensor, max_new_tokens: int, logprobs: bool) -> None:
-        """Let the samples grow until all are finished, on all ranks."""
+        """Let the samples grow until all are finished, on all ranks.
+
+        Raises:
+            ValueError: Logits are nan, on this rank or another one.
+        """
         for new in range(1, max_new_tokens + 1):
-            self.grow(sampling, masked_ids, logprobs)
-            if not self.largest(len(self.unfinished())) or new == max_new_tokens:
+            is_sound = self.grow(sampling, masked_ids, logprobs)
+            going = self.largest(len(self.unfinished()) if is_sound else _BROKEN)
+            if going == _BROKEN:  # on all ranks: none waits for another one
+                raise ValueError("the model's logits are nan: its weights are broken, or its training has diverged")
+            if not going or new == max_new_tokens:
                 return
             self.step()
 
@@ -268,11 +278,10 @@ class _Batch:
         """Return which rows go on."""
         return [row for row, one in enumerate(self.samples) if not one.stopped]
 
-    def grow(self, sampling: Sampling, masked_ids: torch.Tensor, logprobs: bool) -> None:
-        """Choose a token for each sample; without `logprobs` samples get logits for these.
+    def grow(self, sampling: Sampling, masked_ids: torch.Tensor, logprobs: bool) -> bool:
+        """Choose a token for each sample, and return whether that could be done: not where logits are nan.
 
-        Raises:
-            ValueError: Logits are nan.
+        Without `logprobs` samples get logits for these.
         """
         # The probabilities are those of all ids, as in training, before some of them are masked in place.
         normalizer_B = self.logits_BV.float().logsumexp(-1) if logprobs else 0.0
@@ -293,9 +302,10 @@ class _Batch:
         logprob_B = logits_BV.gather(1, next_B1)[:, 0] - normalizer_B
         for one, token, logprob in zip(self.samples, self.next_B.tolist(), logprob_B.tolist()):
             if token < 0 or not math.isfinite(logprob):
-                raise ValueError("the model's logits are nan: its weights are broken, or its training has diverged")
+                return False
             if not one.stopped:
                 one.take(token, logprob)
+        return True
 
     def step(self) -> None:
         """Put the chosen tokens through the model, without samples that are finished if these are half of all.

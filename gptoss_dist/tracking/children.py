@@ -50,6 +50,8 @@ def open_child(
             experiment_id = start.experiment_id
             if cursor.run_id is not None:
                 tags["mlflow.parentRunId"] = cursor.run_id
+        elif cursor.run_id is not None:
+            message(f"MLflow shows {run_name} by itself: {start.run_name} was sent to {cursor.uri}, not to {store.uri}")
     return Tracker(
         folder,
         run_name=run_name,

@@ -374,7 +374,7 @@ def test_a_chat_without_a_template_is_refused_before_training(needs_harness, set
     options += ["--evaluation.chat", "true"]
     done = run("launch/train.py", *options, processes=2, expect=2)
     refusal = "evaluation.chat=true needs a chat template: no chat_template.jinja came with the model's weights, and "
-    assert refusal in done.stderr and "set --evaluation.chat false" in done.stderr and "Traceback" not in done.stderr
+    assert refusal in done.stderr and "give --evaluation.chat=false" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "tiny").exists()
     done = run("launch/train.py", *options, "--dry-run")
     assert f"NOT READY: {refusal}" in done.stdout

@@ -103,7 +103,7 @@ def test_messages_that_cannot_be_rendered_or_left_open_are_refused():
 def test_a_chat_without_a_template_is_refused_by_its_setting():
     config = EvaluationConfig(every=2, tasks=["choose"], chat=True)
     plain = SimpleNamespace(name="plain", special_tokens={"<|endoftext|>": 0})
-    with pytest.raises(ValueError, match=r"^evaluation\.chat=true .* plain lacks .*; set --evaluation\.chat false$"):
+    with pytest.raises(ValueError, match=r"^evaluation\.chat=true .* plain lacks .*; give --evaluation\.chat=false$"):
         check_chat(config, plain, {})
     check_chat(config, plain, {"chat_template.jinja": b"{{ messages }}"})
     check_chat(config, load_tokenizer("bytes"), {})

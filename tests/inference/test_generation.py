@@ -182,4 +182,7 @@ def test_broken_weights_are_said_and_positions_beyond_the_model_warned_of(model,
     for sampling in (GREEDY, Sampling()):
         with pytest.raises(ValueError, match="logits are nan"):
             complete(broken, [[1, 2]], sampling, max_new_tokens=2)
+    others = iter([1, 2**31])  # another rank's passes before the first token, and its logits are nan
+    with pytest.raises(ValueError, match="logits are nan"):
+        complete(model, [[1, 2]], max_new_tokens=2, largest=lambda number: next(others))
     assert complete(model, [], max_new_tokens=2) == []

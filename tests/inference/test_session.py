@@ -11,12 +11,12 @@ from data_pipeline.command_line import check_ranges
 from data_pipeline.tokenizer.published import load_tokenizer
 from gptoss_dist.checkpoint import export, open_pretrained
 from gptoss_dist.inference import session as session_module
-from gptoss_dist.inference.interactive import repl
+from gptoss_dist.inference.interactive import REPL_SETTINGS, repl
 from gptoss_dist.inference.session import Session
 from gptoss_dist.model.config import ModelConfig
 from gptoss_dist.model.init import initialize
 from gptoss_dist.model.transformer import GptOss
-from launch.generate import GenerateOptions
+from launch.generate import INTERACTIVE, GenerateOptions
 from tests.support.ranks import MODEL
 
 RUN = Path(__file__).parents[1] / "checkpoint" / "fixtures" / "step_00000003"
@@ -52,6 +52,8 @@ def test_a_text_ends_where_other_programs_end_that_of_an_export(tmp_path, caplog
         said = [record.getMessage() for record in caplog.records if record.name == session_module.__name__]
         assert len(said) == (ids in ([free.ids[1], 265], "37"))
         assert all(f"eos_token_id={json.dumps(ids)} is none of the tokenizer's 265 ids" in line for line in said)
+    (tmp_path / "export" / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert Session.load(tmp_path / "export", device="cpu").stop_ids[-1] == 0
 
 
 def test_settings_that_make_no_sense_leave_the_old_ones(monkeypatch, capsys):
@@ -76,6 +78,7 @@ def test_settings_that_make_no_sense_leave_the_old_ones(monkeypatch, capsys):
     assert written == [{"temperature": 0.5, "max_new_tokens": 7, "top_k": 4, "top_p": 0.9}] * 3
     shown = capsys.readouterr().out.splitlines()
     said = [line for line in shown if line.startswith("could not: ")]
+    assert all(f"{command} " in INTERACTIVE for command in REPL_SETTINGS)
     assert shown[0] == ":q quit" and shown[-3:] == ["stopped", "interrupted; :q quits", "ab"]
     expected = [
         "max_new_tokens=-5 must be in [1, 1000000000]",

@@ -123,8 +123,8 @@ def carried_stop_ids(folder: Path, n_vocab: int) -> list[int]:
     """
     if not (folder / GENERATION).is_file():
         return []
-    given = huggingface.read_json(folder / GENERATION).get("eos_token_id") or []
-    ids = given if isinstance(given, list) else [given]
+    given = huggingface.read_json(folder / GENERATION).get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(type(i) is int and 0 <= i < n_vocab for i in ids):
         raise UnknownStopIds(f"eos_token_id={json.dumps(given)[:60]} is none of the tokenizer's {n_vocab} ids")
     return ids

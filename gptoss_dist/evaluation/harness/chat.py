@@ -45,7 +45,7 @@ def require_template(template: str | None, tokenizer: Tokenizer, key: str) -> st
     if template is None:
         raise ValueError(
             f"{key}=true needs a chat template: no {TEMPLATE} came with the model's weights, and its tokenizer "
-            f"{tokenizer.name} lacks Harmony's special tokens; set --{key} false"
+            f"{tokenizer.name} lacks Harmony's special tokens; give --{key}=false"
         )
     return template
 

@@ -110,8 +110,9 @@ def test_a_prepared_dataset_in_a_folder_is_no_text(folder):
         (folder / "prepared" / name).write_text("{}")
     source = open_source("corpus")
     assert set(source.documents()) == TEXTS and "1 prepared datasets" in source.left_out
-    with pytest.raises(ValueError, match=r"is left out \(2 of prepared datasets\)"):
+    with pytest.raises(ValueError, match=r"is left out \(2 that describe prepared datasets\)"):
         open_source("corpus/*/*.json")
+    assert list(open_source("corpus/pre*/*.txt").documents()) == ["{}"], "an adopted one lies beside its owner's files"
 
 
 def test_only_prose_is_a_card():
