@@ -149,7 +149,7 @@ def test_what_a_task_cannot_have_written_is_refused_by_name(needs_harness, tmp_p
 
     for given, words in (
         ({"num_beams": 4}, "num_beams=4 is not supported; leave it out, or give 1"),
-        ({"temprature": 0.7}, "temprature=0.7 is not known; did you mean temperature?; give one of until, "),
+        ({"temperature_": 0.7}, "temperature_=0.7 is not known; did you mean temperature?; give one of until, "),
         ({"guidance": None}, "guidance=None is not known; give one of until, "),
         ({"max_length": 9}, "max_length=9 is not supported; give max_gen_toks instead"),
         ({"top_k": 2.5}, "top_k=2.5 must be a whole number"),
