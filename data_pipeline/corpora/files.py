@@ -154,15 +154,11 @@ def _remote_infos(system: Any, path: str, spec: str) -> tuple[dict[str, dict], L
     import glob
 
     is_web = spec.startswith(_WEB)
-    infos: dict[str, dict] = {}
-    if is_pattern := glob.has_magic(path) and not (is_web and "?" in spec):
-        infos = files_matching(system, path)
-    if is_pattern and (infos or not _is_there(system, path)):
-        pass
-    elif is_web and suffixes_of(name_of(spec))[0] not in SUFFIXES and system.isdir(path):
-        infos = files_below(system, path)
-    else:
-        info = system.info(path)
+    is_pattern = glob.has_magic(path) and not (is_web and "?" in spec)
+    infos = files_matching(system, path) if is_pattern else {}
+    if not is_pattern or (not infos and _is_there(system, path)):
+        is_page = is_web and suffixes_of(name_of(spec))[0] not in SUFFIXES and system.isdir(path)
+        info = {"type": "directory"} if is_page else system.info(path)
         if info["type"] != "directory":
             return {path: info}, LeftOut()
         infos = files_below(system, path)
